@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help install quickstart test test-full lint types benchmark clean
+
+help:
+	@echo 'make quickstart   train a small model at tensor 2 x pipeline 2 on this machine, from text to curves'
+	@echo 'make test         lint, types and the test suite: what CI runs'
+	@echo 'make test-full    also the long proofs'
+	@echo 'make benchmark    a training step beside its peers, into benchmarks/results/'
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo 'installing into .venv: a few minutes the first time'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"megalite needs Python 3.11 or 3.12, not {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: install
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/quickstart/quickstart.sh
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/pyright
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not full'
+
+test-full: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+benchmark: install
+	$(BIN)/python benchmarks/train_step.py
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

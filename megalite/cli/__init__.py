@@ -1,0 +1,123 @@
+"""The command line: one thin file a verb, over the library.
+
+Each file has a `register` that adds its verbs to the app, and imports what a verb needs only when it runs, so that
+``megalite --help`` answers at once.
+"""
+
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from megalite.cli import preprocess, tokenizer, train
+from megalite.errors import USER_ERROR_STATUS, UserError, nearest
+from megalite.launch import USER_ERROR_PREFIX, LaunchEnvironment, launch_environment
+
+RANK_ZERO_HEAD_START = 5.0
+"""Seconds in which rank 0 is to say what every rank found, before another rank speaks."""
+
+# Some versions of typer carry a click of their own: whichever it is, this is its UsageError.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class _Verbs(TyperGroup):
+    """Names the nearest verb where there is none of that name."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        word = args[0]
+        if word not in self.commands and not word.startswith("-"):
+            raise UserError(f"there is no verb {word!r}{nearest(word, self.commands)}")
+        return super().resolve_command(ctx, args)
+
+
+def build_app() -> typer.Typer:
+    """Return the typer app with every verb."""
+    app = typer.Typer(
+        cls=_Verbs,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_megalite)
+    for verbs in (tokenizer, preprocess, train):
+        verbs.register(app)
+    return app
+
+
+def _megalite(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    """Train large Transformers: tensor, pipeline and ZeRO data parallelism composed, on a laptop as on a cluster."""
+    if show_version:
+        typer.echo(f"megalite {version('megalite')}")
+        raise typer.Exit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status: 0, 2 for an error of the user's, 1 for any other.
+
+    A rank that fails does not return: it says why and leaves at once, since an orderly exit may wait for its peers.
+    """
+    arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
+    rank = _who_am_i()
+    try:
+        status = build_app()(arguments or ["--help"], prog_name="megalite", standalone_mode=False) or 0
+    except (UserError, _UsageError) as error:
+        _say_user_error(error, rank)
+        status = USER_ERROR_STATUS
+    except Exception:
+        if rank is None:
+            raise
+        _say_failure(rank)
+        status = 1
+    if rank is not None and status != 0:
+        _leave(status)
+    return status
+
+
+def _without_local_rank(argv: Sequence[str]) -> list[str]:
+    """Drop the option that the deepspeed launcher puts in front; LOCAL_RANK says the same."""
+    head, *rest = argv or [""]
+    name, equals, _ = head.partition("=")
+    if name in ("--local_rank", "--local-rank"):
+        return rest if equals else rest[1:]
+    return list(argv)
+
+
+def _who_am_i() -> LaunchEnvironment | None:
+    try:
+        return launch_environment(os.environ)
+    except UserError:
+        return None  # The verbs that run as ranks will say so; the others do not mind.
+
+
+def _say_user_error(error: Exception, rank: LaunchEnvironment | None) -> None:
+    """Print a line for each fault, from one rank: all find the same error, and their stderr is often the same."""
+    message = str(error)
+    if isinstance(error, _UsageError):
+        usage: Any = error
+        message = usage.format_message().rstrip(".") + (f"; see {usage.ctx.command_path} --help" if usage.ctx else "")
+    # launch_local gives every rank a log of its own, and shows one of them.
+    if rank is not None and rank.rank != 0 and rank.launcher != "megalite":
+        # Rank 0's end is a launcher's reason to end this one: it speaks only of what it alone has found.
+        time.sleep(RANK_ZERO_HEAD_START)
+    sys.stderr.write("".join(f"{USER_ERROR_PREFIX}{line}\n" for line in message.splitlines()))
+
+
+def _say_failure(rank: LaunchEnvironment) -> None:
+    """Print the traceback, in one piece and with the rank and host on every line, since ranks may share a console."""
+    mark = f"[rank {rank.rank} on {socket.gethostname()}] "
+    sys.stderr.write("".join(f"{mark}{line}\n" for line in traceback.format_exc().splitlines()))
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,41 @@
+"""``megalite tokenizer train``: a sentencepiece tokenizer from text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megalite.cli.progress import byte_progress
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    verbs = typer.Typer(help="Make a tokenizer.", no_args_is_help=True)
+    verbs.callback()(_group)
+    verbs.command("train")(train)
+    app.add_typer(verbs, name="tokenizer")
+
+
+def _group() -> None:
+    """Make a tokenizer."""
+
+
+def train(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="jsonl, jsonl.gz or txt: files or folders.")],
+    output: Annotated[Path, typer.Option(help="The model to write, say tok.model.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of token ids, bytes and control tokens included.")] = 8192,
+    text_key: Annotated[str, typer.Option(help="The key of a jsonl line that holds the document.")] = "text",
+    seed: Annotated[int, typer.Option(help="Draws the sample of documents, where there are over 100 MB.")] = 1234,
+) -> None:
+    """Train a sentencepiece BPE tokenizer with byte fallback, which gives every text back as it was."""
+    from megalite.data.tokenizer import train_sentencepiece
+
+    with byte_progress("reading") as progress:
+        report = train_sentencepiece(
+            inputs, vocab_size=vocab_size, output=output, text_key=text_key, seed=seed, progress=progress
+        )
+    used = "" if report.documents_used == report.documents else f" of {report.documents:,}"
+    typer.echo(
+        f"{output}: {vocab_size:,} token ids from {report.documents_used:,}{used} documents, "
+        f"{report.text_bytes_used / 1e6:.2f} MB, trained in {report.seconds:.1f} s"
+    )

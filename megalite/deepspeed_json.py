@@ -1,0 +1,782 @@
+"""DeepSpeed's JSON, taken as users have it: every key is honoured, derived, or refused with what to write instead.
+
+``TABLE`` holds every section and key that DeepSpeed 0.19.8 documents or reads. DeepSpeed itself ignores a misspelt
+key in silence (``gradient_cliping``); here a key outside the table is an error that names its nearest neighbour.
+
+- `Honoured`: handed to the engine as written. ``"auto"`` means DeepSpeed's default, or what `resolve_auto` computes.
+- `Derived`: stated once, in the run file; here it may be ``"auto"`` or must agree.
+- `Refused`: cannot be had. A value that asks for nothing (``false``, the default) is accepted and left out.
+
+The document that results is plain JSON: `DeepSpeedSettings.engine_config` is what ``deepspeed.initialize`` is given.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from megalite.errors import UserError, nearest
+from megalite.faults import (
+    BETAS,
+    FLAG,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TEXT,
+    TEXTS,
+    Fault,
+    Key,
+    Kind,
+    Origin,
+    alternatives,
+    choice,
+    number,
+    read_text,
+    report,
+    show,
+    whole,
+)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+# --------------------------------------------------------------------------------------------------- rules of a key
+
+AutoMeaning = Literal["default", "resolved", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Honoured:
+    """Handed to the engine as written."""
+
+    kind: Kind
+    auto: AutoMeaning = "default"
+    """What "auto" means: DeepSpeed's default, a value computed by `resolve_auto`, or an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """Follows from the run file: "auto", or the same value."""
+
+    kind: Kind
+    follows: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Cannot be had, unless the value asks for nothing."""
+
+    reason: str
+    instead: str
+    harmless: tuple[object, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Off:
+    """A section that may stand only while its switch is off; its keys are known, so that a misspelt one is found."""
+
+    reason: str
+    instead: str
+    keys: Mapping[str, Any]
+    switch: str = "enabled"
+    off: tuple[object, ...] = (False, None)
+
+
+@dataclass(frozen=True, slots=True)
+class ByType:
+    """A section of ``type`` and ``params``: the type says which parameters there are."""
+
+    params: Mapping[str, Mapping[str, Any]]
+    """The rules of the parameters, by type."""
+    required: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The parameters that have no default, by type."""
+    others: Mapping[str, Any] = field(default_factory=dict)
+    """Rules of the keys beside ``type`` and ``params``."""
+
+
+Rule = Honoured | Derived | Refused | Off | ByType | Mapping[str, Any]
+"""A mapping is a section: its keys and their rules."""
+
+
+def _flags(keys: str) -> dict[str, Rule]:
+    return {key: Honoured(FLAG) for key in keys.split()}
+
+
+def _known(keys: str, **sections: Any) -> dict[str, Any]:
+    return {**dict.fromkeys(keys.split()), **sections}
+
+
+def _removed(feature: str) -> Refused:
+    return Refused(f"DeepSpeed 0.19 has no {feature} any more", "leave it out")
+
+
+def _monitor(keys: str) -> Off:
+    reason = "under a pipeline DeepSpeed would record a stage's gradient product as the loss"
+    return Off(reason, "read metrics.jsonl and tensorboard/ in run.dir", _known("enabled " + keys))
+
+
+_NOT_ADAMW = "AdamW is the only optimizer here"
+_OWN_ADAMW = "megalite takes the fastest right AdamW on each device"
+_ZERO_PP = "ZeRO++ is not measured under a pipeline"
+_OWN_CHECKPOINTS = "megalite writes checkpoints of its own"
+_ONE_PRECISION = "bf16 and fp16 state the precision, and nothing else does"
+_RECOMPUTE = "activations cannot be recomputed yet"
+_RECOMPUTE_INSTEAD = "leave activation_checkpointing out"
+
+OFFLOAD_PARAM: dict[str, Rule] = {
+    "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
+    "nvme_path": Honoured(TEXT, "refused"),
+    "buffer_count": Honoured(whole(0)),
+    "buffer_size": Honoured(whole(0)),
+    "max_in_cpu": Honoured(whole(0)),
+    "pin_memory": Honoured(FLAG),
+}
+
+OFFLOAD_OPTIMIZER: dict[str, Rule] = {
+    "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
+    "nvme_path": Honoured(TEXT, "refused"),
+    "buffer_count": Honoured(whole(0)),
+    "ratio": Honoured(number(0, most=1)),
+    **_flags("pin_memory pipeline_read pipeline_write fast_init"),
+    "super_offload": Refused("SuperOffload is not measured under a pipeline", "leave it out", (False,)),
+    "cpuadam_cores_perc": Refused("it belongs to super_offload", "leave it out", (0.8,)),
+}
+
+ZERO: dict[str, Rule] = {
+    "stage": Honoured(choice(0, 1, 2, 3), "refused"),
+    **_flags(
+        "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
+        "overlap_comm round_robin_gradients parameter_alignment ignore_unused_parameters "
+        "memory_efficient_linear override_module_apply log_trace_cache_warnings enable_sanity_checks "
+        "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential"
+    ),
+    # They speak of save_16bit_model(), which is never called, and stand in most ZeRO-3 files.
+    **_flags("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save"),
+    "reduce_bucket_size": Honoured(whole(1), "resolved"),
+    "allgather_bucket_size": Honoured(whole(1)),
+    "sub_group_size": Honoured(whole(0)),
+    "stage3_prefetch_bucket_size": Honoured(whole(0), "resolved"),
+    "stage3_param_persistence_threshold": Honoured(whole(0), "resolved"),
+    "stage3_model_persistence_threshold": Honoured(whole(0)),
+    "stage3_max_live_parameters": Honoured(whole(0)),
+    "stage3_max_reuse_distance": Honoured(whole(0)),
+    "stage3_module_granularity_threshold": Honoured(whole(0)),
+    "offload_param": OFFLOAD_PARAM,
+    "offload_optimizer": OFFLOAD_OPTIMIZER,
+    "compute_grad_norm": Refused("every step reports and clips by the gradient norm", "write true", (True,)),
+    "cpu_offload": Refused("it is deprecated", "write offload_optimizer: {device: cpu}", (False,)),
+    "cpu_offload_param": Refused("it is deprecated", "write offload_param: {device: cpu}", (False,)),
+    "cpu_offload_use_pin_memory": Refused("it is deprecated", "write pin_memory in the offload section", (False,)),
+    "elastic_checkpoint": Refused(_OWN_CHECKPOINTS, "leave it out", (False,)),
+    "load_from_fp32_weights": Refused(_OWN_CHECKPOINTS, "leave it out", (True,)),
+    "pipeline_loading_checkpoint": Refused(_OWN_CHECKPOINTS, "leave it out", (False,)),
+    "legacy_stage1": Refused("DeepSpeed has no legacy stage 1 any more", "leave it out", (False,)),
+    "zero_hpz_partition_size": Refused(_ZERO_PP, "write 1", (0, 1)),
+    "zero_quantized_weights": Refused(_ZERO_PP, "write false", (False,)),
+    "zero_quantized_nontrainable_weights": Refused(_ZERO_PP, "write false", (False,)),
+    "zero_quantized_gradients": Refused(_ZERO_PP, "write false", (False,)),
+    "zeropp_loco_param": _removed("LoCo-ZeRO++"),
+    "mics_shard_size": _removed("MiCS"),
+    "mics_hierarchical_params_gather": _removed("MiCS"),
+    "zenflow": Refused("ZenFlow is not measured under a pipeline", "leave it out"),
+    "leaf_module": Refused("no module here is a mixture of experts", "leave it out", ({},)),
+    "save_muon_momentum_buffer_in_memory": Refused(_NOT_ADAMW, "leave it out", (False,)),
+}
+
+FP16: dict[str, Rule] = {
+    "enabled": Honoured(FLAG, "resolved"),
+    "loss_scale": Honoured(NOT_NEGATIVE),
+    "initial_scale_power": Honoured(whole(0, 64)),
+    "loss_scale_window": Honoured(whole(1)),
+    "hysteresis": Honoured(whole(1)),
+    "consecutive_hysteresis": Honoured(FLAG),
+    "min_loss_scale": Honoured(whole(1)),
+    "auto_cast": Refused("a stage's input is fp16 already, or token ids", "write false", (False,)),
+    "fp16_master_weights_and_grads": Refused("master weights are fp32", "write false", (False,)),
+}
+
+BF16: dict[str, Rule] = {
+    "enabled": Honoured(FLAG, "resolved"),
+    "check_grad_overflow": Honoured(FLAG),
+    "immediate_grad_update": Refused(
+        "it belongs to BF16_Optimizer, whose norm is wrong under a pipeline", "write false", (False,)
+    ),
+    "bf16_master_weights_and_grads": Refused("master weights are fp32", "write false", (False,)),
+    "bf16_optimizer_states": Refused("optimizer states are fp32", "write false", (False,)),
+}
+
+ADAM_PARAMS: dict[str, Rule] = {
+    "lr": Honoured(POSITIVE, "resolved"),
+    "betas": Honoured(BETAS, "resolved"),
+    "eps": Honoured(POSITIVE, "resolved"),
+    "weight_decay": Honoured(NOT_NEGATIVE, "resolved"),
+    "adam_w_mode": Refused("Adam with L2 regularisation is not available", "write true, which is AdamW", (True,)),
+    "bias_correction": Refused("AdamW corrects its bias here", "write true", (True,)),
+    "amsgrad": Refused("AMSGrad is not available", "write false", (False,)),
+    "torch_adam": Refused(_OWN_ADAMW, "leave it out", (False,)),
+    "set_grad_none": Refused("gradients are dropped between steps", "leave it out", (True,)),
+    "fp32_optimizer_states": Refused("optimizer states are fp32", "leave it out", (True,)),
+    "max_grad_norm": Refused("DeepSpeed takes it as gradient_clipping", "write gradient_clipping", (0,)),
+}
+
+_WARMUP: dict[str, Rule] = {
+    "warmup_num_steps": Honoured(whole(1), "refused"),
+    "warmup_type": Honoured(choice("log", "linear")),
+    "last_batch_iteration": Refused("a run resumes its own schedule", "leave it out", (-1,)),
+}
+_WARMUP_RATES: dict[str, Rule] = {
+    "warmup_min_lr": Honoured(NOT_NEGATIVE, "resolved"),
+    "warmup_max_lr": Honoured(POSITIVE, "resolved"),
+}
+_TOTAL: dict[str, Rule] = {"total_num_steps": Honoured(whole(1), "resolved")}
+
+SCHEDULERS: dict[str, dict[str, Rule]] = {
+    "WarmupLR": {**_WARMUP_RATES, **_WARMUP},
+    "WarmupDecayLR": {**_TOTAL, **_WARMUP_RATES, **_WARMUP},
+    "WarmupCosineLR": {
+        **_TOTAL,
+        **_WARMUP,
+        "warmup_min_ratio": Honoured(number(0, most=1)),
+        "cos_min_ratio": Honoured(number(0, most=1)),
+    },
+    "OneCycle": {
+        "cycle_min_lr": Honoured(NOT_NEGATIVE, "refused"),
+        "cycle_max_lr": Honoured(POSITIVE, "resolved"),
+        "decay_lr_rate": Honoured(NOT_NEGATIVE),
+        "cycle_first_step_size": Honoured(whole(1)),
+        "cycle_second_step_size": Honoured(whole(0)),
+        "cycle_first_stair_count": Honoured(whole(0)),
+        "cycle_second_stair_count": Honoured(whole(0)),
+        "decay_step_size": Honoured(whole(0)),
+        "cycle_momentum": Honoured(FLAG),
+        "cycle_min_mom": Honoured(number(0, most=1)),
+        "cycle_max_mom": Honoured(number(0, most=1)),
+        "decay_mom_rate": Honoured(NOT_NEGATIVE),
+        "last_batch_iteration": _WARMUP["last_batch_iteration"],
+    },
+    "LRRangeTest": {
+        "lr_range_test_min_lr": Honoured(POSITIVE),
+        "lr_range_test_step_size": Honoured(whole(1)),
+        "lr_range_test_step_rate": Honoured(NOT_NEGATIVE),
+        "lr_range_test_staircase": Honoured(FLAG),
+        "last_batch_iteration": _WARMUP["last_batch_iteration"],
+    },
+}
+REQUIRED_BY_SCHEDULER: dict[str, tuple[str, ...]] = {
+    "WarmupDecayLR": ("total_num_steps",),
+    "WarmupCosineLR": ("total_num_steps",),
+    "OneCycle": ("cycle_min_lr", "cycle_max_lr"),
+}
+
+_DATA_EFFICIENCY = _known(
+    "enabled seed",
+    data_sampling=_known(
+        "enabled num_epochs num_workers pin_memory",
+        curriculum_learning=_known("enabled data_cluster_path curriculum_metrics"),
+        dynamic_batching=_known(
+            "enabled metrics_path lr_scaling_method min_batch_size max_batch_size sequence_picking_order "
+            "max_tokens verbose"
+        ),
+    ),
+    data_routing=_known(
+        "enabled",
+        random_ltd=_known(
+            "enabled total_layer_num random_ltd_layer_num random_ltd_layer_id model_mask_name model_type "
+            "hidden_state_order random_ltd_schedule layer_token_lr_schedule"
+        ),
+    ),
+)
+
+_AUTOTUNING = _known(
+    "enabled fast results_dir exps_dir overwrite metric metric_path start_profile_step end_profile_step "
+    "tuner_type tuner_early_stopping tuner_num_trials arg_mappings max_train_batch_size "
+    "min_train_batch_size max_train_micro_batch_size_per_gpu min_train_micro_batch_size_per_gpu "
+    "num_tuning_micro_batch_sizes mp_size model_info model_info_path"
+)
+
+_TENSOR_PARALLEL = _known(
+    "autotp_size dtype tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tp "
+    "tensor_parallel injection_policy_tuple partition_config preset_model keep_module_on_host "
+    "replace_with_kernel_inject kernel_inject"
+)
+
+_EXPERT_PARALLEL = _known(
+    "enabled autoep_size expert_tensor_parallel_size validate_folding_routing async_split_plan "
+    "preset_model moe_layer_pattern expert_pattern router_pattern use_grouped_mm "
+    "disable_triton_grouped_mm route_norm route_scale score_apply combine_impl row_weighting_impl "
+    "gate_up_impl comm_backend comm_num_sm comm_qp_margin comm_max_tokens_per_rank num_expert_groups "
+    "num_limited_groups score_func top_k load_balance_coeff routed_scaling_factor expert_w1 expert_w2 "
+    "expert_w3 num_experts_attr top_k_attr has_shared_experts shared_experts_pattern "
+    "shared_experts_gate_pattern expert_activation"
+)
+
+_COMPILE = _known(
+    "deepcompile autoep_non_moe free_activation free_activation_threshold offload_activation "
+    "offload_activation_pin_memory offload_opt_states double_buffer symmetric_memory debug_log "
+    "offload_parameters sync_before_reduce sync_after_reduce sync_before_allgather sync_after_allgather "
+    "keep_int_input_tensors keep_all_input_tensors passes"
+)
+
+TABLE: dict[str, Rule] = {
+    # Batch sizes: stated once, in the run file.
+    "train_batch_size": Derived(whole(1), "train.global_batch_size"),
+    "train_micro_batch_size_per_gpu": Derived(whole(1), "train.micro_batch_size"),
+    "gradient_accumulation_steps": Derived(
+        whole(1), "train.global_batch_size/(train.micro_batch_size x data parallel)"
+    ),
+    "managed_gradient_accumulation": Refused("the pipeline counts its own microbatches", "write true", (True,)),
+    "vocabulary_size": Derived(whole(1), "model.vocab_size"),
+    # Optimizer and learning rate.
+    "optimizer": ByType(
+        {"AdamW": ADAM_PARAMS, "Adam": ADAM_PARAMS},
+        others={"legacy_fusion": Refused("it belongs to the fp16 optimizer of stage 0", "write false", (False,))},
+    ),
+    "scheduler": ByType(SCHEDULERS, REQUIRED_BY_SCHEDULER),
+    "gradient_clipping": Honoured(NOT_NEGATIVE),
+    # Both speak of optimizers that DeepSpeed was not told of; megalite's AdamW is right under every stage and offload.
+    "zero_allow_untested_optimizer": Refused(_OWN_ADAMW, "leave it out", (True, False)),
+    "zero_force_ds_cpu_optimizer": Refused(_OWN_ADAMW, "leave it out", (True, False)),
+    # Precision.
+    "bf16": BF16,
+    "fp16": FP16,
+    "torch_autocast": Off(
+        _ONE_PRECISION, "write bf16: {enabled: true}", _known("enabled dtype lower_precision_safe_modules")
+    ),
+    "data_types": {
+        "grad_accum_dtype": Refused(
+            "with fp32 DeepSpeed takes BF16_Optimizer at ZeRO stage 1, whose gradient norm is wrong under a pipeline",
+            "leave it out",
+        ),
+        "param_dtype": Refused(_ONE_PRECISION, "leave it out"),
+        "buffer_dtype": Refused("buffers keep their own precision", "leave it out"),
+        "keep_in_fp32_modules": Refused("buffers keep their own precision", "leave it out", ([],)),
+    },
+    # Gradient reduction.
+    "zero_optimization": ZERO,
+    "communication_data_type": Honoured(choice("fp32", "bf16", "fp16")),
+    "prescale_gradients": Honoured(FLAG),
+    "gradient_predivide_factor": Honoured(POSITIVE),
+    "gradient_allreduce_op": Refused("the loss is the mean over the global batch", "write 'mean'", ("mean",)),
+    "disable_allgather": Refused("DeepSpeed reads it and does nothing with it", "leave it out", (False,)),
+    "seq_parallel_communication_data_type": Refused("there is no sequence parallelism yet", "leave it out"),
+    # Storage of what is offloaded.
+    "aio": {
+        "block_size": Honoured(whole(1)),
+        "queue_depth": Honoured(whole(1)),
+        "intra_op_parallelism": Honoured(whole(1)),
+        **_flags("single_submit overlap_events use_gds"),
+        "thread_count": Refused("DeepSpeed 0.19 does not read it", "write intra_op_parallelism"),
+    },
+    # What DeepSpeed prints of itself.
+    "steps_per_print": Honoured(whole(1)),
+    "log_level": Honoured(choice("debug", "info", "warning", "error", "critical")),
+    **_flags("wall_clock_breakdown memory_breakdown dump_state disable_python_gc"),
+    "comms_logger": {**_flags("enabled verbose prof_all debug"), "prof_ops": Honoured(TEXTS)},
+    "timers": {"throughput": _flags("enabled synchronized")},
+    "tensorboard": _monitor("output_path job_name"),
+    "csv_monitor": _monitor("output_path job_name"),
+    "wandb": _monitor("group team project"),
+    "comet": _monitor("samples_log_interval project workspace api_key experiment_name experiment_key online mode"),
+    "flops_profiler": Off(
+        "it counts one stage's modules as the whole model",
+        "read mfu in metrics.jsonl",
+        _known("enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"),
+    ),
+    # Memory.
+    "activation_checkpointing": {
+        "partition_activations": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
+        "cpu_checkpointing": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
+        "contiguous_memory_optimization": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
+        "number_checkpoints": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (0,)),
+        "synchronize_checkpoint_boundary": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
+        "profile": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
+    },
+    # Parallelism, which the run file states.
+    "pipeline": {
+        "stages": Derived(whole(1), "parallel.pipeline"),
+        "partition": Refused("the run file partitions the layers", "write parallel.stage_layers", ("best", "uniform")),
+        "seed_layers": Refused("a parameter starts from the seed and its name", "write false", (False,)),
+        "activation_checkpoint_interval": Refused(_RECOMPUTE, "write 0", (0,)),
+        "use_reentrant": Refused(_RECOMPUTE, "leave it out"),
+        "pipe_partitioned": Refused("stages send whole activations", "write false", (False,)),
+        "grad_partitioned": Refused("stages send whole gradients", "write false", (False,)),
+    },
+    "tensor_parallel": Off(
+        "megalite shards its own layers", "write parallel.tensor", _TENSOR_PARALLEL, "autotp_size", (None, 0, 1)
+    ),
+    "sequence_parallel_size": Refused("there is no sequence parallelism yet", "write 1", (1,)),
+    "expert_parallel": Off("there is no mixture of experts", "leave it out", _EXPERT_PARALLEL),
+    "use_data_before_expert_parallelism": Refused("there is no mixture of experts", "write false", (False,)),
+    # What megalite does itself, or DeepSpeed no longer does.
+    "checkpoint": {
+        "tag_validation": Refused(_OWN_CHECKPOINTS, "leave it out", ("Warn", "WARN", "Ignore", "IGNORE")),
+        "load_universal": Refused(_OWN_CHECKPOINTS, "write false", (False,)),
+        "use_node_local_storage": Refused(_OWN_CHECKPOINTS, "write false", (False,)),
+        "checkpoint_serialization": Refused(_OWN_CHECKPOINTS, "leave it out", (True,)),
+        "parallel_write": {"pipeline_stage": Refused(_OWN_CHECKPOINTS, "write false", (False,))},
+        "writer": Refused(_OWN_CHECKPOINTS, "leave it out"),
+    },
+    "datastates_ckpt": Refused(_OWN_CHECKPOINTS, "leave it out", (False,)),
+    "dataloader_drop_last": Refused("every batch is whole", "leave it out", (False,)),
+    "data_efficiency": Off("samples come in one order, of seed and step", "leave it out", _DATA_EFFICIENCY),
+    "autotuning": Off("it would start runs of its own", "set batch sizes in the run file", _AUTOTUNING),
+    "compile": Off("DeepCompile is not measured under a pipeline", "leave it out", _COMPILE, "deepcompile"),
+    "hybrid_engine": Off(
+        "nothing is generated while training",
+        "leave it out",
+        _known(
+            "enabled max_out_tokens inference_tp_size release_inference_cache pin_parameters "
+            "tp_gather_partition_size enable_cuda_graph"
+        ),
+    ),
+    "weight_quantization": Refused("it is for inference", "leave it out", ({},)),
+    "amp": Refused("DeepSpeed 0.19 has no Apex AMP any more", "write bf16: {enabled: true} or fp16: {enabled: true}"),
+    "compression_training": _removed("compression library"),
+    "curriculum_learning": _removed("curriculum learning at the top level"),
+    "eigenvalue": _removed("eigenvalue computation"),
+    "elasticity": _removed("elastic training"),
+    "graph_harvesting": _removed("graph harvesting"),
+    "nebula": _removed("Nebula checkpoints"),
+    "progressive_layer_drop": _removed("progressive layer dropping"),
+    "quantize_training": _removed("quantised training"),
+    "sparse_attention": _removed("sparse attention"),
+    "sparse_gradients": _removed("sparse gradients"),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+class _Reader:
+    """Walks a document beside the table, keeps what is honoured or stated, and collects the faults."""
+
+    def __init__(self) -> None:
+        self.faults: list[Fault] = []
+
+    def fault(self, key: Key, text: str) -> None:
+        self.faults.append(Fault(key, text))
+
+    def clean(self, *sections: str) -> bool:
+        """No fault stands in these sections, so what they say together can be judged."""
+        return not any(fault.key[0] in sections for fault in self.faults)
+
+    def section(self, rules: Mapping[str, Any], data: object, at: Key) -> dict[str, Any]:
+        """Return the section's honoured and stated keys, each in its own type."""
+        if not isinstance(data, Mapping):
+            self.fault(at, f"={show(data)} is not a section; write {{{_usable(rules)[0]}: ...}}")
+            return {}
+        kept: dict[str, Any] = {}
+        for name, value in data.items():
+            key = (*at, name)
+            if name not in rules:
+                self.fault(key, f" is not a key{_nearest_key(name, rules)}")
+            elif value is not None and (read := self.value(rules[name], value, key)) is not None:
+                kept[name] = read
+        return kept
+
+    def value(self, rule: Rule, value: Any, key: Key) -> Any:
+        """Return what the document keeps of one value, None where that is nothing."""
+        match rule:
+            case Mapping():
+                return self.section(rule, value, key)
+            case ByType():
+                return self.by_type(rule, value, key)
+            case Off():
+                return self.off(rule, value, key)
+            case Refused():
+                return self.refused(rule, value, key)
+            case Honoured() if value == "auto":
+                return self.auto(rule, key)
+            case Derived() if value == "auto":
+                return None
+        try:
+            return rule.kind.read(value)
+        except ValueError as error:
+            self.fault(key, str(error))
+            return None
+
+    def auto(self, rule: Honoured, key: Key) -> str | None:
+        if rule.auto == "refused":
+            self.fault(key, f"='auto' has nothing to follow; write {rule.kind.words}")
+        return "auto" if rule.auto == "resolved" else None
+
+    def refused(self, rule: Refused, value: Any, key: Key) -> None:
+        if value not in (*rule.harmless, "auto"):
+            shown = "" if isinstance(value, Mapping) else f"={show(value)}"
+            self.fault(key, f"{shown} is refused: {rule.reason}; {rule.instead}")
+
+    def off(self, rule: Off, value: Any, key: Key) -> None:
+        if not isinstance(value, Mapping):
+            self.refused(Refused(rule.reason, rule.instead, (False,)), value, key)
+        elif self.known(rule.keys, value, key):
+            self.refused(Refused(rule.reason, rule.instead, rule.off), value.get(rule.switch), (*key, rule.switch))
+
+    def known(self, keys: Mapping[str, Any], data: Mapping[str, Any], at: Key) -> bool:
+        """Check the names of a section that is left out, and of those within it."""
+        before = len(self.faults)
+        for name, value in data.items():
+            if name not in keys:
+                self.fault((*at, name), f" is not a key{nearest(name, keys)}")
+            elif isinstance(keys[name], Mapping) and isinstance(value, Mapping):
+                self.known(keys[name], value, (*at, name))
+        return len(self.faults) == before
+
+    def by_type(self, rule: ByType, value: Any, key: Key) -> dict[str, Any]:
+        given = value.get("type") if isinstance(value, Mapping) else None
+        name = {name.lower(): name for name in rule.params}.get(str(given).lower(), "")
+        if isinstance(value, Mapping) and not name:
+            words = " is missing; write " if given is None else f"={show(given)} is not "
+            self.fault((*key, "type"), words + alternatives(rule.params))
+            # Without a type no parameter can be judged.
+            value = {other: item for other, item in value.items() if other not in ("type", "params")}
+        rules = {"type": Honoured(TEXT), "params": rule.params.get(name, {}), **rule.others}
+        kept = {"params": {}, **self.section(rules, value, key), "type": name}
+        for parameter in rule.required.get(name, ()):
+            if parameter not in (value.get("params") or {}):
+                self.fault((*key, "params", parameter), _missing(rule.params[name][parameter]))
+        return kept
+
+
+def _missing(rule: Honoured) -> str:
+    return f" is missing; write {rule.kind.words}" + (", or 'auto'" if rule.auto == "resolved" else "")
+
+
+def _usable(rules: Mapping[str, Rule]) -> list[str]:
+    return [name for name, rule in rules.items() if not isinstance(rule, Refused | Off)]
+
+
+def _nearest_key(name: str, rules: Mapping[str, Rule]) -> str:
+    close = nearest(name, rules)
+    return close if close.startswith("; did you mean") else nearest(name, _usable(rules))
+
+
+def read_document(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
+    """Return the JSON in our terms, and every fault in it.
+
+    The document keeps the honoured and stated keys only, with DeepSpeed's defaults for the optimizer's parameters.
+    """
+    reader = _Reader()
+    data = dict(data)
+    if "bfloat16" in data:
+        if "bf16" in data:
+            reader.fault(("bfloat16",), " stands beside bf16, its newer name; keep bf16")
+        data.setdefault("bf16", data.pop("bfloat16"))
+    document = reader.section(TABLE, data, ())
+    if reader.clean("bf16", "fp16"):
+        reader.faults.extend(_precision_faults(document))
+    if reader.clean("zero_optimization"):
+        reader.faults.extend(_zero_faults(document))
+    return _normalised(document), reader.faults
+
+
+def _precision_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
+    enabled = {name: document.get(name, {}).get("enabled") for name in ("bf16", "fp16")}
+    if enabled["bf16"] is True and enabled["fp16"] is True:
+        yield Fault(("fp16", "enabled"), "=true stands beside bf16.enabled=true; keep one of them")
+    if True not in enabled.values():
+        for name, value in enabled.items():
+            if value == "auto":
+                text = "='auto' has nothing to follow, since precision is stated here alone; write true or false"
+                yield Fault((name, "enabled"), text)
+
+
+def _zero_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
+    zero = document.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    for name, cpu_stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        if name in zero:
+            for fault in _offload_faults(zero[name], stage, cpu_stages):
+                yield Fault(("zero_optimization", name, *fault.key), fault.text)
+    for name, off in (("prescale_gradients", False), ("gradient_predivide_factor", 1.0)):
+        if stage > 0 and document.get(name, off) != off:
+            text = f"={show(document[name])} is not taken by DeepSpeed at ZeRO stage {stage}; write {show(off)}"
+            yield Fault((name,), text)
+
+
+def _offload_faults(offload: Mapping[str, Any], stage: int, cpu_stages: tuple[int, ...]) -> Iterator[Fault]:
+    device = offload.get("device")
+    stages = (3,) if device == "nvme" else cpu_stages
+    if device is None:
+        # DeepSpeed takes a missing device for 'none', and trains without the offload that was asked for.
+        yield Fault(("device",), " is missing; write 'cpu', 'nvme' or 'none'")
+    elif device != "none" and stage not in stages:
+        yield Fault(
+            ("device",), f"={show(device)} does not go with ZeRO stage {stage}; use stage {alternatives(stages)}"
+        )
+    if device == "nvme" and "nvme_path" not in offload:
+        yield Fault(("nvme_path",), " is missing; write the folder on the NVMe device")
+    if offload.get("ratio", 1.0) < 1.0 and stage != 3:
+        yield Fault(
+            ("ratio",), f"={show(offload['ratio'])} does not go with ZeRO stage {stage}; use stage 3, or write 1.0"
+        )
+
+
+def _normalised(document: dict[str, Any]) -> dict[str, Any]:
+    """Return the document without what asks for nothing, and with the optimizer written out."""
+    for name in ("bf16", "fp16"):
+        if document.get(name, {}).get("enabled") == "auto":
+            del document[name]["enabled"]
+    zero = document.get("zero_optimization", {})
+    for name in ("offload_optimizer", "offload_param"):
+        if zero.get(name, {}).get("device") == "none":
+            del zero[name]
+    if optimizer := document.get("optimizer"):
+        params = DEEPSPEED_ADAMW.plain() | optimizer["params"]
+        _fill(params, AdamW().plain())
+        document["optimizer"] = {"type": "AdamW", "params": params}
+    return document
+
+
+# ------------------------------------------------------------------------------------------------------- the result
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """AdamW's settings (arXiv 1711.05101), with megalite's defaults: what an "auto" stands for."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as JSON has them."""
+        return asdict(self) | {"betas": list(self.betas)}
+
+
+DEEPSPEED_ADAMW = AdamW(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+"""What DeepSpeed takes for the parameters that a JSON's optimizer section leaves out."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeepSpeedSettings:
+    """What the DeepSpeed JSON says, checked; made by `parse`."""
+
+    document: Mapping[str, Any] = field(default_factory=dict)
+    """Honoured and stated keys, in plain JSON; an empty document is fp32 at ZeRO stage 0."""
+    origin: Origin = Origin(section=("deepspeed",))
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], origin: Origin = Origin(section=("deepspeed",))) -> "DeepSpeedSettings":
+        """Check a JSON against the table; raise UserError with one line for each fault."""
+        document, faults = read_document(data)
+        report([origin.line(fault) for fault in faults])
+        return cls(document, origin)
+
+    @property
+    def precision(self) -> Precision:
+        """The dtype of the model's parameters and activations."""
+        for name in ("bf16", "fp16"):
+            if self.document.get(name, {}).get("enabled"):
+                return name
+        return "fp32"
+
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage, 0 to 3."""
+        return self.document.get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def gradient_clipping(self) -> float:
+        """The largest global gradient norm; 0 means no clipping. DeepSpeed clips at 1.0 unless told otherwise."""
+        return self.document.get("gradient_clipping", 1.0)
+
+    @property
+    def optimizer(self) -> AdamW | None:
+        """AdamW's settings where the JSON has an ``optimizer`` section."""
+        if (section := self.document.get("optimizer")) is None:
+            return None
+        params = section["params"]
+        return AdamW(params["lr"], tuple(params["betas"]), params["eps"], params["weight_decay"])
+
+    @property
+    def scheduler(self) -> dict[str, Any] | None:
+        """DeepSpeed's learning-rate scheduler: ``{"type": ..., "params": {...}}``."""
+        return copy.deepcopy(self.document.get("scheduler"))
+
+    def resolve_auto(self, *, hidden_size: int, steps: int, lr: float) -> "DeepSpeedSettings":
+        """Return the settings with the remaining "auto" values replaced.
+
+        Bucket sizes follow the hidden size as they do in transformers; the scheduler follows the run's steps and its
+        learning rate.
+        """
+        document = copy.deepcopy(dict(self.document))
+        area = hidden_size * hidden_size
+        buckets = {
+            "reduce_bucket_size": area,
+            "stage3_prefetch_bucket_size": area * 9 // 10,
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+        }
+        _fill(document.get("zero_optimization", {}), buckets)
+        rates = {"warmup_min_lr": 0.0, "warmup_max_lr": lr, "cycle_max_lr": lr, "total_num_steps": steps}
+        _fill(document.get("scheduler", {}).get("params", {}), rates)
+        return replace(self, document=document)
+
+    def disagreements(self, values: Mapping[str, int | None], run_file: str) -> Iterator[Fault]:
+        """Find stated values that are not the run file's; `values` holds them by `Derived.follows`."""
+        for key, rule in _derived(TABLE):
+            stated = self.document
+            for name in key[:-1]:
+                stated = stated.get(name, {})
+            value, expected = stated.get(key[-1]), values.get(rule.follows)
+            if value is not None and expected is not None and value != expected:
+                text = f"={value} disagrees with {rule.follows}={expected} of {run_file}; write 'auto' or {expected}"
+                yield Fault(key, text)
+
+    def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:
+        """Return the JSON for ``deepspeed.initialize``, without the optimizer, which megalite builds itself."""
+        config = copy.deepcopy(dict(self.document))
+        for name in ("optimizer", "pipeline", "vocabulary_size", "train_batch_size"):
+            config.pop(name, None)
+        config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        config["gradient_accumulation_steps"] = gradient_accumulation_steps
+        config["gradient_clipping"] = self.gradient_clipping
+        return config
+
+
+def _fill(section: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if section.get(name) == "auto":
+            section[name] = value
+
+
+def _derived(rules: Mapping[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Derived]]:
+    for name, rule in rules.items():
+        if isinstance(rule, Derived):
+            yield (*at, name), rule
+        elif isinstance(rule, Mapping):
+            yield from _derived(rule, (*at, name))
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's mapping.
+
+    Raises UserError where the file is missing or is no JSON object, and where a key stands twice, of which DeepSpeed
+    and Python's json would keep the last in silence.
+    """
+    try:
+        document = json.loads(read_text(path), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path.name}: line {error.lineno}, column {error.colno}: no JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{path.name}: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path.name}: the file holds {show(document)}; write a JSON object")
+    return document
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    section: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in section:
+            raise ValueError(f"{name} stands twice in one section; keep one")
+        section[name] = value
+    return section
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON; write a finite number")

@@ -1,0 +1,222 @@
+"""From a layout and a launch environment to process groups, and to the object that DeepSpeed asks for groups.
+
+Every group comes from one torch DeviceMesh of shape (pipeline, data, tensor). The links between neighbouring stages
+are groups of their own, two ranks each: NCCL runs the operations of a communicator first in, first out and knows no
+tags, so messages of different directions or kinds must not share one.
+"""
+
+import datetime
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megalite.layout import Coordinate, ParallelLayout
+from megalite.tensor_parallel.collectives import TensorGroup
+
+LinkKind = Literal["activation", "gradient"]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A one-way connection between this rank and `peer`, a global rank, on a communicator of its own."""
+
+    peer: int
+    group: dist.ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """The four ends of the pipeline at one rank; None at the pipeline's own ends."""
+
+    activation_in: Link | None = None
+    activation_out: Link | None = None
+    gradient_in: Link | None = None
+    gradient_out: Link | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessGrid:
+    """This rank's place in the grid and the process groups it is a member of.
+
+    `model` spans tensor x pipeline: the ranks that hold one copy of the model together. `embedding` joins the first
+    and the last stage, which both hold a tied token table; None on other stages and without a pipeline.
+    """
+
+    layout: ParallelLayout
+    rank: int
+    device: torch.device
+    mesh: DeviceMesh
+    tensor: TensorGroup
+    data: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    model: dist.ProcessGroup
+    embedding: dist.ProcessGroup | None
+    links: Links
+
+    @property
+    def coordinate(self) -> Coordinate:
+        return self.layout.coordinate(self.rank)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coordinate.pipeline == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coordinate.pipeline == self.layout.pipeline - 1
+
+
+def local_device(local_rank: int) -> torch.device:
+    """Return the accelerator of this rank, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_grid(
+    layout: ParallelLayout, rank: int, *, device: torch.device, timeout: datetime.timedelta
+) -> Iterator[ProcessGrid]:
+    """Join the ranks of `layout` (MASTER_ADDR and MASTER_PORT say where) and leave them at the end.
+
+    Every operation fails after `timeout`: without it a lost peer would strand the others for half an hour. Leaving
+    matters: a process that ends with its groups alive may abort.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=layout.world_size, timeout=timeout
+    )
+    try:
+        yield build_grid(layout, rank, device=device, timeout=timeout)
+    finally:
+        dist.destroy_process_group()
+
+
+def build_grid(
+    layout: ParallelLayout, rank: int, *, device: torch.device, timeout: datetime.timedelta
+) -> ProcessGrid:
+    """Form the groups of a layout inside an initialised process group. Collective: every rank calls it."""
+    mesh = init_device_mesh(
+        device.type,
+        (layout.pipeline, layout.data, layout.tensor),
+        mesh_dim_names=("pipeline", "data", "tensor"),
+    )
+    at = layout.coordinate(rank)
+    return ProcessGrid(
+        layout=layout,
+        rank=rank,
+        device=device,
+        mesh=mesh,
+        tensor=TensorGroup(at.tensor, layout.tensor, mesh.get_group("tensor")),
+        data=mesh.get_group("data"),
+        pipeline=mesh.get_group("pipeline"),
+        model=mesh["pipeline", "tensor"]._flatten("model").get_group(),
+        embedding=_embedding_group(layout, rank, timeout),
+        links=_stage_links(layout, rank, timeout),
+    )
+
+
+def _embedding_group(
+    layout: ParallelLayout, rank: int, timeout: datetime.timedelta
+) -> dist.ProcessGroup | None:
+    if layout.pipeline == 1:
+        return None
+    ranks = next(group for group in layout.groups("pipeline") if rank in group)
+    ends = [ranks[0], ranks[-1]]
+    if rank not in ends:
+        return None
+    return dist.new_group(ends, timeout=timeout, use_local_synchronization=True)
+
+
+def _stage_links(layout: ParallelLayout, rank: int, timeout: datetime.timedelta) -> Links:
+    if layout.pipeline == 1:
+        return Links()
+    ranks = next(group for group in layout.groups("pipeline") if rank in group)
+    ends: dict[str, Link] = {}
+    # Only the two members of a link take part in forming it. All ranks go through the links of their pipeline in
+    # one order, so that no two wait for each other.
+    kinds: tuple[tuple[LinkKind, bool], ...] = (("activation", False), ("gradient", True))
+    for lower, upper in zip(ranks, ranks[1:], strict=False):
+        for kind, backward in kinds:
+            source, target = (upper, lower) if backward else (lower, upper)
+            if rank not in (source, target):
+                continue
+            group = dist.new_group(
+                [source, target], timeout=timeout, use_local_synchronization=True, group_desc=f"{kind} {source}>{target}"
+            )
+            if rank == source:
+                ends[f"{kind}_out"] = Link(target, group)
+            else:
+                ends[f"{kind}_in"] = Link(source, group)
+    return Links(**ends)
+
+
+def gather_json(value: Any, grid: ProcessGrid) -> list[Any]:
+    """Return what every rank passed, in the order of ranks; JSON on the wire, since pickles are not to be trusted."""
+    text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+    sizes = torch.zeros(grid.layout.world_size, dtype=torch.int64, device=grid.device)
+    sizes[grid.rank] = len(text)
+    dist.all_reduce(sizes)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device=grid.device)
+    padded[: len(text)] = torch.from_numpy(text.copy()).to(grid.device)
+    parts = [torch.empty_like(padded) for _ in range(grid.layout.world_size)]
+    dist.all_gather(parts, padded)
+    return [
+        json.loads(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)
+    ]
+
+
+class ModelParallelUnit:
+    """What DeepSpeed calls an *mpu*: the groups, ranks and sizes of a grid, under the names that it asks for."""
+
+    def __init__(self, grid: ProcessGrid) -> None:
+        self._grid = grid
+        at, layout = grid.coordinate, grid.layout
+        self._model_rank = at.pipeline * layout.tensor + at.tensor
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._grid.data
+
+    def get_data_parallel_rank(self) -> int:
+        return self._grid.coordinate.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._grid.layout.data
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._grid.data)
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._grid.model
+
+    def get_model_parallel_rank(self) -> int:
+        return self._model_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._grid.layout.pipeline * self._grid.layout.tensor
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._grid.tensor.process_group
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._grid.coordinate.tensor
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._grid.layout.tensor
+
+    def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._grid.pipeline
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self._grid.coordinate.pipeline
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self._grid.layout.pipeline

@@ -1,0 +1,24 @@
+"""The one kind of error that is the user's to mend.
+
+A message says *where, what was found, what is allowed, the nearest fix*, in one line:
+``run.yaml: parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8``.
+The command line prints it once, from one rank, and ends with status 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+USER_ERROR_STATUS = 2
+
+
+class UserError(Exception):
+    """Something that the user asked for and cannot have; the message says what to write instead."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the closest allowed word, or the whole choice where none is close."""
+    choices = sorted(allowed)
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; allowed: {', '.join(choices)}" if choices else ""

@@ -1,0 +1,174 @@
+"""Which rank a process is: the variables of every launcher, read into one form."""
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from megalite.errors import UserError
+
+Launcher = Literal["megalite", "torchrun", "deepspeed", "environment", "openmpi", "slurm"]
+"""Who started a rank; ``environment`` is anybody else who sets RANK and WORLD_SIZE."""
+
+LAUNCHER_PID = "MEGALITE_LAUNCHER_PID"
+"""`launch_local` names itself to its ranks by this variable."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchEnvironment:
+    """The place that a launcher gave to this process among the ranks.
+
+    `local_rank` counts the ranks of one machine, of which there are `local_world_size`. The master is where the ranks
+    meet; None where the launcher said nothing about it.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    launcher: Launcher
+    master_address: str | None = None
+    master_port: int | None = None
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables by which torch and DeepSpeed find the same place.
+
+        Raises UserError where nothing says at which address and port the ranks meet.
+        """
+        for name, value in (("MASTER_ADDR", self.master_address), ("MASTER_PORT", self.master_port)):
+            if value is None:
+                raise UserError(
+                    f"environment: {name} is not set, and {self.launcher} does not say it; "
+                    f"set {name} to that of rank 0, the same for every rank"
+                )
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": str(self.master_address),
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def launch_environment(env: Mapping[str, str]) -> LaunchEnvironment | None:
+    """Return the rank that a launcher made of this process, or None when it was started by hand.
+
+    RANK goes before the rest, since torchrun and deepspeed run inside Slurm jobs; mpirun goes before Slurm, since a
+    batch script has a SLURM_PROCID of its own, which mpirun hands down to every rank.
+
+    Raises UserError where a launcher's variables are incomplete or no numbers.
+    """
+    if "RANK" in env:
+        found = _from_rank(env)
+    elif "OMPI_COMM_WORLD_RANK" in env:
+        found = _from_openmpi(env)
+    elif "SLURM_PROCID" in env:
+        found = _from_slurm(env)
+    else:
+        return None
+    for name, value, size in (
+        ("rank", found.rank, found.world_size),
+        ("local rank", found.local_rank, found.local_world_size),
+    ):
+        if value >= size:
+            raise UserError(f"environment: {name} {value} of {found.launcher} is not in 0..{size - 1}")
+    return found
+
+
+def _from_rank(env: Mapping[str, str]) -> LaunchEnvironment:
+    world_size = _number(env, "WORLD_SIZE", beside="RANK", least=1)
+    # torchrun counts the ranks of a machine by the first name, deepspeed by the second.
+    local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
+    return LaunchEnvironment(
+        rank=_number(env, "RANK", beside="WORLD_SIZE"),
+        world_size=world_size,
+        local_rank=_number(env, "LOCAL_RANK", beside="RANK"),
+        local_world_size=_number(env, local_size, beside="RANK", least=1) if local_size else world_size,
+        launcher=_who_set_rank(env),
+        master_address=env.get("MASTER_ADDR"),
+        master_port=_port(env),
+    )
+
+
+def _who_set_rank(env: Mapping[str, str]) -> Launcher:
+    if LAUNCHER_PID in env:
+        return "megalite"
+    if "TORCHELASTIC_RUN_ID" in env:
+        return "torchrun"
+    return "deepspeed" if "CROSS_RANK" in env else "environment"
+
+
+def _from_openmpi(env: Mapping[str, str]) -> LaunchEnvironment:
+    world_size = _number(env, "OMPI_COMM_WORLD_SIZE", beside="OMPI_COMM_WORLD_RANK", least=1)
+    local_size = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE", beside="OMPI_COMM_WORLD_RANK", least=1)
+    return LaunchEnvironment(
+        rank=_number(env, "OMPI_COMM_WORLD_RANK", beside="OMPI_COMM_WORLD_SIZE"),
+        world_size=world_size,
+        local_rank=_number(env, "OMPI_COMM_WORLD_LOCAL_RANK", beside="OMPI_COMM_WORLD_RANK"),
+        local_world_size=local_size,
+        launcher="openmpi",
+        master_address=env.get("MASTER_ADDR", "127.0.0.1" if local_size == world_size else None),
+        master_port=_port(env, job=env.get("PMIX_NAMESPACE")),
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> LaunchEnvironment:
+    if env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env:
+        raise UserError(
+            "environment: SLURM_PROCID is that of the batch script itself, which is no rank; "
+            "start the ranks by `srun`, or by `env -u SLURM_PROCID` in front to launch them all on this machine"
+        )
+    rank = _number(env, "SLURM_PROCID", beside="SLURM_NTASKS")
+    world_size = _number(env, "SLURM_NTASKS", beside="SLURM_PROCID", least=1)
+    step, nodes = env.get("SLURM_STEP_ID", "0"), env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST"))
+    return LaunchEnvironment(
+        rank=rank,
+        world_size=world_size,
+        local_rank=_number(env, "SLURM_LOCALID", beside="SLURM_PROCID"),
+        local_world_size=_slurm_tasks_here(env) or world_size,
+        launcher="slurm",
+        master_address=env.get("MASTER_ADDR", first_host(nodes) if nodes else None),
+        master_port=_port(env, job=f"{env['SLURM_JOB_ID']}.{step}" if "SLURM_JOB_ID" in env else None),
+    )
+
+
+def first_host(nodelist: str) -> str:
+    """Return the first host of Slurm's compressed list, as ``scontrol show hostnames`` would print it.
+
+    Read here since containers seldom hold scontrol.
+
+    >>> first_host("gpu[003-010,012],login1")
+    'gpu003'
+    """
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else nodelist)
+
+
+def _slurm_tasks_here(env: Mapping[str, str]) -> int | None:
+    """Number of ranks on this node, out of Slurm's run-length form: ``4(x2),3`` is 4, 4, 3."""
+    counts = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", ""))
+    runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
+    by_node = [int(tasks) for tasks, repeat in runs for _ in range(int(repeat or 1))]
+    node = _number(env, "SLURM_NODEID", beside="SLURM_PROCID") if "SLURM_NODEID" in env else 0
+    return by_node[node] if node < len(by_node) else None
+
+
+def _port(env: Mapping[str, str], *, job: str | None = None) -> int | None:
+    """MASTER_PORT, else one of 20000 to 29999 that depends on the job alone: below those that the kernel hands out."""
+    if "MASTER_PORT" in env:
+        return _number(env, "MASTER_PORT", beside="RANK", least=1)
+    return 20000 + zlib.crc32(job.encode()) % 10000 if job else None
+
+
+def _number(env: Mapping[str, str], name: str, *, beside: str, least: int = 0) -> int:
+    value = env.get(name)
+    if value is None:
+        raise UserError(
+            f"environment: {beside} is set but {name} is not; start the ranks by deepspeed, torchrun, srun or mpirun, "
+            f"or by `env -u {beside}` in front to launch them on this machine"
+        )
+    if not value.isdecimal() or int(value) < least:
+        raise UserError(f"environment: {name}={value!r} is not a whole number of at least {least}")
+    return int(value)

@@ -1,0 +1,332 @@
+"""Start the ranks of a run on this machine, watch over them, and take all down when one dies."""
+
+import codecs
+import math
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from megalite.errors import USER_ERROR_STATUS, UserError
+from megalite.launch.environment import LAUNCHER_PID
+
+USER_ERROR_PREFIX = "megalite: error: "
+"""How the lines begin with which a rank tells the user of a mistake; `launch_local` looks for them in a rank's log."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+TAIL_BYTES = 65536
+TAIL_LINES = 60
+
+
+def launch_local(
+    argv: Sequence[str],
+    world_size: int,
+    log_dir: Path,
+    *,
+    command: Sequence[str] = (sys.executable, "-m", "megalite"),
+    failure_grace: float = 5.0,
+    stop_grace: float = 10.0,
+) -> int:
+    """Run `command` with `argv` as `world_size` ranks on this machine; return the exit status of the run.
+
+    Rank 0 writes to the console, and its stderr to ``rank_0.log`` too; the other ranks write to ``rank_N.log`` in
+    `log_dir`. Every rank has a session of its own, so that what it started ends with it.
+
+    When a rank fails, the others have `failure_grace` seconds to end by themselves before they are killed; the one
+    that failed first is named on stderr, with its traceback. SIGINT, SIGTERM and SIGHUP go on to the ranks, which have
+    `stop_grace` seconds from then; a second one kills them at once.
+
+    Returns 0 when every rank ended well, the status of the rank that failed first, or 128 + N for signal N.
+    Call it from the main thread; the command calls `die_with_parent`. Raises UserError where `log_dir` cannot be made.
+    """
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{log_dir}: no folder for the ranks' logs: {error.strerror}; set another run.dir") from error
+    ranks: list[_Rank] = []
+    with _Signals() as signals, _reserved_port() as port, closing(_Console(log_dir / "rank_0.log")) as console:
+        try:
+            for number in range(world_size):
+                variables = _variables(number, world_size, port)
+                ranks.append(_start_rank(number, [*command, *argv], variables, log_dir, console))
+            console.close_write_end()
+            return _Watch(ranks, signals, console, failure_grace, stop_grace).run()
+        finally:
+            for rank in ranks:
+                rank.kill()
+
+
+def _variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "OMP_NUM_THREADS": str(max(1, cores // world_size)),
+        # A rank that is killed must not take its last words with it.
+        "PYTHONUNBUFFERED": "1",
+        **os.environ,
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        LAUNCHER_PID: str(os.getpid()),
+    }
+
+
+@contextmanager
+def _reserved_port() -> Iterator[int]:
+    """A free port, held so that the kernel gives it to nobody else until rank 0 listens on it.
+
+    On Linux two sockets may share an address with SO_REUSEADDR as long as one of them listens at most, and rank 0's
+    store sets that option; elsewhere the port is let go.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        port = holder.getsockname()[1]
+        if sys.platform != "linux":
+            holder.close()
+        yield port
+
+
+@dataclass(slots=True)
+class _Rank:
+    """A started rank, and where in its log this run begins."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int
+
+    @property
+    def status(self) -> int:
+        """Exit status once it has ended; minus N where signal N killed it."""
+        return self.process.returncode
+
+    def has_ended(self) -> bool:
+        """Whether the rank has ended; ends what it left behind in its session."""
+        if self.process.poll() is None:
+            return False
+        self._kill_session()
+        return True
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill the rank with everything that it started, and wait for its end; nothing where it has ended already."""
+        if self.process.returncode is None:
+            self._kill_session()
+            self.process.wait()
+
+    def _kill_session(self) -> None:
+        # macOS says EPERM, Linux ESRCH, of a group that nobody is left in.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def epitaph(self) -> str:
+        """How it ended, in words."""
+        if self.status >= 0:
+            return f"rank {self.number} ended with status {self.status}"
+        try:
+            name = signal.Signals(-self.status).name
+        except ValueError:
+            name = str(-self.status)
+        hint = " (often a lack of memory)" if -self.status == signal.SIGKILL else ""
+        return f"rank {self.number} was killed by signal {name}{hint}"
+
+    def may_be_a_consequence(self) -> bool:
+        """Whether it may have died because a peer did: NCCL gives up with SIGABRT, other signals come from outside."""
+        return self.status >= 0 or -self.status == signal.SIGABRT
+
+    def tail(self) -> list[str]:
+        """The last lines of this run in its log."""
+        with self.log.open("rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self.log_start, end - TAIL_BYTES))
+            return log.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+
+
+def _start_rank(
+    number: int, command: Sequence[str], variables: Mapping[str, str], log_dir: Path, console: "_Console"
+) -> _Rank:
+    path = log_dir / f"rank_{number}.log"
+    with path.open("ab") as log:
+        log_start = log.tell()
+        process = subprocess.Popen(
+            command,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=log if number else None,
+            stderr=subprocess.STDOUT if number else console.write_end,
+            start_new_session=True,
+        )
+    return _Rank(number, process, path, log_start)
+
+
+class _Console:
+    """Rank 0's stderr, shown as it comes and kept in its log."""
+
+    def __init__(self, log: Path) -> None:
+        self._log: BinaryIO = log.open("ab")
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
+        self.read_end, self.write_end = os.pipe()
+        self.muted = False
+
+    def pump(self) -> bool:
+        """Pass on what has come; False once nobody can write any more. Blocks where nothing has come."""
+        chunk = os.read(self.read_end, 1 << 20)
+        self._log.write(chunk)
+        self._log.flush()
+        if not self.muted:
+            sys.stderr.write(self._decode(chunk))
+            sys.stderr.flush()
+        return bool(chunk)
+
+    def close_write_end(self) -> None:
+        """Leave the writing end to rank 0 alone, so that its end shows."""
+        os.close(self.write_end)
+        self.write_end = -1
+
+    def close(self) -> None:
+        if self.write_end >= 0:
+            self.close_write_end()
+        os.close(self.read_end)
+        self._log.close()
+
+
+class _Signals:
+    """Turns signals, and the ends of children among them, into bytes that a selector can wait for."""
+
+    def __enter__(self) -> Self:
+        self.read_end, self._write_end = socket.socketpair()
+        self.read_end.setblocking(False)
+        self._write_end.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        # What is ignored stays so: nohup asks for that.
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, _do_nothing) for number in (*heeded, signal.SIGCHLD)}
+        return self
+
+    def received(self) -> list[int]:
+        """The numbers of the signals since the last call."""
+        with suppress(BlockingIOError):
+            return list(self.read_end.recv(4096))
+        return []
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._before)
+        self.read_end.close()
+        self._write_end.close()
+
+
+def _do_nothing(number: int, frame: object) -> None:
+    pass
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Waits for the ranks; knows the first that failed, or the signal that stopped them, and when patience ends."""
+
+    ranks: Sequence[_Rank]
+    signals: _Signals
+    console: _Console
+    failure_grace: float
+    stop_grace: float
+    alive: list[_Rank] = field(init=False)
+    failed: _Rank | None = None
+    stopped_by: int | None = None
+    kill_at: float = math.inf
+
+    def __post_init__(self) -> None:
+        self.alive = list(self.ranks)
+
+    def run(self) -> int:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.signals.read_end, selectors.EVENT_READ)
+            selector.register(self.console.read_end, selectors.EVENT_READ)
+            # A rank may have ended before anybody waited: look first.
+            while self._collect():
+                patience = max(0.0, self.kill_at - time.monotonic())
+                for key, _ in selector.select(None if math.isinf(patience) else patience):
+                    if key.fileobj is self.signals.read_end:
+                        self._heed(self.signals.received())
+                    elif not self.console.pump():
+                        selector.unregister(self.console.read_end)
+                if time.monotonic() >= self.kill_at:
+                    self._kill()
+            if self.console.read_end in selector.get_map():
+                self._drain()
+        return self._verdict()
+
+    def _collect(self) -> bool:
+        """Take note of the ranks that have ended; False when none is left."""
+        ended = [rank for rank in self.alive if rank.has_ended()]
+        self.alive = [rank for rank in self.alive if rank not in ended]
+        failed = [rank for rank in ended if rank.status != 0]
+        if failed and self.failed is None and self.stopped_by is None:
+            self.failed = min(failed, key=_Rank.may_be_a_consequence)
+            self.kill_at = time.monotonic() + self.failure_grace
+            # What rank 0 says from now on is of its peer's death; a user's error it may be the one to say.
+            self.console.muted = self.failed.number != 0 and self.failed.status != USER_ERROR_STATUS
+        return bool(self.alive)
+
+    def _heed(self, received: Sequence[int]) -> None:
+        for number in received:
+            if number == signal.SIGCHLD:
+                continue
+            if self.stopped_by is not None or self.failed is not None:
+                self._kill()
+                continue
+            self.stopped_by = number
+            self.kill_at = time.monotonic() + self.stop_grace
+            for rank in self.alive:
+                rank.send(number)
+
+    def _kill(self) -> None:
+        for rank in self.alive:
+            rank.kill()
+        self.kill_at = math.inf
+
+    def _drain(self) -> None:
+        """Take the last words of rank 0; nobody waits for those of what it started."""
+        os.set_blocking(self.console.read_end, False)
+        with suppress(BlockingIOError):
+            self.console.pump()
+
+    def _verdict(self) -> int:
+        if self.stopped_by is not None:
+            if all(rank.status == 0 for rank in self.ranks):
+                return 0
+            sys.stderr.write(f"megalite: stopped by signal {signal.Signals(self.stopped_by).name}\n")
+            return 128 + self.stopped_by
+        if self.failed is None:
+            return 0
+        self._report(self.failed)
+        return self.failed.status if self.failed.status > 0 else 128 - self.failed.status
+
+    def _report(self, rank: _Rank) -> None:
+        """Say which rank failed first and show its last words, which the console has where it was rank 0."""
+        lines = rank.tail()
+        if rank.status == USER_ERROR_STATUS:
+            if self.ranks[0].status == USER_ERROR_STATUS:
+                return
+            if messages := [line for line in lines if line.startswith(USER_ERROR_PREFIX)]:
+                sys.stderr.write("".join(f"{line}\n" for line in messages))
+                return
+        start = next((at for at, line in enumerate(lines) if "Traceback (most recent call last)" in line), -20)
+        shown = lines[start:] if rank.number else []
+        sys.stderr.write("".join(f"{line}\n" for line in (*shown, f"megalite: {rank.epitaph()}; its log: {rank.log}")))

@@ -1,0 +1,84 @@
+"""Which rank stands where in the grid of tensor, pipeline and data parallelism.
+
+Pure arithmetic, the standard library alone: the same numbers for process groups, for the dry run and for tests.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Axis = Literal["pipeline", "data", "tensor"]
+AXES: tuple[Axis, ...] = ("pipeline", "data", "tensor")
+"""Slowest first: neighbouring ranks, which share a node, differ along ``tensor``, the axis that talks most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinate:
+    """The place of one rank in the grid."""
+
+    pipeline: int
+    data: int
+    tensor: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelLayout:
+    """The sizes of the three axes, and the map between ranks and coordinates.
+
+    ``rank = (pipeline * data_size + data) * tensor_size + tensor``
+
+    >>> layout = ParallelLayout(tensor=2, pipeline=2, data=2)
+    >>> layout.coordinate(5)
+    Coordinate(pipeline=1, data=0, tensor=1)
+    >>> layout.groups("data")
+    ((0, 2), (1, 3), (4, 6), (5, 7))
+    """
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if self.size(axis) < 1:
+                raise ValueError(f"the {axis} axis must hold at least one rank, not {self.size(axis)}")
+
+    def size(self, axis: Axis) -> int:
+        """Number of ranks along one axis."""
+        return {"pipeline": self.pipeline, "data": self.data, "tensor": self.tensor}[axis]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the whole grid."""
+        return self.pipeline * self.data * self.tensor
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """Return where `rank` stands; raise ValueError outside ``0 <= rank < world_size``."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is not in 0..{self.world_size - 1}")
+        rest, tensor = divmod(rank, self.tensor)
+        pipeline, data = divmod(rest, self.data)
+        return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
+
+    def rank(self, at: Coordinate) -> int:
+        """Return the rank that stands at a coordinate; the inverse of `coordinate`."""
+        return (at.pipeline * self.data + at.data) * self.tensor + at.tensor
+
+    def coordinates(self) -> Iterator[Coordinate]:
+        """Every coordinate, in the order of ranks."""
+        return (self.coordinate(rank) for rank in range(self.world_size))
+
+    def groups(self, *axes: Axis) -> tuple[tuple[int, ...], ...]:
+        """Return the groups of ranks that differ along `axes` only, each in the order of ranks.
+
+        With 2 x 2 x 2 ranks, ``groups("tensor")`` is ``((0, 1), (2, 3), (4, 5), (6, 7))`` and
+        ``groups("pipeline", "tensor")`` is ``((0, 1, 4, 5), (2, 3, 6, 7))``.
+        """
+        fixed = [axis for axis in AXES if axis not in axes]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank, at in enumerate(self.coordinates()):
+            groups.setdefault(tuple(getattr(at, axis) for axis in fixed), []).append(rank)
+        return tuple(tuple(ranks) for ranks in groups.values())
+
+    def __str__(self) -> str:
+        return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"

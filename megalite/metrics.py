@@ -1,0 +1,173 @@
+"""What a run says of itself: the console's line, metrics.jsonl and TensorBoard; throughput, MFU and memory."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+
+from megalite.config import ModelConfig
+
+# Dense bf16/fp16 matrix products of one device, FLOP/s, from the vendors' data sheets.
+ACCELERATOR_PEAKS: Mapping[str, float] = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+    "V100": 125e12,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The rate of matrix products that MFU is a share of, FLOP/s over all ranks, and where the number is from."""
+
+    flops: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One line of metrics.jsonl. `tokens` counts from the start of the run, `memory_bytes` is the peak of the rank
+    that has most: resident memory on a CPU, allocated memory on an accelerator."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    loss_scale: float | None
+    skipped: bool
+    tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    mfu: float
+    memory_bytes: int
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """Floating-point operations of one token's forward and backward: 6 a weight that multiplies, and attention.
+
+    Attention counts 12 * layers * width * sequence, the whole square, as the literature does (arXiv:2204.02311,
+    appendix B); the causal half that kernels skip is not taken off.
+    """
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim
+    kv_width = (config.num_key_value_heads or config.num_attention_heads) * head_dim
+    matrices_of_mlp = 3 if config.architecture == "llama" else 2
+    assert config.vocab_size is not None
+    assert config.intermediate_size is not None
+    attention = config.hidden_size * (2 * width + 2 * kv_width)
+    mlp = matrices_of_mlp * config.hidden_size * config.intermediate_size
+    weights = config.num_hidden_layers * (attention + mlp) + config.vocab_size * config.hidden_size
+    return 6.0 * weights + 12.0 * config.num_hidden_layers * width * sequence_length
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Return this device's matrix-product peak in FLOP/s and its source: the data sheet's, or measured right here.
+
+    Measured in the run's precision, by the ranks at the same time: that is what the ranks of one machine have.
+    """
+    if device.type == "cuda" and dtype != torch.float32:
+        name = torch.cuda.get_device_name(device)
+        for part, peak in ACCELERATOR_PEAKS.items():
+            if all(word in name for word in part.split()):
+                return peak, f"data sheet of {part}"
+    return _matrix_rate(device, dtype), "measured matrix products"
+
+
+def _matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
+    size = 768 if device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    a @ b
+    wait()
+    best, began = 0.0, time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        started = time.perf_counter()
+        for _ in range(4):
+            a @ b
+        wait()
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the peak memory of this process so far, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MetricsLog:
+    """Writes a run's metrics, on one rank: a line a step to the console and to metrics.jsonl, and TensorBoard."""
+
+    def __init__(self, directory: Path, *, total_steps: int, world_size: int, stream: TextIO | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # a second of import that only this rank needs
+
+        self._total, self._world = total_steps, world_size
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._file = (directory / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(directory / "tensorboard"))
+        self._seconds = 0.0
+        self._steps = 0
+
+    def say(self, text: str) -> None:
+        """Print one line that is no metric."""
+        self._console.print(text, markup=False)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record one training step."""
+        self._write(asdict(metrics))
+        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "loss_scale"):
+            value = getattr(metrics, name)
+            if value is not None:
+                self._board.add_scalar(f"train/{name}", value, metrics.step)
+        self.say(self._line(metrics))
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Record one evaluation."""
+        self._write({"step": step, "valid_loss": loss})
+        self._board.add_scalar("valid/loss", loss, step)
+        self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss {loss:.4f}")
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+
+    def _line(self, m: StepMetrics) -> str:
+        # The first steps warm caches up; the remaining time is told from the others as soon as there are some.
+        self._steps += 1
+        if self._steps > 2:
+            self._seconds += m.step_seconds
+        mean = self._seconds / (self._steps - 2) if self._steps > 2 else m.step_seconds
+        remaining = _clock((self._total - m.step) * mean)
+        scale = f" | scale {m.loss_scale:.0f}" if m.loss_scale is not None else ""
+        return (
+            f"step {m.step:>{len(str(self._total))}}/{self._total} | loss {m.loss:.4f} | lr {m.learning_rate:.2e}"
+            f" | grad {m.grad_norm:.3f}{scale}{' | skipped' if m.skipped else ''}"
+            f" | tok/s {m.tokens_per_second:,.0f} | tok/s/rank {m.tokens_per_second / self._world:,.0f}"
+            f" | MFU {m.mfu:.1%} | mem {m.memory_bytes / 2**30:.2f} GiB | ETA {remaining}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

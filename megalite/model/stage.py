@@ -1,0 +1,143 @@
+"""What one pipeline stage holds: some blocks, the embedding on the first stage, norm, head and loss on the last.
+
+The whole model is the stage that is both first and last: there is no second class for training without a pipeline.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.model.transformer import Block, Rotary, make_norm
+from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group
+from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megalite.tensor_parallel.initialisation import initialise_parameter
+from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
+from megalite.tensor_parallel.sharding import ShardSpec, place
+
+TOKEN_TABLE = "embedding.tokens.weight"
+
+
+class Embedding(nn.Module):
+    """Token ids ``[B, S]`` to the residual stream ``[B, S, H]``; adds learned positions in the GPT-2 family."""
+
+    def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
+        super().__init__()
+        self.tokens = VocabParallelEmbedding(_vocab_size(config), config.hidden_size, group=group)
+        self.positions = None
+        if isinstance(config, GPT2Config):
+            self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        x_BSH = self.tokens(ids_BS)
+        if self.positions is not None:
+            x_BSH = x_BSH + self.positions(torch.arange(ids_BS.shape[1], device=ids_BS.device))
+        return x_BSH
+
+
+class Head(ShardedModule):
+    """The residual stream ``[B, S, H]`` and targets ``[B, S]`` to the mean loss of the microbatch, fp32, in nats.
+
+    The vocabulary is divided over the group, as the embedding's is, and the logits never leave their rank. With
+    `tied` its weight carries the embedding's name; where both are on one rank they are one parameter.
+    """
+
+    def __init__(self, config: ModelConfig, group: TensorGroup, *, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.group, self.vocab_size = group, _vocab_size(config)
+        table = VocabParallelEmbedding(self.vocab_size, config.hidden_size, group=group)
+        self.first_id = table.first_id
+        self.shard_specs = table.shard_specs
+        self.weight = table.weight if tied is None else tied
+
+    def forward(self, x_BSH: Tensor, targets_BS: Tensor) -> Tensor:
+        logits_BSV = nn.functional.linear(copy_to_group(x_BSH, self.group), self.weight)
+        losses_BS = vocab_parallel_cross_entropy(
+            logits_BSV, targets_BS, first_id=self.first_id, vocab_size=self.vocab_size, group=self.group
+        )
+        return losses_BS.mean()
+
+
+class Stage(nn.Module):
+    """The part of the model that stage `index` of `num_stages` holds: the blocks of `layers`, and the ends' extras.
+
+    ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``;
+    on the last it takes the targets too and returns the mean loss.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: Sequence[int], *, index: int, num_stages: int, group: TensorGroup
+    ) -> None:
+        super().__init__()
+        self.index, self.num_stages, self.group = index, num_stages, group
+        first, last = index == 0, index == num_stages - 1
+        self.embedding = Embedding(config, group) if first else None
+        rotary = Rotary(config) if isinstance(config, LlamaConfig) else None
+        self.layers = nn.ModuleDict({str(layer): Block(config, group, rotary) for layer in layers})
+        self.final_norm = make_norm(config) if last else None
+        self.tied = config.tie_word_embeddings
+        shared = self.embedding.tokens.weight if self.embedding is not None and self.tied else None
+        self.head = Head(config, group, tied=shared) if last else None
+        self._std = config.initializer_range
+        # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
+        self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if self.embedding is not None:
+            x = self.embedding(x)
+        for block in self.layers.values():
+            x = block(x)
+        if self.head is None or self.final_norm is None:
+            return x
+        assert targets is not None
+        return self.head(self.final_norm(x), targets)
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        """Precision of the parameters, and so of the activations that leave the stage."""
+        return next(self.parameters()).dtype
+
+    @property
+    def tied_copy(self) -> nn.Parameter | None:
+        """The token table that another stage holds too; None where there is none, or only one."""
+        if not self.tied or self.num_stages == 1:
+            return None
+        if self.embedding is not None:
+            return self.embedding.tokens.weight
+        return self.head.weight if self.head is not None else None
+
+    def named_shards(self) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
+        """Yield (local name, parameter, shards with global names) of every parameter; a tied head has the table's name."""
+        for local, parameter, shards in parameter_shards(self):
+            if self.tied and local == "head.weight":
+                shards = (ShardSpec(TOKEN_TABLE, shards[0].global_shape, 0, shards[0].padded_size),)
+            yield local, parameter, shards
+
+    def initialise(self, seed: int) -> None:
+        """Fill every parameter from the seed and its global name: the same weights under every layout."""
+        for _, parameter, shards in self.named_shards():
+            residual = shards[0].name.endswith(("attention.output.weight", "mlp.down.weight"))
+            std = self._residual_std if residual else self._std
+            placed = place(shards, self.group.rank, self.group.size)
+            initialise_parameter(parameter, placed, seed=seed, std=std)
+
+    def num_parameters(self) -> int:
+        """Number of parameters that this rank holds, padding left out."""
+        return sum(
+            _volume(placed.source)
+            for _, _, shards in self.named_shards()
+            for placed in place(shards, self.group.rank, self.group.size)
+        )
+
+
+def _volume(region: tuple[slice, ...]) -> int:
+    volume = 1
+    for part in region:
+        volume *= part.stop - part.start
+    return volume
+
+
+def _vocab_size(config: ModelConfig) -> int:
+    assert config.vocab_size is not None  # resolved from the tokenizer before any model is built
+    return config.vocab_size

@@ -1,0 +1,164 @@
+"""A decoder-only Transformer block, in the manner of Llama (arXiv:2307.09288) or of GPT-2.
+
+|            | llama                    | gpt2                    |
+|------------|--------------------------|-------------------------|
+| norm       | RMSNorm (arXiv:1910.07467) | LayerNorm             |
+| positions  | rotary (arXiv:2104.09864)  | learned, at the embedding |
+| MLP        | SwiGLU (arXiv:2002.05202)  | GELU, tanh form       |
+| heads      | grouped-query (arXiv:2305.13245) | multi-head      |
+| biases     | none, or on q, k, v      | everywhere              |
+
+Query, key and value are one product, gate and up another, whatever their names in checkpoints. Legend for shapes:
+B microbatch, S sequence, H hidden, N local query heads, K local key-value heads, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear
+
+
+def head_dim(config: ModelConfig) -> int:
+    """Width of one attention head."""
+    return config.head_dim or config.hidden_size // config.num_attention_heads
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the family's norm over the hidden dim: whole, the same on every tensor rank."""
+    if isinstance(config, LlamaConfig):
+        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    assert isinstance(config, GPT2Config)
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+class Rotary:
+    """Rotary position embedding: head dims (i, i + D/2) turn together by ``position * theta ** (-2i / D)``.
+
+    The tables are no buffers: a module cast to bf16 would cast its buffers, and angles of thousands need fp32. They
+    are made in fp32 and only cosine and sine are rounded, once for each device and precision.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        dim = head_dim(config)
+        rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None] * rates
+        self._tables = (angles.cos().float(), angles.sin().float())
+        self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, x_BSND: Tensor) -> Tensor:
+        """Turn queries or keys ``[B, S, heads, D]`` at positions 0..S-1."""
+        key = (x_BSND.device, x_BSND.dtype)
+        if key not in self._cache:
+            cos, sin = self._tables
+            self._cache[key] = (cos.to(*key).unsqueeze(1), sin.to(*key).unsqueeze(1))
+        cos, sin = (table[: x_BSND.shape[1]] for table in self._cache[key])
+        first, second = x_BSND.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with its heads divided over the tensor group.
+
+    Takes and returns ``[B, S, H]``, the same on every rank. Where there are fewer key-value heads than ranks, the
+    ranks that share a head each compute it, from a weight that all hold whole.
+    """
+
+    def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None) -> None:
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, head_dim(config)
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        is_gpt2 = isinstance(config, GPT2Config)
+        bias = is_gpt2 or (isinstance(config, LlamaConfig) and config.attention_bias)
+        self.rotary = rotary
+        self.heads = heads // group.size
+        self.kv_heads = max(1, kv_heads // group.size)
+        kv_width, width = kv_heads * self.head_dim, heads * self.head_dim
+        self.key_value: HeadSliceLinear | None = None
+        parts = {"query": width, "key": kv_width, "value": kv_width}
+        if kv_heads < group.size:
+            kv_head = group.rank * kv_heads // group.size
+            rows = slice(kv_head * self.head_dim, (kv_head + 1) * self.head_dim)
+            self.key_value = HeadSliceLinear(
+                hidden, {"key": kv_width, "value": kv_width}, rows, group=group, bias=bias
+            )
+            parts = {"query": width}
+        self.qkv = ColumnParallelLinear(hidden, sum(parts.values()), group=group, bias=bias, parts=parts)
+        self.output = RowParallelLinear(width, hidden, group=group, bias=is_gpt2)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        qkv = self.qkv(x_BSH)
+        if self.key_value is not None:
+            qkv = torch.cat((qkv, self.key_value(x_BSH)), dim=-1)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        # Queries and keys turn together, as one tensor.
+        turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.rotary is not None:
+            turned = self.rotary(turned)
+        query, key = turned.split((self.heads, self.kv_heads), dim=2)
+        attended = causal_attention(query, key, value)
+        return self.output(attended.flatten(2))
+
+
+def causal_attention(query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v under the causal mask, ``[B, S, N, D]``; query head i reads head i*K//N."""
+    query, key, value = (x.transpose(1, 2) for x in (query_BSND, key_BSKD, value_BSKD))
+    if key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        # Expanded here, since not every kernel behind torch's own flag for grouped queries is a fused one.
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, its inner width divided over the group; ``[B, S, H]`` in and out."""
+
+    def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, _inner_size(config)
+        self.gate_up = ColumnParallelLinear(
+            hidden, 2 * inner, group=group, bias=False, parts={"gate": inner, "up": inner}
+        )
+        self.down = RowParallelLinear(inner, hidden, group=group, bias=False)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BSH).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class GeluMLP(nn.Module):
+    """``down(gelu(up(x)))`` with biases, its inner width divided over the group; ``[B, S, H]`` in and out."""
+
+    def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, _inner_size(config)
+        self.up = ColumnParallelLinear(hidden, inner, group=group, bias=True)
+        self.down = RowParallelLinear(inner, hidden, group=group, bias=True)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BSH), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention and MLP, each added to the residual stream ``[B, S, H]``.
+
+    `rotary` is shared by the blocks of a stage; None where positions are learned.
+    """
+
+    def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, group, rotary)
+        self.mlp_norm = make_norm(config)
+        self.mlp = SwiGLU(config, group) if isinstance(config, LlamaConfig) else GeluMLP(config, group)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH))
+        return x_BSH + self.mlp(self.mlp_norm(x_BSH))
+
+
+def _inner_size(config: ModelConfig) -> int:
+    assert config.intermediate_size is not None  # the configuration fills it in
+    return config.intermediate_size

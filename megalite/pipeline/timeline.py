@@ -1,0 +1,104 @@
+"""What every pipeline rank did when: simulated by `simulate`, measured by the executor, drawn by `plot`."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from megalite.pipeline.instructions import Backward, Compute, Instruction, parse
+
+Unit = Literal["forward", "seconds"]
+"""What a time is counted in: the duration of one forward, or seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What one pipeline rank did from `start` to `end`."""
+
+    rank: int
+    instruction: Instruction
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The spans of one step over all pipeline ranks.
+
+    Spans of sends and receives may stand among those of forwards and backwards; time spent on them counts as idle.
+    """
+
+    spans: tuple[Span, ...]
+    unit: Unit = "seconds"
+
+    @cached_property
+    def compute(self) -> tuple[Span, ...]:
+        """The spans of forwards and backwards alone."""
+        return tuple(span for span in self.spans if isinstance(span.instruction, Compute))
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of pipeline ranks, counted up to the highest that has a span."""
+        return 1 + max((span.rank for span in self.spans), default=-1)
+
+    @property
+    def start(self) -> float:
+        """When the first forward or backward starts."""
+        return min((span.start for span in self.compute), default=0.0)
+
+    @property
+    def makespan(self) -> float:
+        """Time from the start of the first forward or backward to the end of the last."""
+        return max((span.end for span in self.compute), default=0.0) - self.start
+
+    @property
+    def bubble_fraction(self) -> float:
+        """Share of the ranks' time, over the makespan, in which they compute nothing."""
+        available = self.num_ranks * self.makespan
+        busy = sum(span.end - span.start for span in self.compute)
+        return (available - busy) / available if available else 0.0
+
+    @property
+    def peak_in_flight(self) -> tuple[int, ...]:
+        """For each rank, the most microbatches at once whose activations wait for their backward."""
+        kept = {_microbatch(span) for span in self.compute if isinstance(span.instruction, Backward)}
+        changes: list[list[tuple[float, int]]] = [[] for _ in range(self.num_ranks)]
+        for span in self.compute:
+            if isinstance(span.instruction, Backward):
+                changes[span.rank].append((span.end, -1))
+            elif _microbatch(span) in kept:
+                changes[span.rank].append((span.start, 1))
+        return tuple(_highest(change for _, change in sorted(of_rank)) for of_rank in changes)
+
+    def to_json(self) -> str:
+        """Return the timeline as one line of JSON: ``{"unit": ..., "spans": [[rank, "2F0", start, end], ...]}``."""
+        spans = [[span.rank, str(span.instruction), span.start, span.end] for span in self.spans]
+        return json.dumps({"unit": self.unit, "spans": spans})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Timeline":
+        """Read what `to_json` wrote; raise ValueError where it is anything else."""
+        try:
+            content = json.loads(text)
+            spans = tuple(
+                Span(int(rank), parse(code), float(start), float(end)) for rank, code, start, end in content["spans"]
+            )
+            unit = content["unit"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a timeline: {error!r}") from error
+        if unit not in ("forward", "seconds"):
+            raise ValueError(f"not a timeline: its unit is {unit!r}, neither 'forward' nor 'seconds'")
+        return cls(spans, unit)
+
+
+def _microbatch(span: Span) -> tuple[int, int]:
+    return span.instruction.stage, span.instruction.microbatch
+
+
+def _highest(changes: Iterable[int]) -> int:
+    level = highest = 0
+    for change in changes:
+        level += change
+        highest = max(highest, level)
+    return highest

@@ -1,0 +1,188 @@
+"""All that can be known of a run before a rank starts: its configuration, layout and data, checked against each other.
+
+`prepare` is what every launcher goes through first, and all that ``megalite train --dry-run`` does. It forms no
+process group and needs no accelerator, so that mistakes end a run in a second.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from megalite.config import DataSource, RunConfig, load_run_config
+from megalite.data.indexed import IndexedDataset
+from megalite.data.samples import GPTDataset, split_documents
+from megalite.data.tokenizer import load_tokenizer
+from megalite.errors import UserError
+from megalite.layout import Coordinate, ParallelLayout
+from megalite.pipeline.partition import partition
+from megalite.pipeline.schedule import SCHEDULES, all_streams
+from megalite.pipeline.simulate import simulate
+
+# Token ids are checked whole where there is no sidecar to tell the largest; a bigger file is checked in samples.
+CHECKED_TOKENS = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that can start: a resolved configuration whose parts fit each other and the data on disk."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    stage_layers: tuple[range, ...]
+
+    def check_data(self) -> None:
+        """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
+        vocabulary."""
+        for source in (*self.config.data.train, *self.config.data.valid):
+            _check_token_ids(self.config, source)
+        open_datasets(self.config)
+
+    def describe(self) -> RenderableType:
+        """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""
+        return Group(self._summary(), self._rank_map(), self._pipeline())
+
+    def _summary(self) -> str:
+        config, train = self.config, self.config.train
+        tokens = train.global_batch_size * config.data.sequence_length
+        return (
+            f"{config.source.name}: {config.model.architecture}, {self.layout}, {self.layout.world_size} ranks, "
+            f"ZeRO-{config.zero_stage}, {config.precision}\n"
+            f"{train.steps:,} steps x {train.global_batch_size:,} sequences x {config.data.sequence_length:,} tokens "
+            f"= {train.steps * tokens:,} tokens; {config.gradient_accumulation_steps} microbatches of "
+            f"{train.micro_batch_size} a rank and step"
+        )
+
+    def _rank_map(self) -> Table:
+        table = Table(title="ranks", title_justify="left")
+        for column in ("stage", "layers", "tensor", "ranks (data 0, 1, ...)", "parameters a rank"):
+            table.add_column(column, justify="right")
+        total = 0
+        for stage, layers in enumerate(self.stage_layers):
+            for tensor in range(self.layout.tensor):
+                ranks = [
+                    self.layout.rank(Coordinate(pipeline=stage, data=data, tensor=tensor))
+                    for data in range(self.layout.data)
+                ]
+                shown = ", ".join(map(str, ranks if len(ranks) <= 8 else [*ranks[:4], "...", ranks[-1]]))
+                held = self.parameters(stage, tensor)
+                total += held
+                table.add_row(str(stage), f"{layers.start}-{layers.stop - 1}", str(tensor), shown, f"{held:,}")
+        table.caption = f"{total:,} parameters on the {self.layout.pipeline * self.layout.tensor} ranks of one copy"
+        return table
+
+    def parameters(self, stage: int, tensor: int) -> int:
+        """Number of parameters that one rank holds, before ZeRO divides them."""
+        import torch
+
+        from megalite.model.stage import Stage
+        from megalite.tensor_parallel.collectives import TensorGroup
+
+        with torch.device("meta"):
+            built = Stage(
+                self.config.model,
+                self.stage_layers[stage],
+                index=stage,
+                num_stages=self.layout.pipeline,
+                group=TensorGroup(tensor, self.layout.tensor),
+            )
+        return built.num_parameters()
+
+    def _pipeline(self) -> str:
+        schedule, microbatches = self.config.parallel.schedule, self.config.gradient_accumulation_steps
+        if self.layout.pipeline == 1:
+            return "no pipeline: every rank runs all layers"
+        timeline = simulate(all_streams(SCHEDULES[schedule], self.layout.pipeline, microbatches))
+        return (
+            f"pipeline {schedule}: {self.layout.pipeline} stages, {microbatches} microbatches, simulated bubble "
+            f"{timeline.bubble_fraction:.1%}, at most {max(timeline.peak_in_flight)} microbatches in flight"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Datasets:
+    """The samples to train on, and those to evaluate on where there are any."""
+
+    train: GPTDataset
+    valid: GPTDataset | None
+
+
+def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Plan:
+    """Read a run file and resolve it; raise UserError for what cannot work. `Plan.check_data` looks at the data.
+
+    `world_size` is the number of ranks that a launcher started, None where megalite will start them itself.
+    """
+    config = load_run_config(path, overrides)
+    vocab_size = None
+    if config.data.tokenizer is not None:
+        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+    config = config.resolve(world_size=world_size, vocab_size=vocab_size)
+    return Plan(
+        config=config,
+        layout=config.layout,
+        stage_layers=partition(
+            config.model.num_hidden_layers, config.parallel.pipeline, config.parallel.stage_layers
+        ),
+    )
+
+
+def open_datasets(config: RunConfig) -> Datasets:
+    """Map the data of a run into memory and lay samples over it; raise UserError where there is less than a batch."""
+    data, seed = config.data, config.run.seed
+    indexed = IndexedDataset(data.train[0].prefix)
+    ranges: list[range | None] = [None, None]
+    if data.split is not None:
+        ranges = list(split_documents(indexed.num_documents, data.split))
+    train = GPTDataset(indexed, sequence_length=data.sequence_length, seed=seed, documents=ranges[0])
+    _at_least_a_batch(config, train, data.train[0])
+    valid = None
+    source = data.valid[0] if data.valid else (data.train[0] if ranges[1] else None)
+    if source is not None:
+        held_out = IndexedDataset(source.prefix) if data.valid else indexed
+        valid = GPTDataset(held_out, sequence_length=data.sequence_length, seed=seed, documents=ranges[1])
+        _at_least_a_batch(config, valid, source)
+    return Datasets(train, valid)
+
+
+def _at_least_a_batch(config: RunConfig, dataset: GPTDataset, source: DataSource) -> None:
+    wanted = config.train.global_batch_size
+    if dataset.samples_per_epoch < wanted:
+        raise UserError(
+            f"{source.prefix}: {dataset.samples_per_epoch} samples of data.sequence_length="
+            f"{config.data.sequence_length} are less than train.global_batch_size={wanted}; "
+            f"use a batch of at most {dataset.samples_per_epoch}, shorter sequences or more text"
+        )
+
+
+def _check_token_ids(config: RunConfig, source: DataSource) -> None:
+    indexed = IndexedDataset(source.prefix)
+    largest, vocab_size = _largest_token_id(indexed, source.prefix), config.model.vocab_size
+    assert vocab_size is not None
+    if largest >= vocab_size:
+        raise UserError(
+            f"{source.prefix}.bin: holds token id {largest}, beyond model.vocab_size={vocab_size}; "
+            f"use the tokenizer that the data was made with, or a vocab_size of at least {largest + 1}"
+        )
+
+
+def _largest_token_id(indexed: IndexedDataset, prefix: Path) -> int:
+    sidecar = Path(f"{prefix}.json")
+    if sidecar.exists():
+        try:
+            return int(json.loads(sidecar.read_text(encoding="utf-8"))["max_token_id"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{sidecar}: is no sidecar of a token index ({error}); preprocess the text again, or delete the file"
+            ) from error
+    block = 1 << 20
+    blocks = range(0, indexed.num_tokens, block)
+    every = max(1, indexed.num_tokens // CHECKED_TOKENS)
+    largest = 0
+    for start in blocks[::every]:
+        length = min(block, indexed.num_tokens - start)
+        largest = max(largest, int(np.max(indexed.tokens(start, length))))
+    return largest

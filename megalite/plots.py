@@ -1,0 +1,181 @@
+"""Pictures of a run, drawn from what it left on disk."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from megalite.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _RULE, _GRID = "#262626", "#b9bec4", "#e9ebee"
+_RAW, _TRAINING, _VALIDATION, _BASELINE = "#9dbbe0", "#2f6db5", "#d1495b", "#6b7178"
+_NORM, _RATE = "#8d6bb0", "#2f7d59"
+
+
+class Curve(NamedTuple):
+    """One quantity over the run: positions along it, in tokens or steps, and finite values."""
+
+    positions: list[float]
+    values: list[float]
+
+
+def loss_curve(metrics_path: Path, output: Path, *, baseline: float | None = None, baseline_name: str = "") -> None:
+    """Write a PNG of a run's losses, learning rate and gradient norm, read from its ``metrics.jsonl``.
+
+    Losses are in nats a token, over the tokens consumed where the file counts them up and over steps otherwise. A
+    step that stands there twice, as after a resume, counts as its later line says; a line that a crash tore is left
+    out, and so are losses that are not finite. `baseline` is a loss to be compared with, such as the unigram entropy
+    of the corpus, and `baseline_name` what to call it.
+
+    Raises UserError where the file cannot be read or holds no training loss.
+    """
+    figure = loss_figure(metrics_path, baseline=baseline, baseline_name=baseline_name)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png", dpi=160)
+
+
+def loss_figure(metrics_path: Path, *, baseline: float | None = None, baseline_name: str = "") -> "Figure":
+    """Return the figure that `loss_curve` writes; raise UserError as it does."""
+    from matplotlib.figure import Figure
+
+    training, evaluations = _read(metrics_path)
+    axis_name, position = _axis(training)
+    losses = _curve(training, "loss", position)
+    if not losses.values:
+        raise UserError(f"{metrics_path}: no line has a finite training loss; draw it once a step is done")
+    figure = Figure(figsize=(10.0, 6.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.03)  # pyright: ignore
+    title = f"Training of {metrics_path.resolve().parent.name}"
+    figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
+    _draw_losses(upper, losses, _curve(evaluations, "valid_loss", position), baseline, baseline_name)
+    _draw_norm_and_rate(lower, _curve(training, "grad_norm", position), _curve(training, "learning_rate", position))
+    _finish_axis(lower, axis_name, max(losses.positions))
+    return figure
+
+
+def _read(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
+    """Return the training lines and the evaluation lines by step, each in the order of steps."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a run's metrics.jsonl") from error
+    kinds: tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]] = ({}, {})
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            for kind, key in zip(kinds, ("loss", "valid_loss"), strict=True):
+                if key in entry:
+                    kind[entry["step"]] = entry
+    training, evaluations = (dict(sorted(kind.items())) for kind in kinds)
+    return training, evaluations
+
+
+def _axis(training: Mapping[int, Mapping[str, Any]]) -> tuple[str, Mapping[int, float]]:
+    """Return what the horizontal axis counts, and where on it each training step, and the start, stands."""
+    tokens = [entry.get("tokens") for entry in training.values()]
+    counts = [count for count in tokens if isinstance(count, int)]
+    counted_up = len(counts) == len(tokens) and all(a < b for a, b in zip(counts, counts[1:], strict=False))
+    if counted_up:
+        return "tokens", {0: 0.0, **dict(zip(training, map(float, counts), strict=True))}
+    return "step", {0: 0.0, **{step: float(step) for step in training}}
+
+
+def _curve(entries: Mapping[int, Mapping[str, Any]], key: str, position: Mapping[int, float]) -> Curve:
+    curve = Curve([], [])
+    for step, entry in entries.items():
+        value = entry.get(key)
+        if step in position and isinstance(value, int | float) and math.isfinite(value):
+            curve.positions.append(position[step])
+            curve.values.append(float(value))
+    return curve
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Return the mean over `width` (odd) values around each, over fewer near the ends.
+
+    Near the start the window shrinks on both sides, to stay centred where the loss falls fastest; near the end only
+    ahead, to stay smooth where it is flat.
+    """
+    sums = list(accumulate(values, initial=0.0))
+    means = []
+    for index in range(len(values)):
+        behind = min(width // 2, index)
+        ahead = min(behind, len(values) - 1 - index)
+        means.append((sums[index + ahead + 1] - sums[index - behind]) / (ahead + behind + 1))
+    return means
+
+
+def _draw_losses(axes: "Axes", losses: Curve, valid: Curve, baseline: float | None, baseline_name: str) -> None:
+    _style(axes)
+    axes.set_ylabel("loss, nats a token", color=_INK)
+    width = 2 * (len(losses.values) // 50) + 1
+    name = "training loss"
+    if width > 1:
+        _line(axes, losses, color=_RAW, linewidth=0.9, label=f"{name}, each step")
+        name += f", mean over {width} steps"
+    smooth = Curve(losses.positions, _running_mean(losses.values, width))
+    _line(axes, smooth, color=_TRAINING, linewidth=2.0, label=name)
+    if valid.values:
+        dotted = {"linestyle": (0, (1, 2)), "marker": "o", "markersize": 6, "markeredgecolor": "white", "zorder": 3}
+        name = f"validation loss, {valid.values[-1]:.3f} at the end"
+        _line(axes, valid, color=_VALIDATION, linewidth=1.0, label=name, **dotted)
+    if baseline is not None:
+        name = f"{baseline_name or 'baseline'}, {baseline:.3f}"
+        axes.axhline(baseline, color=_BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), label=name)
+    axes.legend(loc="upper right", fontsize=10.5, labelcolor=_INK, facecolor="white", edgecolor="none", framealpha=0.9)
+
+
+def _draw_norm_and_rate(axes: "Axes", norm: Curve, rate: Curve) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    plain = StrMethodFormatter("{x:g}")
+    _style(axes, _NORM)
+    axes.set_ylabel("gradient norm", color=_NORM)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    _line(axes, norm, color=_NORM, linewidth=0.9, alpha=0.75)
+    right = axes.twinx()
+    _style(right, _RATE)
+    right.grid(visible=False)
+    right.set_ylabel("learning rate", color=_RATE)
+    right.yaxis.set_major_formatter(plain)
+    _line(right, rate, color=_RATE, linewidth=2.0)
+    right.set_ylim(bottom=0)
+
+
+def _line(axes: "Axes", curve: Curve, **look: Any) -> None:
+    if len(curve.values) == 1:
+        look.setdefault("marker", "o")
+    axes.plot(curve.positions, curve.values, **look)
+
+
+def _style(axes: "Axes", ink: str = _INK) -> None:
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_RULE)
+    axes.tick_params(which="both", length=0, labelsize=10)
+    axes.tick_params(axis="y", labelcolor=ink)
+
+
+def _finish_axis(axes: "Axes", name: str, end: float) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.set_xlim(0, end * 1.012)
+    axes.set_xlabel(name, color=_INK)
+    if name == "tokens":
+        axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))

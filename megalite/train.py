@@ -1,0 +1,300 @@
+"""Assembly and the loop: from a plan to a trained model, on one rank among the others."""
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+from megalite.data.batches import BatchReader
+from megalite.data.samples import GPTDataset
+from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
+from megalite.launch import LaunchEnvironment
+from megalite.learning_rate import learning_rate
+from megalite.metrics import (
+    MetricsLog,
+    Peak,
+    StepMetrics,
+    device_peak,
+    flops_per_token,
+    peak_memory,
+)
+from megalite.model.stage import Stage
+from megalite.pipeline.executor import Microbatch, PipelineExecutor, StepResult
+from megalite.pipeline.instructions import Instruction, parse
+from megalite.pipeline.schedule import SCHEDULES, all_streams, forward_only
+from megalite.pipeline.simulate import measured_cost, simulate
+from megalite.pipeline.timeline import Span, Timeline
+from megalite.plan import Plan, open_datasets
+from megalite.zero import StepOutcome, ZeroEngine
+
+
+def train(plan: Plan, environment: LaunchEnvironment) -> None:
+    """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
+
+    Raises UserError for what the user can mend, FloatingPointError where training diverges to no number.
+    """
+    timeout = datetime.timedelta(seconds=plan.config.train.timeout_seconds)
+    device = local_device(environment.local_rank)
+    # DeepSpeed reads it from the environment, where not every launcher has put it.
+    os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    with process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
+        trainer = Trainer(plan, grid)
+        with closing(trainer):
+            trainer.run()
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One finished training step: the mean loss of the global batch, the same on every rank, and the step's outcome."""
+
+    step: int
+    loss: float
+    outcome: StepOutcome
+    learning_rate: float
+    seconds: float
+
+
+class Trainer:
+    """One rank of a run: its stage, engine, executor and data. Collective: every rank builds and calls it alike."""
+
+    def __init__(self, plan: Plan, grid: ProcessGrid) -> None:
+        self.plan, self.config, self.grid = plan, plan.config, grid
+        self.engine = ZeroEngine({grid.coordinate.pipeline: build_stage(plan, grid)}, self.config, grid)
+        train = self.config.train
+        self.executor = PipelineExecutor(
+            self.engine,
+            grid.links,
+            rank=grid.coordinate.pipeline,
+            num_stages=plan.layout.pipeline,
+            activation_shape=(train.micro_batch_size, self.config.data.sequence_length, self.config.model.hidden_size),
+            dtype=self.engine.dtype,
+            device=grid.device,
+        )
+        datasets = open_datasets(self.config)
+        self.train_reader = self._reader(datasets.train)
+        self.valid_reader = self._reader(datasets.valid) if datasets.valid else None
+        self.eval_batches = 0
+        if datasets.valid is not None:
+            self.eval_batches = min(train.eval_batches, datasets.valid.samples_per_epoch // train.global_batch_size)
+        place = (grid.coordinate.pipeline, plan.layout.pipeline, self.config.gradient_accumulation_steps)
+        self.train_stream = SCHEDULES[self.config.parallel.schedule](*place)
+        self.eval_stream = forward_only(*place)
+
+    def run(self) -> None:
+        """Train to the last step, or to `train.stop_after`, with evaluations and records on the way."""
+        train = self.config.train
+        last = min(train.steps, train.stop_after or train.steps)
+        recorder = RunRecorder(self)
+        with closing(recorder):
+            for step in range(1, last + 1):
+                record = step in train.trace_steps
+                report, spans = self._timed_step(step, record=record)
+                recorder.step(report)
+                if record:
+                    recorder.timeline(step, spans)
+                if train.eval_every and self.valid_reader and (step % train.eval_every == 0 or step == last):
+                    recorder.evaluation(step, self.evaluate())
+            recorder.finish(complete=last == train.steps)
+
+    def step(self, step: int) -> StepReport:
+        """Run training step number `step`, from 1, and return what came of it."""
+        return self._timed_step(step, record=False)[0]
+
+    def _timed_step(self, step: int, *, record: bool) -> tuple[StepReport, tuple[Span, ...]]:
+        if record:
+            dist.barrier()  # one zero of time for all ranks
+        started = time.perf_counter()
+        with self.engine.accumulate():
+            result = self._run_stream(self.train_stream, self.train_reader, step - 1, record=record)
+        rate = self._learning_rate(step)
+        outcome = self.engine.step(rate)
+        loss = self._mean_loss(result)
+        used = self.engine.learning_rate if rate is None else rate
+        return StepReport(step, loss, outcome, used, time.perf_counter() - started), result.spans
+
+    def evaluate(self) -> float:
+        """Return the mean loss over the first `eval_batches` global batches of the validation set."""
+        assert self.valid_reader is not None
+        losses = [
+            self._mean_loss(self._run_stream(self.eval_stream, self.valid_reader, batch))
+            for batch in range(self.eval_batches)
+        ]
+        return sum(losses) / len(losses)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def _reader(self, dataset: GPTDataset) -> BatchReader:
+        return BatchReader(
+            dataset,
+            global_batch_size=self.config.train.global_batch_size,
+            micro_batch_size=self.config.train.micro_batch_size,
+            data_rank=self.grid.coordinate.data,
+            data_size=self.plan.layout.data,
+        )
+
+    def _run_stream(
+        self, stream: Sequence[Instruction], reader: BatchReader, batch: int, *, record: bool = False
+    ) -> StepResult:
+        microbatches = [
+            Microbatch(
+                ids=self._to_device(ids) if self.grid.is_first_stage else None,
+                targets=self._to_device(targets) if self.grid.is_last_stage else None,
+            )
+            for ids, targets in reader.microbatches(batch)
+        ]
+        return self.executor.run(stream, microbatches, record=record)
+
+    def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.grid.device, non_blocking=True)
+
+    def _learning_rate(self, step: int) -> float | None:
+        if self.config.deepspeed.scheduler is not None:
+            return None
+        return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
+
+    def _mean_loss(self, result: StepResult) -> float:
+        """Average over the data axis and tell every rank; one tensor rank of the last stage speaks for the others."""
+        total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        if result.loss is not None and self.grid.coordinate.tensor == 0:
+            total += result.loss.double()
+        dist.all_reduce(total)
+        return float(total) / self.plan.layout.data
+
+
+def build_stage(plan: Plan, grid: ProcessGrid) -> Stage:
+    """Build this rank's stage with the weights that (seed, name) give it."""
+    index = grid.coordinate.pipeline
+    stage = Stage(
+        plan.config.model,
+        plan.stage_layers[index],
+        index=index,
+        num_stages=plan.layout.pipeline,
+        group=grid.tensor,
+    )
+    stage.initialise(plan.config.run.seed)
+    return stage
+
+
+class RunRecorder:
+    """Leaves in `run.dir` what a run leaves there. Rank 0 writes; what needs every rank is collective."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        config, grid = trainer.config, trainer.grid
+        self.config, self.grid, self.plan = config, grid, trainer.plan
+        self.directory = config.run.dir
+        self.log: MetricsLog | None = None
+        self.tokens = 0
+        self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        if grid.rank == 0:
+            self._start_directory()
+            self.log = MetricsLog(
+                self.directory, total_steps=config.train.steps, world_size=trainer.plan.layout.world_size
+            )
+        self.peak = self._measure_peak(trainer.engine.dtype)
+        if self.log:
+            self.log.say(
+                f"{config.model.architecture} | {trainer.plan.layout} | ZeRO-{config.zero_stage} | {config.precision} | "
+                f"peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
+            )
+
+    def step(self, report: StepReport) -> None:
+        """Record a training step."""
+        tokens = self.config.train.global_batch_size * self.config.data.sequence_length
+        self.tokens += tokens
+        memory = torch.tensor(peak_memory(self.grid.device), dtype=torch.int64, device=self.grid.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        if self.log is None:
+            return
+        rate = tokens / report.seconds
+        self.log.step(
+            StepMetrics(
+                step=report.step,
+                loss=report.loss,
+                learning_rate=report.learning_rate,
+                grad_norm=report.outcome.grad_norm,
+                loss_scale=report.outcome.loss_scale,
+                skipped=report.outcome.skipped,
+                tokens=self.tokens,
+                tokens_per_second=rate,
+                step_seconds=report.seconds,
+                mfu=rate * self.flops_per_token / self.peak.flops,
+                memory_bytes=int(memory),
+            )
+        )
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Record an evaluation."""
+        if self.log is not None:
+            self.log.evaluation(step, loss)
+
+    def timeline(self, step: int, spans: Sequence[Span]) -> None:
+        """Gather the measured spans of all stages, keep them as JSON, and draw them beside the simulation."""
+        at = self.grid.coordinate
+        mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if at.data == at.tensor == 0 else []
+        gathered = gather_json(mine, self.grid)
+        if self.log is None:
+            return
+        from megalite.pipeline.plot import plot_timelines
+
+        measured = Timeline(
+            tuple(Span(rank, parse(code), start, end) for part in gathered for rank, code, start, end in part)
+        )
+        schedule = SCHEDULES[self.config.parallel.schedule]
+        streams = all_streams(schedule, self.plan.layout.pipeline, self.config.gradient_accumulation_steps)
+        simulated = simulate(streams, measured_cost(measured))
+        (self.directory / f"timeline_step_{step}.json").write_text(measured.to_json() + "\n", encoding="utf-8")
+        title = f"step {step}: {self.config.parallel.schedule}, {self.plan.layout}"
+        picture = self.directory / f"timeline_step_{step}.png"
+        plot_timelines({"measured": measured, "simulated with the measured times": simulated}, picture, title)
+        self.log.say(f"timeline of step {step}: {picture}")
+
+    def finish(self, *, complete: bool) -> None:
+        """Draw the curves; leave DONE.json where the run went to its last step."""
+        if self.log is None:
+            return
+        from megalite.plots import loss_curve
+
+        curve = self.directory / "loss.png"
+        loss_curve(self.directory / "metrics.jsonl", curve)
+        self.log.say(f"loss curve: {curve}")
+        if complete:
+            write_atomically(
+                self.directory / "DONE.json", json.dumps({"step": self.config.train.steps, "tokens": self.tokens})
+            )
+        self.log.say(f"run: {self.directory}")
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def _start_directory(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "DONE.json").unlink(missing_ok=True)
+        write_atomically(self.directory / "config.yaml", self.config.to_yaml())
+
+    def _measure_peak(self, dtype: torch.dtype) -> Peak:
+        dist.barrier()
+        flops, source = device_peak(self.grid.device, dtype)
+        total = torch.tensor(flops, dtype=torch.float64, device=self.grid.device)
+        dist.all_reduce(total)
+        return Peak(float(total), source)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+

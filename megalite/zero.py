@@ -1,0 +1,265 @@
+"""The only file that knows DeepSpeed: a ZeRO engine (arXiv:1910.02054) over the stages that this rank holds.
+
+DeepSpeed's engine drives one module; the pipeline drives the engine. What DeepSpeed does otherwise than a pipeline
+over tensor-parallel stages needs is answered here, each answer beside the behaviour that asks for it (`DeepSpeed: ...`),
+and each has a canary in tests/test_zero_canaries.py that fails once DeepSpeed no longer behaves so.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalite.config import OptimizerSection, RunConfig
+from megalite.distributed import ModelParallelUnit, ProcessGrid
+from megalite.model.stage import Stage
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+import deepspeed.runtime.zero.partitioned_param_coordinator as parameter_coordinator
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+NEVER = 10**12
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What one optimizer step did: the gradient's global norm before clipping, whether the step was skipped because
+    a gradient overflowed (fp16), and the loss scale it ran with (None without fp16)."""
+
+    grad_norm: float
+    skipped: bool
+    loss_scale: float | None
+
+
+class _Stages(nn.Module):
+    """The stages of one rank as the one module that a DeepSpeed engine takes, called with the stage's index."""
+
+    def __init__(self, stages: Mapping[int, Stage]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict({str(index): stage for index, stage in stages.items()})
+
+    def forward(self, index: int, inputs: Tensor, targets: Tensor | None) -> Tensor:
+        return self.stages[str(index)](inputs, targets)
+
+
+class ZeroEngine:
+    """Gradients, their reduction over the data axis, clipping and AdamW, at ZeRO stage 0 to 3.
+
+    One optimizer step is ``with engine.accumulate(): <forwards and backwards>`` and then ``engine.step()``.
+    """
+
+    def __init__(self, stages: Mapping[int, Stage], config: RunConfig, grid: ProcessGrid) -> None:
+        self.grid, self.zero_stage = grid, config.zero_stage
+        self._clip = config.gradient_clipping
+        self._stages = dict(stages)
+        for stage in stages.values():
+            _mark_for_norm(stage, grid)
+        _quieten_deepspeed()
+        _adapt_deepspeed(grid)
+        self.optimizer = make_adamw(stages, config.optimizer, device=grid.device)
+        local_elements = sum(p.numel() for stage in stages.values() for p in stage.parameters())
+        engine, *_ = deepspeed.initialize(
+            model=_Stages(stages),
+            optimizer=self.optimizer,
+            config=self._engine_config(config, local_elements),
+            mpu=ModelParallelUnit(grid),
+            dist_init_required=False,
+        )
+        self.engine = cast(DeepSpeedEngine, engine)
+        # The pipeline says when a step is complete; DeepSpeed's own counting of backwards must not.
+        self.engine.set_gradient_accumulation_boundary(False)
+        if self.zero_stage == 0:
+            self.engine.enable_backward_allreduce = False
+
+    def _engine_config(self, config: RunConfig, local_elements: int) -> dict[str, Any]:
+        settings = config.deepspeed.engine_config(
+            micro_batch_size=config.train.micro_batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+        )
+        settings.setdefault("steps_per_print", NEVER)
+        # DeepSpeed: with CPU offload it insists on its own CPUAdam, which is compiled at the first use.
+        settings["zero_force_ds_cpu_optimizer"] = False
+        settings["zero_allow_untested_optimizer"] = True
+        zero = settings.setdefault("zero_optimization", {})
+        # DeepSpeed: the buffer that gradients are reduced in is as large as the bucket, not as the gradients, and is
+        # allocated anew every step; at the default it is 2 GB for a model of any size.
+        zero.setdefault("reduce_bucket_size", min(500_000_000, max(1, local_elements)))
+        if self.zero_stage == 0:
+            # DeepSpeed: at stage 0 it clips without telling the norm, and takes a norm that is no number in silence.
+            settings["gradient_clipping"] = 0.0
+        return settings
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of parameters and activations."""
+        return next(iter(self._stages.values())).activation_dtype
+
+    def forward(self, stage: int, inputs: Tensor, targets: Tensor | None) -> Tensor:
+        """Run one stage on one microbatch; hidden states, or the loss on the last stage."""
+        return self.engine(stage, inputs, targets)
+
+    def backward(self, scalar: Tensor) -> None:
+        """Differentiate one microbatch's scalar, times the loss scale, into gradients that stay on this rank."""
+        if self.zero_stage > 0:
+            # DeepSpeed: ZeRO takes a parameter's second gradient since the last *forward* for an error of reentrant
+            # checkpointing; under 1F1B several backwards follow one forward.
+            self._zero_optimizer.clear_backward_seen_flag()
+        # The last stage has divided by the number of microbatches already.
+        self.engine.backward(scalar, scale_wrt_gas=False)
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Gather the gradients of one step; reduce them once, at the end, over tied copies and the data axis."""
+        if self.zero_stage == 0:
+            yield
+            self._reduce_tied_gradient()
+            self.engine.set_gradient_accumulation_boundary(True)
+            self.engine.allreduce_gradients()
+            return
+        # DeepSpeed: the reductions that ZeRO starts inside a backward would cut a tied gradient up before the copy on
+        # the other stage was added, and run once a microbatch at stages 2 and 3.
+        with self.engine.coalesce_grad_reduction():
+            yield
+            self._reduce_tied_gradient()
+        self.engine.set_gradient_accumulation_boundary(True)
+
+    def step(self, learning_rate: float | None) -> StepOutcome:
+        """Clip and apply the gathered gradients; `learning_rate` None leaves it to the JSON's scheduler.
+
+        Raises FloatingPointError where the gradient's norm is no number, but for overflows under a loss scale.
+        """
+        if learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+        scale = float(self._zero_optimizer.loss_scale) if self.dtype == torch.float16 else None
+        norm = self._clip_at_stage_0() if self.zero_stage == 0 else None
+        self.engine.step()
+        self.engine.set_gradient_accumulation_boundary(False)
+        skipped = not self.engine.was_step_applied()
+        if norm is None:
+            norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not skipped and not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        return StepOutcome(norm, skipped, scale)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the next step applies, or that the last one did."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the modules."""
+        self.engine.destroy()
+
+    @property
+    def _zero_optimizer(self) -> Any:
+        return self.engine.optimizer
+
+    def _reduce_tied_gradient(self) -> None:
+        if self.grid.embedding is None:
+            return
+        for stage in self._stages.values():
+            copy = stage.tied_copy
+            if copy is not None:
+                assert copy.grad is not None
+                dist.all_reduce(copy.grad, group=self.grid.embedding)
+
+    def _clip_at_stage_0(self) -> float:
+        counted = [
+            parameter.grad
+            for stage in self._stages.values()
+            for parameter in stage.parameters()
+            if parameter.grad is not None and _counts(parameter)
+        ]
+        square = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        for gradient in counted:
+            # Row by row, then in double: over millions of elements at once, fp32 on a CPU is off by 1e-4.
+            square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
+        dist.all_reduce(square, group=self.grid.model)
+        norm = float(square.sqrt())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        if self._clip > 0 and norm + 1e-6 > self._clip:
+            everything = [p.grad for stage in self._stages.values() for p in stage.parameters() if p.grad is not None]
+            torch._foreach_mul_(everything, self._clip / (norm + 1e-6))  # pyright: ignore[reportPrivateUsage]
+        return norm
+
+
+def make_adamw(
+    stages: Mapping[int, Stage], settings: OptimizerSection, *, device: torch.device
+) -> torch.optim.Optimizer:
+    """Return AdamW (arXiv:1711.05101) over two groups: matrices decay, norms and biases do not.
+
+    DeepSpeed: ZeRO drops empty groups and all-reduces the norm once a group, so every stage must have as many
+    groups as the others or all ranks hang. Both groups hold something on every stage: a stage has a layer at least.
+    """
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for stage in stages.values():
+        for parameter in stage.parameters():
+            (decayed if parameter.ndim > 1 else kept).append(parameter)
+    assert decayed and kept
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    fused = _apex_fused_adam() if device.type == "cuda" else None
+    if fused is not None:
+        return fused(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adam_w_mode=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def _apex_fused_adam() -> Any:
+    try:  # PyPI's package of this name is another one and has no optimizers
+        from apex.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return FusedAdam
+
+
+def _mark_for_norm(stage: Stage, grid: ProcessGrid) -> None:
+    """Mark which ranks count each parameter in the gradient's norm: exactly one for every element of the model.
+
+    DeepSpeed: without a mark, only model-parallel rank 0 counts what is whole on every rank, and so the norms and
+    biases of every stage but the first are lost.
+    """
+    copy = stage.tied_copy if not grid.is_first_stage else None
+    for _, parameter, shards in stage.named_shards():
+        is_copy = parameter is copy
+        sharded = shards[0].dim is not None
+        parameter.ds_pipe_replicated = is_copy  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.model_parallel = not is_copy and (  # pyright: ignore[reportAttributeAccessIssue]
+            sharded or grid.tensor.rank == 0
+        )
+
+
+def _counts(parameter: nn.Parameter) -> bool:
+    return bool(parameter.model_parallel)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _quieten_deepspeed() -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+def _adapt_deepspeed(grid: ProcessGrid) -> None:
+    if grid.device.type == "cpu":
+        # DeepSpeed: on CPU every start compiles a shared-memory all-reduce with g++, a minute long, and a build that
+        # is killed leaves a lock on which every later run hangs. gloo serves.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+
+    def assert_same_in_data_group(numbers: list[int]) -> None:
+        mine = torch.tensor(numbers, dtype=torch.int64, device=grid.device)
+        extremes = torch.stack((mine, -mine))
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=grid.data)
+        if not torch.equal(extremes[0], -extremes[1]):
+            raise RuntimeError("the ranks of one data-parallel group use their parameters in different orders")
+
+    # DeepSpeed: at stage 3 it compares the order of parameters with rank 0 of the world, and hangs where stages
+    # hold different modules. The ranks that must agree are those of one data-parallel group.
+    parameter_coordinator.assert_ints_same_as_other_ranks = assert_same_in_data_group

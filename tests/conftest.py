@@ -1,0 +1,49 @@
+"""What tests share: a token index of made-up text, and run files over it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from runs import QUICKSTART_MODEL
+
+from megalite.data.indexed import IndexedDatasetWriter
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of a token index with structure to learn: 400 documents over the quickstart model's vocabulary."""
+    prefix = tmp_path_factory.mktemp("corpus") / "corpus"
+    generator = np.random.default_rng(1)
+    writer = IndexedDatasetWriter(prefix, np.dtype(np.uint16))
+    for _ in range(400):
+        length = int(generator.integers(20, 200))
+        start, stride = generator.integers(0, 200, size=2)
+        tokens = (start + stride * np.arange(length)) % 211 + 7 * generator.integers(0, 3, size=length)
+        writer.add_document(tokens.astype(np.uint16))
+    writer.finalize()
+    return prefix
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, corpus: Path) -> Path:
+    """A run file for the quickstart's model on the made-up corpus, in fp32, small batches, clipping active."""
+    content: dict[str, Any] = {
+        "run": {"dir": str(tmp_path / "run"), "seed": 5},
+        "model": QUICKSTART_MODEL,
+        "data": {"sequence_length": 48, "train": [{"prefix": str(corpus)}]},
+        "parallel": {"tensor": 1, "pipeline": 1, "data": 1},
+        "train": {
+            "steps": 10,
+            "global_batch_size": 8,
+            "micro_batch_size": 1,
+            "timeout_seconds": 60,
+            "optimizer": {"name": "adamw", "lr": 1.0e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},
+            "schedule": {"name": "cosine", "warmup_steps": 3, "min_lr": 1.0e-4},
+        },
+        "deepspeed": {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

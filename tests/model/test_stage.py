@@ -1,0 +1,147 @@
+"""The model, cut by tensor and pipeline ranks, against a plain reference: loss and every gradient."""
+
+from typing import Any
+
+import pytest
+import torch
+from harness import run_distributed
+from reference_model import ReferenceModel
+from torch import Tensor
+
+from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.model.stage import Stage
+from megalite.pipeline.partition import partition
+from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.tensor_parallel.sharding import place
+
+SHAPE = {
+    "vocab_size": 301,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.2,
+}
+LLAMA: dict[str, Any] = {"architecture": "llama", **SHAPE}
+GPT2: dict[str, Any] = {"architecture": "gpt2", **SHAPE}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama, tied": LLAMA | {"tie_word_embeddings": True},
+    "llama, 2 kv heads, biases": LLAMA | {"num_key_value_heads": 2, "attention_bias": True},
+    "llama, 1 kv head": LLAMA | {"num_key_value_heads": 1},
+    "llama, wide heads": LLAMA | {"head_dim": 16, "num_key_value_heads": 2},
+    "gpt2": GPT2,
+    "gpt2, untied": GPT2 | {"tie_word_embeddings": False},
+}
+
+
+def model_config(fields: dict[str, Any]) -> ModelConfig:
+    return (LlamaConfig if fields["architecture"] == "llama" else GPT2Config)(**fields)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, SHAPE["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(5))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def whole_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor under its global name, random biases and norms included."""
+    stage = Stage(config, range(config.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
+    stage.initialise(seed=3)
+    weights: dict[str, Tensor] = {}
+    for _, parameter, shards in stage.named_shards():
+        for shard in place(shards, 0, 1):
+            weights[shard.spec.name] = parameter.detach()[shard.target].clone()
+    generator = torch.Generator().manual_seed(8)
+    for name, weight in weights.items():
+        if weight.ndim == 1:
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    return weights
+
+
+def compare(fields: dict[str, Any], num_stages: int) -> None:
+    dist = torch.distributed
+    group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    config, (ids, targets) = model_config(fields), batch()
+    weights = whole_weights(config)
+    reference = ReferenceModel(config, weights)
+    expected = reference(ids, targets)
+    expected.backward()
+
+    stages = []
+    for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
+        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group)
+        with torch.no_grad():
+            for _, parameter, shards in stage.named_shards():
+                parameter.zero_()
+                for shard in place(shards, group.rank, group.size):
+                    parameter[shard.target] = weights[shard.spec.name][shard.source]
+        stages.append(stage)
+    x = ids
+    for stage in stages[:-1]:
+        x = stage(x)
+    loss = stages[-1](x, targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    loss.backward()
+
+    gradients: dict[str, Tensor] = {}
+    seen = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    for stage in stages:
+        for _, parameter, shards in stage.named_shards():
+            assert parameter.grad is not None
+            for shard in place(shards, group.rank, group.size):
+                name = shard.spec.name
+                found = gradients.setdefault(name, torch.zeros_like(weights[name]))
+                found[shard.source] += parameter.grad[shard.target]
+                seen[name][shard.source] = True
+    assert set(gradients) == set(weights)
+    for name, gradient in gradients.items():
+        wanted = reference.w(name).grad
+        assert wanted is not None
+        torch.testing.assert_close(
+            gradient[seen[name]], wanted[seen[name]], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(("world_size", "num_stages"), [(1, 1), (2, 1), (4, 1), (1, 3), (2, 2)])
+def test_loss_and_gradients_agree_with_the_plain_model(
+    fields: dict[str, Any], world_size: int, num_stages: int
+) -> None:
+    run_distributed(compare, world_size, fields, num_stages)
+
+
+def test_parameters_are_counted_without_padding() -> None:
+    config = model_config(LLAMA)
+    whole = sum(weight.numel() for weight in whole_weights(config).values())
+    parts = 0
+    for rank in range(2):
+        stage = Stage(config, range(3), index=0, num_stages=1, group=TensorGroup(rank, 2))
+        parts += stage.num_parameters()
+    norms = (2 * 3 + 1) * SHAPE["hidden_size"]  # whole on both ranks
+    assert parts == whole + norms
+
+
+def test_a_tied_table_has_one_name_on_both_ends() -> None:
+    config = model_config(LLAMA | {"tie_word_embeddings": True})
+    names = []
+    for index in (0, 1):
+        stage = Stage(config, range(index, index + 1), index=index, num_stages=2, group=TensorGroup())
+        stage.initialise(seed=1)
+        assert stage.tied_copy is not None
+        names += [shards[0].name for _, p, shards in stage.named_shards() if p is stage.tied_copy]
+        if index == 0:
+            first = stage.tied_copy.detach().clone()
+        else:
+            assert torch.equal(first, stage.tied_copy)  # noqa: F821
+    assert names == ["embedding.tokens.weight"] * 2
+
+
+def test_deeper_models_start_with_smaller_residual_branches() -> None:
+    config = model_config(LLAMA | {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 512})
+    stage = Stage(config, range(8), index=0, num_stages=1, group=TensorGroup())
+    stage.initialise(seed=1)
+    for _, parameter, shards in stage.named_shards():
+        if shards[0].name.endswith("mlp.down.weight"):
+            torch.testing.assert_close(float(parameter.std()), 0.2 / 4.0, rtol=0.03, atol=0.0)

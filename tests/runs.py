@@ -1,0 +1,93 @@
+"""Runs for tests: steps of a run file on real ranks, and the same steps in one process of plain torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+QUICKSTART_MODEL: dict[str, Any] = {
+    "architecture": "llama",
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 688,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Loss and gradient norm of each step, and the validation loss at the end where there is one."""
+
+    losses: list[float]
+    norms: list[float]
+
+    def assert_close(self, expected: "Trace", relative: float) -> None:
+        assert len(self.losses) == len(expected.losses)
+        for step, pairs in enumerate(zip(self.losses, expected.losses, self.norms, expected.norms, strict=True), 1):
+            loss, loss_expected, norm, norm_expected = pairs
+            assert abs(loss / loss_expected - 1) <= relative, f"step {step}: loss {loss} is not {loss_expected}"
+            assert abs(norm / norm_expected - 1) <= relative, f"step {step}: norm {norm} is not {norm_expected}"
+
+
+def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Run all steps of a run file on this rank, inside the process group that the test formed."""
+    from megalite.distributed import build_grid, local_device
+    from megalite.plan import prepare
+    from megalite.train import Trainer
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plan = prepare(Path(path), overrides, world_size)
+    grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
+    trainer = Trainer(plan, grid)
+    reports = [trainer.step(step) for step in range(1, plan.config.train.steps + 1)]
+    trainer.close()
+    return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]
+
+
+def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
+    """Run the same steps without DeepSpeed, pipeline or ranks: torch's AdamW and clipping over one module."""
+    from megalite.data.batches import BatchReader
+    from megalite.learning_rate import learning_rate
+    from megalite.model.stage import Stage
+    from megalite.plan import open_datasets, prepare
+    from megalite.tensor_parallel.collectives import TensorGroup
+
+    plan = prepare(path, overrides, 1)
+    config, train = plan.config, plan.config.train
+    model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
+    model.initialise(config.run.seed)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    reader = BatchReader(
+        open_datasets(config).train,
+        global_batch_size=train.global_batch_size,
+        micro_batch_size=train.global_batch_size,
+        data_rank=0,
+        data_size=1,
+    )
+    losses, norms = [], []
+    for step in range(1, train.steps + 1):
+        ((ids, targets),) = reader.microbatches(step - 1)
+        loss = model(torch.from_numpy(ids.copy()), torch.from_numpy(targets.copy()))
+        adamw.zero_grad()
+        loss.backward()
+        # clip_grad_norm_ with its norm in double: over millions of elements fp32 on a CPU is off by 1e-4.
+        norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.gradient_clipping, norm)
+        norms.append(float(norm))
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, train.steps, config.schedule, config.optimizer)
+        adamw.step()
+        losses.append(float(loss.detach()))
+    return Trace(losses, norms)

@@ -1,0 +1,175 @@
+"""Dependencies point one way: what each room of the house may import, read from the source.
+
+An import inside a function counts as much as one at the top; only what importing a module costs is about the top.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "megalite"
+
+PURE_PIPELINE = tuple(
+    f"pipeline.{name}" for name in ("instructions", "timeline", "schedule", "partition", "simulate", "plot")
+)
+
+# A room is a module or a package, and the longest name that fits a module is its room. `errors` is open to all.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "layout": (),
+    "faults": (),
+    "deepspeed_json": ("faults",),
+    "config": ("deepspeed_json", "faults", "layout"),
+    "launch": ("launch",),
+    "data": ("config", "data"),
+    "tensor_parallel.sharding": (),
+    "tensor_parallel": ("tensor_parallel",),
+    "distributed": ("layout", "tensor_parallel.collectives"),
+    "model": ("config", "model", "tensor_parallel"),
+    **dict.fromkeys(PURE_PIPELINE, PURE_PIPELINE),
+    "pipeline.instructions": (),
+    "pipeline": ("distributed", "pipeline"),
+    "learning_rate": ("config",),
+    "metrics": ("config",),
+    "plots": (),
+    "zero": ("config", "distributed", "model"),
+    "plan": ("config", "data", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
+    "train": (
+        *("config", "data", "distributed", "launch", "layout", "learning_rate", "metrics", "model", "pipeline"),
+        *("plan", "plots", "tensor_parallel", "zero"),
+    ),
+    "cli": ("cli", "data", "launch", "plan", "plots", "train"),
+    "__main__": ("cli",),
+}
+
+HEAVY = ("torch", "deepspeed", "matplotlib")
+LIGHT = (
+    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "tensor_parallel.sharding", "cli"),
+    *PURE_PIPELINE,
+)
+PICKLES = ("pickle", "cloudpickle", "dill", "shelve", "marshal")
+
+
+@dataclass(frozen=True)
+class Import:
+    """What an import statement names, and whether it runs as soon as its module is imported."""
+
+    name: str
+    at_top: bool
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    """Every module, by its name inside the package: ``pipeline.schedule``, and ``pipeline`` for the package's own."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return found
+
+
+@cache
+def imports_of(module: str) -> tuple[Import, ...]:
+    return tuple(walk_imports(sources()[module], at_top=True))
+
+
+def walk_imports(node: ast.AST, *, at_top: bool) -> Iterator[Import]:
+    if isinstance(node, ast.Import):
+        yield from (Import(alias.name, at_top) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: a relative import hides where a name comes from"
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}"
+            yield Import(name if name.removeprefix("megalite.") in sources() else str(node.module), at_top)
+    for child in ast.iter_child_nodes(node):
+        yield from walk_imports(child, at_top=at_top and not is_deferred(node))
+
+
+def is_deferred(node: ast.AST) -> bool:
+    if isinstance(node, ast.If) and isinstance(node.test, ast.Name):
+        return node.test.id == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def is_in(module: str, room: str) -> bool:
+    return module == room or module.startswith(f"{room}.")
+
+
+def ours(module: str, *, at_top: bool = False) -> set[str]:
+    """The modules of the package that a module imports: anywhere in it, or as soon as it is imported itself."""
+    names = {found.name.removeprefix("megalite.") for found in imports_of(module) if found.at_top or not at_top}
+    return names & (sources().keys() - {""})
+
+
+def importers_of(package: str) -> list[str]:
+    return [module for module in sources() if any(is_in(found.name, package) for found in imports_of(module))]
+
+
+def callers_of(*functions: str) -> list[str]:
+    return [
+        module
+        for module, tree in sources().items()
+        if any(isinstance(node, ast.Call) and ast.unparse(node.func) in functions for node in ast.walk(tree))
+    ]
+
+
+@pytest.mark.parametrize("module", [module for module in sources() if module])
+def test_a_module_imports_only_what_its_room_may(module: str) -> None:
+    rooms = [room for room in MAY_IMPORT if is_in(module, room)]
+    assert rooms, f"megalite.{module} has no room: say in MAY_IMPORT what it may import"
+    allowed = ("errors", *MAY_IMPORT[max(rooms, key=len)])
+    stray = {name for name in ours(module) if not any(is_in(name, room) for room in allowed)}
+    assert not stray, f"megalite.{module} imports {sorted(stray)}; its room may import {sorted(allowed)}"
+
+
+def test_every_room_exists() -> None:
+    gone = [room for room in MAY_IMPORT if not any(is_in(module, room) for module in sources())]
+    assert not gone, f"MAY_IMPORT names {gone}, which are no more"
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    TopologicalSorter({module: ours(module) for module in sources() if module}).prepare()
+
+
+def test_only_zero_imports_deepspeed() -> None:
+    assert importers_of("deepspeed") == ["zero"]
+
+
+def test_only_the_command_line_knows_train() -> None:
+    knowing = importers_of("megalite.train")
+    assert knowing
+    assert [module for module in knowing if not is_in(module, "cli")] == []
+
+
+@pytest.mark.parametrize("package", PICKLES)
+def test_nobody_imports_pickle(package: str) -> None:
+    assert importers_of(package) == []
+
+
+def test_nobody_calls_what_pickles_evaluates_or_prints() -> None:
+    assert callers_of("torch.save", "torch.load", "eval", "exec", "os.system", "print") == []
+
+
+@pytest.mark.parametrize("module", PURE_PIPELINE)
+def test_the_pure_pipeline_knows_no_torch(module: str) -> None:
+    assert [found.name for found in imports_of(module) if is_in(found.name, "torch")] == []
+
+
+@pytest.mark.parametrize("module", [module for module in sources() if any(is_in(module, room) for room in LIGHT)])
+def test_importing_a_light_module_imports_nothing_heavy(module: str) -> None:
+    """Nor by a detour, packages on the way included."""
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        heavy = {i.name for i in imports_of(name) if i.at_top and any(is_in(i.name, package) for package in HEAVY)}
+        assert not heavy, f"megalite.{module} imports {sorted(heavy)} by way of megalite.{name}"
+        around = {name.rpartition(".")[0]} - {""}
+        waiting += (ours(name, at_top=True) | around) - seen

@@ -1,0 +1,504 @@
+"""Launching: who a rank is under every launcher, and that a run ends whole, whichever process dies first.
+
+The ranks here are small programs of real processes: what they do when one is killed does not depend on training.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from textwrap import dedent
+
+import psutil
+import pytest
+
+from megalite.errors import UserError
+from megalite.launch import LaunchEnvironment, launch_environment, launch_local
+from megalite.launch.environment import LAUNCHER_PID, first_host
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+DEADLINE = 15.0
+
+# Every rank leaves its id in a file, so that a test can tell whether it lives.
+PRELUDE = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from megalite.launch import die_with_parent
+die_with_parent()
+rank, here = int(os.environ["RANK"]), Path(sys.argv[1])
+def leave_pid(name, pid):
+    (here / f"{name}.tmp").write_text(str(pid))
+    (here / f"{name}.tmp").rename(here / f"{name}.pid")
+def wait_for_ranks(n):
+    while len(list(here.glob("rank*.pid"))) < n: time.sleep(0.01)
+leave_pid(f"rank{rank}", os.getpid())
+"""
+
+
+def program(body: str) -> list[str]:
+    return [sys.executable, "-c", PRELUDE + dedent(body)]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def pids(folder: Path, count: int) -> list[int]:
+    """Wait until `count` processes have left their ids, and return them."""
+    wait_until(lambda: len(list(folder.glob("*.pid"))) >= count)
+    return [int(path.read_text()) for path in sorted(folder.glob("*.pid"))]
+
+
+def assert_nobody_lives(processes: list[int], seconds: float = DEADLINE) -> None:
+    wait_until(lambda: not any(map(is_alive, processes)), seconds)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that a test has started itself: none of them, nor what left an id, outlives it."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+    for path in tmp_path.glob("*.pid"):
+        pid = int(path.read_text())
+        if is_alive(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def start_launcher(
+    started: list[subprocess.Popen[str]], folder: Path, world_size: int, body: str, options: str = ""
+) -> subprocess.Popen[str]:
+    """Start `launch_local` in a process of its own, so that it can be killed."""
+    code = (
+        "import sys; from pathlib import Path; from megalite.launch import launch_local; folder = Path(sys.argv[1]); "
+        f"sys.exit(launch_local([sys.argv[1]], {world_size}, folder / 'logs', command=sys.argv[2:], {options}))"
+    )
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), *program(body)], stderr=subprocess.PIPE, text=True
+    )
+    started.append(launcher)
+    return launcher
+
+
+# ---- who am I
+
+
+def environment(launcher: str, **more: object) -> dict[str, object]:
+    return {"launcher": launcher, "rank": 5, "world_size": 8, "local_rank": 1, "local_world_size": 4, **more}
+
+
+RANKED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29501"}
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_NODELIST": "gpu[03-08]",
+    "SLURM_JOB_ID": "4711",
+}
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MASTER = {"master_address": "node0", "master_port": 29501}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        pytest.param(
+            RANKED | {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"},
+            environment("torchrun", **MASTER),
+            id="torchrun",
+        ),
+        pytest.param(
+            RANKED | {"LOCAL_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2"},
+            environment("deepspeed", **MASTER),
+            id="deepspeed",
+        ),
+        pytest.param(
+            RANKED | {"LOCAL_WORLD_SIZE": "4", LAUNCHER_PID: "1"}, environment("megalite", **MASTER), id="megalite"
+        ),
+        pytest.param(RANKED, environment("environment", **MASTER) | {"local_world_size": 8}, id="anybody else"),
+        pytest.param(
+            RANKED | SLURM | {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"},
+            environment("torchrun", **MASTER),
+            id="torchrun in a Slurm job",
+        ),
+        pytest.param(SLURM, environment("slurm", master_address="gpu07", master_port=22573), id="srun"),
+        pytest.param(
+            SLURM | {"MASTER_ADDR": "node0", "MASTER_PORT": "29501"}, environment("slurm", **MASTER), id="srun, told"
+        ),
+        pytest.param(OPENMPI, environment("openmpi", master_address=None, master_port=None), id="mpirun"),
+        pytest.param(
+            OPENMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "8"},
+            environment("openmpi", master_address="127.0.0.1", master_port=None) | {"local_world_size": 8},
+            id="mpirun on one machine",
+        ),
+        pytest.param(
+            OPENMPI | SLURM | {"SLURM_PROCID": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "29501"},
+            environment("openmpi", **MASTER),
+            id="mpirun in a Slurm job",
+        ),
+    ],
+)
+def test_every_launcher_says_who_a_rank_is(variables: Mapping[str, str], expected: Mapping[str, object]) -> None:
+    found = launch_environment(variables)
+    assert found is not None
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("variables", [{}, {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8"}, {"WORLD_SIZE": "8"}])
+def test_by_hand_there_is_no_rank(variables: Mapping[str, str]) -> None:
+    assert launch_environment(variables) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "RANK is set but WORLD_SIZE is not"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK is set but LOCAL_RANK is not"),
+        (RANKED | {"RANK": "8"}, "rank 8 of environment is not in 0..7"),
+        (RANKED | {"LOCAL_RANK": "4", "LOCAL_SIZE": "4"}, "local rank 4 of environment is not in 0..3"),
+        (RANKED | {"RANK": "-1"}, "RANK='-1' is not a whole number"),
+        (RANKED | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
+        ({"SLURM_PROCID": "0"}, "SLURM_PROCID is set but SLURM_NTASKS is not"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}, "the batch script itself"),
+    ],
+)
+def test_half_an_environment_is_the_users_error(variables: Mapping[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+        launch_environment(variables)
+
+
+def test_a_rank_tells_torch_its_place_by_variables() -> None:
+    found = launch_environment(SLURM)
+    assert found is not None
+    assert found.variables() == dict(zip(RANK_VARIABLES, ("5", "8", "1", "4", "gpu07", "22573"), strict=True))
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_where_ranks_meet_must_be_known(missing: str) -> None:
+    found = launch_environment({name: value for name, value in RANKED.items() if name != missing})
+    assert found is not None
+    with pytest.raises(UserError, match=f"{missing} is not set"):
+        found.variables()
+
+
+def test_the_steps_of_a_slurm_job_meet_at_different_ports() -> None:
+    ports = {launch_environment(SLURM | {"SLURM_STEP_ID": str(step)}) for step in range(4)}
+    assert len({found.master_port for found in ports if isinstance(found, LaunchEnvironment)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("node7", "node7"),
+        ("node7,node9", "node7"),
+        ("gpu[003-010,012],login1", "gpu003"),
+        ("gpu[12,14]", "gpu12"),
+        ("rack[2-3]-node[01-04],x", "rack2-node01"),
+    ],
+)
+def test_first_host_of_a_slurm_list(nodelist: str, first: str) -> None:
+    assert first_host(nodelist) == first
+
+
+# ---- launching on this machine
+
+
+def test_ranks_know_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    body = """
+        import json
+        (here / f"{rank}.json").write_text(json.dumps(dict(os.environ)))
+    """
+    assert launch_local([str(tmp_path)], 3, tmp_path / "logs", command=program(body)) == 0
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert [rank["RANK"] for rank in ranks] == [rank["LOCAL_RANK"] for rank in ranks] == ["0", "1", "2"]
+    assert {rank["WORLD_SIZE"] for rank in ranks} == {rank["LOCAL_WORLD_SIZE"] for rank in ranks} == {"3"}
+    assert {rank["MASTER_ADDR"] for rank in ranks} == {"127.0.0.1"}
+    assert len({rank["MASTER_PORT"] for rank in ranks}) == 1
+    assert {rank["OMP_NUM_THREADS"] for rank in ranks} == {str(max(1, len(os.sched_getaffinity(0)) // 3))}
+    found = launch_environment(ranks[2])
+    assert found is not None
+    assert (found.launcher, found.rank) == ("megalite", 2)
+
+
+def test_the_users_number_of_threads_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    body = "sys.exit(os.environ['OMP_NUM_THREADS'] != '7')"
+    assert launch_local([str(tmp_path)], 1, tmp_path / "logs", command=program(body)) == 0
+
+
+def test_rank_0_has_the_console_and_the_others_a_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+        print(f"out {rank}")
+        print(f"err {rank} \N{SNOWMAN}", file=sys.stderr)
+    """
+    for _ in range(2):  # the second time as after a restart: logs go on
+        assert launch_local([str(tmp_path)], 3, tmp_path / "logs", command=program(body)) == 0
+        out, err = capfd.readouterr()
+        assert out == "out 0\n"
+        assert err == "err 0 \N{SNOWMAN}\n"
+    assert (tmp_path / "logs/rank_0.log").read_text() == "err 0 \N{SNOWMAN}\n" * 2
+    assert (tmp_path / "logs/rank_2.log").read_text() == "out 2\nerr 2 \N{SNOWMAN}\n" * 2
+
+
+def test_the_port_is_nobody_elses_until_rank_0_listens(tmp_path: Path) -> None:
+    body = """
+        import socket
+        port = int(os.environ["MASTER_PORT"])
+        try:
+            socket.socket().bind(("", port))
+        except OSError:
+            from torch.distributed import TCPStore
+            store = TCPStore("127.0.0.1", port, 1, is_master=True)
+            store.set("key", "value")
+            os._exit(0)
+        os._exit(3)
+    """
+    assert launch_local([str(tmp_path)], 1, tmp_path / "logs", command=program(body)) == 0
+
+
+def test_logs_that_cannot_be_written_are_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file in place of a folder")
+    with pytest.raises(UserError, match="set another run.dir"):
+        launch_local([], 1, tmp_path / "logs", command=program(""))
+
+
+# ---- a rank dies
+
+
+def test_a_killed_rank_takes_the_run_down(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        wait_for_ranks(4)
+        if rank == 2: os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(100)
+    """
+    started = time.monotonic()
+    status = launch_local([str(tmp_path)], 4, tmp_path / "logs", command=program(body))
+    assert time.monotonic() - started < DEADLINE
+    assert status == 128 + signal.SIGKILL
+    assert "rank 2 was killed by signal SIGKILL" in capfd.readouterr().err
+    assert not any(map(is_alive, pids(tmp_path, 4)))
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_rank_that_raises_is_shown_and_not_those_that_died_of_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], failing: int
+) -> None:
+    body = f"""
+        wait_for_ranks(3)
+        if rank == {failing}: raise RuntimeError("the cause")
+        while Path(f"/proc/{{(here / 'rank{failing}.pid').read_text()}}").exists(): time.sleep(0.1)
+        time.sleep(0.2)
+        raise RuntimeError("lost a peer")
+    """
+    assert launch_local([str(tmp_path)], 3, tmp_path / "logs", command=program(body), failure_grace=5) == 1
+    err = capfd.readouterr().err
+    assert err.count("RuntimeError: the cause") == 1
+    assert "Traceback (most recent call last)" in err
+    assert "lost a peer" not in err
+    assert err.splitlines()[-1].startswith(f"megalite: rank {failing} ended with status 1")
+    assert "lost a peer" in (tmp_path / f"logs/rank_{1 - failing}.log").read_text(), "the others had no grace"
+
+
+def test_only_this_runs_part_of_a_log_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for words in ("the first failure", "the second failure"):
+        body = f"""
+            if rank == 1: raise RuntimeError("{words}")
+        """
+        assert launch_local([str(tmp_path)], 2, tmp_path / "logs", command=program(body)) == 1
+    err = capfd.readouterr().err
+    assert err.count("RuntimeError: the first failure") == err.count("RuntimeError: the second failure") == 1
+
+
+@pytest.mark.parametrize("finding", ["every rank", "rank 1 alone"])
+def test_a_users_error_is_said_once_and_keeps_its_status(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], finding: str
+) -> None:
+    body = f"""
+        wait_for_ranks(3)
+        if {finding == "rank 1 alone"} and rank != 1: time.sleep(100)
+        time.sleep(0.5 * (rank == 0))
+        print("some warning", file=sys.stderr)
+        print("megalite: error: run.yaml: one\\nmegalite: error: run.yaml: two", file=sys.stderr)
+        sys.exit(2)
+    """
+    assert launch_local([str(tmp_path)], 3, tmp_path / "logs", command=program(body), failure_grace=2) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line != "some warning"]
+    assert lines == ["megalite: error: run.yaml: one", "megalite: error: run.yaml: two"]
+
+
+def test_what_a_rank_started_ends_with_it(tmp_path: Path) -> None:
+    body = """
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        leave_pid(f"child{rank}", child.pid)
+        while len(list(here.glob("*.pid"))) < 4: time.sleep(0.01)
+        if rank == 1: os._exit(3)
+        time.sleep(100)
+    """
+    assert launch_local([str(tmp_path)], 2, tmp_path / "logs", command=program(body), failure_grace=0.5) == 3
+    assert_nobody_lives(pids(tmp_path, 4))
+
+
+def test_what_a_rank_leaves_behind_ends_with_a_run_that_went_well(tmp_path: Path) -> None:
+    body = """
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        leave_pid(f"child{rank}", child.pid)
+    """
+    assert launch_local([str(tmp_path)], 1, tmp_path / "logs", command=program(body)) == 0
+    assert_nobody_lives(pids(tmp_path, 2))
+
+
+# ---- the launcher dies, or is told to stop
+
+
+def test_a_killed_launcher_leaves_nobody(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    launcher = start_launcher(started, tmp_path, 3, "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)")
+    ranks = pids(tmp_path, 3)
+    assert all(map(is_alive, ranks))
+    launcher.kill()
+    assert_nobody_lives(ranks, seconds=2)
+
+
+def test_a_rank_that_starts_after_its_launcher_has_died_ends(tmp_path: Path) -> None:
+    nobody = subprocess.Popen([sys.executable, "-c", ""])
+    nobody.wait()
+    variables = os.environ | {"RANK": "0", LAUNCHER_PID: str(nobody.pid)}
+    orphan = subprocess.run([*program("time.sleep(100)"), str(tmp_path)], env=variables, timeout=DEADLINE, check=False)
+    assert orphan.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stop_signal_goes_on_to_the_ranks(
+    tmp_path: Path, started: list[subprocess.Popen[str]], number: signal.Signals
+) -> None:
+    body = f"""
+        signal.signal({number}, lambda *_: ((here / f"stopped{{rank}}").touch(), sys.exit(0)))
+        leave_pid(f"ready{{rank}}", os.getpid())
+        time.sleep(100)
+    """
+    launcher = start_launcher(started, tmp_path, 2, body)
+    ranks = pids(tmp_path, 4)
+    launcher.send_signal(number)
+    assert launcher.wait(DEADLINE) == 0
+    assert [(tmp_path / f"stopped{rank}").exists() for rank in (0, 1)] == [True, True]
+    assert not any(map(is_alive, ranks))
+
+
+DEAF = """
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+    leave_pid(f"ready{rank}", os.getpid())
+    time.sleep(100)
+"""
+
+
+def test_ranks_that_do_not_stop_are_killed(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    launcher = start_launcher(started, tmp_path, 2, DEAF, "stop_grace=0.5")
+    ranks = pids(tmp_path, 4)
+    launcher.terminate()
+    _, err = launcher.communicate(timeout=DEADLINE)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert "stopped by signal SIGTERM" in err
+    assert not any(map(is_alive, ranks))
+
+
+def test_a_second_stop_signal_kills_at_once(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    launcher = start_launcher(started, tmp_path, 2, DEAF, "stop_grace=100")
+    ranks = pids(tmp_path, 4)
+    launcher.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert all(map(is_alive, ranks))
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(5) == 128 + signal.SIGINT
+    assert not any(map(is_alive, ranks))
+
+
+def test_nohup_is_heeded(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        body = """
+            while not (here / "go").exists(): time.sleep(0.02)
+        """
+        launcher = start_launcher(started, tmp_path, 1, body)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    pids(tmp_path, 1)
+    launcher.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    (tmp_path / "go").touch()
+    assert launcher.wait(DEADLINE) == 0
+
+
+def test_the_callers_signal_handlers_come_back(tmp_path: Path) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    before = [signal.getsignal(number) for number in numbers]
+    assert launch_local([str(tmp_path)], 1, tmp_path / "logs", command=program("")) == 0
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+# ---- deepspeed's two processes
+
+
+@pytest.fixture
+def deepspeed_run(tmp_path: Path, started: list[subprocess.Popen[str]]) -> dict[str, int]:
+    """A shell, deepspeed's runner, its launch.py and one rank, each the child of the one before; their ids by name."""
+    start_next = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:], stdin=subprocess.DEVNULL).returncode)\n"
+    (tmp_path / "deepspeed").write_text(start_next)
+    package = tmp_path / "modules/deepspeed/launcher"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "launch.py").write_text(start_next)
+    rank = [*program("time.sleep(100)"), str(tmp_path)]
+    launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", *rank]
+    runner = [sys.executable, str(tmp_path / "deepspeed"), *launch]
+    paths = os.pathsep.join([str(tmp_path / "modules"), *sys.path])
+    variables = os.environ | {"RANK": "0", "CROSS_RANK": "0", "PYTHONPATH": paths}
+    variables.pop(LAUNCHER_PID, None)
+    shell = subprocess.Popen([sys.executable, "-c", start_next, *runner], env=variables, text=True)
+    started.append(shell)
+    (rank_pid,) = pids(tmp_path, 1)
+    launch_py = psutil.Process(rank_pid).ppid()
+    found = {"rank": rank_pid, "launch.py": launch_py, "runner": psutil.Process(launch_py).ppid(), "shell": shell.pid}
+    for name, pid in found.items():
+        (tmp_path / f"{name}.pid").write_text(str(pid))
+    assert psutil.Process(found["runner"]).ppid() == shell.pid
+    time.sleep(0.2)  # the rank has left its id before it looks up
+    return found
+
+
+@pytest.mark.parametrize("victim", ["launch.py", "runner"])
+def test_a_rank_dies_with_either_of_deepspeeds_processes(deepspeed_run: dict[str, int], victim: str) -> None:
+    os.kill(deepspeed_run[victim], signal.SIGKILL)
+    assert_nobody_lives([deepspeed_run["rank"]], seconds=5)
+
+
+def test_a_rank_outlives_the_shell_above_deepspeed(deepspeed_run: dict[str, int]) -> None:
+    os.kill(deepspeed_run["shell"], signal.SIGKILL)
+    time.sleep(2.5)
+    assert is_alive(deepspeed_run["rank"])

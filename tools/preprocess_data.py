@@ -1,0 +1,39 @@
+"""Megatron-LM's preprocess_data.py by its usual options, over megalite: ``OUTPUT_KEY_document.bin`` and ``.idx``.
+
+python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --tokenizer-model tok.model --append-eod
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megalite.cli.preprocess import summary
+from megalite.data.preprocess import preprocess
+from megalite.errors import USER_ERROR_STATUS, UserError
+
+
+def main() -> int:
+    """Read the options, tokenize each key, return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, nargs="+", required=True)
+    parser.add_argument("--output-prefix", required=True)
+    parser.add_argument("--tokenizer-model", type=Path, required=True)
+    parser.add_argument("--json-keys", nargs="+", default=["text"])
+    parser.add_argument("--append-eod", action="store_true")
+    parser.add_argument("--workers", type=int)
+    args = parser.parse_args()
+    try:
+        for key in args.json_keys:
+            prefix = Path(f"{args.output_prefix}_{key}_document")
+            report = preprocess(
+                args.input, args.tokenizer_model, prefix, text_key=key, append_eod=args.append_eod, workers=args.workers
+            )
+            print(*summary(prefix, report), sep="\n")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return USER_ERROR_STATUS
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
