@@ -50,7 +50,8 @@ class Team:
 
     def __exit__(self, *_: object) -> None:
         for rank in self.ranks:
-            pipe(rank.stdin).close()
+            with suppress(BrokenPipeError):  # what a dead rank was not told any more
+                pipe(rank.stdin).close()
         deadline = time.monotonic() + 20
         for rank in self.ranks:
             try:

@@ -158,8 +158,9 @@ class LlamaConfig(ModelConfig, frozen=True):
     """A bias on q, k and v, as in Qwen2; the output projection never has one."""
 
     def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
-        if self.head_dim % 2:
+        found = list(super().faults())
+        yield from found
+        if self.head_dim % 2 and not found:
             text = f"={self.head_dim} is odd, and rotary positions turn pairs; use {self.head_dim + 1}"
             yield Fault(("head_dim",), text)
 
@@ -613,7 +614,9 @@ def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin
 def _translate(error: ErrorDetails) -> Iterator[Fault]:
     """Turn one of pydantic's errors into ours; its own text, which speaks of Python, is never shown."""
     section, name = _owner(error["loc"])
-    key = tuple(part for part in error["loc"] if part not in _ARCHITECTURES)
+    key = error["loc"]
+    if key[:1] == ("model",) and key[1:2] and key[1] in _ARCHITECTURES:
+        key = (key[0], *key[2:])  # pydantic names the member of the union that it tried
     cause = error.get("ctx", {}).get("error")
     match error["type"]:
         case "default_factory_not_called":
@@ -680,7 +683,8 @@ _SCALARS: tuple[tuple[str, str, str], ...] = (
     ("null", r"~|null|Null|NULL|", "~nN"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*\.[0-9_]*)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
     ("merge", r"<<", "<"),
 )

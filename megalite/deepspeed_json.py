@@ -479,7 +479,7 @@ class _Reader:
         """Return what the document keeps of one value, None where that is nothing."""
         match rule:
             case Mapping():
-                return self.section(rule, value, key)
+                return self.section(rule, value, key) or None
             case ByType():
                 return self.by_type(rule, value, key)
             case Off():

@@ -25,7 +25,7 @@ def show(value: object) -> str:
     if isinstance(value, Mapping):
         return "{...}"
     if isinstance(value, list | tuple):
-        text = f"[{', '.join(show(item) for item in value)}]"
+        text = f"[{', '.join('[...]' if isinstance(item, list | tuple) else show(item) for item in value)}]"
     elif isinstance(value, str):
         text = repr(value)
     else:

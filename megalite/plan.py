@@ -4,12 +4,10 @@
 process group and needs no accelerator, so that mistakes end a run in a second.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -23,10 +21,6 @@ from megalite.pipeline.partition import partition
 from megalite.pipeline.schedule import SCHEDULES, all_streams
 from megalite.pipeline.simulate import simulate
 
-# Token ids are checked whole where there is no sidecar to tell the largest; a bigger file is checked in samples.
-CHECKED_TOKENS = 1 << 28
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A run that can start: a resolved configuration whose parts fit each other and the data on disk."""
@@ -38,8 +32,17 @@ class Plan:
     def check_data(self) -> None:
         """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
         vocabulary."""
+        vocab_size, path = self.config.model.vocab_size, self.config.data.tokenizer
+        assert vocab_size is not None
+        digest = load_tokenizer(path).digest if path is not None else None
         for source in (*self.config.data.train, *self.config.data.valid):
-            _check_token_ids(self.config, source)
+            indexed = IndexedDataset(source.prefix)
+            indexed.require_vocabulary(vocab_size)
+            if digest and indexed.sidecar and indexed.sidecar.tokenizer_sha256 != digest:
+                raise UserError(
+                    f"{source.prefix}.json: made with a tokenizer of SHA-256 {indexed.sidecar.tokenizer_sha256[:12]}, "
+                    f"not with data.tokenizer={path} ({digest[:12]}); preprocess again, or name the other tokenizer"
+                )
         open_datasets(self.config)
 
     def describe(self) -> RenderableType:
@@ -105,10 +108,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Datasets:
-    """The samples to train on, and those to evaluate on where there are any."""
+    """The samples to train on, and those to evaluate on where there are any.
+
+    `unigram_entropy`, in nats a token, is the best that a model without context can do; None where it is not known.
+    """
 
     train: GPTDataset
     valid: GPTDataset | None
+    unigram_entropy: float | None
 
 
 def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Plan:
@@ -145,7 +152,7 @@ def open_datasets(config: RunConfig) -> Datasets:
         held_out = IndexedDataset(source.prefix) if data.valid else indexed
         valid = GPTDataset(held_out, sequence_length=data.sequence_length, seed=seed, documents=ranges[1])
         _at_least_a_batch(config, valid, source)
-    return Datasets(train, valid)
+    return Datasets(train, valid, indexed.sidecar.token_counts_entropy if indexed.sidecar else None)
 
 
 def _at_least_a_batch(config: RunConfig, dataset: GPTDataset, source: DataSource) -> None:
@@ -156,33 +163,3 @@ def _at_least_a_batch(config: RunConfig, dataset: GPTDataset, source: DataSource
             f"{config.data.sequence_length} are less than train.global_batch_size={wanted}; "
             f"use a batch of at most {dataset.samples_per_epoch}, shorter sequences or more text"
         )
-
-
-def _check_token_ids(config: RunConfig, source: DataSource) -> None:
-    indexed = IndexedDataset(source.prefix)
-    largest, vocab_size = _largest_token_id(indexed, source.prefix), config.model.vocab_size
-    assert vocab_size is not None
-    if largest >= vocab_size:
-        raise UserError(
-            f"{source.prefix}.bin: holds token id {largest}, beyond model.vocab_size={vocab_size}; "
-            f"use the tokenizer that the data was made with, or a vocab_size of at least {largest + 1}"
-        )
-
-
-def _largest_token_id(indexed: IndexedDataset, prefix: Path) -> int:
-    sidecar = Path(f"{prefix}.json")
-    if sidecar.exists():
-        try:
-            return int(json.loads(sidecar.read_text(encoding="utf-8"))["max_token_id"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{sidecar}: is no sidecar of a token index ({error}); preprocess the text again, or delete the file"
-            ) from error
-    block = 1 << 20
-    blocks = range(0, indexed.num_tokens, block)
-    every = max(1, indexed.num_tokens // CHECKED_TOKENS)
-    largest = 0
-    for start in blocks[::every]:
-        length = min(block, indexed.num_tokens - start)
-        largest = max(largest, int(np.max(indexed.tokens(start, length))))
-    return largest

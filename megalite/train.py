@@ -82,6 +82,7 @@ class Trainer:
         datasets = open_datasets(self.config)
         self.train_reader = self._reader(datasets.train)
         self.valid_reader = self._reader(datasets.valid) if datasets.valid else None
+        self.unigram_entropy = datasets.unigram_entropy
         self.eval_batches = 0
         if datasets.valid is not None:
             self.eval_batches = min(train.eval_batches, datasets.valid.samples_per_epoch // train.global_batch_size)
@@ -194,6 +195,9 @@ class RunRecorder:
         self.directory = config.run.dir
         self.log: MetricsLog | None = None
         self.tokens = 0
+        self.valid_loss: float | None = None
+        self.picture: Path | None = None
+        self.unigram_entropy = trainer.unigram_entropy
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         if grid.rank == 0:
             self._start_directory()
@@ -234,6 +238,7 @@ class RunRecorder:
 
     def evaluation(self, step: int, loss: float) -> None:
         """Record an evaluation."""
+        self.valid_loss = loss
         if self.log is not None:
             self.log.evaluation(step, loss)
 
@@ -254,9 +259,8 @@ class RunRecorder:
         simulated = simulate(streams, measured_cost(measured))
         (self.directory / f"timeline_step_{step}.json").write_text(measured.to_json() + "\n", encoding="utf-8")
         title = f"step {step}: {self.config.parallel.schedule}, {self.plan.layout}"
-        picture = self.directory / f"timeline_step_{step}.png"
-        plot_timelines({"measured": measured, "simulated with the measured times": simulated}, picture, title)
-        self.log.say(f"timeline of step {step}: {picture}")
+        self.picture = self.directory / f"timeline_step_{step}.png"
+        plot_timelines({"measured": measured, "simulated with the measured times": simulated}, self.picture, title)
 
     def finish(self, *, complete: bool) -> None:
         """Draw the curves; leave DONE.json where the run went to its last step."""
@@ -265,8 +269,16 @@ class RunRecorder:
         from megalite.plots import loss_curve
 
         curve = self.directory / "loss.png"
-        loss_curve(self.directory / "metrics.jsonl", curve)
+        entropy = self.unigram_entropy
+        loss_curve(
+            self.directory / "metrics.jsonl", curve, baseline=entropy, baseline_name="unigram entropy of the corpus"
+        )
+        if self.valid_loss is not None:
+            beside = "" if entropy is None else f" (unigram entropy of the corpus: {entropy:.4f})"
+            self.log.say(f"validation loss: {self.valid_loss:.4f} nats a token{beside}")
         self.log.say(f"loss curve: {curve}")
+        if self.picture is not None:
+            self.log.say(f"pipeline timeline: {self.picture}")
         if complete:
             write_atomically(
                 self.directory / "DONE.json", json.dumps({"step": self.config.train.steps, "tokens": self.tokens})

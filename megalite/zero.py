@@ -25,6 +25,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 import deepspeed.runtime.zero.partitioned_param_coordinator as parameter_coordinator
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 NEVER = 10**12
@@ -110,8 +111,8 @@ class ZeroEngine:
     def backward(self, scalar: Tensor) -> None:
         """Differentiate one microbatch's scalar, times the loss scale, into gradients that stay on this rank."""
         if self.zero_stage > 0:
-            # DeepSpeed: ZeRO takes a parameter's second gradient since the last *forward* for an error of reentrant
-            # checkpointing; under 1F1B several backwards follow one forward.
+            # DeepSpeed: ZeRO starts its count of gradient hooks anew at a forward, not at a backward; in a pipeline
+            # several backwards follow one forward.
             self._zero_optimizer.clear_backward_seen_flag()
         # The last stage has divided by the number of microbatches already.
         self.engine.backward(scalar, scale_wrt_gas=False)
@@ -252,6 +253,8 @@ def _adapt_deepspeed(grid: ProcessGrid) -> None:
         # DeepSpeed: on CPU every start compiles a shared-memory all-reduce with g++, a minute long, and a build that
         # is killed leaves a lock on which every later run hangs. gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
+        # DeepSpeed: it refuses fp16 on a CPU without fp16 matrix units, where torch computes it all the same, slowly.
+        get_accelerator().is_fp16_supported = lambda: True
 
     def assert_same_in_data_group(numbers: list[int]) -> None:
         mine = torch.tensor(numbers, dtype=torch.int64, device=grid.device)

@@ -12,8 +12,8 @@ writes one ``{"text": ...}`` a line. The same Python gives the same file.
 import argparse
 import ast
 import hashlib
-import io
 import json
+import os
 import re
 import sysconfig
 import tokenize
@@ -52,15 +52,16 @@ def corpus(library: Path) -> list[str]:
 
 def source_files(library: Path) -> Iterator[Path]:
     """Yield the library's Python files, without its tests and without what was installed beside it."""
-    for path in library.rglob("*.py"):
-        if not SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
-            yield path
+    for folder, subfolders, names in os.walk(library):
+        subfolders[:] = set(subfolders) - SKIPPED_FOLDERS
+        yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
 def texts_of(path: Path) -> Iterator[str]:
     """Yield the prose of one source file; none where the file is not valid Python."""
-    source = path.read_bytes()
     try:
+        with tokenize.open(path) as file:
+            source = file.read()
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
         return
@@ -87,18 +88,10 @@ def topics(tree: ast.Module) -> Iterator[str]:
             yield from (value.strip() for value in values if isinstance(value, str))
 
 
-def comments(source: bytes) -> Iterator[str]:
+def comments(source: str) -> Iterator[str]:
     """Yield comments that stand on lines of their own, each block as one text, where they are prose and not code."""
-    block: list[str] = []
-    last_line = 0
-    for token in tokenize.tokenize(io.BytesIO(source).readline):
-        if token.type == tokenize.COMMENT and not token.line[: token.start[1]].strip():
-            if token.start[0] != last_line + 1:
-                yield from prose(block)
-                block = []
-            block.append(re.sub(r"^#+:? ?", "", token.string))
-            last_line = token.start[0]
-    yield from prose(block)
+    for block in re.findall(r"(?:^[ \t]*#.*\n)+", source, flags=re.MULTILINE):
+        yield from prose([re.sub(r"^\s*#+:? ?", "", line) for line in block.splitlines()])
 
 
 def prose(block: list[str]) -> Iterator[str]:

@@ -219,7 +219,7 @@ class IndexedDatasetWriter:
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
         if prefix.suffix in (".bin", ".idx"):
             raise UserError(f"{prefix}: a prefix has no {prefix.suffix}; use {prefix.with_suffix('')}")
-        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = next(code for code, known in DTYPES.items() if known == self.dtype)
         self._paths = {suffix: _with_suffix(prefix, suffix) for suffix in (".bin", ".json", ".idx")}
         self._partial = {suffix: partial_path(path) for suffix, path in self._paths.items()}

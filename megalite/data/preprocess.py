@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -231,7 +231,7 @@ def _encoder(encode_one: Callable[..., EncodedChunk], loaded: Tokenizer, path: P
 
 
 def _encode_in_order(
-    pool: ProcessPoolExecutor, encode: Callable[[Chunk], EncodedChunk], workers: int, work: Iterable[Chunk]
+    pool: Executor, encode: Callable[[Chunk], EncodedChunk], workers: int, work: Iterable[Chunk]
 ) -> Iterator[EncodedChunk]:
     under_way: deque[Future[EncodedChunk]] = deque()
     for chunk in work:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -132,7 +132,7 @@ class SentencePieceTokenizer:
         if not data:
             raise ValueError("the file is empty")
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        self._words = _WordCache(self._processor.encode) if _splits_at_spaces(data) else None
+        self._words = _WordCache.of(data)
         self.vocab_size: int = self._processor.vocab_size()
         self.eod_id = self._end_of_document()
         self.digest = hashlib.sha256(data).hexdigest()
@@ -168,47 +168,55 @@ class SentencePieceTokenizer:
 
 
 class _WordCache(dict[str, bytes]):
-    """The ids of each word, as int32 bytes; a word is what pieces cannot reach beyond: spaces, then letters.
+    """The ids of each word, as int32 bytes; a word is letters, one digit or other signs, with the spaces before them.
 
-    sentencepiece reads U+2581 as a space, and puts a space before the text; here each word brings its own.
+    BPE joins neighbours only into pieces of the vocabulary, so where every piece lies within one word, the ids of a
+    text are those of its words in a row. sentencepiece reads U+2581 as a space.
     """
 
+    _WORD = re.compile("[ \u2581]*(?:[^\\W\\d_]+|\\d|(?:[^\\w \u2581]|_)+)|[ \u2581]+")
     _MAX_WORDS = 1 << 18
     _MAX_LETTERS = 32
-    _WORD = re.compile("[ \u2581]+[^ \u2581]+(?:[ \u2581]+\\Z)?|[ \u2581]+\\Z")
 
-    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+    def __init__(self, encode: Callable[[str], list[int]], prefix: str) -> None:
         super().__init__()
         self._encode = encode
+        self._prefix = prefix
+
+    @classmethod
+    def of(cls, model: bytes) -> Self | None:
+        """Return the cache for a model, or None where words in a row are not exact."""
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (made when imported)
+        proto.ParseFromString(model)
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        matched = {proto.SentencePiece.NORMAL, proto.SentencePiece.USER_DEFINED, proto.SentencePiece.UNUSED}
+        exact = (
+            trainer.model_type == trainer.BPE
+            and not trainer.treat_whitespace_as_suffix
+            and not normalizer.precompiled_charsmap
+            and not normalizer.remove_extra_whitespaces
+            and normalizer.escape_whitespaces
+            and all(cls._WORD.fullmatch(piece.piece) for piece in proto.pieces if piece.type in matched)
+        )
+        if not exact:
+            return None
+        prefix = " " if normalizer.add_dummy_prefix else ""
+        normalizer.add_dummy_prefix = False
+        processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        return cls(processor.encode, prefix)
 
     def encode(self, text: str) -> bytes:
-        if not text:
-            return b""
-        return b"".join(map(self.__getitem__, self._WORD.findall(" " + text)))
+        """Return the ids of a text."""
+        return b"".join(map(self.__getitem__, self._WORD.findall(self._prefix + text))) if text else b""
 
     def __missing__(self, word: str) -> bytes:
-        ids = array("i", self._encode(word[1:])).tobytes()
+        ids = array("i", self._encode(word)).tobytes()
         if len(word) <= self._MAX_LETTERS and len(self) < self._MAX_WORDS:
             self[word] = ids
         return ids
-
-
-def _splits_at_spaces(model: bytes) -> bool:
-    """Tell whether a text's ids are those of its words in a row: BPE, text taken as it is, no piece across a space."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (made when imported)
-    proto.ParseFromString(model)
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    return (
-        trainer.model_type == trainer.BPE
-        and not trainer.treat_whitespace_as_suffix
-        and not normalizer.precompiled_charsmap
-        and not normalizer.remove_extra_whitespaces
-        and normalizer.add_dummy_prefix
-        and normalizer.escape_whitespaces
-        and not any("\u2581" in piece.piece.lstrip("\u2581") for piece in proto.pieces)
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,87 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from megalite.cli import preprocess, tokenizer
+from megalite.data.indexed import IndexedDataset
+from megalite.errors import UserError
+
+TEXTS = [f"the fox number {n} jumps over the lazy dog number {n * n}" for n in range(200)]
+
+
+@pytest.fixture
+def app():
+    app = typer.Typer()
+    tokenizer.register(app)
+    preprocess.register(app)
+    return app
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def run(app: typer.Typer, *words: str | Path):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def train(app, corpus, tmp_path):
+    words = (
+        "tokenizer",
+        "train",
+        corpus,
+        "--vocab-size",
+        "320",
+        "--output",
+        tmp_path / "tok.model",
+        "--text-key",
+        "body",
+    )
+    return run(app, *words)
+
+
+def test_text_becomes_a_dataset_by_two_commands(app, corpus, tmp_path):
+    trained = train(app, corpus, tmp_path)
+    assert trained.exit_code == 0, trained.output
+    assert re.search(r"tok\.model: 320 token ids from 200 documents, 0\.01 MB, trained in \d+\.\d s\n", trained.output)
+
+    with corpus.open("a") as file:
+        file.write('{\n{"body": ""}\n')
+    words = ("preprocess", corpus, "--tokenizer", tmp_path / "tok.model", "--output", tmp_path / "data" / "corpus")
+    words += ("--text-key", "body", "--append-eod", "--workers", "1", "--on-error", "skip")
+    done = run(app, *words)
+    assert done.exit_code == 0, done.output
+    dataset = IndexedDataset(tmp_path / "data" / "corpus")
+    assert dataset.num_documents == 200
+    assert dataset.document_tokens(0)[-1] == 2
+    first, speed, entropy, empty, skipped, problem = done.output.splitlines()
+    assert first.endswith(
+        f"200 documents, {dataset.num_tokens:,} tokens ({corpus.stat().st_size / dataset.num_tokens:.2f} bytes a token)"
+    )
+    assert re.fullmatch(r"speed: [\d.]+ MB/s, [\d,]+ tokens/s, [\d.]+ s with 1 process", speed)
+    assert dataset.sidecar is not None
+    assert entropy.startswith(
+        f"unigram entropy: {dataset.sidecar.token_counts_entropy:.3f} nats a token (uniform over 320"
+    )
+    assert empty == "left out: 1 documents without a token"
+    assert skipped == "left out: 1 malformed lines"
+    assert problem.startswith(f"  {corpus}:201: invalid JSON")
+
+
+def test_what_the_user_can_mend_is_a_user_error(app, corpus, tmp_path):
+    words = ("preprocess", corpus, "--tokenizer", tmp_path / "none.model", "--output", tmp_path / "data")
+    assert isinstance(run(app, *words).exception, UserError)
+    words = ("tokenizer", "train", corpus, "--output", tmp_path / "tok.model")
+    assert isinstance(run(app, *words).exception, UserError)
+
+
+@pytest.mark.parametrize("words", [("tokenizer", "train", "x.jsonl"), ("preprocess",), ("tokenizer", "trian")])
+def test_misuse_ends_with_status_2(app, words):
+    assert run(app, *words).exit_code == 2

@@ -1,0 +1,32 @@
+import pytest
+
+from megalite.data.files import partial_path, publish, write_whole
+
+
+def test_write_whole_makes_the_folder_and_leaves_nothing_else(tmp_path):
+    write_whole(tmp_path / "new" / "file", b"content")
+    assert (tmp_path / "new" / "file").read_bytes() == b"content"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", b"old")
+
+    def no_space(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("megalite.data.files.os.replace", no_space)
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_publish_replaces(tmp_path):
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
+    partial = partial_path(target)
+    partial.write_bytes(b"new")
+    publish(partial, target)
+    assert target.read_bytes() == b"new"
+    assert not partial.exists()

@@ -1,0 +1,173 @@
+"""The command line: what it prints and the status it ends with. The verbs' own work is tested beside the library."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalite.cli import main
+from megalite.errors import UserError
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+def run(*argv: str, code: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in an interpreter of its own, after `code`."""
+    program = f"{code}\nimport sys; from megalite.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", program, *argv],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def prepare_that(statement: str) -> str:
+    """Code that puts a stand-in for the first thing that `megalite train` does."""
+    return f"import megalite.plan\ndef prepare(*arguments):\n    {statement}\nmegalite.plan.prepare = prepare"
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
+    heavy = {"torch", "deepspeed", "numpy", "pydantic", "sentencepiece", "matplotlib"}
+    code = f"import atexit, sys; atexit.register(lambda: sys.stderr.write(str({heavy} & set(sys.modules))))"
+    shown = run("--help", code=code)
+    assert (shown.returncode, shown.stderr) == (0, "set()")
+    assert all(f" {verb} " in shown.stdout for verb in ("train", "tokenizer", "preprocess"))
+
+
+def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "Usage: megalite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "megalite: error: there is no verb 'trian'; did you mean 'train'?\n"),
+        (["zzz"], "megalite: error: there is no verb 'zzz'; allowed: preprocess, tokenizer, train\n"),
+        (["train"], "megalite: error: Missing argument 'RUN.yaml'; see megalite train --help\n"),
+    ],
+)
+def test_a_misuse_is_one_line_and_status_2(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", message)
+
+
+@pytest.mark.parametrize("argv", [["tokenizer", "trian"], ["train", "run.yaml", "--dry-ran"]])
+def test_a_misspelt_word_further_down_is_status_2_too(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("megalite: error: ")
+    assert err.count("\n") == 1
+    assert "--help" in err
+
+
+@pytest.mark.parametrize(
+    "option", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"], ["--local-rank", "1"]]
+)
+def test_deepspeeds_option_in_front_is_ignored(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*option, "train", "--help"]) == 0
+    assert "megalite train" in capsys.readouterr().out
+
+
+def test_a_users_error_is_neither_wrapped_nor_interpreted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = f"run.yaml: [bold]data.train[0][/bold]: {'a long name ' * 30}; use another"
+
+    def prepare(*arguments: object) -> None:
+        raise UserError(f"{first}\nrun.yaml: a second fault")
+
+    monkeypatch.setattr("megalite.plan.prepare", prepare)
+    assert main(["train", "run.yaml"]) == 2
+    expected = f"megalite: error: {first}\nmegalite: error: run.yaml: a second fault\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_missing_run_file_is_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(tmp_path / "absent.yaml")]) == 2
+    assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_by_hand_the_layouts_ranks_are_launched(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def launch_local(argv: list[str], world_size: int, log_dir: Path) -> int:
+        calls.append((argv, world_size, log_dir))
+        return 137
+
+    monkeypatch.setattr("megalite.cli.train.launch_local", launch_local)
+    overrides = ["parallel.tensor=2", "parallel.pipeline=2"]
+    assert main(["train", str(run_file), *overrides]) == 137
+    assert calls == [(["train", str(run_file), *overrides], 4, run_file.parent / "run/logs")]
+
+
+def test_a_dry_run_launches_nobody(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr("megalite.cli.train.launch_local")
+    assert main(["train", "--dry-run", str(run_file), "parallel.pipeline=2"]) == 0
+    assert "pipeline 2" in capsys.readouterr().out
+    assert not (run_file.parent / "run").exists()
+
+
+def test_a_launched_rank_takes_its_place() -> None:
+    code = (
+        prepare_that("print(arguments[1:], flush=True)")
+        + """
+import os, sys, types
+def train(plan, environment):
+    print(environment.rank, environment.launcher, os.environ["LOCAL_WORLD_SIZE"])
+sys.modules["megalite.train"] = types.SimpleNamespace(train=train)
+"""
+    )
+    done = run("--local_rank=1", "train", "run.yaml", "train.steps=3", code=code, **LAUNCHED, CROSS_RANK="0")
+    assert (done.returncode, done.stdout) == (0, "(['train.steps=3'], 2)\n1 deepspeed 2\n"), done.stderr
+
+
+def test_a_failing_rank_marks_every_line_of_its_traceback() -> None:
+    failed = run("train", "run.yaml", code=prepare_that("raise RuntimeError('two\\nlines')"), **LAUNCHED)
+    assert failed.returncode == 1
+    lines = failed.stderr.splitlines()
+    assert lines[0].endswith("] Traceback (most recent call last):")
+    assert all(line.startswith("[rank 1 on ") for line in lines)
+    assert [line.partition("] ")[2] for line in lines[-2:]] == ["RuntimeError: two", "lines"]
+
+
+def test_a_failing_rank_leaves_at_once() -> None:
+    """Whatever threads or exit handlers it has: they may wait for peers that wait for this rank's end."""
+    wait = "import atexit, threading, time; threading.Thread(target=time.sleep, args=(50,)).start()\n"
+    failed = run("train", "run.yaml", code=wait + prepare_that("raise RuntimeError"), **LAUNCHED)
+    assert failed.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "heard"),
+    [
+        ({"RANK": "0", "CROSS_RANK": "0"}, True),
+        ({"RANK": "1", "CROSS_RANK": "0"}, False),
+        # A rank of our own launcher has a log of its own.
+        ({"RANK": "1", "MEGALITE_LAUNCHER_PID": str(os.getpid())}, True),
+    ],
+    ids=["rank 0", "another rank", "another rank, by hand"],
+)
+def test_rank_0_speaks_for_all_where_they_share_a_console(variables: dict[str, str], heard: bool) -> None:
+    code = prepare_that("raise megalite.errors.UserError('run.yaml: wrong')")
+    # A launcher ends the other ranks once rank 0 has ended: here nobody does, so that they would speak in the end.
+    code += (
+        "\nimport megalite.cli, os, types\nmegalite.cli.time = types.SimpleNamespace(sleep=lambda seconds: os._exit(2))"
+    )
+    found = run("train", "run.yaml", code=code, **LAUNCHED | variables)
+    assert (found.returncode, found.stderr) == (2, "megalite: error: run.yaml: wrong\n" if heard else "")
+
+
+def test_what_one_rank_alone_has_found_is_heard_later() -> None:
+    code = prepare_that("raise megalite.errors.UserError('run.yaml: wrong')")
+    code += "\nimport megalite.cli\nmegalite.cli.RANK_ZERO_HEAD_START = 0.1"
+    found = run("train", "run.yaml", code=code, **LAUNCHED)
+    assert (found.returncode, found.stderr) == (2, "megalite: error: run.yaml: wrong\n")

@@ -1,0 +1,174 @@
+"""The engine: the gradient's norm and clipping, mixed precision, and what DeepSpeed's scheduler does."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_distributed
+from runs import train_rank
+from torch import nn
+
+SMALL = (
+    "model.vocab_size=512",
+    "model.hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.intermediate_size=48",
+    "data.sequence_length=24",
+)
+
+
+Update = tuple[str, tuple[slice, ...], torch.Tensor]
+
+
+def norm_and_updates(path: str, overrides: tuple[str, ...]) -> tuple[float, list[Update]]:
+    """One step through the engine: the norm it tells, and by how much it moved which slice of which tensor."""
+    from megalite.distributed import build_grid, local_device
+    from megalite.plan import prepare
+    from megalite.tensor_parallel.sharding import place
+    from megalite.train import Trainer, build_stage
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plan = prepare(Path(path), overrides, world_size)
+    grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
+    before = build_stage(plan, grid)
+    trainer = Trainer(plan, grid)
+    norm = trainer.step(1).outcome.grad_norm
+    updates: list[Update] = []
+    engine = trainer.engine.engine
+    for (_, after, shards), (_, start, _) in zip(
+        engine.module.stages[str(grid.coordinate.pipeline)].named_shards(), before.named_shards(), strict=True
+    ):
+        for shard in place(shards, grid.tensor.rank, grid.tensor.size):
+            updates.append((shard.spec.name, shard.source, (after.detach() - start.detach())[shard.target].clone()))
+    return norm, updates
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2)], ids=["2x2x1", "1x2x2"])
+def test_norm_and_clipping_are_those_of_torch(
+    run_file: Path, layout: tuple[int, int, int], stage: int
+) -> None:
+    """Against nn.utils.clip_grad_norm_ over the whole model, on replicated, sharded and tied parameters alike."""
+    from megalite.data.batches import BatchReader
+    from megalite.model.stage import Stage
+    from megalite.plan import open_datasets, prepare
+    from megalite.tensor_parallel.collectives import TensorGroup
+
+    # Without memory and with an epsilon of 1, AdamW moves a weight by -g / (|g| + 1): the clipped gradient shows.
+    overrides = (
+        *SMALL,
+        "train.optimizer={name: adamw, lr: 1.0, betas: [0.0, 0.0], eps: 1.0, weight_decay: 0.0}",
+        "train.schedule={name: constant, warmup_steps: 0}",
+        "deepspeed.gradient_clipping=0.1",
+        f"deepspeed.zero_optimization.stage={stage}",
+        *(f"parallel.{axis}={n}" for axis, n in zip(("tensor", "pipeline", "data"), layout, strict=True)),
+    )
+    ranks = run_distributed(norm_and_updates, layout[0] * layout[1] * layout[2], str(run_file), overrides)
+
+    plan = prepare(run_file, overrides, layout[0] * layout[1] * layout[2])
+    model = Stage(plan.config.model, range(4), index=0, num_stages=1, group=TensorGroup())
+    model.initialise(plan.config.run.seed)
+    batch = BatchReader(
+        open_datasets(plan.config).train, global_batch_size=8, micro_batch_size=8, data_rank=0, data_size=1
+    )
+    ((ids, targets),) = batch.microbatches(0)
+    model(torch.from_numpy(ids.copy()), torch.from_numpy(targets.copy())).backward()
+    norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+    assert norm > 0.2
+    gradients = {}
+    from megalite.tensor_parallel.sharding import place
+
+    for _, parameter, shards in model.named_shards():
+        for shard in place(shards, 0, 1):
+            assert parameter.grad is not None
+            gradients[shard.spec.name] = parameter.grad[shard.target]
+    for rank_norm, updates in ranks:
+        assert abs(rank_norm / norm - 1) < 1e-5
+        for name, source, update in updates:
+            gradient = gradients[name][source]
+            torch.testing.assert_close(update, -gradient / (gradient.abs() + 1.0), rtol=1e-3, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2)], ids=["2x2x1", "1x2x2"])
+def test_mixed_precision_follows_fp32(
+    run_file: Path, layout: tuple[int, int, int], stage: int, precision: str
+) -> None:
+    settings: dict[str, Any] = {"enabled": True}
+    if precision == "fp16":
+        settings |= {"initial_scale_power": 8}
+    overrides = (
+        *SMALL,
+        "train.steps=12",
+        "train.optimizer.lr=0.01",
+        f"deepspeed.zero_optimization.stage={stage}",
+        *(f"parallel.{axis}={n}" for axis, n in zip(("tensor", "pipeline", "data"), layout, strict=True)),
+    )
+    world_size = layout[0] * layout[1] * layout[2]
+    exact = run_distributed(train_rank, world_size, str(run_file), overrides)[0]
+    halved = run_distributed(
+        train_rank, world_size, str(run_file), (*overrides, f"deepspeed.{precision}={settings}".replace("'", ""))
+    )
+    assert all(rank == halved[0] for rank in halved), "ranks disagree on a loss or norm"
+    for loss, expected in zip(halved[0][0], exact[0], strict=True):
+        assert abs(loss / expected - 1) < 0.02
+    assert halved[0][0][-1] < halved[0][0][0] - 0.2
+    assert halved[0][0] != exact[0], "nothing was computed in half precision"
+
+
+def overflowing(path: str, overrides: tuple[str, ...]) -> list[tuple[bool, float | None]]:
+    from megalite.distributed import build_grid, local_device
+    from megalite.plan import prepare
+    from megalite.train import Trainer
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plan = prepare(Path(path), overrides, world_size)
+    grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
+    trainer = Trainer(plan, grid)
+    outcomes = [trainer.step(step).outcome for step in range(1, 13)]
+    return [(outcome.skipped, outcome.loss_scale) for outcome in outcomes]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(run_file: Path, stage: int) -> None:
+    overrides = (
+        *SMALL,
+        "train.steps=12",
+        "parallel.pipeline=2",
+        f"deepspeed.zero_optimization.stage={stage}",
+        "deepspeed.fp16={enabled: true, initial_scale_power: 24, hysteresis: 1}",
+    )
+    ranks = run_distributed(overflowing, 2, str(run_file), overrides)
+    assert ranks[0] == ranks[1]
+    skipped = [skip for skip, _ in ranks[0]]
+    assert skipped[0], "a scale of 2^24 overflows"
+    assert not skipped[-1], "the scale came down until steps were taken"
+    scales = [scale for _, scale in ranks[0]]
+    assert scales[0] == 2.0**24
+    assert scales[-1] is not None
+    assert scales[-1] < 2.0**24
+
+
+def rates(path: str, overrides: tuple[str, ...]) -> list[float]:
+    from megalite.distributed import build_grid, local_device
+    from megalite.plan import prepare
+    from megalite.train import Trainer
+
+    plan = prepare(Path(path), overrides, torch.distributed.get_world_size())
+    grid = build_grid(
+        plan.layout, torch.distributed.get_rank(), device=local_device(0), timeout=timedelta(seconds=60)
+    )
+    trainer = Trainer(plan, grid)
+    return [trainer.step(step).learning_rate for step in range(1, 6)]
+
+
+def test_deepspeeds_scheduler_sets_the_rate(run_file: Path) -> None:
+    scheduler = "{type: WarmupLR, params: {warmup_min_lr: 0.0, warmup_max_lr: 0.001, warmup_num_steps: 4, warmup_type: linear}}"
+    found = run_distributed(
+        rates, 1, str(run_file), (*SMALL, "train.schedule=null", f"deepspeed.scheduler={scheduler}")
+    )[0]
+    assert found == pytest.approx([0.0, 0.00025, 0.0005, 0.00075, 0.001], abs=1e-9)
