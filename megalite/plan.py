@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from megalite.config import DataSource, RunConfig, load_run_config
+from megalite.data.batches import Samples
 from megalite.data.indexed import IndexedDataset
 from megalite.data.samples import GPTDataset, split_documents
 from megalite.data.tokenizer import load_tokenizer
@@ -113,9 +114,9 @@ class Datasets:
     `unigram_entropy`, in nats a token, is the best that a model without context can do; None where it is not known.
     """
 
-    train: GPTDataset
-    valid: GPTDataset | None
-    unigram_entropy: float | None
+    train: Samples
+    valid: Samples | None
+    unigram_entropy: float | None = None
 
 
 def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Plan:
@@ -155,7 +156,7 @@ def open_datasets(config: RunConfig) -> Datasets:
     return Datasets(train, valid, indexed.sidecar.token_counts_entropy if indexed.sidecar else None)
 
 
-def _at_least_a_batch(config: RunConfig, dataset: GPTDataset, source: DataSource) -> None:
+def _at_least_a_batch(config: RunConfig, dataset: Samples, source: DataSource) -> None:
     wanted = config.train.global_batch_size
     if dataset.samples_per_epoch < wanted:
         raise UserError(

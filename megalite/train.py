@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 
-from megalite.data.batches import BatchReader
-from megalite.data.samples import GPTDataset
+from megalite.data.batches import BatchReader, Samples
 from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
@@ -33,7 +32,7 @@ from megalite.pipeline.instructions import Instruction, parse
 from megalite.pipeline.schedule import SCHEDULES, all_streams, forward_only
 from megalite.pipeline.simulate import measured_cost, simulate
 from megalite.pipeline.timeline import Span, Timeline
-from megalite.plan import Plan, open_datasets
+from megalite.plan import Datasets, Plan, open_datasets
 from megalite.zero import StepOutcome, ZeroEngine
 
 
@@ -47,7 +46,7 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     with process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
-        trainer = Trainer(plan, grid)
+        trainer = Trainer(plan, grid, open_datasets(plan.config))
         with closing(trainer):
             trainer.run()
 
@@ -66,7 +65,7 @@ class StepReport:
 class Trainer:
     """One rank of a run: its stage, engine, executor and data. Collective: every rank builds and calls it alike."""
 
-    def __init__(self, plan: Plan, grid: ProcessGrid) -> None:
+    def __init__(self, plan: Plan, grid: ProcessGrid, datasets: Datasets) -> None:
         self.plan, self.config, self.grid = plan, plan.config, grid
         self.engine = ZeroEngine({grid.coordinate.pipeline: build_stage(plan, grid)}, self.config, grid)
         train = self.config.train
@@ -79,7 +78,6 @@ class Trainer:
             dtype=self.engine.dtype,
             device=grid.device,
         )
-        datasets = open_datasets(self.config)
         self.train_reader = self._reader(datasets.train)
         self.valid_reader = self._reader(datasets.valid) if datasets.valid else None
         self.unigram_entropy = datasets.unigram_entropy
@@ -134,9 +132,9 @@ class Trainer:
     def close(self) -> None:
         self.engine.close()
 
-    def _reader(self, dataset: GPTDataset) -> BatchReader:
+    def _reader(self, samples: Samples) -> BatchReader:
         return BatchReader(
-            dataset,
+            samples,
             global_batch_size=self.config.train.global_batch_size,
             micro_batch_size=self.config.train.micro_batch_size,
             data_rank=self.grid.coordinate.data,

@@ -40,13 +40,13 @@ class Trace:
 def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:
     """Run all steps of a run file on this rank, inside the process group that the test formed."""
     from megalite.distributed import build_grid, local_device
-    from megalite.plan import prepare
+    from megalite.plan import open_datasets, prepare
     from megalite.train import Trainer
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan = prepare(Path(path), overrides, world_size)
     grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
-    trainer = Trainer(plan, grid)
+    trainer = Trainer(plan, grid, open_datasets(plan.config))
     reports = [trainer.step(step) for step in range(1, plan.config.train.steps + 1)]
     trainer.close()
     return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]

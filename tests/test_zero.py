@@ -26,7 +26,7 @@ Update = tuple[str, tuple[slice, ...], torch.Tensor]
 def norm_and_updates(path: str, overrides: tuple[str, ...]) -> tuple[float, list[Update]]:
     """One step through the engine: the norm it tells, and by how much it moved which slice of which tensor."""
     from megalite.distributed import build_grid, local_device
-    from megalite.plan import prepare
+    from megalite.plan import open_datasets, prepare
     from megalite.tensor_parallel.sharding import place
     from megalite.train import Trainer, build_stage
 
@@ -34,7 +34,7 @@ def norm_and_updates(path: str, overrides: tuple[str, ...]) -> tuple[float, list
     plan = prepare(Path(path), overrides, world_size)
     grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
     before = build_stage(plan, grid)
-    trainer = Trainer(plan, grid)
+    trainer = Trainer(plan, grid, open_datasets(plan.config))
     norm = trainer.step(1).outcome.grad_norm
     updates: list[Update] = []
     engine = trainer.engine.engine
@@ -122,13 +122,13 @@ def test_mixed_precision_follows_fp32(
 
 def overflowing(path: str, overrides: tuple[str, ...]) -> list[tuple[bool, float | None]]:
     from megalite.distributed import build_grid, local_device
-    from megalite.plan import prepare
+    from megalite.plan import open_datasets, prepare
     from megalite.train import Trainer
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan = prepare(Path(path), overrides, world_size)
     grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
-    trainer = Trainer(plan, grid)
+    trainer = Trainer(plan, grid, open_datasets(plan.config))
     outcomes = [trainer.step(step).outcome for step in range(1, 13)]
     return [(outcome.skipped, outcome.loss_scale) for outcome in outcomes]
 
@@ -155,14 +155,14 @@ def test_an_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(run_file:
 
 def rates(path: str, overrides: tuple[str, ...]) -> list[float]:
     from megalite.distributed import build_grid, local_device
-    from megalite.plan import prepare
+    from megalite.plan import open_datasets, prepare
     from megalite.train import Trainer
 
     plan = prepare(Path(path), overrides, torch.distributed.get_world_size())
     grid = build_grid(
         plan.layout, torch.distributed.get_rank(), device=local_device(0), timeout=timedelta(seconds=60)
     )
-    trainer = Trainer(plan, grid)
+    trainer = Trainer(plan, grid, open_datasets(plan.config))
     return [trainer.step(step).learning_rate for step in range(1, 6)]
 
 

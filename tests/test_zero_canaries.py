@@ -177,7 +177,7 @@ def test_fp16_is_refused_where_the_cpu_has_no_units_for_it() -> None:
 def norm(path: str, marked: bool) -> float:
     from megalite import zero
     from megalite.distributed import build_grid, local_device
-    from megalite.plan import prepare
+    from megalite.plan import open_datasets, prepare
     from megalite.train import Trainer
 
     if not marked:
@@ -185,7 +185,7 @@ def norm(path: str, marked: bool) -> float:
     overrides = ["parallel.pipeline=2", "model.tie_word_embeddings=false", "deepspeed.zero_optimization.stage=3"]
     plan = prepare(Path(path), overrides, 2)
     grid = build_grid(plan.layout, dist.get_rank(), device=local_device(0), timeout=timedelta(seconds=60))
-    return Trainer(plan, grid).step(1).outcome.grad_norm
+    return Trainer(plan, grid, open_datasets(plan.config)).step(1).outcome.grad_norm
 
 
 def test_without_marks_stage_3_loses_the_later_stages_from_the_norm(run_file: Path) -> None:

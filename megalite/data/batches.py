@@ -7,7 +7,9 @@ import numpy as np
 
 
 class Samples(Protocol):
-    """Anything that gives sample i: token ids ``[S + 1]``, int64."""
+    """Anything that gives sample i, from 0 on without end: token ids ``[S + 1]``, int64."""
+
+    samples_per_epoch: int
 
     def sample(self, index: int) -> np.ndarray: ...
 

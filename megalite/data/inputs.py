@@ -156,7 +156,7 @@ def _plain_chunks(path: Path, file, chunk_bytes: int) -> Iterator[Chunk]:
     size = os.fstat(file.fileno()).st_size
     start = 0
     while start < size:
-        file.seek(start + chunk_bytes - 1)
+        file.seek(start + chunk_bytes)
         file.readline()
         stop = min(file.tell(), size)
         yield Chunk(path, start, stop, disk_bytes=stop - start)

@@ -56,6 +56,12 @@ def test_a_short_text_file_is_one_document(tmp_path):
     assert read_all(path) == ["first\n\nsecond\n\n"]
 
 
+def test_blank_lines_and_foreign_line_ends_are_no_documents(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\r\n \t\n{"text": "a"}\r\n\n{"text": "b"}')
+    assert read_all(path) == ["a", "b"]
+
+
 def test_an_empty_file_holds_nothing(tmp_path):
     for name in ("a.jsonl", "a.txt"):
         (tmp_path / name).write_bytes(b"")

@@ -139,6 +139,12 @@ def test_the_first_malformed_line_is_named_and_nothing_is_written(
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_lines_are_counted_anew_in_every_file(corpus, tokenizer_path, tmp_path, many_chunks):
+    (tmp_path / "second.jsonl").write_bytes(b"\n" * 1000 + b"{")
+    with pytest.raises(UserError, match=r"second\.jsonl:1001: invalid JSON"):
+        preprocess([corpus, tmp_path / "second.jsonl"], tokenizer_path, tmp_path / "data", workers=1)
+
+
 def test_malformed_lines_are_left_out_and_counted(
     corpus, sentences, tokenizer_path, tmp_path, many_chunks, write_jsonl
 ):

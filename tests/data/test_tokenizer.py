@@ -67,8 +67,11 @@ def test_the_word_cache_is_bounded(tokenizer_path, reference, monkeypatch):
     [
         ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, True),
         ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}, True),
-        ({"model_type": "unigram"}, False),
-        ({"normalization_rule_name": "nmt_nfkc"}, False),
+        (
+            {"model_type": "unigram", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+            False,
+        ),
+        ({"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": False}, False),
         ({"normalization_rule_name": "identity", "remove_extra_whitespaces": True}, False),
         (
             {

@@ -1,0 +1,102 @@
+"""megalite as a contender: its own Trainer, as ``megalite train`` builds it, over the job's batches."""
+
+import os
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from workload import TIMEOUT, Contender, Job
+
+
+class JobSamples:
+    """The job's batches as samples: sample i is row ``i % global_batch_size`` of batch ``i // global_batch_size``."""
+
+    def __init__(self, job: Job) -> None:
+        self.samples_per_epoch = 1 << 60
+        self._job = job
+        self._step, self._batch = -1, np.empty(0)
+
+    def sample(self, index: int) -> np.ndarray:
+        step, row = divmod(index, self._job.global_batch_size)
+        if step != self._step:
+            self._step, self._batch = step, self._job.batch(step).numpy()
+        return self._batch[row]
+
+
+class Megalite(Contender):
+    """megalite's trainer at ZeRO-1."""
+
+    name = "megalite"
+    layouts = ("one", "tp2", "pp2", "dp2")
+    description = "megalite, ZeRO-1, 1F1B"
+
+    def setup(self, rank: int, world_size: int, port: int) -> None:
+        from megalite.distributed import local_device, process_grid
+        from megalite.plan import Datasets, prepare
+        from megalite.train import Trainer
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "run.yaml"
+            path.write_text(yaml.safe_dump(self.run_file(folder)), encoding="utf-8")
+            plan = prepare(path, [], world_size)
+        os.environ["LOCAL_RANK"] = str(rank)
+        self.stack = ExitStack()
+        grid = self.stack.enter_context(process_grid(plan.layout, rank, device=local_device(rank), timeout=TIMEOUT))
+        self.trainer = Trainer(plan, grid, Datasets(train=JobSamples(self.job), valid=None))
+        self.steps = 0
+        torch.distributed.barrier()
+
+    def run_file(self, folder: str) -> dict[str, object]:
+        """The job as a run file."""
+        job = self.job
+        return {
+            "run": {"dir": folder, "seed": job.seed},
+            "model": {
+                "architecture": "llama",
+                "vocab_size": job.vocab_size,
+                "hidden_size": job.hidden_size,
+                "num_hidden_layers": job.num_hidden_layers,
+                "num_attention_heads": job.num_attention_heads,
+                "intermediate_size": job.intermediate_size,
+                "max_position_embeddings": job.sequence_length,
+                "tie_word_embeddings": job.tie_word_embeddings,
+                "rms_norm_eps": job.rms_norm_eps,
+                "rope_theta": job.rope_theta,
+                "initializer_range": job.initializer_range,
+            },
+            "data": {"sequence_length": job.sequence_length, "train": [{"prefix": "none"}]},
+            "parallel": {
+                "tensor": self.layout.tensor,
+                "pipeline": self.layout.pipeline,
+                "data": self.layout.data,
+            },
+            "train": {
+                "steps": 1_000_000,
+                "global_batch_size": job.global_batch_size,
+                "micro_batch_size": job.micro_batch_size,
+                "optimizer": {
+                    "name": "adamw",
+                    "lr": job.lr,
+                    "betas": list(job.betas),
+                    "eps": job.eps,
+                    "weight_decay": job.weight_decay,
+                },
+                "schedule": {"name": "constant"},
+            },
+            "deepspeed": {
+                "bf16": {"enabled": job.dtype == "bf16"},
+                "zero_optimization": {"stage": 1},
+                "gradient_clipping": job.gradient_clipping,
+            },
+        }
+
+    def step(self) -> float:
+        self.steps += 1
+        return self.trainer.step(self.steps).loss
+
+    def teardown(self) -> None:
+        self.trainer.close()
+        self.stack.close()
