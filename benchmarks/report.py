@@ -16,6 +16,7 @@ from workload import Job
 RESULTS = Path(__file__).parent / "results"
 SUBJECT = "megalite"
 LOSS_TOLERANCE = 0.02
+QUIET_CORES = 0.1
 COLUMNS = (
     "layout",
     "contender",
@@ -135,7 +136,7 @@ class Report:
         return [first, second] if second.row_count else [first]
 
     def warnings(self) -> list[str]:
-        """What makes a result worthless: contenders that did not train the same job, or did not train at all."""
+        """What makes a result worthless: contenders that did not train the same job or at all, and a busy machine."""
         found: list[str] = []
         ends = [row.steps[-1].loss for row in self.rows]
         for row, loss in zip(self.rows, ends, strict=True):
@@ -144,6 +145,8 @@ class Report:
                 found.append(f"{label}: the last loss {loss:.3f} is not that of the others, {median(ends):.3f}")
             if not loss < row.steps[0].loss:
                 found.append(f"{label}: the loss did not fall")
+        if self.other_load() > QUIET_CORES:
+            found.append(f"the machine was busy: {self.other_load():.2f} cores did other work; trust no time here")
         return found
 
 

@@ -53,7 +53,7 @@ def main() -> None:
         Row(team.contender.name, team.layout, team.world_size, team.threads, tuple(steps), max(team.memory_mib))
         for team, steps in zip(teams, rounds, strict=True)
     ]
-    report = Report(job, machine, command(arguments), arguments.warmup, tuple(rows))
+    report = Report(job, machine.fastest(describe()), command(arguments), arguments.warmup, tuple(rows))
     for table in report.tables():
         console.print(table)
     for line in report.warnings():

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -100,9 +100,7 @@ def process_grid(
         dist.destroy_process_group()
 
 
-def build_grid(
-    layout: ParallelLayout, rank: int, *, device: torch.device, timeout: datetime.timedelta
-) -> ProcessGrid:
+def build_grid(layout: ParallelLayout, rank: int, *, device: torch.device, timeout: datetime.timedelta) -> ProcessGrid:
     """Form the groups of a layout inside an initialised process group. Collective: every rank calls it."""
     mesh = init_device_mesh(
         device.type,
@@ -124,16 +122,20 @@ def build_grid(
     )
 
 
-def _embedding_group(
-    layout: ParallelLayout, rank: int, timeout: datetime.timedelta
-) -> dist.ProcessGroup | None:
+def _embedding_group(layout: ParallelLayout, rank: int, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
     if layout.pipeline == 1:
         return None
     ranks = next(group for group in layout.groups("pipeline") if rank in group)
     ends = [ranks[0], ranks[-1]]
     if rank not in ends:
         return None
-    return dist.new_group(ends, timeout=timeout, use_local_synchronization=True)
+    return _new_group(ends, timeout, "embedding")
+
+
+def _new_group(ranks: list[int], timeout: datetime.timedelta, name: str) -> dist.ProcessGroup:
+    """Form a group by its members alone: no other rank takes part."""
+    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=name)
+    return cast(dist.ProcessGroup, group)
 
 
 def _stage_links(layout: ParallelLayout, rank: int, timeout: datetime.timedelta) -> Links:
@@ -149,9 +151,7 @@ def _stage_links(layout: ParallelLayout, rank: int, timeout: datetime.timedelta)
             source, target = (upper, lower) if backward else (lower, upper)
             if rank not in (source, target):
                 continue
-            group = dist.new_group(
-                [source, target], timeout=timeout, use_local_synchronization=True, group_desc=f"{kind} {source}>{target}"
-            )
+            group = _new_group([source, target], timeout, f"{kind} {source}>{target}")
             if rank == source:
                 ends[f"{kind}_out"] = Link(target, group)
             else:
@@ -169,9 +169,7 @@ def gather_json(value: Any, grid: ProcessGrid) -> list[Any]:
     padded[: len(text)] = torch.from_numpy(text.copy()).to(grid.device)
     parts = [torch.empty_like(padded) for _ in range(grid.layout.world_size)]
     dist.all_gather(parts, padded)
-    return [
-        json.loads(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)
-    ]
+    return [json.loads(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
 
 
 class ModelParallelUnit:

@@ -92,13 +92,13 @@ def _matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    a @ b
+    torch.mm(a, b)
     wait()
     best, began = 0.0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         started = time.perf_counter()
         for _ in range(4):
-            a @ b
+            torch.mm(a, b)
         wait()
         best = max(best, 4 * 2 * size**3 / (time.perf_counter() - started))
     return best

@@ -22,6 +22,7 @@ from megalite.pipeline.partition import partition
 from megalite.pipeline.schedule import SCHEDULES, all_streams
 from megalite.pipeline.simulate import simulate
 
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A run that can start: a resolved configuration whose parts fit each other and the data on disk."""
@@ -132,9 +133,7 @@ def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Pla
     return Plan(
         config=config,
         layout=config.layout,
-        stage_layers=partition(
-            config.model.num_hidden_layers, config.parallel.pipeline, config.parallel.stage_layers
-        ),
+        stage_layers=partition(config.model.num_hidden_layers, config.parallel.pipeline, config.parallel.stage_layers),
     )
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-
 from megalite.data.batches import BatchReader, Samples
 from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
 from megalite.launch import LaunchEnvironment
@@ -205,8 +204,8 @@ class RunRecorder:
         self.peak = self._measure_peak(trainer.engine.dtype)
         if self.log:
             self.log.say(
-                f"{config.model.architecture} | {trainer.plan.layout} | ZeRO-{config.zero_stage} | {config.precision} | "
-                f"peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
+                f"{config.model.architecture} | {trainer.plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
+                f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
 
     def step(self, report: StepReport) -> None:
@@ -305,6 +304,3 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-

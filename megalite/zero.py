@@ -1,7 +1,7 @@
 """The only file that knows DeepSpeed: a ZeRO engine (arXiv:1910.02054) over the stages that this rank holds.
 
 DeepSpeed's engine drives one module; the pipeline drives the engine. What DeepSpeed does otherwise than a pipeline
-over tensor-parallel stages needs is answered here, each answer beside the behaviour that asks for it (`DeepSpeed: ...`),
+over tensor-parallel stages needs is answered here, each answer beside the behaviour that asks for it (`DeepSpeed:`),
 and each has a canary in tests/test_zero_canaries.py that fails once DeepSpeed no longer behaves so.
 """
 
@@ -61,7 +61,7 @@ class ZeroEngine:
     def __init__(self, stages: Mapping[int, Stage], config: RunConfig, grid: ProcessGrid) -> None:
         self.grid, self.zero_stage = grid, config.zero_stage
         self._clip = config.gradient_clipping
-        self._stages = dict(stages)
+        self.stages = dict(stages)
         for stage in stages.values():
             _mark_for_norm(stage, grid)
         _quieten_deepspeed()
@@ -102,7 +102,7 @@ class ZeroEngine:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of parameters and activations."""
-        return next(iter(self._stages.values())).activation_dtype
+        return next(iter(self.stages.values())).activation_dtype
 
     def forward(self, stage: int, inputs: Tensor, targets: Tensor | None) -> Tensor:
         """Run one stage on one microbatch; hidden states, or the loss on the last stage."""
@@ -168,7 +168,7 @@ class ZeroEngine:
     def _reduce_tied_gradient(self) -> None:
         if self.grid.embedding is None:
             return
-        for stage in self._stages.values():
+        for stage in self.stages.values():
             copy = stage.tied_copy
             if copy is not None:
                 assert copy.grad is not None
@@ -177,7 +177,7 @@ class ZeroEngine:
     def _clip_at_stage_0(self) -> float:
         counted = [
             parameter.grad
-            for stage in self._stages.values()
+            for stage in self.stages.values()
             for parameter in stage.parameters()
             if parameter.grad is not None and _counts(parameter)
         ]
@@ -190,8 +190,10 @@ class ZeroEngine:
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient's norm is {norm}")
         if self._clip > 0 and norm + 1e-6 > self._clip:
-            everything = [p.grad for stage in self._stages.values() for p in stage.parameters() if p.grad is not None]
-            torch._foreach_mul_(everything, self._clip / (norm + 1e-6))  # pyright: ignore[reportPrivateUsage]
+            everything = [p.grad for stage in self.stages.values() for p in stage.parameters() if p.grad is not None]
+            scale = self._clip / (norm + 1e-6)
+            for gradient in everything:
+                gradient.mul_(scale)
         return norm
 
 
@@ -208,7 +210,8 @@ def make_adamw(
     for stage in stages.values():
         for parameter in stage.parameters():
             (decayed if parameter.ndim > 1 else kept).append(parameter)
-    assert decayed and kept
+    assert decayed
+    assert kept
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     fused = _apex_fused_adam() if device.type == "cuda" else None
     if fused is not None:
@@ -254,7 +257,7 @@ def _adapt_deepspeed(grid: ProcessGrid) -> None:
         # is killed leaves a lock on which every later run hangs. gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
         # DeepSpeed: it refuses fp16 on a CPU without fp16 matrix units, where torch computes it all the same, slowly.
-        get_accelerator().is_fp16_supported = lambda: True
+        cast(Any, get_accelerator()).is_fp16_supported = lambda: True
 
     def assert_same_in_data_group(numbers: list[int]) -> None:
         mine = torch.tensor(numbers, dtype=torch.int64, device=grid.device)

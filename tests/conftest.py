@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from runs import QUICKSTART_MODEL
+from training import QUICKSTART_MODEL
 
 from megalite.data.indexed import IndexedDatasetWriter
 

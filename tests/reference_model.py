@@ -29,7 +29,7 @@ class ReferenceModel(nn.Module):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         key = f"{name}/bias".replace(".", "/")
-        return F.linear(x, self.w(f"{name}.weight"), self.weights[key] if key in self.weights else None)
+        return F.linear(x, self.w(f"{name}.weight"), self.weights.get(key))
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         weight = self.w(f"{name}.weight")

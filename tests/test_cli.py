@@ -141,7 +141,7 @@ def test_a_failing_rank_marks_every_line_of_its_traceback() -> None:
 
 def test_a_failing_rank_leaves_at_once() -> None:
     """Whatever threads or exit handlers it has: they may wait for peers that wait for this rank's end."""
-    wait = "import atexit, threading, time; threading.Thread(target=time.sleep, args=(50,)).start()\n"
+    wait = "import atexit, threading, time; threading.Thread(target=time.sleep, args=(100,)).start()\n"
     failed = run("train", "run.yaml", code=wait + prepare_that("raise RuntimeError"), **LAUNCHED)
     assert failed.returncode == 1
 

@@ -1,11 +1,14 @@
 """The harness itself: a test on ranks must tell which rank failed, why, and never hang or leave a process."""
 
+import importlib.util
 import os
 import signal
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import psutil
 import pytest
@@ -54,6 +57,20 @@ def big_result() -> torch.Tensor:
 
 def test_results_larger_than_a_pipe_arrive() -> None:
     assert all(torch.equal(result, torch.arange(300_000)) for result in run_distributed(big_result, 2))
+
+
+def test_a_module_that_no_path_leads_to_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "far.py"
+    file.write_text("class Parcel(int): pass\ndef double(parcel): return Parcel(2 * parcel)")
+    spec = importlib.util.spec_from_file_location("nowhere.far", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "nowhere", ModuleType("nowhere"))
+    monkeypatch.setitem(sys.modules, "nowhere.far", module)
+    (result,) = run_distributed(module.double, 1, module.Parcel(3), init=False)
+    assert (type(result), result) == (module.Parcel, 6)
 
 
 def fail(how: str, folder: str) -> object:

@@ -295,6 +295,7 @@ def test_a_killed_rank_takes_the_run_down(tmp_path: Path, capfd: pytest.CaptureF
     body = """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         wait_for_ranks(4)
+        print("last words")
         if rank == 2: os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(100)
     """
@@ -303,6 +304,7 @@ def test_a_killed_rank_takes_the_run_down(tmp_path: Path, capfd: pytest.CaptureF
     assert time.monotonic() - started < DEADLINE
     assert status == 128 + signal.SIGKILL
     assert "rank 2 was killed by signal SIGKILL" in capfd.readouterr().err
+    assert (tmp_path / "logs/rank_2.log").read_text() == "last words\n"
     assert not any(map(is_alive, pids(tmp_path, 4)))
 
 
@@ -377,8 +379,16 @@ def test_what_a_rank_leaves_behind_ends_with_a_run_that_went_well(tmp_path: Path
 # ---- the launcher dies, or is told to stop
 
 
-def test_a_killed_launcher_leaves_nobody(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
-    launcher = start_launcher(started, tmp_path, 3, "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)")
+@pytest.mark.parametrize(
+    "body",
+    [
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)",
+        "import ctypes; ctypes.PyDLL(None).sleep(100)",
+    ],
+    ids=["deaf to SIGTERM", "never gives up the interpreter's lock"],
+)
+def test_a_killed_launcher_leaves_nobody(tmp_path: Path, started: list[subprocess.Popen[str]], body: str) -> None:
+    launcher = start_launcher(started, tmp_path, 3, body)
     ranks = pids(tmp_path, 3)
     assert all(map(is_alive, ranks))
     launcher.kill()
@@ -495,6 +505,13 @@ def deepspeed_run(tmp_path: Path, started: list[subprocess.Popen[str]]) -> dict[
 @pytest.mark.parametrize("victim", ["launch.py", "runner"])
 def test_a_rank_dies_with_either_of_deepspeeds_processes(deepspeed_run: dict[str, int], victim: str) -> None:
     os.kill(deepspeed_run[victim], signal.SIGKILL)
+    assert_nobody_lives([deepspeed_run["rank"]], seconds=10)
+
+
+def test_a_launcher_that_nobody_waits_for_is_dead_all_the_same(deepspeed_run: dict[str, int]) -> None:
+    os.kill(deepspeed_run["shell"], signal.SIGSTOP)
+    os.kill(deepspeed_run["runner"], signal.SIGKILL)
+    wait_until(lambda: psutil.Process(deepspeed_run["runner"]).status() == psutil.STATUS_ZOMBIE)
     assert_nobody_lives([deepspeed_run["rank"]], seconds=10)
 
 

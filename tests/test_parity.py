@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import run_distributed
-from runs import Trace, train_in_plain_torch, train_rank
+from training import Trace, train_in_plain_torch, train_rank
 
 TOLERANCE = 1e-5
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2), (1, 4, 1)]

@@ -1,14 +1,19 @@
 """The engine: the gradient's norm and clipping, mixed precision, and what DeepSpeed's scheduler does."""
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import run_distributed
-from runs import train_rank
 from torch import nn
+from training import build_trainer, train_rank
+
+from megalite.data.batches import BatchReader
+from megalite.model.stage import Stage
+from megalite.plan import open_datasets, prepare
+from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.tensor_parallel.sharding import place
 
 SMALL = (
     "model.vocab_size=512",
@@ -25,38 +30,24 @@ Update = tuple[str, tuple[slice, ...], torch.Tensor]
 
 def norm_and_updates(path: str, overrides: tuple[str, ...]) -> tuple[float, list[Update]]:
     """One step through the engine: the norm it tells, and by how much it moved which slice of which tensor."""
-    from megalite.distributed import build_grid, local_device
-    from megalite.plan import open_datasets, prepare
-    from megalite.tensor_parallel.sharding import place
-    from megalite.train import Trainer, build_stage
+    from megalite.train import build_stage
 
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    plan = prepare(Path(path), overrides, world_size)
-    grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
-    before = build_stage(plan, grid)
-    trainer = Trainer(plan, grid, open_datasets(plan.config))
+    trainer = build_trainer(path, overrides)
+    before = build_stage(trainer.plan, trainer.grid)
+    tensor = trainer.grid.tensor
     norm = trainer.step(1).outcome.grad_norm
     updates: list[Update] = []
-    engine = trainer.engine.engine
-    for (_, after, shards), (_, start, _) in zip(
-        engine.module.stages[str(grid.coordinate.pipeline)].named_shards(), before.named_shards(), strict=True
-    ):
-        for shard in place(shards, grid.tensor.rank, grid.tensor.size):
+    (stage,) = trainer.engine.stages.values()
+    for (_, after, shards), (_, start, _) in zip(stage.named_shards(), before.named_shards(), strict=True):
+        for shard in place(shards, tensor.rank, tensor.size):
             updates.append((shard.spec.name, shard.source, (after.detach() - start.detach())[shard.target].clone()))
     return norm, updates
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2)], ids=["2x2x1", "1x2x2"])
-def test_norm_and_clipping_are_those_of_torch(
-    run_file: Path, layout: tuple[int, int, int], stage: int
-) -> None:
+def test_norm_and_clipping_are_those_of_torch(run_file: Path, layout: tuple[int, int, int], stage: int) -> None:
     """Against nn.utils.clip_grad_norm_ over the whole model, on replicated, sharded and tied parameters alike."""
-    from megalite.data.batches import BatchReader
-    from megalite.model.stage import Stage
-    from megalite.plan import open_datasets, prepare
-    from megalite.tensor_parallel.collectives import TensorGroup
-
     # Without memory and with an epsilon of 1, AdamW moves a weight by -g / (|g| + 1): the clipped gradient shows.
     overrides = (
         *SMALL,
@@ -79,8 +70,6 @@ def test_norm_and_clipping_are_those_of_torch(
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
     assert norm > 0.2
     gradients = {}
-    from megalite.tensor_parallel.sharding import place
-
     for _, parameter, shards in model.named_shards():
         for shard in place(shards, 0, 1):
             assert parameter.grad is not None
@@ -95,9 +84,7 @@ def test_norm_and_clipping_are_those_of_torch(
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2)], ids=["2x2x1", "1x2x2"])
-def test_mixed_precision_follows_fp32(
-    run_file: Path, layout: tuple[int, int, int], stage: int, precision: str
-) -> None:
+def test_mixed_precision_follows_fp32(run_file: Path, layout: tuple[int, int, int], stage: int, precision: str) -> None:
     settings: dict[str, Any] = {"enabled": True}
     if precision == "fp16":
         settings |= {"initial_scale_power": 8}
@@ -121,14 +108,7 @@ def test_mixed_precision_follows_fp32(
 
 
 def overflowing(path: str, overrides: tuple[str, ...]) -> list[tuple[bool, float | None]]:
-    from megalite.distributed import build_grid, local_device
-    from megalite.plan import open_datasets, prepare
-    from megalite.train import Trainer
-
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    plan = prepare(Path(path), overrides, world_size)
-    grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
-    trainer = Trainer(plan, grid, open_datasets(plan.config))
+    trainer = build_trainer(path, overrides)
     outcomes = [trainer.step(step).outcome for step in range(1, 13)]
     return [(outcome.skipped, outcome.loss_scale) for outcome in outcomes]
 
@@ -154,20 +134,14 @@ def test_an_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(run_file:
 
 
 def rates(path: str, overrides: tuple[str, ...]) -> list[float]:
-    from megalite.distributed import build_grid, local_device
-    from megalite.plan import open_datasets, prepare
-    from megalite.train import Trainer
-
-    plan = prepare(Path(path), overrides, torch.distributed.get_world_size())
-    grid = build_grid(
-        plan.layout, torch.distributed.get_rank(), device=local_device(0), timeout=timedelta(seconds=60)
-    )
-    trainer = Trainer(plan, grid, open_datasets(plan.config))
+    trainer = build_trainer(path, overrides)
     return [trainer.step(step).learning_rate for step in range(1, 6)]
 
 
 def test_deepspeeds_scheduler_sets_the_rate(run_file: Path) -> None:
-    scheduler = "{type: WarmupLR, params: {warmup_min_lr: 0.0, warmup_max_lr: 0.001, warmup_num_steps: 4, warmup_type: linear}}"
+    scheduler = (
+        "{type: WarmupLR, params: {warmup_min_lr: 0.0, warmup_max_lr: 0.001, warmup_num_steps: 4, warmup_type: linear}}"
+    )
     found = run_distributed(
         rates, 1, str(run_file), (*SMALL, "train.schedule=null", f"deepspeed.scheduler={scheduler}")
     )[0]

@@ -52,18 +52,16 @@ def die_with_parent(environ: Mapping[str, str] = os.environ) -> None:
     """
     parent = int(environ.get(LAUNCHER_PID, os.getppid()))
     if sys.platform == "linux" and any(mark in environ for mark in _STARTS_FROM_ITS_MAIN_THREAD):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # A parent that ended before the kernel was asked sends no signal any more.
-    if os.getppid() != parent:
-        _end()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     above = _launchers_above()
     threading.Thread(target=_watch, args=(parent, above), name="die-with-parent", daemon=True).start()
 
 
 def _watch(parent: int, above: tuple[_Process, ...]) -> None:
+    # A parent that ended before the kernel was asked sends no signal any more: the first look finds it gone.
     while os.getppid() == parent and all(map(_is_running, above)):
         time.sleep(POLL_SECONDS)
-    _end()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _is_running(process: _Process) -> bool:
@@ -71,10 +69,6 @@ def _is_running(process: _Process) -> bool:
         return _look_up(process.pid) == process
     except OSError:
         return True  # Not to be seen, as when this process has no file descriptor left, is not the same as gone.
-
-
-def _end() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _launchers_above() -> tuple[_Process, ...]:

@@ -108,7 +108,7 @@ class Stage(nn.Module):
         return self.head.weight if self.head is not None else None
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
-        """Yield (local name, parameter, shards with global names) of every parameter; a tied head has the table's name."""
+        """Yield (local name, parameter, shards with global names) of each parameter; a tied head bears the table's."""
         for local, parameter, shards in parameter_shards(self):
             if self.tied and local == "head.weight":
                 shards = (ShardSpec(TOKEN_TABLE, shards[0].global_shape, 0, shards[0].padded_size),)

@@ -81,9 +81,7 @@ class Attention(nn.Module):
         if kv_heads < group.size:
             kv_head = group.rank * kv_heads // group.size
             rows = slice(kv_head * self.head_dim, (kv_head + 1) * self.head_dim)
-            self.key_value = HeadSliceLinear(
-                hidden, {"key": kv_width, "value": kv_width}, rows, group=group, bias=bias
-            )
+            self.key_value = HeadSliceLinear(hidden, {"key": kv_width, "value": kv_width}, rows, group=group, bias=bias)
             parts = {"query": width}
         self.qkv = ColumnParallelLinear(hidden, sum(parts.values()), group=group, bias=bias, parts=parts)
         self.output = RowParallelLinear(width, hidden, group=group, bias=is_gpt2)
@@ -109,7 +107,30 @@ def causal_attention(query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -
         repeats = query.shape[1] // key.shape[1]
         # Expanded here, since not every kernel behind torch's own flag for grouped queries is a fused one.
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if query.device.type == "cpu" and query.shape[:3].numel() * query.shape[2] <= WRITTEN_OUT_SCORES:
+        return _written_out_attention(query, key, value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+
+
+# On a CPU plain matrix products take half the time of torch's fused kernel (benchmarks/results/attention.md). They keep
+# the scores for the backward, so this many of them at the most: 16 MiB of bf16 a layer and microbatch.
+WRITTEN_OUT_SCORES = 1 << 23
+
+
+def _written_out_attention(query_BNSD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor) -> Tensor:
+    """The same as one product after the other, in strips of queries that leave out the keys after them."""
+    (batch, heads, length, width), dtype = query_BNSD.shape, query_BNSD.dtype
+    query, key, value = (x.reshape(batch * heads, length, width) for x in (query_BNSD, key_BNSD, value_BNSD))
+    mask = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
+    strip = max(128, -(-length // 4))
+    outputs = []
+    for start in range(0, length, strip):
+        end = min(start + strip, length)
+        scores = torch.baddbmm(
+            mask[start:end, :end], query[:, start:end], key[:, :end].transpose(1, 2), alpha=width**-0.5
+        )
+        outputs.append(scores.softmax(-1) @ value[:, :end])
+    return torch.cat(outputs, dim=1).view(batch, heads, length, width)
 
 
 class SwiGLU(nn.Module):

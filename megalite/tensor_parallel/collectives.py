@@ -77,7 +77,7 @@ def copy_to_group(x: Tensor, group: TensorGroup) -> Tensor:
 
 
 def reduce_from_group(x: Tensor, group: TensorGroup) -> Tensor:
-    """Leave a sharded region: sum `x` over the group, in place where `x` is contiguous; the gradient passes as it is."""
+    """Leave a sharded region: sum `x` over the group, in place where `x` is contiguous; the gradient passes."""
     return x if group.size == 1 else _ReduceFromGroup.apply(x, group)  # pyright: ignore[reportReturnType]
 
 

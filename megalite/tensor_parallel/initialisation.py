@@ -40,7 +40,7 @@ def normal_slice_(target: Tensor, shard: PlacedShard, *, seed: int, std: float) 
 
 @torch.no_grad()
 def initialise_parameter(parameter: Tensor, shards: Iterable[PlacedShard], *, seed: int, std: float) -> None:
-    """Fill one local parameter from its placed shards: norm weights with 1, biases and padding with 0, the rest normal."""
+    """Fill one parameter from its placed shards: norms' weights with 1, biases and padding with 0, others normal."""
     parameter.zero_()
     for shard in shards:
         target = parameter[shard.target]

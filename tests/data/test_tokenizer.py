@@ -68,7 +68,13 @@ def test_the_word_cache_is_bounded(tokenizer_path, reference, monkeypatch):
         ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False}, True),
         ({"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}, True),
         (
-            {"model_type": "unigram", "normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+            {
+                "model_type": "unigram",
+                "vocab_size": 300,
+                "normalization_rule_name": "identity",
+                "remove_extra_whitespaces": False,
+                "split_digits": True,
+            },
             False,
         ),
         ({"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": False}, False),
@@ -126,10 +132,9 @@ def test_control_tokens_in_text_stay_text(tokenizer):
     assert tokenizer.decode([*tokenizer.encode("the fox"), 2]) == "the fox"
 
 
-def test_digits_stand_alone(tokenizer, reference):
-    assert [piece.strip("\u2581") for piece in reference.encode("4242", out_type=str)] == ["", "4", "2", "4", "2"] or [
-        piece.strip("\u2581") for piece in reference.encode("4242", out_type=str)
-    ] == ["4", "2", "4", "2"]
+def test_digits_stand_alone(reference):
+    pieces = [piece.strip("\u2581") for piece in reference.encode("4242", out_type=str)]
+    assert [piece for piece in pieces if piece] == ["4", "2", "4", "2"]
 
 
 def test_training_twice_gives_the_same_bytes(tmp_path, sentences, write_jsonl, tokenizer_path):

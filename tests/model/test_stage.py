@@ -54,7 +54,7 @@ def whole_weights(config: ModelConfig) -> dict[str, Tensor]:
         for shard in place(shards, 0, 1):
             weights[shard.spec.name] = parameter.detach()[shard.target].clone()
     generator = torch.Generator().manual_seed(8)
-    for name, weight in weights.items():
+    for weight in weights.values():
         if weight.ndim == 1:
             weight += 0.3 * torch.randn(weight.shape, generator=generator)
     return weights
@@ -125,16 +125,14 @@ def test_parameters_are_counted_without_padding() -> None:
 
 def test_a_tied_table_has_one_name_on_both_ends() -> None:
     config = model_config(LLAMA | {"tie_word_embeddings": True})
-    names = []
+    names, tables = [], []
     for index in (0, 1):
         stage = Stage(config, range(index, index + 1), index=index, num_stages=2, group=TensorGroup())
         stage.initialise(seed=1)
         assert stage.tied_copy is not None
         names += [shards[0].name for _, p, shards in stage.named_shards() if p is stage.tied_copy]
-        if index == 0:
-            first = stage.tied_copy.detach().clone()
-        else:
-            assert torch.equal(first, stage.tied_copy)  # noqa: F821
+        tables.append(stage.tied_copy)
+    assert torch.equal(*tables)
     assert names == ["embedding.tokens.weight"] * 2
 
 
@@ -144,4 +142,4 @@ def test_deeper_models_start_with_smaller_residual_branches() -> None:
     stage.initialise(seed=1)
     for _, parameter, shards in stage.named_shards():
         if shards[0].name.endswith("mlp.down.weight"):
-            torch.testing.assert_close(float(parameter.std()), 0.2 / 4.0, rtol=0.03, atol=0.0)
+            torch.testing.assert_close(float(parameter.detach().std()), 0.2 / 4.0, rtol=0.03, atol=0.0)

@@ -1,5 +1,7 @@
 """Each tensor-parallel layer against torch.nn: output and every gradient, on real ranks."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from megalite.tensor_parallel.layers import (
 from megalite.tensor_parallel.sharding import place
 
 IN, OUT, SEED = 12, 24, 7
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
 
 
 def world_group() -> TensorGroup:
@@ -43,9 +45,7 @@ def check_gradients(module: nn.Module, group: TensorGroup, expected: dict[str, T
     for _, parameter, shards in parameter_shards(module):
         assert parameter.grad is not None
         for shard in place(shards, group.rank, group.size):
-            torch.testing.assert_close(
-                parameter.grad[shard.target], expected[shard.spec.name][shard.source], **TOLERANCE
-            )
+            assert_close(parameter.grad[shard.target], expected[shard.spec.name][shard.source])
 
 
 def column(bias: bool, gather: bool) -> None:
@@ -59,10 +59,10 @@ def column(bias: bool, gather: bool) -> None:
     y, y_ref = layer(x), reference(x_ref)
     weight = draw(*y_ref.shape, seed=11)
     own = slice(None) if gather else slice(group.rank * OUT // group.size, (group.rank + 1) * OUT // group.size)
-    torch.testing.assert_close(y, y_ref[..., own], **TOLERANCE)
+    assert_close(y, y_ref[..., own])
     (y * weight[..., own]).sum().backward()
     (y_ref * weight).sum().backward()
-    torch.testing.assert_close(x.grad, x_ref.grad, **TOLERANCE)
+    assert_close(x.grad, x_ref.grad)
     check_gradients(layer, group, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 
@@ -83,12 +83,12 @@ def row(bias: bool) -> None:
     x_ref = draw(3, 5, OUT, seed=9).requires_grad_()
     x = x_ref.detach()[..., own].clone().requires_grad_()
     y, y_ref = layer(x), reference(x_ref)
-    torch.testing.assert_close(y, y_ref, **TOLERANCE)
+    assert_close(y, y_ref)
     weight = draw(*y_ref.shape, seed=11)
     (y * weight).sum().backward()
     (y_ref * weight).sum().backward()
     assert x_ref.grad is not None
-    torch.testing.assert_close(x.grad, x_ref.grad[..., own], **TOLERANCE)
+    assert_close(x.grad, x_ref.grad[..., own])
     check_gradients(layer, group, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 
@@ -116,11 +116,11 @@ def fused() -> None:
     for index, (part, size) in enumerate(parts.items()):
         expected = F.linear(x_ref, whole[f"{part}.weight"], whole[f"{part}.bias"])
         own = slice(group.rank * size // group.size, (group.rank + 1) * size // group.size)
-        torch.testing.assert_close(y[index], expected[:, own], **TOLERANCE)
+        assert_close(y[index], expected[:, own])
         weight = draw(*expected.shape, seed=index)
         (y[index] * weight[:, own]).sum().backward(retain_graph=True)
         (expected * weight).sum().backward()
-    torch.testing.assert_close(x.grad, x_ref.grad, **TOLERANCE)
+    assert_close(x.grad, x_ref.grad)
     check_gradients(holder, group, {n: t.grad for n, t in whole.items() if t.grad is not None})
 
 
@@ -149,7 +149,7 @@ def head_slice(bias: bool) -> None:
         for part, weight in zip(parts, weights[rank], strict=True):
             expected = F.linear(x_ref, whole[f"{part}.weight"], whole.get(f"{part}.bias"))
             (expected[:, 4 * head : 4 * head + 4] * weight).sum().backward()
-    torch.testing.assert_close(x.grad, x_ref.grad, **TOLERANCE)
+    assert_close(x.grad, x_ref.grad)
     check_gradients(holder, group, {n: t.grad for n, t in whole.items() if t.grad is not None})
 
 
@@ -166,7 +166,7 @@ def embedding(vocab_size: int) -> None:
     ids = torch.randint(0, vocab_size, (3, 17), generator=torch.Generator().manual_seed(3))
     ids[0, :3] = torch.tensor([0, vocab_size - 1, vocab_size // 2])
     y, y_ref = layer(ids), reference(ids)
-    torch.testing.assert_close(y, y_ref, **TOLERANCE)
+    assert_close(y, y_ref)
     weight = draw(*y_ref.shape, seed=11)
     (y * weight).sum().backward()
     (y_ref * weight).sum().backward()

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from megalite.train import Trainer
 
 QUICKSTART_MODEL: dict[str, Any] = {
     "architecture": "llama",
@@ -37,8 +40,8 @@ class Trace:
             assert abs(norm / norm_expected - 1) <= relative, f"step {step}: norm {norm} is not {norm_expected}"
 
 
-def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:
-    """Run all steps of a run file on this rank, inside the process group that the test formed."""
+def build_trainer(path: str | Path, overrides: Sequence[str]) -> "Trainer":
+    """Build this rank's trainer of a run file, inside the process group that the test formed."""
     from megalite.distributed import build_grid, local_device
     from megalite.plan import open_datasets, prepare
     from megalite.train import Trainer
@@ -46,8 +49,13 @@ def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[f
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan = prepare(Path(path), overrides, world_size)
     grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
-    trainer = Trainer(plan, grid, open_datasets(plan.config))
-    reports = [trainer.step(step) for step in range(1, plan.config.train.steps + 1)]
+    return Trainer(plan, grid, open_datasets(plan.config))
+
+
+def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Run all steps of a run file on this rank."""
+    trainer = build_trainer(path, overrides)
+    reports = [trainer.step(step) for step in range(1, trainer.config.train.steps + 1)]
     trainer.close()
     return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]
 
