@@ -125,38 +125,33 @@ def build_grid(layout: ParallelLayout, rank: int, *, device: torch.device, timeo
 def _embedding_group(layout: ParallelLayout, rank: int, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
     if layout.pipeline == 1:
         return None
-    ranks = next(group for group in layout.groups("pipeline") if rank in group)
-    ends = [ranks[0], ranks[-1]]
-    if rank not in ends:
-        return None
-    return _new_group(ends, timeout, "embedding")
-
-
-def _new_group(ranks: list[int], timeout: datetime.timedelta, name: str) -> dist.ProcessGroup:
-    """Form a group by its members alone: no other rank takes part."""
-    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True, group_desc=name)
-    return cast(dist.ProcessGroup, group)
+    mine = None
+    for ranks in layout.groups("pipeline"):
+        mine = _new_group([ranks[0], ranks[-1]], rank, timeout, "embedding") or mine
+    return mine
 
 
 def _stage_links(layout: ParallelLayout, rank: int, timeout: datetime.timedelta) -> Links:
-    if layout.pipeline == 1:
-        return Links()
-    ranks = next(group for group in layout.groups("pipeline") if rank in group)
     ends: dict[str, Link] = {}
-    # Only the two members of a link take part in forming it. All ranks go through the links of their pipeline in
-    # one order, so that no two wait for each other.
     kinds: tuple[tuple[LinkKind, bool], ...] = (("activation", False), ("gradient", True))
-    for lower, upper in zip(ranks, ranks[1:], strict=False):
-        for kind, backward in kinds:
-            source, target = (upper, lower) if backward else (lower, upper)
-            if rank not in (source, target):
-                continue
-            group = _new_group([source, target], timeout, f"{kind} {source}>{target}")
-            if rank == source:
-                ends[f"{kind}_out"] = Link(target, group)
-            else:
-                ends[f"{kind}_in"] = Link(source, group)
+    for ranks in layout.groups("pipeline"):
+        for lower, upper in zip(ranks, ranks[1:], strict=False):
+            for kind, backward in kinds:
+                source, target = (upper, lower) if backward else (lower, upper)
+                group = _new_group([source, target], rank, timeout, f"{kind} {source}>{target}")
+                if group is not None and rank == source:
+                    ends[f"{kind}_out"] = Link(target, group)
+                elif group is not None:
+                    ends[f"{kind}_in"] = Link(source, group)
     return Links(**ends)
+
+
+def _new_group(ranks: list[int], rank: int, timeout: datetime.timedelta, name: str) -> dist.ProcessGroup | None:
+    """Form a group; None on ranks outside it. Every rank of the world calls it for every group, in one order: torch
+    can also form a group by its members alone, but then names it by how many groups a rank has, and ranks that have
+    different numbers wait for each other in vain."""
+    group = dist.new_group(ranks, timeout=timeout, group_desc=name)
+    return cast(dist.ProcessGroup, group) if rank in ranks else None
 
 
 def gather_json(value: Any, grid: ProcessGrid) -> list[Any]:

@@ -22,7 +22,8 @@ def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optimi
         case "constant":
             return peak
         case "wsd":
-            decay = schedule.decay_steps or max(1, total_steps // 10)
+            decay = schedule.decay_steps
+            assert decay is not None  # the configuration requires it
             done = max(0.0, (step - (total_steps - decay)) / decay)
             return peak + (low - peak) * done
         case "linear" | "cosine":

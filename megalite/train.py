@@ -40,6 +40,8 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
 
     Raises UserError for what the user can mend, FloatingPointError where training diverges to no number.
     """
+    if environment.launcher != "megalite":  # which has looked already, once for all ranks
+        plan.check_data()
     timeout = datetime.timedelta(seconds=plan.config.train.timeout_seconds)
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.

@@ -148,8 +148,9 @@ class ZeroEngine:
         skipped = not self.engine.was_step_applied()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-        if not skipped and not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm}")
+        # DeepSpeed: ZeRO tells -1 for a norm that is no number.
+        if not skipped and not (math.isfinite(norm) and norm >= 0.0):
+            raise FloatingPointError("the gradient's norm is no finite number")
         return StepOutcome(norm, skipped, scale)
 
     @property
@@ -188,7 +189,7 @@ class ZeroEngine:
         dist.all_reduce(square, group=self.grid.model)
         norm = float(square.sqrt())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm}")
+            raise FloatingPointError("the gradient's norm is no finite number")
         if self._clip > 0 and norm + 1e-6 > self._clip:
             everything = [p.grad for stage in self.stages.values() for p in stage.parameters() if p.grad is not None]
             scale = self._clip / (norm + 1e-6)

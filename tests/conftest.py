@@ -32,11 +32,11 @@ def run_file(tmp_path: Path, corpus: Path) -> Path:
     content: dict[str, Any] = {
         "run": {"dir": str(tmp_path / "run"), "seed": 5},
         "model": QUICKSTART_MODEL,
-        "data": {"sequence_length": 48, "train": [{"prefix": str(corpus)}]},
+        "data": {"sequence_length": 32, "train": [{"prefix": str(corpus)}]},
         "parallel": {"tensor": 1, "pipeline": 1, "data": 1},
         "train": {
             "steps": 10,
-            "global_batch_size": 8,
+            "global_batch_size": 4,
             "micro_batch_size": 1,
             "timeout_seconds": 60,
             "optimizer": {"name": "adamw", "lr": 1.0e-3, "betas": [0.9, 0.95], "weight_decay": 0.1},

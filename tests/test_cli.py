@@ -1,6 +1,7 @@
 """The command line: what it prints and the status it ends with. The verbs' own work is tested beside the library."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -146,28 +147,37 @@ def test_a_failing_rank_leaves_at_once() -> None:
     assert failed.returncode == 1
 
 
+WRONG = prepare_that("raise megalite.errors.UserError('run.yaml: wrong')")
+MESSAGE = "megalite: error: run.yaml: wrong\n"
+
+
 @pytest.mark.parametrize(
     ("variables", "heard"),
     [
-        ({"RANK": "0", "CROSS_RANK": "0"}, True),
-        ({"RANK": "1", "CROSS_RANK": "0"}, False),
+        ({"RANK": "0"}, MESSAGE),
+        ({"RANK": "1"}, ""),
         # A rank of our own launcher has a log of its own.
-        ({"RANK": "1", "MEGALITE_LAUNCHER_PID": str(os.getpid())}, True),
+        ({"RANK": "1", "MEGALITE_LAUNCHER_PID": str(os.getpid())}, MESSAGE),
     ],
     ids=["rank 0", "another rank", "another rank, by hand"],
 )
-def test_rank_0_speaks_for_all_where_they_share_a_console(variables: dict[str, str], heard: bool) -> None:
-    code = prepare_that("raise megalite.errors.UserError('run.yaml: wrong')")
-    # A launcher ends the other ranks once rank 0 has ended: here nobody does, so that they would speak in the end.
-    code += (
-        "\nimport megalite.cli, os, types\nmegalite.cli.time = types.SimpleNamespace(sleep=lambda seconds: os._exit(2))"
-    )
+def test_rank_0_speaks_for_all_where_they_share_a_console(variables: dict[str, str], heard: str) -> None:
+    code = f"{WRONG}\nimport megalite.cli.failure\nmegalite.cli.failure.RANK_ZERO_SECONDS = 0.5"
     found = run("train", "run.yaml", code=code, **LAUNCHED | variables)
-    assert (found.returncode, found.stderr) == (2, "megalite: error: run.yaml: wrong\n" if heard else "")
+    assert (found.returncode, found.stderr) == (2, heard)
 
 
-def test_what_one_rank_alone_has_found_is_heard_later() -> None:
-    code = prepare_that("raise megalite.errors.UserError('run.yaml: wrong')")
-    code += "\nimport megalite.cli\nmegalite.cli.RANK_ZERO_HEAD_START = 0.1"
-    found = run("train", "run.yaml", code=code, **LAUNCHED)
-    assert (found.returncode, found.stderr) == (2, "megalite: error: run.yaml: wrong\n")
+def test_a_rank_says_what_rank_0_has_not_found() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as rank_zero:
+        port = str(rank_zero.getsockname()[1])
+        found = run("train", "run.yaml", code=WRONG, **LAUNCHED | {"MASTER_PORT": port})
+    assert (found.returncode, found.stderr) == (2, MESSAGE)
+
+
+def test_a_rank_that_waits_for_rank_0_keeps_its_status_when_its_launcher_ends_it() -> None:
+    end = f"""{WRONG}
+import os, signal, megalite.cli.failure
+megalite.cli.failure.socket.create_connection = lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM)
+"""
+    found = run("train", "run.yaml", code=end, **LAUNCHED)
+    assert (found.returncode, found.stderr) == (2, "")

@@ -291,7 +291,10 @@ def test_logs_that_cannot_be_written_are_the_users_error(tmp_path: Path) -> None
 # ---- a rank dies
 
 
-def test_a_killed_rank_takes_the_run_down(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_rank_takes_the_run_down(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     body = """
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         wait_for_ranks(4)

@@ -63,7 +63,7 @@ def test_norm_and_clipping_are_those_of_torch(run_file: Path, layout: tuple[int,
     model = Stage(plan.config.model, range(4), index=0, num_stages=1, group=TensorGroup())
     model.initialise(plan.config.run.seed)
     batch = BatchReader(
-        open_datasets(plan.config).train, global_batch_size=8, micro_batch_size=8, data_rank=0, data_size=1
+        open_datasets(plan.config).train, global_batch_size=4, micro_batch_size=4, data_rank=0, data_size=1
     )
     ((ids, targets),) = batch.microbatches(0)
     model(torch.from_numpy(ids.copy()), torch.from_numpy(targets.copy())).backward()

@@ -5,10 +5,7 @@ Each file has a `register` that adds its verbs to the app, and imports what a ve
 """
 
 import os
-import socket
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -17,11 +14,9 @@ import typer
 from typer.core import TyperGroup
 
 from megalite.cli import preprocess, tokenizer, train
+from megalite.cli.failure import leave, say_failure, say_user_error
 from megalite.errors import USER_ERROR_STATUS, UserError, nearest
-from megalite.launch import USER_ERROR_PREFIX, LaunchEnvironment, launch_environment
-
-RANK_ZERO_HEAD_START = 5.0
-"""Seconds in which rank 0 is to say what every rank found, before another rank speaks."""
+from megalite.launch import LaunchEnvironment, launch_environment
 
 # Some versions of typer carry a click of their own: whichever it is, this is its UsageError.
 _UsageError: Any = typer.BadParameter.__base__
@@ -70,15 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status = build_app()(arguments or ["--help"], prog_name="megalite", standalone_mode=False) or 0
     except (UserError, _UsageError) as error:
-        _say_user_error(error, rank)
+        say_user_error(_message(error), rank)
         status = USER_ERROR_STATUS
     except Exception:
         if rank is None:
             raise
-        _say_failure(rank)
+        say_failure(rank)
         status = 1
     if rank is not None and status != 0:
-        _leave(status)
+        leave(status)
     return status
 
 
@@ -98,26 +93,7 @@ def _who_am_i() -> LaunchEnvironment | None:
         return None  # The verbs that run as ranks will say so; the others do not mind.
 
 
-def _say_user_error(error: Exception, rank: LaunchEnvironment | None) -> None:
-    """Print a line for each fault, from one rank: all find the same error, and their stderr is often the same."""
-    message = str(error)
-    if isinstance(error, _UsageError):
-        usage: Any = error
-        message = usage.format_message().rstrip(".") + (f"; see {usage.ctx.command_path} --help" if usage.ctx else "")
-    # launch_local gives every rank a log of its own, and shows one of them.
-    if rank is not None and rank.rank != 0 and rank.launcher != "megalite":
-        # Rank 0's end is a launcher's reason to end this one: it speaks only of what it alone has found.
-        time.sleep(RANK_ZERO_HEAD_START)
-    sys.stderr.write("".join(f"{USER_ERROR_PREFIX}{line}\n" for line in message.splitlines()))
-
-
-def _say_failure(rank: LaunchEnvironment) -> None:
-    """Print the traceback, in one piece and with the rank and host on every line, since ranks may share a console."""
-    mark = f"[rank {rank.rank} on {socket.gethostname()}] "
-    sys.stderr.write("".join(f"{mark}{line}\n" for line in traceback.format_exc().splitlines()))
-
-
-def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def _message(error: Any) -> str:
+    if not isinstance(error, _UsageError):
+        return str(error)
+    return error.format_message().rstrip(".") + (f"; see {error.ctx.command_path} --help" if error.ctx else "")

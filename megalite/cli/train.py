@@ -56,7 +56,9 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     plan = prepare(run, overrides, None)
     if dry_run:
         _show(plan)
+        plan.check_data()
         return
+    plan.check_data()
     status = launch_local(["train", str(run), *overrides], plan.layout.world_size, plan.config.run.dir / "logs")
     raise typer.Exit(status)
 

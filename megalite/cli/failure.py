@@ -1,0 +1,53 @@
+"""How a verb that fails says so: one message, from one rank, and an end that waits for nobody."""
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from contextlib import suppress
+from typing import NoReturn
+
+from megalite.errors import USER_ERROR_STATUS
+from megalite.launch import USER_ERROR_PREFIX, LaunchEnvironment
+
+RANK_ZERO_SECONDS = 10.0
+"""How long another rank waits to see whether rank 0 went on without the error that it has found itself."""
+
+
+def say_user_error(message: str, rank: LaunchEnvironment | None) -> None:
+    """Print a line for each fault, from one rank: nearly always every rank has found the same.
+
+    Rank 0 speaks for all, since the others' stderr is often the same as its own, and since a launcher ends the run
+    with the first rank that ends: the others leave it the time. What rank 0 has not found, they say themselves.
+    """
+    # The ranks of `launch_local` have a log each, one of which it shows.
+    shares_console = rank is not None and rank.launcher != "megalite"
+    if rank is None or rank.rank == 0 or not shares_console or _rank_zero_went_on(rank):
+        sys.stderr.write("".join(f"{USER_ERROR_PREFIX}{line}\n" for line in message.splitlines()))
+
+
+def _rank_zero_went_on(rank: LaunchEnvironment) -> bool:
+    """Whether rank 0 opens the port where the ranks meet, as it does once it has found no error."""
+    # A launcher that ends this rank because rank 0 has ended must find the same status.
+    signal.signal(signal.SIGTERM, lambda number, frame: leave(USER_ERROR_STATUS))
+    deadline = time.monotonic() + RANK_ZERO_SECONDS
+    while rank.master_address and rank.master_port and time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection((rank.master_address, rank.master_port), timeout=1):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def say_failure(rank: LaunchEnvironment) -> None:
+    """Print the current exception in one piece, with the rank and host on every line: ranks may share a console."""
+    mark = f"[rank {rank.rank} on {socket.gethostname()}] "
+    sys.stderr.write("".join(f"{mark}{line}\n" for line in traceback.format_exc().splitlines()))
+
+
+def leave(status: int) -> NoReturn:
+    """End this rank now: an orderly exit may wait for peers that wait for this rank to end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

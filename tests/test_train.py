@@ -1,0 +1,84 @@
+"""A whole run by the command line: what it prints and leaves behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from harness import RankError, run_distributed
+from training import build_trainer
+
+TINY = (
+    "model.vocab_size=256",
+    "model.hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.intermediate_size=48",
+    "data.sequence_length=24",
+    "data.split=[0.9, 0.1]",
+)
+
+
+def megalite(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "megalite", *arguments], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def test_a_run_leaves_its_metrics_its_pictures_and_done(run_file: Path, tmp_path: Path) -> None:
+    overrides = [*TINY, "parallel.tensor=2", "parallel.pipeline=2", "train.steps=6", "train.trace_steps=[4]"]
+    done = megalite("train", str(run_file), *overrides, "train.eval_every=3", "train.eval_batches=2")
+    lines = done.stdout.splitlines()
+    directory = tmp_path / "run"
+    assert [line for line in lines if line.startswith("step 2/6 | loss ")]
+    assert lines[-1] == f"run: {directory}"
+    assert any(line.startswith("validation loss: ") for line in lines)
+    assert done.stderr == ""
+
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[-1]["tokens"] == 6 * 4 * 24
+    assert [record["step"] for record in records if "valid_loss" in record] == [3, 6]
+    assert json.loads((directory / "DONE.json").read_text()) == {"step": 6, "tokens": 6 * 4 * 24}
+    timeline = json.loads((directory / "timeline_step_4.json").read_text())
+    assert len(timeline["spans"]) == 2 * 2 * 4  # a forward and a backward of 4 microbatches on 2 stages
+    for picture in ("loss.png", "timeline_step_4.png"):
+        assert (directory / picture).read_bytes().startswith(b"\x89PNG")
+    assert yaml.safe_load((directory / "config.yaml").read_text())["parallel"]["data"] == 1
+    assert not list(directory.glob("*.tmp"))
+
+
+def test_a_run_stops_where_it_is_told_and_is_not_done(run_file: Path, tmp_path: Path) -> None:
+    whole = megalite("train", str(run_file), *TINY, "train.steps=6").stdout.splitlines()
+    stopped = megalite("train", str(run_file), *TINY, "train.steps=6", "train.stop_after=3").stdout.splitlines()
+    assert not (tmp_path / "run" / "DONE.json").exists()
+    until = [line.split(" | tok/s")[0] for line in whole if line.startswith("step")][:3]
+    assert [line.split(" | tok/s")[0] for line in stopped if line.startswith("step")] == until
+
+
+def test_the_resolved_configuration_trains_the_same(run_file: Path, tmp_path: Path) -> None:
+    first = megalite("train", str(run_file), *TINY, "train.steps=3").stdout.splitlines()
+    again = megalite(
+        "train", str(tmp_path / "run" / "config.yaml"), f"run.dir={tmp_path / 'again'}"
+    ).stdout.splitlines()
+    losses = [[line.split(" | ")[1] for line in lines if line.startswith("step")] for lines in (first, again)]
+    assert losses[0] == losses[1]
+
+
+def diverge(path: str, stage: int) -> None:
+    overrides = (*TINY, "parallel.pipeline=2", f"deepspeed.zero_optimization.stage={stage}")
+    trainer = build_trainer(path, overrides)
+    for parameter in trainer.engine.stages[trainer.grid.coordinate.pipeline].parameters():
+        parameter.data.fill_(float("nan"))
+    trainer.step(1)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_norm_that_is_no_number_ends_the_run(run_file: Path, stage: int) -> None:
+    with pytest.raises(RankError, match="FloatingPointError: the gradient's norm is no finite number"):
+        run_distributed(diverge, 2, str(run_file), stage)
