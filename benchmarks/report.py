@@ -94,10 +94,12 @@ class Report:
         )
 
     def share_of_peak(self, step_seconds: float) -> float:
-        """Arithmetic of a step against what a bare matrix product reaches on all cores (model FLOP utilisation)."""
+        """Arithmetic of a step against bare matrix products on all cores (model FLOP utilisation).
+
+        The rate of one thread times the cores: that of all threads at once is lost to any other work meanwhile.
+        """
         gflops = self.job.flops_per_token * self.job.tokens_per_step / step_seconds / 1e9
-        rates = [rate for name, rate in self.machine.matrix_gflops.items() if name.startswith(self.job.dtype)]
-        return gflops / max(rates)
+        return gflops / (self.machine.matrix_gflops[f"{self.job.dtype} on 1 thread"] * self.machine.cores)
 
     def versus(self) -> list[tuple[str, ...]]:
         """megalite against every peer of its layout, and against the one-process peers, round by round."""
@@ -169,8 +171,8 @@ def write(report: Report, name: str) -> None:
 METHOD = """\
 Medians of {steps} steps after {warmup} to warm up, one step of each contender in turn while all others sleep; *spread*
 is the fastest and the slowest step; CPU seconds are those of all ranks; *of peak* is the job's arithmetic against the
-matrix rate above on all cores; ratios are medians over the rounds of the ratio within a round; *loss* is that of the
-first and the last step.
+matrix rate of one thread times the cores; ratios are medians over the rounds of the ratio within a round; *loss* is
+that of the first and the last step.
 """
 JOB = """\
 - everything else on the machine kept {load:.2f} cores busy meanwhile

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megalite.allocator import keep_freed_memory
 from megalite.layout import Coordinate, ParallelLayout
 from megalite.tensor_parallel.collectives import TensorGroup
 
@@ -91,6 +92,8 @@ def process_grid(
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        keep_freed_memory()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=layout.world_size, timeout=timeout
     )

@@ -8,6 +8,7 @@ and each has a canary in tests/test_zero_canaries.py that fails once DeepSpeed n
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,6 +251,8 @@ def _counts(parameter: nn.Parameter) -> bool:
 
 def _quieten_deepspeed() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch's advice on the collectives that DeepSpeed calls is for DeepSpeed's authors.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _adapt_deepspeed(grid: ProcessGrid) -> None:

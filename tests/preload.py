@@ -4,7 +4,14 @@ import sys
 from contextlib import suppress
 from importlib import import_module
 
-for name in ("torch", "numpy", "pytest", "hypothesis", "deepspeed", "megalite.zero", "megalite.train"):
+NAMES = (
+    *("torch", "numpy", "pytest", "hypothesis", "deepspeed", "megalite.train"),
+    # What torch.testing and DeepSpeed's engine import when they are first used: two seconds a rank.
+    *("torch.distributed.tensor", "torch._dynamo.testing", "torch._inductor.compile_fx", "deepspeed.compile.backend"),
+    *("deepspeed.module_inject.auto_ep_layer", "deepspeed.runtime.zero.muon.muon_optimizer"),
+)
+
+for name in NAMES:
     # A module that cannot be imported fails the tests that use it, not all.
     with suppress(Exception):
         import_module(name)

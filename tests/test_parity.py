@@ -40,7 +40,7 @@ def check(run_file: Path, corpus: Path, layout: tuple[int, int, int], *overrides
     for losses, norms in traces:
         Trace(losses, norms).assert_close(expected, TOLERANCE)
     assert max(expected.norms) > 0.5, "clipping was never active"
-    assert expected.losses[-1] < expected.losses[0] - 0.5, "nothing was learned"
+    assert expected.losses[-1] < expected.losses[0] - 0.3, "nothing was learned"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
