@@ -88,7 +88,7 @@ def process_grid(
     """Join the ranks of `layout` (MASTER_ADDR and MASTER_PORT say where) and leave them at the end.
 
     Every operation fails after `timeout`: without it a lost peer would strand the others for half an hour. Leaving
-    matters: a process that ends with its groups alive may abort.
+    matters: a process that ends well with its groups alive may abort.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -97,10 +97,9 @@ def process_grid(
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=layout.world_size, timeout=timeout
     )
-    try:
-        yield build_grid(layout, rank, device=device, timeout=timeout)
-    finally:
-        dist.destroy_process_group()
+    yield build_grid(layout, rank, device=device, timeout=timeout)
+    # Not where an exception passes: closed sockets would kill the peers first, and they would be blamed.
+    dist.destroy_process_group()
 
 
 def build_grid(layout: ParallelLayout, rank: int, *, device: torch.device, timeout: datetime.timedelta) -> ProcessGrid:

@@ -48,8 +48,8 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     with process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
         trainer = Trainer(plan, grid, open_datasets(plan.config))
-        with closing(trainer):
-            trainer.run()
+        trainer.run()
+        trainer.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,8 +149,9 @@ class ZeroEngine:
         skipped = not self.engine.was_step_applied()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-        # DeepSpeed: ZeRO tells -1 for a norm that is no number.
-        if not skipped and not (math.isfinite(norm) and norm >= 0.0):
+        # DeepSpeed: ZeRO tells -1 for a norm that is no number, and skips the step in every precision; only a loss
+        # scale can come down and make the next step a better one.
+        if (skipped and scale is None) or not (skipped or (math.isfinite(norm) and norm >= 0.0)):
             raise FloatingPointError("the gradient's norm is no finite number")
         return StepOutcome(norm, skipped, scale)
 

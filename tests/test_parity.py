@@ -16,21 +16,25 @@ LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2,
 
 
 @cache
-def reference(corpus: Path, tied: bool, content: str) -> Trace:
-    path = corpus.parent / f"reference_{tied}.yaml"
+def reference(corpus: Path, content: str, overrides: tuple[str, ...]) -> Trace:
+    path = corpus.parent / "reference.yaml"
     path.write_text(content)
-    return train_in_plain_torch(path, [f"model.tie_word_embeddings={str(tied).lower()}", f"run.dir={corpus.parent}"])
+    return train_in_plain_torch(path, [*overrides, f"run.dir={corpus.parent}"])
 
 
-def check(run_file: Path, corpus: Path, layout: tuple[int, int, int], *overrides: str, tied: bool) -> None:
+def check(
+    run_file: Path, corpus: Path, layout: tuple[int, int, int], *overrides: str, tied: bool, model: tuple[str, ...] = ()
+) -> None:
+    """Train at `layout` with `overrides`, and in one process; `model` is what both share."""
     tensor, pipeline, data = layout
-    expected = reference(corpus, tied, run_file.read_text().replace(str(run_file.parent), ""))
+    shared = (*model, f"model.tie_word_embeddings={str(tied).lower()}")
+    expected = reference(corpus, run_file.read_text().replace(str(run_file.parent), ""), shared)
     traces = run_distributed(
         train_rank,
         tensor * pipeline * data,
         str(run_file),
         (
-            f"model.tie_word_embeddings={str(tied).lower()}",
+            *shared,
             f"parallel.tensor={tensor}",
             f"parallel.pipeline={pipeline}",
             f"parallel.data={data}",
@@ -59,3 +63,47 @@ def test_gpipe_trains_like_one_process(run_file: Path, corpus: Path, layout: tup
 
 def test_uneven_stages_train_like_one_process(run_file: Path, corpus: Path) -> None:
     check(run_file, corpus, (1, 2, 1), "parallel.stage_layers=[3, 1]", tied=True)
+
+
+OFFLOADS = {
+    "optimizer, ZeRO-1": (1, "deepspeed.zero_optimization.offload_optimizer={device: cpu}"),
+    "optimizer, ZeRO-2": (2, "deepspeed.zero_optimization.offload_optimizer={device: cpu}"),
+    "optimizer, ZeRO-3": (3, "deepspeed.zero_optimization.offload_optimizer={device: cpu}"),
+    "parameters, ZeRO-3": (3, "deepspeed.zero_optimization.offload_param={device: cpu}"),
+}
+
+
+@pytest.mark.parametrize(("stage", "offload"), OFFLOADS.values(), ids=OFFLOADS.keys())
+def test_offload_trains_like_one_process(run_file: Path, corpus: Path, stage: int, offload: str) -> None:
+    check(run_file, corpus, (1, 2, 2), f"deepspeed.zero_optimization.stage={stage}", offload, tied=True)
+
+
+GPT2 = (
+    "model={architecture: gpt2, vocab_size: 8192, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 8,"
+    " max_position_embeddings: 256}"
+)
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2)], ids=lambda layout: "x".join(map(str, layout)))
+def test_gpt2_trains_like_one_process(run_file: Path, corpus: Path, layout: tuple[int, int, int]) -> None:
+    check(run_file, corpus, layout, tied=True, model=(GPT2,))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
+def test_every_layout_trains_gpt2_like_one_process(
+    run_file: Path, corpus: Path, layout: tuple[int, int, int], tied: bool, stage: int
+) -> None:
+    check(run_file, corpus, layout, f"deepspeed.zero_optimization.stage={stage}", tied=tied, model=(GPT2,))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2), (2, 2, 2)], ids=lambda layout: "x".join(map(str, layout)))
+def test_twenty_steps_of_one_key_value_head_train_like_one_process(
+    run_file: Path, corpus: Path, layout: tuple[int, int, int], stage: int
+) -> None:
+    model = ("model.num_key_value_heads=1", "train.steps=20", "train.global_batch_size=8")
+    check(run_file, corpus, layout, f"deepspeed.zero_optimization.stage={stage}", tied=True, model=model)
