@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from harness import RankError, run_distributed
 from training import build_trainer
@@ -74,7 +75,7 @@ def diverge(path: str, stage: int) -> None:
     overrides = (*TINY, "parallel.pipeline=2", f"deepspeed.zero_optimization.stage={stage}")
     trainer = build_trainer(path, overrides)
     (model_part,) = trainer.engine.stages.values()
-    model_part.register_forward_hook(lambda _module, _inputs, output: output * float("nan"))
+    model_part.register_forward_hook(lambda _module, _inputs, output: torch.mul(output, torch.nan))
     trainer.step(1)
 
 

@@ -112,8 +112,8 @@ def causal_attention(query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
-# On a CPU plain matrix products take half the time of torch's fused kernel (benchmarks/results/attention.md). They keep
-# the scores for the backward, so this many of them at the most: 16 MiB of bf16 a layer and microbatch.
+# On a CPU plain matrix products take half the time of torch's fused kernel (benchmarks/attention.py). They keep the
+# scores for the backward, so this many of them at the most: 16 MiB of bf16 a layer and microbatch.
 WRITTEN_OUT_SCORES = 1 << 23
 
 
