@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from megalite.config import DataSource, RunConfig, load_run_config
+from megalite.config import DataSource, ModelConfig, RunConfig, load_run_config
 from megalite.data.batches import Samples
 from megalite.data.indexed import IndexedDataset
 from megalite.data.samples import GPTDataset, split_documents
@@ -77,25 +77,17 @@ class Plan:
                 held = self.parameters(stage, tensor)
                 total += held
                 table.add_row(str(stage), f"{layers.start}-{layers.stop - 1}", str(tensor), shown, f"{held:,}")
-        table.caption = f"{total:,} parameters on the {self.layout.pipeline * self.layout.tensor} ranks of one copy"
+        whole = range(self.config.model.num_hidden_layers)
+        model = _num_parameters(self.config.model, whole, 0, 1, (0, 1))
+        table.caption = (
+            f"{model:,} parameters in the model, {total:,} on its ranks\n(norms and tied tables stand on several)"
+        )
         return table
 
     def parameters(self, stage: int, tensor: int) -> int:
         """Number of parameters that one rank holds, before ZeRO divides them."""
-        import torch
-
-        from megalite.model.stage import Stage
-        from megalite.tensor_parallel.collectives import TensorGroup
-
-        with torch.device("meta"):
-            built = Stage(
-                self.config.model,
-                self.stage_layers[stage],
-                index=stage,
-                num_stages=self.layout.pipeline,
-                group=TensorGroup(tensor, self.layout.tensor),
-            )
-        return built.num_parameters()
+        size, layers = (tensor, self.layout.tensor), self.stage_layers[stage]
+        return _num_parameters(self.config.model, layers, stage, self.layout.pipeline, size)
 
     def _pipeline(self) -> str:
         schedule, microbatches = self.config.parallel.schedule, self.config.gradient_accumulation_steps
@@ -106,6 +98,19 @@ class Plan:
             f"pipeline {schedule}: {self.layout.pipeline} stages, {microbatches} microbatches, simulated bubble "
             f"{timeline.bubble_fraction:.1%}, at most {max(timeline.peak_in_flight)} microbatches in flight"
         )
+
+
+def _num_parameters(
+    model: ModelConfig, layers: range, index: int, num_stages: int, tensor_rank_and_size: tuple[int, int]
+) -> int:
+    import torch
+
+    from megalite.model.stage import Stage
+    from megalite.tensor_parallel.collectives import TensorGroup
+
+    with torch.device("meta"):
+        group = TensorGroup(*tensor_rank_and_size)
+        return Stage(model, layers, index=index, num_stages=num_stages, group=group).num_parameters()
 
 
 @dataclass(frozen=True, slots=True)
