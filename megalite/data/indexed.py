@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
-from megalite.data.files import partial_path, publish
 from megalite.errors import UserError, nearest
+from megalite.files import partial_path, publish
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

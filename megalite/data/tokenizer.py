@@ -19,9 +19,9 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from megalite.data.files import write_whole
 from megalite.data.inputs import documents
 from megalite.errors import UserError
+from megalite.files import write_whole
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")

@@ -1,6 +1,6 @@
 import pytest
 
-from megalite.data.files import partial_path, publish, write_whole
+from megalite.files import partial_path, publish, write_whole
 
 
 def test_write_whole_makes_the_folder_and_leaves_nothing_else(tmp_path):
@@ -15,7 +15,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def no_space(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("megalite.data.files.os.replace", no_space)
+    monkeypatch.setattr("megalite.files.os.replace", no_space)
     with pytest.raises(OSError, match="no space left"):
         write_whole(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"

@@ -1,0 +1,158 @@
+"""What a run leaves in its folder: configuration, metrics, pictures, and DONE.json at the end."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megalite.distributed import ProcessGrid, gather_json
+from megalite.files import write_whole
+from megalite.metrics import MetricsLog, Peak, StepMetrics, device_peak, flops_per_token, peak_memory
+from megalite.pipeline.instructions import parse
+from megalite.pipeline.schedule import SCHEDULES, all_streams
+from megalite.pipeline.simulate import measured_cost, simulate
+from megalite.pipeline.timeline import Span, Timeline
+from megalite.plan import Plan
+from megalite.zero import StepOutcome
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*")
+"""What a run leaves in its folder, the logs of its ranks aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One finished training step: the mean loss of the global batch, the same on every rank, and the step's outcome."""
+
+    step: int
+    loss: float
+    outcome: StepOutcome
+    learning_rate: float
+    seconds: float
+
+
+class RunRecorder:
+    """Leaves in `run.dir` what a run leaves there. Rank 0 writes; what needs every rank is collective."""
+
+    def __init__(self, plan: Plan, grid: ProcessGrid, dtype: torch.dtype, unigram_entropy: float | None) -> None:
+        config = plan.config
+        self.config, self.grid, self.plan = config, grid, plan
+        self.directory = config.run.dir
+        self.log: MetricsLog | None = None
+        self.tokens = 0
+        self.valid_loss: float | None = None
+        self.picture: Path | None = None
+        self.unigram_entropy = unigram_entropy
+        self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        if grid.rank == 0:
+            self._start_directory()
+            self.log = MetricsLog(self.directory, total_steps=config.train.steps, world_size=plan.layout.world_size)
+        self.peak = self._measure_peak(dtype)
+        if self.log:
+            self.log.say(
+                f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
+                f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
+            )
+
+    def step(self, report: StepReport) -> None:
+        """Record a training step."""
+        tokens = self.config.train.global_batch_size * self.config.data.sequence_length
+        self.tokens += tokens
+        memory = torch.tensor(peak_memory(self.grid.device), dtype=torch.int64, device=self.grid.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        if self.log is None:
+            return
+        rate = tokens / report.seconds
+        self.log.step(
+            StepMetrics(
+                step=report.step,
+                loss=report.loss,
+                learning_rate=report.learning_rate,
+                grad_norm=report.outcome.grad_norm,
+                loss_scale=report.outcome.loss_scale,
+                skipped=report.outcome.skipped,
+                tokens=self.tokens,
+                tokens_per_second=rate,
+                step_seconds=report.seconds,
+                mfu=rate * self.flops_per_token / self.peak.flops,
+                memory_bytes=int(memory),
+            )
+        )
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Record an evaluation."""
+        self.valid_loss = loss
+        if self.log is not None:
+            self.log.evaluation(step, loss)
+
+    def timeline(self, step: int, spans: Sequence[Span]) -> None:
+        """Gather the measured spans of all stages, keep them as JSON, and draw them beside the simulation."""
+        at = self.grid.coordinate
+        mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if at.data == at.tensor == 0 else []
+        gathered = gather_json(mine, self.grid)
+        if self.log is None:
+            return
+        from megalite.pipeline.plot import plot_timelines
+
+        measured = Timeline(
+            tuple(Span(rank, parse(code), start, end) for part in gathered for rank, code, start, end in part)
+        )
+        schedule = SCHEDULES[self.config.parallel.schedule]
+        streams = all_streams(schedule, self.plan.layout.pipeline, self.config.gradient_accumulation_steps)
+        simulated = simulate(streams, measured_cost(measured))
+        (self.directory / f"timeline_step_{step}.json").write_text(measured.to_json() + "\n", encoding="utf-8")
+        title = f"step {step}: {self.config.parallel.schedule}, {self.plan.layout}"
+        self.picture = self.directory / f"timeline_step_{step}.png"
+        plot_timelines({"measured": measured, "simulated with the measured times": simulated}, self.picture, title)
+
+    def finish(self, *, complete: bool) -> None:
+        """Draw the curves; leave DONE.json where the run went to its last step."""
+        if self.log is None:
+            return
+        from megalite.plots import loss_curve
+
+        curve = self.directory / "loss.png"
+        entropy = self.unigram_entropy
+        loss_curve(
+            self.directory / "metrics.jsonl", curve, baseline=entropy, baseline_name="unigram entropy of the corpus"
+        )
+        if self.valid_loss is not None:
+            beside = "" if entropy is None else f" (unigram entropy of the corpus: {entropy:.4f})"
+            self.log.say(f"validation loss: {self.valid_loss:.4f} nats a token{beside}")
+        self.log.say(f"loss curve: {curve}")
+        if self.picture is not None:
+            self.log.say(f"pipeline timeline: {self.picture}")
+        if complete:
+            done = {"step": self.config.train.steps, "tokens": self.tokens}
+            write_whole(self.directory / "DONE.json", json.dumps(done).encode())
+        self.log.say(f"run: {self.directory}")
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def _start_directory(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        set_aside_earlier_run(self.directory)
+        write_whole(self.directory / "config.yaml", self.config.to_yaml().encode())
+
+    def _measure_peak(self, dtype: torch.dtype) -> Peak:
+        dist.barrier()
+        flops, source = device_peak(self.grid.device, dtype)
+        total = torch.tensor(flops, dtype=torch.float64, device=self.grid.device)
+        dist.all_reduce(total)
+        return Peak(float(total), source)
+
+
+def set_aside_earlier_run(directory: Path) -> None:
+    """Move what an earlier run left in its folder to ``earlier/1``, or the next number: nothing is written over."""
+    left = [path for name in RUN_FILES for path in sorted(directory.glob(name))]
+    if not left:
+        return
+    numbers = [int(path.name) for path in (directory / "earlier").glob("*") if path.name.isdigit()]
+    aside = directory / "earlier" / str(max(numbers, default=0) + 1)
+    aside.mkdir(parents=True)
+    for path in left:
+        path.rename(aside / path.name)
