@@ -1,5 +1,6 @@
 """What tests share: a token index of made-up text, and run files over it."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ import yaml
 from training import QUICKSTART_MODEL
 
 from megalite.data.indexed import IndexedDatasetWriter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interrupts_reach_what_tests_start() -> None:
+    """A shell starts a job in the background with SIGINT ignored, and every process below it inherits that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

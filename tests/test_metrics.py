@@ -4,6 +4,7 @@ import io
 import json
 from pathlib import Path
 
+import psutil
 import torch
 
 from megalite.config import GPT2Config, LlamaConfig
@@ -86,7 +87,7 @@ def test_the_peak_on_a_cpu_is_measured_and_named_so() -> None:
 
 
 def test_memory_is_that_of_this_process() -> None:
-    before = peak_memory(torch.device("cpu"))
     held = torch.ones(100 << 18)
-    assert peak_memory(torch.device("cpu")) - before > 50 << 20
-    assert held.numel()
+    resident = psutil.Process().memory_info().rss
+    assert resident >= 4 * held.numel()
+    assert resident <= peak_memory(torch.device("cpu")) < psutil.virtual_memory().total
