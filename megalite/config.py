@@ -587,7 +587,9 @@ def _load_deepspeed(document: dict[str, Any], origin: Origin, folder: Path) -> O
         text = f"={show(stated)} is relative to the working directory; write {show(str(folder / path))}"
         raise UserError(origin.line(Fault(("deepspeed",), text)))
     document["deepspeed"] = read_json(path)
-    return replace(within, file=path.name, own_file=True)
+    # The path may stand on the command line; what the file says does not.
+    inside = tuple(key for key in origin.overrides if key != ("deepspeed",))
+    return replace(within, file=path.name, own_file=True, overrides=inside)
 
 
 def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin) -> RunConfig:

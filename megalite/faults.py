@@ -107,7 +107,8 @@ class Kind:
         try:
             converted = self.convert(value)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"={show(value)} is not {self.words}") from None
+            words = alternatives(self.available) if self.available else self.words
+            raise ValueError(f"={show(value)} is not {words}") from None
         if self.available and converted not in self.available:
             raise ValueError(f"={show(value)} {self.unavailable_reason}; write {alternatives(self.available)}")
         return converted

@@ -1,7 +1,32 @@
 """Files that are there whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from megalite.errors import UserError
+
+
+def require_writable_folder(folder: Path, what: str, fix: str) -> None:
+    """Raise UserError where `folder` is none and cannot become one, or cannot be written in; makes nothing."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"{what}: {existing} is no folder; {fix}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: the folder {existing} cannot be written in; {fix}")
+
+
+@contextmanager
+def writing(path: Path, fix: str) -> Iterator[None]:
+    """Turn the system's refusal to write `path`, or a file beside it, into a UserError that ends with `fix`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"{path}: cannot be written: {error.filename or path}: {reason}; {fix}") from error
 
 
 def partial_path(path: Path) -> Path:

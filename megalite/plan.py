@@ -17,6 +17,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.samples import GPTDataset, split_documents
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import UserError
+from megalite.files import require_writable_folder
 from megalite.layout import Coordinate, ParallelLayout
 from megalite.pipeline.partition import partition
 from megalite.pipeline.schedule import SCHEDULES, all_streams
@@ -33,7 +34,8 @@ class Plan:
 
     def check_data(self) -> None:
         """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
-        vocabulary."""
+        vocabulary, or where nothing can be written in `run.dir`."""
+        require_writable_folder(self.config.run.dir, f"run.dir={self.config.run.dir}", "set another run.dir")
         vocab_size, path = self.config.model.vocab_size, self.config.data.tokenizer
         assert vocab_size is not None
         digest = load_tokenizer(path).digest if path is not None else None
@@ -150,21 +152,22 @@ def open_datasets(config: RunConfig) -> Datasets:
     if data.split is not None:
         ranges = list(split_documents(indexed.num_documents, data.split))
     train = GPTDataset(indexed, sequence_length=data.sequence_length, seed=seed, documents=ranges[0])
-    _at_least_a_batch(config, train, data.train[0])
+    _at_least_a_batch(config, train.samples_per_epoch, "to train on", data.train[0])
     valid = None
-    source = data.valid[0] if data.valid else (data.train[0] if ranges[1] else None)
-    if source is not None:
+    if config.train.eval_every:
+        source = data.valid[0] if data.valid else data.train[0]
         held_out = IndexedDataset(source.prefix) if data.valid else indexed
-        valid = GPTDataset(held_out, sequence_length=data.sequence_length, seed=seed, documents=ranges[1])
-        _at_least_a_batch(config, valid, source)
+        if ranges[1] is None or len(ranges[1]):
+            valid = GPTDataset(held_out, sequence_length=data.sequence_length, seed=seed, documents=ranges[1])
+        _at_least_a_batch(config, valid.samples_per_epoch if valid else 0, "to evaluate on", source)
     return Datasets(train, valid, indexed.sidecar.token_counts_entropy if indexed.sidecar else None)
 
 
-def _at_least_a_batch(config: RunConfig, dataset: Samples, source: DataSource) -> None:
+def _at_least_a_batch(config: RunConfig, samples: int, purpose: str, source: DataSource) -> None:
     wanted = config.train.global_batch_size
-    if dataset.samples_per_epoch < wanted:
+    if samples < wanted:
+        share = ", a larger share in data.split" if config.data.split else ""
         raise UserError(
-            f"{source.prefix}: {dataset.samples_per_epoch} samples of data.sequence_length="
-            f"{config.data.sequence_length} are less than train.global_batch_size={wanted}; "
-            f"use a batch of at most {dataset.samples_per_epoch}, shorter sequences or more text"
+            f"{source.prefix}: {samples} samples of data.sequence_length={config.data.sequence_length} {purpose} are "
+            f"less than train.global_batch_size={wanted}; give more text{share}, a shorter sequence or a smaller batch"
         )

@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "metrics": ("config",),
     "plots": (),
     "zero": ("config", "distributed", "model"),
-    "plan": ("config", "data", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
+    "plan": ("config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "recorder": ("distributed", "files", "metrics", "pipeline", "plan", "plots", "zero"),
     "train": (
         "config",
@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "recorder",
         "zero",
     ),
-    "cli": ("cli", "data", "launch", "plan", "plots", "train"),
+    "cli": ("cli", "data", "files", "launch", "plan", "plots", "train"),
     "__main__": ("cli",),
 }
 

@@ -392,7 +392,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "schedule typo",
         {"parallel.schedule": "1fb1"},
-        "run.yaml: parallel.schedule='1fb1' is not '1f1b', 'gpipe', 'interleaved_1f1b' or 'zb_h1'",
+        "run.yaml: parallel.schedule='1fb1' is not '1f1b' or 'gpipe'",
     ),
     (
         "virtual stages",

@@ -90,4 +90,4 @@ def test_memory_is_that_of_this_process() -> None:
     held = torch.ones(100 << 18)
     resident = psutil.Process().memory_info().rss
     assert resident >= 4 * held.numel()
-    assert resident <= peak_memory(torch.device("cpu")) < psutil.virtual_memory().total
+    assert 0.95 * resident < peak_memory(torch.device("cpu")) < psutil.virtual_memory().total

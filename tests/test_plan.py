@@ -69,6 +69,13 @@ BAD: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
     ("cut bin", cut_tokens, [], ["corpus.bin", "cut short"]),
     ("token ids", spoil_nothing, ["model.vocab_size=200"], ["token id 299", "200"]),
     ("small corpus", spoil_nothing, ["train.global_batch_size=512"], ["global_batch_size=512", "samples"]),
+    (
+        "small validation part",
+        spoil_nothing,
+        ["train.eval_every=5", "data.split=[0.9, 0.1]"],
+        ["to evaluate on", "data.split"],
+    ),
+    ("folder", spoil_nothing, ["run.dir=/dev/null/run"], ["run.dir", "/dev/null is no folder", "another run.dir"]),
     ("less than a sample", spoil_nothing, ["data.split=[0.5, 0.5]"], ["documents", "sequence_length"]),
 ]
 
@@ -125,7 +132,9 @@ def test_another_tokenizer_than_the_datas_is_refused(run_file: Path, tmp_path: P
 
 
 def test_a_split_gives_training_and_validation_different_documents(run_file: Path, corpus: Path) -> None:
-    config = prepare(run_file, ["data.split=[0.75, 0.25]", "data.sequence_length=16"], None).config
+    overrides = ["data.split=[0.75, 0.25]", "data.sequence_length=16"]
+    assert open_datasets(prepare(run_file, overrides, None).config).valid is None, "nobody asked for an evaluation"
+    config = prepare(run_file, [*overrides, "train.eval_every=5"], None).config
     datasets = open_datasets(config)
     assert datasets.valid is not None
     total = datasets.train.samples_per_epoch + datasets.valid.samples_per_epoch

@@ -28,8 +28,9 @@ def preprocess(
 ) -> None:
     """Tokenize text into Megatron's indexed format; the same bytes for any number of workers."""
     from megalite.data.preprocess import preprocess as run
+    from megalite.files import writing
 
-    with byte_progress("tokenizing") as progress:
+    with writing(output, "give another --output"), byte_progress("tokenizing") as progress:
         report = run(
             inputs,
             tokenizer,

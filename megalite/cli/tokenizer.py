@@ -29,8 +29,9 @@ def train(
 ) -> None:
     """Train a sentencepiece BPE tokenizer with byte fallback, which gives every text back as it was."""
     from megalite.data.tokenizer import train_sentencepiece
+    from megalite.files import writing
 
-    with byte_progress("reading") as progress:
+    with writing(output, "give another --output"), byte_progress("reading") as progress:
         report = train_sentencepiece(
             inputs, vocab_size=vocab_size, output=output, text_key=text_key, seed=seed, progress=progress
         )

@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from megalite.cli import preprocess, tokenizer
+from megalite.cli import main, preprocess, tokenizer
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 
@@ -85,3 +85,21 @@ def test_what_the_user_can_mend_is_a_user_error(app, corpus, tmp_path):
 @pytest.mark.parametrize("words", [("tokenizer", "train", "x.jsonl"), ("preprocess",), ("tokenizer", "trian")])
 def test_misuse_ends_with_status_2(app, words):
     assert run(app, *words).exit_code == 2
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "tokenizer"])
+def test_an_output_that_cannot_be_written_is_the_users_error(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, model = tmp_path / "text.txt", tmp_path / "tok.model"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    assert main(["tokenizer", "train", str(text), "--vocab-size", "300", "--output", str(model)]) == 0
+    capsys.readouterr()
+    for output in (text / "below", Path("/proc/below")):
+        argv = ["preprocess", str(text), "--tokenizer", str(model), "--output", str(output), "--workers", "1"]
+        if verb == "tokenizer":
+            argv = ["tokenizer", "train", str(text), "--vocab-size", "300", "--output", str(output)]
+        assert main(argv) == 2
+        message = capsys.readouterr().err
+        assert message.startswith(f"megalite: error: {output}: cannot be written: ")
+        assert message.endswith("; give another --output\n")
