@@ -31,14 +31,14 @@ class Plan:
     config: RunConfig
     layout: ParallelLayout
     stage_layers: tuple[range, ...]
+    tokenizer_digest: str | None = None
 
     def check_data(self) -> None:
         """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
         vocabulary, or where nothing can be written in `run.dir`."""
         require_writable_folder(self.config.run.dir, f"run.dir={self.config.run.dir}", "set another run.dir")
-        vocab_size, path = self.config.model.vocab_size, self.config.data.tokenizer
+        vocab_size, path, digest = self.config.model.vocab_size, self.config.data.tokenizer, self.tokenizer_digest
         assert vocab_size is not None
-        digest = load_tokenizer(path).digest if path is not None else None
         for source in (*self.config.data.train, *self.config.data.valid):
             indexed = IndexedDataset(source.prefix)
             indexed.require_vocabulary(vocab_size)
@@ -133,14 +133,13 @@ def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Pla
     `world_size` is the number of ranks that a launcher started, None where megalite will start them itself.
     """
     config = load_run_config(path, overrides)
-    vocab_size = None
-    if config.data.tokenizer is not None:
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    config = config.resolve(world_size=world_size, vocab_size=vocab_size)
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
+    config = config.resolve(world_size=world_size, vocab_size=tokenizer.vocab_size if tokenizer else None)
     return Plan(
         config=config,
         layout=config.layout,
         stage_layers=partition(config.model.num_hidden_layers, config.parallel.pipeline, config.parallel.stage_layers),
+        tokenizer_digest=tokenizer.digest if tokenizer else None,
     )
 
 

@@ -27,7 +27,7 @@ QUICKSTART_MODEL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Trace:
-    """Loss and gradient norm of each step, and the validation loss at the end where there is one."""
+    """Loss and gradient norm of each step."""
 
     losses: list[float]
     norms: list[float]
