@@ -147,6 +147,14 @@ def test_a_failing_rank_leaves_at_once() -> None:
     assert failed.returncode == 1
 
 
+def test_a_rank_that_is_done_leaves_at_once() -> None:
+    """A thread of torch that asks for the interpreter while it is taken down aborts the process."""
+    code = prepare_that("pass") + "\nimport atexit, os, sys, types; atexit.register(os.abort)\n"
+    code += "sys.modules['megalite.train'] = types.SimpleNamespace(train=lambda plan, environment: print('done'))"
+    done = run("train", "run.yaml", code=code, **LAUNCHED)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 WRONG = prepare_that("raise megalite.errors.UserError('run.yaml: wrong')")
 MESSAGE = "megalite: error: run.yaml: wrong\n"
 

@@ -58,7 +58,8 @@ def _megalite(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status: 0, 2 for an error of the user's, 1 for any other.
 
-    A rank that fails does not return: it says why and leaves at once, since an orderly exit may wait for its peers.
+    A rank does not return, it leaves at once: an orderly exit after a failure may wait for its peers, and one after a
+    success may meet a thread of torch that still asks for the interpreter, which aborts the process.
     """
     arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
     rank = _who_am_i()
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         say_failure(rank)
         status = 1
-    if rank is not None and status != 0:
+    if rank is not None:
         leave(status)
     return status
 

@@ -47,7 +47,7 @@ def say_failure(rank: LaunchEnvironment) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this rank now: an orderly exit may wait for peers that wait for this rank to end."""
+    """End this rank now, with its output written and nothing of the interpreter taken down."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
