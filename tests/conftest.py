@@ -9,7 +9,7 @@ import pytest
 import yaml
 from training import QUICKSTART_MODEL
 
-from megalite.data.indexed import IndexedDatasetWriter
+from megalite.data.writer import IndexedDatasetWriter
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from megalite.cli import main
-from megalite.data.indexed import DatasetSidecar, IndexedDatasetWriter
+from megalite.data.index_format import DatasetSidecar
+from megalite.data.writer import IndexedDatasetWriter
 from megalite.plan import open_datasets, prepare
 
 ROOT = Path(__file__).parent.parent

@@ -1,62 +1,13 @@
-"""Megatron's token index, read and written byte for byte: ``PREFIX.bin``, ``PREFIX.idx`` and our ``PREFIX.json``.
+"""A tokenized corpus in Megatron's format (`index_format`), memory-mapped and read."""
 
-``.bin`` is the token ids in a row. ``.idx``, little-endian and unpadded, with N sequences in D - 1 documents::
-
-    0   "MMIDIDX" 00 00      9   u64 version = 1      17  u8 dtype code      18  u64 N      26  u64 D
-    34  int32[N] tokens of each sequence, int64[N] byte offset of each in .bin,
-        int64[D] first sequence of each document and, last, N;  int8[N] modes, where multimodal
-
-``.json`` says what the tokens were made of; Megatron neither writes nor needs it.
-"""
-
-import json
-import struct
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import TypeAdapter, ValidationError
 
+from megalite.data.index_format import BLOCK, DTYPES, HEADER, MAGIC, OLD_MAGIC, VERSION, DatasetSidecar, with_suffix
 from megalite.errors import UserError, nearest
-from megalite.files import partial_path, publish
-
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-DTYPES: dict[int, np.dtype] = {
-    1: np.dtype("u1"),
-    2: np.dtype("i1"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<i4"),
-    5: np.dtype("<i8"),
-    8: np.dtype("<u2"),
-}
-"""Code 6 and 7 are floating point, in an order on which Megatron and GPT-NeoX disagree: no token ids."""
-
-_OLD_MAGIC = b"TNTIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_BLOCK = 1 << 20
-
-
-def dtype_for(vocab_size: int) -> np.dtype:
-    """Return how wide a token is stored: u16 under 65,500 entries, else i32."""
-    return DTYPES[8] if vocab_size < 65_500 else DTYPES[4]
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetSidecar:
-    """What ``PREFIX.json`` says about a dataset."""
-
-    vocab_size: int
-    tokenizer_sha256: str
-    num_tokens: int
-    num_documents: int
-    max_token_id: int
-    token_counts_entropy: float
-    """Of the unigram distribution of the tokens, in nats a token: what a model without context can reach at best."""
 
 
 class IndexedDataset:
@@ -67,18 +18,18 @@ class IndexedDataset:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        self.index_path = _with_suffix(prefix, ".idx")
-        self.tokens_path = _with_suffix(prefix, ".bin")
+        self.index_path = with_suffix(prefix, ".idx")
+        self.tokens_path = with_suffix(prefix, ".bin")
         for path in (self.index_path, self.tokens_path):
             if not path.is_file():
                 raise UserError(f"{path}: no such file{_fix_for_missing(prefix)}")
         self._index = _map(self.index_path, np.dtype("u1"))
         self.dtype, self.num_sequences, self._num_bounds = self._read_header()
-        lengths_end = _HEADER.size + 4 * self.num_sequences
+        lengths_end = HEADER.size + 4 * self.num_sequences
         offsets_end = lengths_end + 8 * self.num_sequences
         bounds_end = offsets_end + 8 * self._num_bounds
         self._check_size(bounds_end)
-        self._lengths = self._index[_HEADER.size : lengths_end].view("<i4")
+        self._lengths = self._index[HEADER.size : lengths_end].view("<i4")
         self._offsets = self._index[lengths_end:offsets_end].view("<i8")
         self._documents = self._index[offsets_end:bounds_end].view("<i8")
         self.modes = self._index[bounds_end:].view("i1") if len(self._index) > bounds_end else None
@@ -113,8 +64,8 @@ class IndexedDataset:
         """Return the largest token id, or -1 without tokens: from the sidecar, else by reading every token."""
         if self.sidecar is not None:
             return self.sidecar.max_token_id
-        blocks = range(0, self.num_tokens, 64 * _BLOCK)
-        return max((int(self._tokens[at : at + 64 * _BLOCK].max()) for at in blocks), default=-1)
+        blocks = range(0, self.num_tokens, 64 * BLOCK)
+        return max((int(self._tokens[at : at + 64 * BLOCK].max()) for at in blocks), default=-1)
 
     def require_vocabulary(self, vocab_size: int) -> None:
         """Raise UserError where a token id lies beyond a vocabulary."""
@@ -131,8 +82,8 @@ class IndexedDataset:
         return starts[self._documents]
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
-        head = self._index[: _HEADER.size].tobytes()
-        if head.startswith(_OLD_MAGIC):
+        head = self._index[: HEADER.size].tobytes()
+        if head.startswith(OLD_MAGIC):
             raise UserError(
                 f"{self.index_path}: a TNTIDX index, the old format of fairseq and early Megatron; MMIDIDX is allowed; "
                 "preprocess the text again with `megalite preprocess`"
@@ -141,9 +92,9 @@ class IndexedDataset:
             raise UserError(
                 f"{self.index_path}: begins with {head[:9].hex(' ') or 'nothing'}; {MAGIC.hex(' ')} expected"
             )
-        if len(head) < _HEADER.size:
-            raise UserError(f"{self.index_path}: {len(head)} bytes, cut short; an index has at least {_HEADER.size}")
-        _, version, code, num_sequences, num_bounds = _HEADER.unpack(head)
+        if len(head) < HEADER.size:
+            raise UserError(f"{self.index_path}: {len(head)} bytes, cut short; an index has at least {HEADER.size}")
+        _, version, code, num_sequences, num_bounds = HEADER.unpack(head)
         if version != VERSION:
             raise UserError(f"{self.index_path}: version {version} found; {VERSION} expected")
         if code not in DTYPES:
@@ -170,9 +121,9 @@ class IndexedDataset:
     def _check_offsets(self) -> int:
         """Return the bytes of ``.bin`` that the index describes."""
         described = 0
-        for at in range(0, self.num_sequences, _BLOCK):
-            sizes = self._lengths[at : at + _BLOCK].astype(np.int64) * self.dtype.itemsize
-            offsets = self._offsets[at : at + _BLOCK]
+        for at in range(0, self.num_sequences, BLOCK):
+            sizes = self._lengths[at : at + BLOCK].astype(np.int64) * self.dtype.itemsize
+            offsets = self._offsets[at : at + BLOCK]
             expected = described + np.cumsum(sizes) - sizes
             wrong = (sizes < 0) | (offsets != expected)
             if wrong.any():
@@ -194,7 +145,7 @@ class IndexedDataset:
             )
 
     def _read_sidecar(self) -> DatasetSidecar | None:
-        path = _with_suffix(self.prefix, ".json")
+        path = with_suffix(self.prefix, ".json")
         if not path.is_file():
             return None
         try:
@@ -208,88 +159,6 @@ class IndexedDataset:
                 f"{self.index_path.name} has {self.num_documents} and {self.num_tokens}; remove it, or preprocess again"
             )
         return sidecar
-
-
-class IndexedDatasetWriter:
-    """Writes a dataset in bounded memory; nothing stands under its name before `finalize`.
-
-    Used as a context manager it removes what it has written unless `finalize` was reached.
-    """
-
-    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
-        if prefix.suffix in (".bin", ".idx"):
-            raise UserError(f"{prefix}: a prefix has no {prefix.suffix}; use {prefix.with_suffix('')}")
-        self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next(code for code, known in DTYPES.items() if known == self.dtype)
-        self._paths = {suffix: _with_suffix(prefix, suffix) for suffix in (".bin", ".json", ".idx")}
-        self._partial = {suffix: partial_path(path) for suffix, path in self._paths.items()}
-        self.num_documents = 0
-        self.num_tokens = 0
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._partial[".bin"].open("wb")
-        self._idx = self._partial[".idx"].open("w+b")
-        self._idx.write(bytes(_HEADER.size))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self._bin.close()
-        self._idx.close()
-        for partial in self._partial.values():
-            partial.unlink(missing_ok=True)
-
-    def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Append one document, a sequence of its own; raise ValueError for an id that the dtype cannot hold."""
-        array = np.asarray(tokens, dtype=np.int64)
-        self.add_documents(array, [len(array)])
-
-    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Append documents whose tokens stand in a row in `tokens`, with `lengths` tokens each."""
-        if int(np.sum(lengths, dtype=np.int64)) != len(tokens):
-            raise ValueError(f"lengths add up to {np.sum(lengths)}, but there are {len(tokens)} tokens")
-        if tokens.dtype != self.dtype and len(tokens):
-            limits = np.iinfo(self.dtype)
-            if tokens.min() < limits.min or tokens.max() > limits.max:
-                raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit into {self.dtype}")
-        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self._idx.write(np.asarray(lengths, dtype="<i4").tobytes())
-        self.num_documents += len(lengths)
-        self.num_tokens += len(tokens)
-
-    def finalize(self, sidecar: DatasetSidecar | None = None) -> None:
-        """Complete the index, flush everything to the disk and give the files their names, the index last."""
-        self._write_offsets()
-        self._bin.close()
-        self._idx.close()
-        if sidecar is not None:
-            self._partial[".json"].write_text(json.dumps(asdict(sidecar), indent=2) + "\n")
-        # Without its index an older dataset of this name is gone: no half of it can meet a half of the new one.
-        self._paths[".idx"].unlink(missing_ok=True)
-        self._paths[".json"].unlink(missing_ok=True)
-        for suffix, partial in self._partial.items():
-            if partial.exists():
-                publish(partial, self._paths[suffix])
-
-    def _write_offsets(self) -> None:
-        end = 0
-        for at in range(0, self.num_documents, _BLOCK):
-            count = min(_BLOCK, self.num_documents - at)
-            self._idx.seek(_HEADER.size + 4 * at)
-            sizes = np.frombuffer(self._idx.read(4 * count), dtype="<i4").astype(np.int64) * self.dtype.itemsize
-            ends = end + np.cumsum(sizes)
-            self._idx.seek(_HEADER.size + 4 * self.num_documents + 8 * at)
-            self._idx.write((ends - sizes).astype("<i8").tobytes())
-            end = int(ends[-1])
-        self._idx.seek(0, 2)
-        for at in range(0, self.num_documents + 1, _BLOCK):
-            self._idx.write(np.arange(at, min(at + _BLOCK, self.num_documents + 1), dtype="<i8").tobytes())
-        self._idx.seek(0)
-        self._idx.write(_HEADER.pack(MAGIC, VERSION, self._code, self.num_documents, self.num_documents + 1))
-
-
-def _with_suffix(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(prefix.name + suffix)
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

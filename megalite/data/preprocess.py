@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.indexed import DatasetSidecar, IndexedDatasetWriter, dtype_for
+from megalite.data.index_format import DatasetSidecar, dtype_for
 from megalite.data.inputs import CHUNK_BYTES, Chunk, Malformed, chunks, disk_bytes, find_inputs, parse, read
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.data.writer import IndexedDatasetWriter
 from megalite.errors import UserError, nearest
 
 ON_ERROR = ("fail", "skip")

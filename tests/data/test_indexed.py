@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalite.data.indexed import DatasetSidecar, IndexedDataset, IndexedDatasetWriter, dtype_for
+from megalite.data.index_format import DatasetSidecar, dtype_for
+from megalite.data.indexed import IndexedDataset
+from megalite.data.writer import IndexedDatasetWriter
 from megalite.errors import UserError
 
 GOLDEN = bytes.fromhex(
@@ -81,7 +83,8 @@ def test_the_width_turns_at_65500():
 @given(st.lists(st.lists(st.integers(0, 65_535), max_size=8), max_size=12), st.integers(1, 4))
 def test_what_is_written_is_read(tmp_path, documents, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megalite.data.indexed._BLOCK", block)
+        patch.setattr("megalite.data.indexed.BLOCK", block)
+        patch.setattr("megalite.data.writer.BLOCK", block)
         dataset = IndexedDataset(write(tmp_path / "any", documents))
         assert dataset.num_documents == len(documents)
         assert [dataset.document_tokens(i).tolist() for i in range(len(documents))] == documents
@@ -219,7 +222,7 @@ def test_a_new_dataset_never_meets_the_index_of_an_old_one(tmp_path, monkeypatch
     def power_cut(partial, path):
         raise OSError(f"power cut before {path.name}")
 
-    monkeypatch.setattr("megalite.data.indexed.publish", power_cut)
+    monkeypatch.setattr("megalite.data.writer.publish", power_cut)
     with pytest.raises(OSError, match=r"power cut before corpus\.bin"):
         write(tmp_path / "corpus", [[6, 7]])
     with pytest.raises(UserError, match=r"corpus\.idx: no such file"):

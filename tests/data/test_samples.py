@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megalite.data.indexed import IndexedDataset
 from megalite.data.samples import GPTDataset, KeyedPermutation, split_documents
+from megalite.data.writer import IndexedDatasetWriter
 from megalite.errors import UserError
 
 GOLDEN_ORDER = [7, 1, 9, 8, 3, 6, 2, 5, 4, 0]

@@ -1,0 +1,55 @@
+"""Megatron's token index, byte for byte: ``PREFIX.bin``, ``PREFIX.idx`` and our ``PREFIX.json``.
+
+``.bin`` is the token ids in a row. ``.idx``, little-endian and unpadded, with N sequences in D - 1 documents::
+
+    0   "MMIDIDX" 00 00      9   u64 version = 1      17  u8 dtype code      18  u64 N      26  u64 D
+    34  int32[N] tokens of each sequence, int64[N] byte offset of each in .bin,
+        int64[D] first sequence of each document and, last, N;  int8[N] modes, where multimodal
+
+``.json`` says what the tokens were made of; Megatron neither writes nor needs it.
+"""
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPES: dict[int, np.dtype] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+"""Code 6 and 7 are floating point, in an order on which Megatron and GPT-NeoX disagree: no token ids."""
+
+OLD_MAGIC = b"TNTIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+BLOCK = 1 << 20
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """Return how wide a token is stored: u16 under 65,500 entries, else i32."""
+    return DTYPES[8] if vocab_size < 65_500 else DTYPES[4]
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSidecar:
+    """What ``PREFIX.json`` says about a dataset."""
+
+    vocab_size: int
+    tokenizer_sha256: str
+    num_tokens: int
+    num_documents: int
+    max_token_id: int
+    token_counts_entropy: float
+    """Of the unigram distribution of the tokens, in nats a token: what a model without context can reach at best."""
+
+
+def with_suffix(prefix: Path, suffix: str) -> Path:
+    """Return ``PREFIX.suffix``; a prefix may have dots of its own."""
+    return prefix.with_name(prefix.name + suffix)
