@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "layout": (),
     "faults": (),
     "deepspeed_json": ("faults",),
-    "config": ("deepspeed_json", "faults", "layout"),
+    "config": ("config", "deepspeed_json", "faults", "layout"),
     "launch": ("launch",),
     "files": (),
     "data": ("config", "data", "files"),

@@ -1,0 +1,33 @@
+"""The run file: typed, frozen, validated, and every fault in it told at once.
+
+``load_run_config`` reads YAML, dotted overrides and the DeepSpeed JSON; it checks each value and each section.
+``RunConfig.resolve`` knows the number of ranks and the tokenizer's vocabulary, and checks how the sections fit
+together. Whatever is wrong becomes one `UserError`: a line a fault, in the form *where, what was found, what is
+allowed, the nearest fix*. Nothing here imports torch.
+"""
+
+from megalite.config.run import RunConfig
+from megalite.config.run_file import load_run_config
+from megalite.config.sections import (
+    DataSection,
+    DataSource,
+    GPT2Config,
+    LlamaConfig,
+    ModelConfig,
+    OptimizerSection,
+    ScheduleSection,
+    TrainSection,
+)
+
+__all__ = [
+    "DataSection",
+    "DataSource",
+    "GPT2Config",
+    "LlamaConfig",
+    "ModelConfig",
+    "OptimizerSection",
+    "RunConfig",
+    "ScheduleSection",
+    "TrainSection",
+    "load_run_config",
+]
