@@ -2,12 +2,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-full lint types benchmark clean
+.PHONY: help install quickstart test test-full lint types peers benchmark clean
 
 help:
 	@echo 'make quickstart   train a small model at tensor 2 x pipeline 2 on this machine, from text to curves'
 	@echo 'make test         lint, types and the test suite: what CI runs'
 	@echo 'make test-full    also the long proofs'
+	@echo 'make peers        Megatron-core, which some long proofs are beside'
 	@echo 'make benchmark    a training step beside its peers, into benchmarks/results/'
 
 install: $(INSTALLED)
@@ -32,7 +33,11 @@ types: install
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not full'
 
-test-full: lint types
+# Megatron-core's own requirements would bring other versions of ours; for its datasets torch and numpy are enough.
+peers: install
+	@$(BIN)/python -c 'import megatron.core' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps megatron-core==0.16.1
+
+test-full: lint types peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 benchmark: install

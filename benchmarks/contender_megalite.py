@@ -10,16 +10,31 @@ import torch
 import yaml
 from workload import TIMEOUT, Contender, Job
 
+from megalite.data.samples import Piece
+
 
 class JobSamples:
     """The job's batches as samples: sample i is row ``i % global_batch_size`` of batch ``i // global_batch_size``."""
 
+    num_samples: int | None = None
+    samples_per_epoch = 1 << 60
+    has_loss_mask = False
+
     def __init__(self, job: Job) -> None:
-        self.samples_per_epoch = 1 << 60
+        self.sequence_length = job.sequence_length
         self._job = job
         self._step, self._batch = -1, np.empty(0)
 
-    def sample(self, index: int) -> np.ndarray:
+    def tokens(self, indices: np.ndarray) -> np.ndarray:
+        return np.stack([self._row(int(index)) for index in indices])
+
+    def loss_mask(self, indices: np.ndarray) -> None:
+        return None
+
+    def pieces(self, index: int) -> list[Piece]:
+        return [Piece(Path("job"), index, 0, self.sequence_length + 1)]
+
+    def _row(self, index: int) -> np.ndarray:
         step, row = divmod(index, self._job.global_batch_size)
         if step != self._step:
             self._step, self._batch = step, self._job.batch(step).numpy()
@@ -34,8 +49,9 @@ class Megalite(Contender):
     description = "megalite, ZeRO-1, 1F1B"
 
     def setup(self, rank: int, world_size: int, port: int) -> None:
+        from megalite.data.datasets import Datasets
         from megalite.distributed import local_device, process_grid
-        from megalite.plan import Datasets, prepare
+        from megalite.plan import prepare
         from megalite.train import Trainer
 
         with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +61,7 @@ class Megalite(Contender):
         os.environ["LOCAL_RANK"] = str(rank)
         self.stack = ExitStack()
         grid = self.stack.enter_context(process_grid(plan.layout, rank, device=local_device(rank), timeout=TIMEOUT))
-        self.trainer = Trainer(plan, grid, Datasets(train=JobSamples(self.job), valid=None))
+        self.trainer = Trainer(plan, grid, Datasets(train=JobSamples(self.job)))
         self.steps = 0
         torch.distributed.barrier()
 

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from megalite.config import ModelConfig
+from megalite.config.data import SPLIT_VALIDATION
 
 # Dense bf16/fp16 matrix products of one device, FLOP/s, from the vendors' data sheets.
 ACCELERATOR_PEAKS: Mapping[str, float] = {
@@ -38,7 +39,8 @@ class Peak:
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
     """One line of metrics.jsonl. `tokens` counts from the start of the run, `memory_bytes` is the peak of the rank
-    that has most: resident memory on a CPU, allocated memory on an accelerator."""
+    that has most: resident memory on a CPU, allocated memory on an accelerator. `data_wait` is the share of the step
+    that the rank which waited longest for its batch did so."""
 
     step: int
     loss: float
@@ -51,6 +53,7 @@ class StepMetrics:
     step_seconds: float
     mfu: float
     memory_bytes: int
+    data_wait: float
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -112,6 +115,9 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+_ON_THE_BOARD = tuple(field.name for field in fields(StepMetrics) if field.name not in ("step", "tokens", "skipped"))
+
+
 class MetricsLog:
     """Writes a run's metrics, on one rank: a line a step to the console and to metrics.jsonl, and TensorBoard."""
 
@@ -132,17 +138,19 @@ class MetricsLog:
     def step(self, metrics: StepMetrics) -> None:
         """Record one training step."""
         self._write(asdict(metrics))
-        for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "loss_scale"):
+        for name in _ON_THE_BOARD:
             value = getattr(metrics, name)
             if value is not None:
                 self._board.add_scalar(f"train/{name}", value, metrics.step)
         self.say(self._line(metrics))
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Record one evaluation."""
-        self._write({"step": step, "valid_loss": loss})
-        self._board.add_scalar("valid/loss", loss, step)
-        self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss {loss:.4f}")
+    def evaluation(self, step: int, name: str, loss: float) -> None:
+        """Record one evaluation on the validation set `name`."""
+        self._write({"step": step, "valid_set": name, "valid_loss": loss})
+        of_split = name == SPLIT_VALIDATION
+        self._board.add_scalar("valid/loss" if of_split else f"valid_{name}/loss", loss, step)
+        which = "" if of_split else f" on {name}"
+        self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
 
     def close(self) -> None:
         self._file.close()

@@ -11,10 +11,9 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from megalite.config import DataSource, ModelConfig, RunConfig, load_run_config
-from megalite.data.batches import Samples
+from megalite.config import ModelConfig, RunConfig, load_run_config
+from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed import IndexedDataset
-from megalite.data.samples import GPTDataset, split_documents
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import UserError
 from megalite.files import require_writable_folder
@@ -33,7 +32,7 @@ class Plan:
     stage_layers: tuple[range, ...]
     tokenizer_digest: str | None = None
 
-    def check_data(self) -> None:
+    def check_data(self, *, keep_index: bool = True) -> Datasets:
         """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
         vocabulary, or where nothing can be written in `run.dir`."""
         require_writable_folder(self.config.run.dir, f"run.dir={self.config.run.dir}", "set another run.dir")
@@ -47,7 +46,7 @@ class Plan:
                     f"{source.prefix}.json: made with a tokenizer of SHA-256 {indexed.sidecar.tokenizer_sha256[:12]}, "
                     f"not with data.tokenizer={path} ({digest[:12]}); preprocess again, or name the other tokenizer"
                 )
-        open_datasets(self.config)
+        return open_datasets(self.config, keep_index=keep_index)
 
     def describe(self) -> RenderableType:
         """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""
@@ -115,18 +114,6 @@ def _num_parameters(
         return Stage(model, layers, index=index, num_stages=num_stages, group=group).num_parameters()
 
 
-@dataclass(frozen=True, slots=True)
-class Datasets:
-    """The samples to train on, and those to evaluate on where there are any.
-
-    `unigram_entropy`, in nats a token, is the best that a model without context can do; None where it is not known.
-    """
-
-    train: Samples
-    valid: Samples | None
-    unigram_entropy: float | None = None
-
-
 def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Plan:
     """Read a run file and resolve it; raise UserError for what cannot work. `Plan.check_data` looks at the data.
 
@@ -141,32 +128,3 @@ def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Pla
         stage_layers=partition(config.model.num_hidden_layers, config.parallel.pipeline, config.parallel.stage_layers),
         tokenizer_digest=tokenizer.digest if tokenizer else None,
     )
-
-
-def open_datasets(config: RunConfig) -> Datasets:
-    """Map the data of a run into memory and lay samples over it; raise UserError where there is less than a batch."""
-    data, seed = config.data, config.run.seed
-    indexed = IndexedDataset(data.train[0].prefix)
-    ranges: list[range | None] = [None, None]
-    if data.split is not None:
-        ranges = list(split_documents(indexed.num_documents, data.split))
-    train = GPTDataset(indexed, sequence_length=data.sequence_length, seed=seed, documents=ranges[0])
-    _at_least_a_batch(config, train.samples_per_epoch, "to train on", data.train[0])
-    valid = None
-    if config.train.eval_every:
-        source = data.valid[0] if data.valid else data.train[0]
-        held_out = IndexedDataset(source.prefix) if data.valid else indexed
-        if ranges[1] is None or len(ranges[1]):
-            valid = GPTDataset(held_out, sequence_length=data.sequence_length, seed=seed, documents=ranges[1])
-        _at_least_a_batch(config, valid.samples_per_epoch if valid else 0, "to evaluate on", source)
-    return Datasets(train, valid, indexed.sidecar.token_counts_entropy if indexed.sidecar else None)
-
-
-def _at_least_a_batch(config: RunConfig, samples: int, purpose: str, source: DataSource) -> None:
-    wanted = config.train.global_batch_size
-    if samples < wanted:
-        share = ", a larger share in data.split" if config.data.split else ""
-        raise UserError(
-            f"{source.prefix}: {samples} samples of data.sequence_length={config.data.sequence_length} {purpose} are "
-            f"less than train.global_batch_size={wanted}; give more text{share}, a shorter sequence or a smaller batch"
-        )

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _INK, _RULE, _GRID = "#262626", "#b9bec4", "#e9ebee"
-_RAW, _TRAINING, _VALIDATION, _BASELINE = "#9dbbe0", "#2f6db5", "#d1495b", "#6b7178"
+_RAW, _TRAINING, _BASELINE = "#9dbbe0", "#2f6db5", "#6b7178"
+_VALIDATION = ("#d1495b", "#e08e2b", "#7a4fa3", "#3b8e7e", "#a3762f", "#c05a9d")
 _NORM, _RATE = "#8d6bb0", "#2f7d59"
 
 
@@ -54,30 +55,35 @@ def loss_figure(metrics_path: Path, *, baseline: float | None = None, baseline_n
     title = f"Training of {metrics_path.resolve().parent.name}"
     figure.suptitle(title, x=0.015, ha="left", fontsize=14, fontweight="bold", color=_INK)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3.2, 1))
-    _draw_losses(upper, losses, _curve(evaluations, "valid_loss", position), baseline, baseline_name)
+    valid = {name: _curve(entries, "valid_loss", position) for name, entries in evaluations.items()}
+    _draw_losses(upper, losses, valid, baseline, baseline_name)
     _draw_norm_and_rate(lower, _curve(training, "grad_norm", position), _curve(training, "learning_rate", position))
     _finish_axis(lower, axis_name, max(losses.positions))
     return figure
 
 
-def _read(path: Path) -> tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]]:
-    """Return the training lines and the evaluation lines by step, each in the order of steps."""
+_Entries = dict[int, dict[str, Any]]
+
+
+def _read(path: Path) -> tuple[_Entries, dict[str, _Entries]]:
+    """Return the training lines by step, and the evaluation lines by set and step, each in the order of steps."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a run's metrics.jsonl") from error
-    kinds: tuple[dict[int, dict[str, Any]], dict[int, dict[str, Any]]] = ({}, {})
+    training: _Entries = {}
+    evaluations: dict[str, _Entries] = {}
     for line in text.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            for kind, key in zip(kinds, ("loss", "valid_loss"), strict=True):
-                if key in entry:
-                    kind[entry["step"]] = entry
-    training, evaluations = (dict(sorted(kind.items())) for kind in kinds)
-    return training, evaluations
+            if "loss" in entry:
+                training[entry["step"]] = entry
+            if "valid_loss" in entry:
+                evaluations.setdefault(str(entry.get("valid_set", "")), {})[entry["step"]] = entry
+    return dict(sorted(training.items())), {name: dict(sorted(of.items())) for name, of in evaluations.items()}
 
 
 def _axis(training: Mapping[int, Mapping[str, Any]]) -> tuple[str, Mapping[int, float]]:
@@ -115,7 +121,9 @@ def _running_mean(values: Sequence[float], width: int) -> list[float]:
     return means
 
 
-def _draw_losses(axes: "Axes", losses: Curve, valid: Curve, baseline: float | None, baseline_name: str) -> None:
+def _draw_losses(
+    axes: "Axes", losses: Curve, valid: Mapping[str, Curve], baseline: float | None, baseline_name: str
+) -> None:
     _style(axes)
     axes.set_ylabel("loss, nats a token", color=_INK)
     width = 2 * (len(losses.values) // 50) + 1
@@ -125,10 +133,12 @@ def _draw_losses(axes: "Axes", losses: Curve, valid: Curve, baseline: float | No
         name += f", mean over {width} steps"
     smooth = Curve(losses.positions, _running_mean(losses.values, width))
     _line(axes, smooth, color=_TRAINING, linewidth=2.0, label=name)
-    if valid.values:
-        dotted = {"linestyle": (0, (1, 2)), "marker": "o", "markersize": 6, "markeredgecolor": "white", "zorder": 3}
-        name = f"validation loss, {valid.values[-1]:.3f} at the end"
-        _line(axes, valid, color=_VALIDATION, linewidth=1.0, label=name, **dotted)
+    dotted = {"linestyle": (0, (1, 2)), "marker": "o", "markersize": 6, "markeredgecolor": "white", "zorder": 3}
+    for color, (which, curve) in zip(cycle(_VALIDATION), valid.items(), strict=False):
+        if curve.values:
+            of_set = f" on {which}" if len(valid) > 1 else ""
+            name = f"validation loss{of_set}, {curve.values[-1]:.3f} at the end"
+            _line(axes, curve, color=color, linewidth=1.0, label=name, **dotted)
     if baseline is not None:
         name = f"{baseline_name or 'baseline'}, {baseline:.3f}"
         axes.axhline(baseline, color=_BASELINE, linewidth=1.4, linestyle=(0, (5, 3)), label=name)
@@ -179,3 +189,31 @@ def _finish_axis(axes: "Axes", name: str, end: float) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def length_histogram_plot(
+    bins: Sequence[tuple[int, int]], documents: Sequence[int], tokens: Sequence[int], output: Path, *, title: str
+) -> None:
+    """Write a PNG of a corpus: for each bin of document lengths its share of the documents and of the tokens."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    first = 0 if documents[0] else 1
+    names = [f"{low:,}" if low == high else f"{low:,}\N{EN DASH}{high:,}" for low, high in bins][first:]
+    figure = Figure(figsize=(10.0, 5.2), layout="constrained")
+    figure.suptitle(f"Document lengths of {title}", x=0.015, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    axes = figure.subplots()
+    _style(axes)
+    places = range(len(names))
+    for shift, values, color, name in ((-0.2, documents, _TRAINING, "documents"), (0.2, tokens, _RATE, "tokens")):
+        total = max(1, sum(values))
+        shares = [value / total for value in values[first:]]
+        axes.bar([place + shift for place in places], shares, 0.38, color=color, label=f"{total:,} {name}")
+    axes.set_xticks(list(places), names, rotation=35, ha="right")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("tokens a document", color=_INK)
+    axes.set_ylabel("share", color=_INK)
+    axes.grid(visible=False, axis="x")
+    axes.legend(loc="upper right", fontsize=10.5, labelcolor=_INK, facecolor="white", edgecolor="none", framealpha=0.9)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, format="png", dpi=160)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalite.data.datasets import Datasets
 from megalite.distributed import ProcessGrid, gather_json
 from megalite.files import write_whole
 from megalite.metrics import MetricsLog, Peak, StepMetrics, device_peak, flops_per_token, peak_memory
@@ -30,21 +31,26 @@ class StepReport:
     loss: float
     outcome: StepOutcome
     learning_rate: float
+    samples: int
+    consumed_samples: int
+    """Up to this step and with it."""
     seconds: float
+    data_seconds: float
+    """Of these, what this rank waited for its batch."""
 
 
 class RunRecorder:
     """Leaves in `run.dir` what a run leaves there. Rank 0 writes; what needs every rank is collective."""
 
-    def __init__(self, plan: Plan, grid: ProcessGrid, dtype: torch.dtype, unigram_entropy: float | None) -> None:
+    def __init__(self, plan: Plan, grid: ProcessGrid, dtype: torch.dtype, datasets: Datasets) -> None:
         config = plan.config
         self.config, self.grid, self.plan = config, grid, plan
         self.directory = config.run.dir
         self.log: MetricsLog | None = None
         self.tokens = 0
-        self.valid_loss: float | None = None
+        self.valid_losses: dict[str, float] = {}
         self.picture: Path | None = None
-        self.unigram_entropy = unigram_entropy
+        self.unigram_entropy = datasets.unigram_entropy
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         if grid.rank == 0:
             self._start_directory()
@@ -55,13 +61,16 @@ class RunRecorder:
                 f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
                 f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
+            for line in datasets.describe():
+                self.log.say(line)
 
     def step(self, report: StepReport) -> None:
         """Record a training step."""
-        tokens = self.config.train.global_batch_size * self.config.data.sequence_length
-        self.tokens += tokens
-        memory = torch.tensor(peak_memory(self.grid.device), dtype=torch.int64, device=self.grid.device)
-        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        tokens = report.samples * self.config.data.sequence_length
+        self.tokens = report.consumed_samples * self.config.data.sequence_length
+        share = report.data_seconds / report.seconds
+        worst = torch.tensor([peak_memory(self.grid.device), share], dtype=torch.float64, device=self.grid.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         if self.log is None:
             return
         rate = tokens / report.seconds
@@ -77,15 +86,16 @@ class RunRecorder:
                 tokens_per_second=rate,
                 step_seconds=report.seconds,
                 mfu=rate * self.flops_per_token / self.peak.flops,
-                memory_bytes=int(memory),
+                memory_bytes=int(worst[0]),
+                data_wait=float(worst[1]),
             )
         )
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Record an evaluation."""
-        self.valid_loss = loss
+    def evaluation(self, step: int, name: str, loss: float) -> None:
+        """Record an evaluation on the validation set `name`."""
+        self.valid_losses[name] = loss
         if self.log is not None:
-            self.log.evaluation(step, loss)
+            self.log.evaluation(step, name, loss)
 
     def timeline(self, step: int, spans: Sequence[Span]) -> None:
         """Gather the measured spans of all stages, keep them as JSON, and draw them beside the simulation."""
@@ -118,9 +128,10 @@ class RunRecorder:
         loss_curve(
             self.directory / "metrics.jsonl", curve, baseline=entropy, baseline_name="unigram entropy of the corpus"
         )
-        if self.valid_loss is not None:
-            beside = "" if entropy is None else f" (unigram entropy of the corpus: {entropy:.4f})"
-            self.log.say(f"validation loss: {self.valid_loss:.4f} nats a token{beside}")
+        beside = "" if entropy is None else f" (unigram entropy of the corpus: {entropy:.4f})"
+        for name, loss in self.valid_losses.items():
+            which = "" if len(self.valid_losses) == 1 else f" on {name}"
+            self.log.say(f"validation loss{which}: {loss:.4f} nats a token{beside}")
         self.log.say(f"loss curve: {curve}")
         if self.picture is not None:
             self.log.say(f"pipeline timeline: {self.picture}")

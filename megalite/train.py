@@ -5,21 +5,25 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megalite.data.batches import BatchReader, Samples
+from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleMicrobatch, SampleRules
+from megalite.data.datasets import Datasets, open_datasets
+from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, local_device, process_grid
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
+from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.pipeline.executor import Microbatch, PipelineExecutor, StepResult
 from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
-from megalite.plan import Datasets, Plan, open_datasets
+from megalite.plan import Plan
 from megalite.recorder import RunRecorder, StepReport
 from megalite.zero import ZeroEngine
 
@@ -57,21 +61,25 @@ class Trainer:
             dtype=self.engine.dtype,
             device=grid.device,
         )
-        self.train_reader = self._reader(datasets.train)
-        self.valid_reader = self._reader(datasets.valid) if datasets.valid else None
-        self.unigram_entropy = datasets.unigram_entropy
-        self.eval_batches = 0
-        if datasets.valid is not None:
-            self.eval_batches = min(train.eval_batches, datasets.valid.samples_per_epoch // train.global_batch_size)
-        place = (grid.coordinate.pipeline, plan.layout.pipeline, self.config.gradient_accumulation_steps)
-        self.train_stream = SCHEDULES[self.config.parallel.schedule](*place)
-        self.eval_stream = forward_only(*place)
+        self.datasets = datasets
+        self.schedule = BatchSchedule(train)
+        rules = SampleRules.of(self.config.data, self.config.run.seed, datasets.fim)
+        reader = self._reader(datasets.train, rules)
+        self.batches = ReadAhead(
+            lambda step: reader.microbatches(self.schedule.samples(step)),
+            depth=self.config.data.prefetch,
+            last=train.stop_after or train.steps,
+        )
+        # What is evaluated is text as it stands.
+        self.valid_readers = {
+            name: self._reader(samples, replace(rules, fim=None)) for name, samples in datasets.valid.items()
+        }
 
     def run(self) -> None:
         """Train to the last step, or to `train.stop_after`, with evaluations and records on the way."""
         train = self.config.train
-        last = min(train.steps, train.stop_after or train.steps)
-        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.unigram_entropy)
+        last = train.stop_after or train.steps
+        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets)
         with closing(recorder):
             for step in range(1, last + 1):
                 record = step in train.trace_steps
@@ -79,8 +87,9 @@ class Trainer:
                 recorder.step(report)
                 if record:
                     recorder.timeline(step, spans)
-                if train.eval_every and self.valid_reader and (step % train.eval_every == 0 or step == last):
-                    recorder.evaluation(step, self.evaluate())
+                if train.eval_every and (step % train.eval_every == 0 or step == last):
+                    for name in self.valid_readers:
+                        recorder.evaluation(step, name, self.evaluate(name))
             recorder.finish(complete=last == train.steps)
 
     def step(self, step: int) -> StepReport:
@@ -91,46 +100,92 @@ class Trainer:
         if record:
             dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
+        batch = self.batches.take(step)
         with self.engine.accumulate():
-            result = self._run_stream(self.train_stream, self.train_reader, step - 1, record=record)
+            result = self._run_stream(self._train_stream(len(batch)), batch, self._counted(batch), record=record)
         rate = self._learning_rate(step)
         outcome = self.engine.step(rate)
         loss = self._mean_loss(result)
-        used = self.engine.learning_rate if rate is None else rate
-        return StepReport(step, loss, outcome, used, time.perf_counter() - started), result.spans
+        report = StepReport(
+            step=step,
+            loss=loss,
+            outcome=outcome,
+            learning_rate=self.engine.learning_rate if rate is None else rate,
+            samples=len(self.schedule.samples(step)),
+            consumed_samples=self.schedule.consumed(step),
+            seconds=time.perf_counter() - started,
+            data_seconds=self.batches.waited,
+        )
+        return report, result.spans
 
-    def evaluate(self) -> float:
-        """Return the mean loss over the first `eval_batches` global batches of the validation set."""
-        assert self.valid_reader is not None
-        losses = [
-            self._mean_loss(self._run_stream(self.eval_stream, self.valid_reader, batch))
-            for batch in range(self.eval_batches)
-        ]
-        return sum(losses) / len(losses)
+    def evaluate(self, name: str) -> float:
+        """Return the mean loss over the first `eval_batches` global batches of a validation set, or all it has."""
+        size, reader = self.config.train.global_batch_size, self.valid_readers[name]
+        batches = min(self.config.train.eval_batches, self.datasets.valid[name].samples_per_epoch // size)
+        total, tokens = 0.0, 0.0
+        for first in range(0, batches * size, size):
+            batch = reader.microbatches(range(first, first + size))
+            counted = self._counted(batch)
+            loss = self._mean_loss(self._run_stream(self._eval_stream(len(batch)), batch, counted))
+            weight = float(size if counted is None else counted)
+            total, tokens = total + loss * weight, tokens + weight
+        return total / max(tokens, 1.0)
 
     def close(self) -> None:
+        self.batches.close()
         self.engine.close()
 
-    def _reader(self, samples: Samples) -> BatchReader:
+    def _reader(self, samples: Samples, rules: SampleRules) -> BatchReader:
         return BatchReader(
             samples,
-            global_batch_size=self.config.train.global_batch_size,
+            rules,
             micro_batch_size=self.config.train.micro_batch_size,
             data_rank=self.grid.coordinate.data,
             data_size=self.plan.layout.data,
         )
 
+    def _train_stream(self, microbatches: int) -> tuple[Instruction, ...]:
+        schedule = SCHEDULES[self.config.parallel.schedule]
+        return schedule(self.grid.coordinate.pipeline, self.plan.layout.pipeline, microbatches)
+
+    def _eval_stream(self, microbatches: int) -> tuple[Instruction, ...]:
+        return forward_only(self.grid.coordinate.pipeline, self.plan.layout.pipeline, microbatches)
+
+    def _counted(self, batch: Sequence[SampleMicrobatch]) -> float | None:
+        """Return how many targets of the global batch count; None where all do. Collective over the data axis."""
+        if batch[0].counts is None:
+            return None
+        mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
+        total = torch.tensor(mine, dtype=torch.float64, device=self.grid.device)
+        dist.all_reduce(total, group=self.grid.data)
+        return float(total)
+
     def _run_stream(
-        self, stream: Sequence[Instruction], reader: BatchReader, batch: int, *, record: bool = False
+        self,
+        stream: Sequence[Instruction],
+        batch: Sequence[SampleMicrobatch],
+        counted: float | None,
+        *,
+        record: bool = False,
     ) -> StepResult:
-        microbatches = [
-            Microbatch(
-                ids=self._to_device(ids) if self.grid.is_first_stage else None,
-                targets=self._to_device(targets) if self.grid.is_last_stage else None,
-            )
-            for ids, targets in reader.microbatches(batch)
-        ]
+        microbatches = [self._microbatch(microbatch, counted) for microbatch in batch]
         return self.executor.run(stream, microbatches, record=record)
+
+    def _microbatch(self, read: SampleMicrobatch, counted: float | None) -> Microbatch:
+        packing = weights = None
+        if read.document_lengths is not None or read.positions is not None:
+            positions = None if read.positions is None else self._to_device(read.positions)
+            packing = PackedDocuments(read.document_lengths, positions)
+        if read.counts is not None and counted is not None and self.grid.is_last_stage:
+            # The gradients of the data axis are averaged, and a mean over all that counts is asked for.
+            weight = self.plan.layout.data / max(counted, 1.0)
+            weights = self._to_device(read.counts).to(torch.float32) * weight
+        return Microbatch(
+            ids=self._to_device(read.ids) if self.grid.is_first_stage else None,
+            targets=self._to_device(read.targets) if self.grid.is_last_stage else None,
+            packing=packing,
+            loss_weights=weights,
+        )
 
     def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.grid.device, non_blocking=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megalite.config import OptimizerSection, RunConfig
 from megalite.distributed import ModelParallelUnit, ProcessGrid
+from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -49,8 +50,15 @@ class _Stages(nn.Module):
         super().__init__()
         self.stages = nn.ModuleDict({str(index): stage for index, stage in stages.items()})
 
-    def forward(self, index: int, inputs: Tensor, targets: Tensor | None) -> Tensor:
-        return self.stages[str(index)](inputs, targets)
+    def forward(
+        self,
+        index: int,
+        inputs: Tensor,
+        targets: Tensor | None,
+        packing: PackedDocuments | None,
+        loss_weights: Tensor | None,
+    ) -> Tensor:
+        return self.stages[str(index)](inputs, targets, packing=packing, loss_weights=loss_weights)
 
 
 class ZeroEngine:
@@ -105,9 +113,16 @@ class ZeroEngine:
         """Precision of parameters and activations."""
         return next(iter(self.stages.values())).activation_dtype
 
-    def forward(self, stage: int, inputs: Tensor, targets: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        stage: int,
+        inputs: Tensor,
+        targets: Tensor | None,
+        packing: PackedDocuments | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
         """Run one stage on one microbatch; hidden states, or the loss on the last stage."""
-        return self.engine(stage, inputs, targets)
+        return self.engine(stage, inputs, targets, packing, loss_weights)
 
     def backward(self, scalar: Tensor) -> None:
         """Differentiate one microbatch's scalar, times the loss scale, into gradients that stay on this rank."""

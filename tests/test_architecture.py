@@ -35,13 +35,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model": ("config", "model", "tensor_parallel"),
     **dict.fromkeys(PURE_PIPELINE, PURE_PIPELINE),
     "pipeline.instructions": (),
-    "pipeline": ("distributed", "pipeline"),
+    "pipeline": ("distributed", "model.packing", "pipeline"),
+    "model.packing": (),
     "learning_rate": ("config",),
     "metrics": ("config",),
     "plots": (),
     "zero": ("config", "distributed", "model"),
     "plan": ("config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
-    "recorder": ("distributed", "files", "metrics", "pipeline", "plan", "plots", "zero"),
+    "provenance": ("data", "plan"),
+    "recorder": ("data.datasets", "distributed", "files", "metrics", "pipeline", "plan", "plots", "zero"),
     "train": (
         "config",
         "data",
@@ -54,7 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "recorder",
         "zero",
     ),
-    "cli": ("cli", "data", "files", "launch", "plan", "plots", "train"),
+    "cli": ("cli", "data", "files", "launch", "plan", "plots", "provenance", "train"),
     "__main__": ("cli",),
 }
 

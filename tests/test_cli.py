@@ -49,7 +49,7 @@ def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["trian"], "megalite: error: there is no verb 'trian'; did you mean 'train'?\n"),
-        (["zzz"], "megalite: error: there is no verb 'zzz'; allowed: preprocess, tokenizer, train\n"),
+        (["zzz"], "megalite: error: there is no verb 'zzz'; allowed: inspect, preprocess, tokenizer, train\n"),
         (["train"], "megalite: error: Missing argument 'RUN.yaml'; see megalite train --help\n"),
     ],
 )

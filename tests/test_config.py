@@ -105,6 +105,26 @@ def test_fewer_key_value_heads_than_tensor_ranks_are_allowed(write: Callable[...
     assert load_run_config(path).resolve(world_size=16, vocab_size=64).layout.tensor == 8
 
 
+def test_sources_come_from_a_file_of_weights(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "blend.txt").write_text("# what we have\n30 data/books 7e1\n data/web\n")
+    sources = load_run_config(write({"data.train": "blend.txt"})).data.train
+    assert [(str(source.prefix), source.weight) for source in sources] == [("data/books", 30.0), ("data/web", 70.0)]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("1 a 2", "blend.txt:1: '2' stands alone at the end; write pairs: weight prefix"),
+        ("1 a\nb 2", "blend.txt:2: 'b' is no weight, a number above 0 or auto; write pairs: weight prefix"),
+        ("-1 a", "blend.txt:1: '-1' is no weight, a number above 0 or auto; write pairs: weight prefix"),
+        ("# nothing", "blend.txt: lists no source; write pairs: weight prefix"),
+    ],
+)
+def test_a_file_of_weights_that_is_wrong(write: Callable[..., Path], tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "blend.txt").write_text(text)
+    assert message(write({"data.train": "blend.txt"})) == problem
+
+
 @pytest.mark.parametrize("written", ["1e-3", "1E-3", "1.0e-3", ".001", "0.001", "1_0e-4"])
 def test_scientific_notation_is_a_number(write: Callable[..., Path], written: str) -> None:
     text = yaml.safe_dump(BASE).replace("micro_batch_size: 4", f"micro_batch_size: 4\n  optimizer: {{lr: {written}}}")
@@ -375,12 +395,29 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         "run.yaml: train.trace_steps=5 is not a list of integers of at least 1",
     ),
     ("value for a section", {"run": 3}, "run.yaml: run=3 is not a section {dir, seed}"),
-    ("value for sources", {"data.train": "a"}, "run.yaml: data.train='a' is not a list of {prefix, weight}"),
+    ("value for sources", {"data.train": 1}, "run.yaml: data.train=1 is not a list of {prefix, weight}"),
+    ("weights file", {"data.train": "a"}, "a: no such file"),
     ("value for a source", {"data.train": ["a"]}, "run.yaml: data.train.0='a' is not a section {prefix, weight}"),
     (
         "shares",
         {"data.split": [0.5, 0.4]},
-        "run.yaml: data.split=[0.5, 0.4] is not two shares above 0 that sum to 1, such as [0.99, 0.01]",
+        "run.yaml: data.split=[0.5, 0.4] is not two or three shares that sum to 1, such as [0.98, 0.01, 0.01], "
+        "or whole numbers",
+    ),
+    (
+        "weight",
+        {"data.train": [{"prefix": "a", "weight": 0}]},
+        "run.yaml: data.train.0.weight=0 is not a number above 0, or 'auto' for the size in tokens",
+    ),
+    (
+        "name of a validation set",
+        {"data.valid": [{"prefix": "a", "name": "a/b"}]},
+        "run.yaml: data.valid.0.name='a/b' is not a name of letters, digits, '.', '_' and '-'",
+    ),
+    (
+        "tokens of the middle",
+        {"data.fim_tokens": ["<P>", "<M>"]},
+        "run.yaml: data.fim_tokens=['<P>', '<M>'] is not three tokens: prefix, middle, suffix",
     ),
     ("json", {"deepspeed": [1]}, "run.yaml: deepspeed=[1] is neither a path nor a section"),
     # not available yet
@@ -419,13 +456,35 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         {"resume": "runs/old"},
         "run.yaml: resume='runs/old' asks for a checkpoint, which cannot be read yet; write 'auto' or 'never'",
     ),
-    ("no source", {"data.train": []}, "run.yaml: data.train has 0 sources; one source for now: write one"),
-    (
-        "two sources",
-        {"data.train": [{"prefix": "a"}, {"prefix": "b"}]},
-        "run.yaml: data.train has 2 sources; one source for now: write one",
-    ),
     # within a section
+    ("no source", {"data.train": []}, "run.yaml: data.train has no source; write one: [{prefix: PATH}]"),
+    (
+        "sets of one name",
+        {"data.valid": [{"prefix": "a/web"}, {"prefix": "b/web"}]},
+        "run.yaml: data.valid.1.name='web' stands twice; give each set a name of its own",
+    ),
+    (
+        "some weights auto",
+        {"data.train": [{"prefix": "a", "weight": "auto"}, {"prefix": "b", "weight": 2}]},
+        "run.yaml: data.train.1.weight=2.0 stands beside weights that are auto; write auto for all or none",
+    ),
+    (
+        "middles without a tokenizer",
+        {"data.fim_rate": 0.5},
+        "run.yaml: data.fim_rate=0.5 cuts text, and there is no data.tokenizer; give it",
+    ),
+    (
+        "ramp-up that starts high",
+        {"train.batch_size_rampup": {"start": 32, "increment": 4, "samples": 100}},
+        "run.yaml: train.batch_size_rampup.start=32 is not below train.global_batch_size=32; use less, or leave the "
+        "ramp-up out",
+    ),
+    (
+        "ramp-up that does not arrive",
+        {"train.batch_size_rampup": {"start": 16, "increment": 3, "samples": 100}},
+        "run.yaml: train.batch_size_rampup.increment=3 does not divide the 16 sequences from start to the whole batch; "
+        "use 1, 2, 4, 8 or 16",
+    ),
     (
         "heads",
         {"model.num_attention_heads": 6, "model.num_key_value_heads": 6, "model.hidden_size": 20},
@@ -508,6 +567,15 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
+    (
+        "ramp-up over replicas",
+        {"train.batch_size_rampup": {"start": 14, "increment": 6, "samples": 100}},
+        None,
+        "run.yaml: train.batch_size_rampup.start=14 is no multiple of train.micro_batch_size=4 x data parallel 1; "
+        "use 12 or 16\n"
+        "run.yaml: train.batch_size_rampup.increment=6 is no multiple of train.micro_batch_size=4 x data parallel 1; "
+        "use 4 or 8",
+    ),
     (
         "tensor and heads",
         {"parallel.tensor": 3},

@@ -51,15 +51,18 @@ def test_a_step_is_one_line_on_the_console_and_one_in_the_file(tmp_path: Path) -
         step_seconds=0.5,
         mfu=0.25,
         memory_bytes=3 << 29,
+        data_wait=0.25,
     )
     log.step(step)
-    log.evaluation(7, 5.5)
+    log.evaluation(7, "valid", 5.5)
+    log.evaluation(7, "web", 5.25)
     log.close()
     lines = stream.getvalue().splitlines()
     assert lines == [
         "step   7/200 | loss 5.2500 | lr 1.00e-03 | grad 0.500 | tok/s 2,048 | tok/s/rank 512 | MFU 25.0%"
         " | mem 1.50 GiB | ETA 1:36",
         "step   7/200 | valid loss 5.5000",
+        "step   7/200 | valid loss on web 5.2500",
     ]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["loss"] == 5.25
@@ -75,8 +78,10 @@ def test_a_step_is_one_line_on_the_console_and_one_in_the_file(tmp_path: Path) -
         "step_seconds",
         "mfu",
         "memory_bytes",
+        "data_wait",
     ]
-    assert records[1] == {"step": 7, "valid_loss": 5.5}
+    assert records[1] == {"step": 7, "valid_set": "valid", "valid_loss": 5.5}
+    assert records[2] == {"step": 7, "valid_set": "web", "valid_loss": 5.25}
     assert list((tmp_path / "tensorboard").iterdir())
 
 

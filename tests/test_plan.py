@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from megalite.cli import main
+from megalite.data.datasets import open_datasets
 from megalite.data.index_format import DatasetSidecar
 from megalite.data.writer import IndexedDatasetWriter
-from megalite.plan import open_datasets, prepare
+from megalite.errors import UserError
+from megalite.plan import prepare
 
 ROOT = Path(__file__).parent.parent
 RUN_FILES = ["configs/gpt2_124m.yaml", "configs/llama_1b.yaml", "configs/llama_7b.yaml", "configs/llama_70b.yaml"]
@@ -74,7 +76,7 @@ BAD: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
         "small validation part",
         spoil_nothing,
         ["train.eval_every=5", "data.split=[0.9, 0.1]"],
-        ["to evaluate on", "data.split"],
+        ["hold 0 tokens", "data.split"],
     ),
     ("folder", spoil_nothing, ["run.dir=/dev/null/run"], ["run.dir", "/dev/null is no folder", "another run.dir"]),
     ("less than a sample", spoil_nothing, ["data.split=[0.5, 0.5]"], ["documents", "sequence_length"]),
@@ -134,12 +136,71 @@ def test_another_tokenizer_than_the_datas_is_refused(run_file: Path, tmp_path: P
 
 def test_a_split_gives_training_and_validation_different_documents(run_file: Path, corpus: Path) -> None:
     overrides = ["data.split=[0.75, 0.25]", "data.sequence_length=16"]
-    assert open_datasets(prepare(run_file, overrides, None).config).valid is None, "nobody asked for an evaluation"
+    assert open_datasets(prepare(run_file, overrides, None).config).valid == {}, "nobody asked for an evaluation"
     config = prepare(run_file, [*overrides, "train.eval_every=5"], None).config
     datasets = open_datasets(config)
-    assert datasets.valid is not None
-    total = datasets.train.samples_per_epoch + datasets.valid.samples_per_epoch
+    total = datasets.train.samples_per_epoch + datasets.valid["valid"].samples_per_epoch
     assert 0.7 < datasets.train.samples_per_epoch / total < 0.8
+
+
+def test_a_source_that_is_read_too_often_is_warned_of(run_file: Path, corpus: Path) -> None:
+    def lines(*overrides: str) -> list[str]:
+        return open_datasets(prepare(run_file, overrides, None).config).describe()
+
+    once, *rest = lines("train.steps=10", "data.max_epochs=0.5")
+    assert once.startswith(f"data: {corpus} | 40 samples, 100.00% | 0.0")
+    assert rest == []
+    often, warning = lines("train.steps=2000", "data.max_epochs=2")
+    epochs = often.split(" | ")[2].split()[0]
+    assert 4 < float(epochs) < 8
+    assert warning.startswith(f"warning: {corpus} is read {epochs} times, more than data.max_epochs=2; ")
+
+
+def test_shares_of_a_blend_are_exact(run_file: Path, corpus: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "other", np.arange(4000, dtype=np.uint16) % 300)
+    sources = f"[{{prefix: {corpus}, weight: 3}}, {{prefix: {tmp_path / 'other'}, weight: 1}}]"
+    for order in ("streaming", "megatron"):
+        overrides = [f"data.train={sources}", "train.steps=100", f"data.order={order}"]
+        uses = open_datasets(prepare(run_file, overrides, None).config).uses
+        assert [use.samples for use in uses] == [300, 100]
+
+
+def test_weights_that_are_auto_follow_the_tokens(run_file: Path, corpus: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "other", np.arange(4000, dtype=np.uint16) % 300)
+    sources = f"[{{prefix: {corpus}, weight: auto}}, {{prefix: {tmp_path / 'other'}, weight: auto}}]"
+    datasets = open_datasets(prepare(run_file, [f"data.train={sources}", "train.steps=1000"], None).config)
+    assert abs(datasets.uses[0].epochs - datasets.uses[1].epochs) < 0.02
+
+
+def test_validation_sets_have_names(run_file: Path, corpus: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "other", np.arange(4000, dtype=np.uint16) % 300)
+    valid = f"data.valid=[{{prefix: {corpus}}}, {{prefix: {tmp_path / 'other'}, name: apart}}]"
+    datasets = open_datasets(prepare(run_file, [valid, "train.eval_every=5"], None).config)
+    assert list(datasets.valid) == ["corpus", "apart"]
+    assert datasets.valid["apart"].samples_per_epoch == 3999 // 32
+
+
+def test_what_is_kept_back_is_neither_trained_nor_evaluated_on(run_file: Path, corpus: Path) -> None:
+    overrides = ["data.split=[0.5, 0.25, 0.25]", "train.eval_every=5"]
+    datasets = open_datasets(prepare(run_file, overrides, None).config)
+    seen = [
+        {piece.document for index in range(samples.samples_per_epoch) for piece in samples.pieces(index)}
+        for samples in (datasets.train, datasets.valid["valid"])
+    ]
+    # A sample reads one token beyond its end, but never one of another part.
+    assert max(seen[0]) == 199
+    assert min(seen[1]) == 200
+    assert max(seen[1]) == 299
+
+
+def test_the_middle_is_not_filled_in_where_targets_are_masked(run_file: Path, tmp_path: Path) -> None:
+    writer = IndexedDatasetWriter(tmp_path / "chat", np.uint16, with_loss_mask=True)
+    writer.add_documents(np.arange(4000, dtype=np.uint16) % 300, [4000], loss_mask=np.ones(4000, np.uint8))
+    writer.finalize()
+    config = prepare(run_file, [f"data.train=[{{prefix: {tmp_path / 'chat'}}}]"], None).config
+    data = config.data.model_copy(update={"fim_rate": 0.5})
+    with pytest.raises(UserError, match=r"chat\.mask: says which tokens count"):
+        open_datasets(config.model_copy(update={"data": data}))
 
 
 @pytest.mark.parametrize("run_file_that_ships", RUN_FILES)

@@ -42,6 +42,17 @@ def test_a_png_is_written_and_folders_are_made(tmp_path: Path) -> None:
     assert output.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
+def test_validation_sets_are_drawn_apart(tmp_path: Path) -> None:
+    evaluations = [
+        {"step": step, "valid_set": name, "valid_loss": loss + step}
+        for step in (10, 20)
+        for name, loss in (("web", 5.0), ("code", 3.0))
+    ]
+    lines = drawn(write(tmp_path, [line for line in run(range(1, 21)) if "loss" in line] + evaluations))
+    assert lines["validation loss on web, 25.000 at the end"][1].tolist() == [15.0, 25.0]
+    assert lines["validation loss on code, 23.000 at the end"][1].tolist() == [13.0, 23.0]
+
+
 def test_every_quantity_is_drawn_over_tokens(tmp_path: Path) -> None:
     path = write(tmp_path, run(range(1, 101)))
     lines = drawn(path, baseline=6.123, baseline_name="unigram entropy")

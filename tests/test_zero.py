@@ -9,9 +9,10 @@ from harness import run_distributed
 from torch import nn
 from training import build_trainer, train_rank
 
-from megalite.data.batches import BatchReader
+from megalite.data.batches import SampleRules
+from megalite.data.datasets import open_datasets
 from megalite.model.stage import Stage
-from megalite.plan import open_datasets, prepare
+from megalite.plan import prepare
 from megalite.tensor_parallel.collectives import TensorGroup
 from megalite.tensor_parallel.sharding import place
 
@@ -62,11 +63,8 @@ def test_norm_and_clipping_are_those_of_torch(run_file: Path, layout: tuple[int,
     plan = prepare(run_file, overrides, layout[0] * layout[1] * layout[2])
     model = Stage(plan.config.model, range(4), index=0, num_stages=1, group=TensorGroup())
     model.initialise(plan.config.run.seed)
-    batch = BatchReader(
-        open_datasets(plan.config).train, global_batch_size=4, micro_batch_size=4, data_rank=0, data_size=1
-    )
-    ((ids, targets),) = batch.microbatches(0)
-    model(torch.from_numpy(ids.copy()), torch.from_numpy(targets.copy())).backward()
+    batch = SampleRules().microbatch(open_datasets(plan.config).train, range(4))
+    model(torch.from_numpy(batch.ids.copy()), torch.from_numpy(batch.targets.copy())).backward()
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
     assert norm > 0.2
     gradients = {}

@@ -42,8 +42,9 @@ class Trace:
 
 def build_trainer(path: str | Path, overrides: Sequence[str]) -> "Trainer":
     """Build this rank's trainer of a run file, inside the process group that the test formed."""
+    from megalite.data.datasets import open_datasets
     from megalite.distributed import build_grid, local_device
-    from megalite.plan import open_datasets, prepare
+    from megalite.plan import prepare
     from megalite.train import Trainer
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -62,10 +63,12 @@ def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[f
 
 def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     """Run the same steps without DeepSpeed, pipeline or ranks: torch's AdamW and clipping over one module."""
-    from megalite.data.batches import BatchReader
+    from megalite.data.batches import BatchSchedule, SampleRules
+    from megalite.data.datasets import open_datasets
     from megalite.learning_rate import learning_rate
+    from megalite.model.packing import PackedDocuments
     from megalite.model.stage import Stage
-    from megalite.plan import open_datasets, prepare
+    from megalite.plan import prepare
     from megalite.tensor_parallel.collectives import TensorGroup
 
     plan = prepare(path, overrides, 1)
@@ -77,17 +80,16 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
-    reader = BatchReader(
-        open_datasets(config).train,
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.global_batch_size,
-        data_rank=0,
-        data_size=1,
-    )
+    datasets, schedule = open_datasets(config), BatchSchedule(train)
+    rules = SampleRules.of(config.data, config.run.seed, datasets.fim)
     losses, norms = [], []
     for step in range(1, train.steps + 1):
-        ((ids, targets),) = reader.microbatches(step - 1)
-        loss = model(torch.from_numpy(ids.copy()), torch.from_numpy(targets.copy()))
+        batch = rules.microbatch(datasets.train, schedule.samples(step))
+        positions = None if batch.positions is None else torch.from_numpy(batch.positions.copy())
+        packing = PackedDocuments(batch.document_lengths, positions)
+        weights = None if batch.counts is None else torch.from_numpy(batch.counts / batch.counts.sum()).float()
+        ids, targets = (torch.from_numpy(tokens.copy()) for tokens in (batch.ids, batch.targets))
+        loss = model(ids, targets, packing=packing, loss_weights=weights)
         adamw.zero_grad()
         loss.backward()
         # clip_grad_norm_ with its norm in double: over millions of elements fp32 on a CPU is off by 1e-4.

@@ -4,12 +4,16 @@ python tools/preprocess_data.py --input corpus.jsonl --output-prefix corpus --to
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
-from megalite.cli.preprocess import summary
-from megalite.data.preprocess import preprocess
-from megalite.errors import USER_ERROR_STATUS, UserError
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `megalite preprocess`: threads keep workers from forking
+
+from megalite.cli.preprocess import summary  # noqa: E402
+from megalite.data.preprocess import preprocess  # noqa: E402
+from megalite.data.workers import Interrupted  # noqa: E402
+from megalite.errors import USER_ERROR_STATUS, UserError  # noqa: E402
 
 
 def main() -> int:
@@ -32,6 +36,9 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return USER_ERROR_STATUS
+    except Interrupted as stop:
+        print(f"interrupted; {stop.fix}", file=sys.stderr)
+        return stop.status
     return 0
 
 

@@ -1,12 +1,13 @@
 """``megalite preprocess``: text to ``.bin``, ``.idx`` and ``.json``."""
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megalite.cli.progress import byte_progress
+from megalite.cli.progress import token_progress
 
 if TYPE_CHECKING:
     from megalite.data.preprocess import PreprocessReport
@@ -18,29 +19,80 @@ def register(app: typer.Typer) -> None:
 
 
 def preprocess(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="jsonl, jsonl.gz or txt: files or folders.")],
-    tokenizer: Annotated[Path, typer.Option(help="A sentencepiece .model or a Hugging Face tokenizer.json.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="INPUT",
+            help="jsonl (also .gz, .zst), parquet, arrow or txt: files, folders, quoted patterns; in the order given.",
+        ),
+    ],
+    tokenizer: Annotated[
+        Path, typer.Option(help="A sentencepiece .model, a Hugging Face tokenizer.json, or cl100k_base.tiktoken.")
+    ],
     output: Annotated[Path, typer.Option(help="The prefix: data/corpus makes data/corpus.bin, .idx and .json.")],
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.", show_default=False)] = None,
-    text_key: Annotated[str, typer.Option(help="The key of a jsonl line that holds the document.")] = "text",
+    text_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The key or column of the text; given several times, the texts are joined by a line end. "
+            "By default text; with --chat the whole object.",
+            show_default=False,
+        ),
+    ] = None,
+    split_lines: Annotated[
+        bool, typer.Option("--split-lines", help="Each line of a .txt file is a document, not the file.")
+    ] = False,
     append_eod: Annotated[bool, typer.Option("--append-eod", help="End each document with <|endoftext|>.")] = False,
-    on_error: Annotated[str, typer.Option(help="What a malformed line does: fail or skip.")] = "fail",
+    eod_token: Annotated[
+        str | None, typer.Option(help="End each document with this token of the vocabulary.", show_default=False)
+    ] = None,
+    on_error: Annotated[str, typer.Option(help="What a malformed or empty document does: fail or skip.")] = "fail",
+    min_tokens: Annotated[int, typer.Option(help="Leave out documents of fewer tokens.")] = 0,
+    dedup: Annotated[bool, typer.Option("--dedup", help="Of equal documents write the first alone.")] = False,
+    document_shuffle: Annotated[
+        int | None,
+        typer.Option(metavar="SEED", help="Write the documents in an order drawn by this seed.", show_default=False),
+    ] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEMPLATE",
+            help="Documents are conversations; the name of a chat template, or its file. Writes .mask as well.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Tokenize text into Megatron's indexed format; the same bytes for any number of workers."""
+    """Tokenize text into Megatron's indexed format; the same bytes for any number of workers.
+
+    An interrupted run goes on where it was when the same command is given again.
+    """
+    # Threads for matrix products, of which there are none here, would keep workers from being forked.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from megalite.data.preprocess import preprocess as run
+    from megalite.data.workers import Interrupted
     from megalite.files import writing
 
-    with writing(output, "give another --output"), byte_progress("tokenizing") as progress:
-        report = run(
-            inputs,
-            tokenizer,
-            output,
-            text_key=text_key,
-            append_eod=append_eod,
-            workers=workers,
-            on_error=on_error,
-            progress=progress,
-        )
+    try:
+        with writing(output, "give another --output"), token_progress("tokenizing") as progress:
+            report = run(
+                inputs,
+                tokenizer,
+                output,
+                text_key=text_key,
+                split_lines=split_lines,
+                append_eod=append_eod,
+                eod_token=eod_token,
+                workers=workers,
+                on_error=on_error,
+                min_tokens=min_tokens,
+                dedup=dedup,
+                document_shuffle=document_shuffle,
+                chat=chat,
+                progress=progress,
+            )
+    except Interrupted as stop:
+        typer.echo(f"megalite: interrupted; {stop.fix}", err=True)
+        raise typer.Exit(stop.status) from None
     for line in summary(output, report):
         typer.echo(line)
 
@@ -51,15 +103,22 @@ def summary(output: Path, report: "PreprocessReport") -> list[str]:
     lines = [
         f"{output}: {report.documents:,} documents, {report.tokens:,} tokens "
         f"({report.text_bytes / report.tokens:.2f} bytes a token)",
-        f"speed: {report.text_bytes / report.seconds / 1e6:.1f} MB/s, {report.tokens / report.seconds:,.0f} tokens/s, "
-        f"{report.seconds:.1f} s with {processes}",
+        f"speed: {report.new_text_bytes / report.seconds / 1e6:.1f} MB/s, "
+        f"{report.new_tokens / report.seconds:,.0f} tokens/s, {report.seconds:.1f} s with {processes}",
         f"unigram entropy: {report.entropy:.3f} nats a token (uniform over {report.vocab_size:,} ids: "
         f"{math.log(report.vocab_size):.3f})",
     ]
-    if report.empty:
-        lines.append(f"left out: {report.empty:,} documents without a token")
-    if report.skipped:
-        lines += [f"left out: {report.skipped:,} malformed lines", *(f"  {problem}" for problem in report.problems)]
-        if report.skipped > len(report.problems):
-            lines.append(f"  and {report.skipped - len(report.problems):,} more")
+    if resumed := report.text_bytes - report.new_text_bytes:
+        lines.append(f"resumed: {resumed / 1e6:.1f} MB were tokenized by the run before")
+    for count, what in (
+        (report.short, "documents shorter than --min-tokens"),
+        (report.duplicates, "documents equal to an earlier one"),
+        (report.empty, "documents without a token"),
+        (report.skipped, "malformed documents"),
+    ):
+        if count:
+            lines.append(f"left out: {count:,} {what}")
+    lines += [f"  {problem}" for problem in report.problems]
+    if report.problems and report.empty + report.skipped > len(report.problems):
+        lines.append(f"  and {report.empty + report.skipped - len(report.problems):,} more")
     return lines

@@ -56,7 +56,8 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     plan = prepare(run, overrides, None)
     if dry_run:
         _show(plan)
-        plan.check_data()
+        for line in plan.check_data(keep_index=False).describe():
+            typer.echo(line)
         return
     plan.check_data()
     status = launch_local(["train", str(run), *overrides], plan.layout.world_size, plan.config.run.dir / "logs")

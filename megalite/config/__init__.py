@@ -6,15 +6,15 @@ together. Whatever is wrong becomes one `UserError`: a line a fault, in the form
 allowed, the nearest fix*. Nothing here imports torch.
 """
 
+from megalite.config.data import DataSection, DataSource, ValidationSet
 from megalite.config.run import RunConfig
 from megalite.config.run_file import load_run_config
 from megalite.config.sections import (
-    DataSection,
-    DataSource,
     GPT2Config,
     LlamaConfig,
     ModelConfig,
     OptimizerSection,
+    RampupSection,
     ScheduleSection,
     TrainSection,
 )
@@ -26,8 +26,10 @@ __all__ = [
     "LlamaConfig",
     "ModelConfig",
     "OptimizerSection",
+    "RampupSection",
     "RunConfig",
     "ScheduleSection",
     "TrainSection",
+    "ValidationSet",
     "load_run_config",
 ]

@@ -7,19 +7,18 @@ from typing import Annotated
 import yaml
 from pydantic import Field, InstanceOf
 
+from megalite.config.base import Section, divisors
+from megalite.config.data import DataSection
 from megalite.config.sections import (
     RESUME,
     CheckpointSection,
-    DataSection,
     Model,
     ModelConfig,
     OptimizerSection,
     ParallelSection,
     RunSection,
     ScheduleSection,
-    Section,
     TrainSection,
-    divisors,
 )
 from megalite.config.yaml12 import Dumper
 from megalite.deepspeed_json import DeepSpeedSettings, Precision
@@ -218,6 +217,12 @@ def _batch_faults(train: TrainSection, data_size: int) -> Iterator[Fault]:
         yield Fault(
             ("train", "micro_batch_size"), f"{text}; use a global batch of {alternatives(_multiples_near(batch, step))}"
         )
+    ramp = train.batch_size_rampup
+    for name, size in (("start", ramp.start), ("increment", ramp.increment)) if ramp is not None else ():
+        if size % step:
+            text = f"={size} is no multiple of train.micro_batch_size={train.micro_batch_size} x data parallel"
+            fix = alternatives(_multiples_near(size, step))
+            yield Fault(("train", "batch_size_rampup", name), f"{text} {data_size}; use {fix}")
 
 
 def _deepspeed_faults(config: RunConfig) -> Iterator[Fault]:

@@ -10,8 +10,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megalite.config.base import Section, fields_of
 from megalite.config.run import RunConfig
-from megalite.config.sections import ARCHITECTURES, ModelConfig, Section, fields_of
+from megalite.config.sections import ARCHITECTURES, ModelConfig
+from megalite.config.weights import read_weights
 from megalite.config.yaml12 import Loader
 from megalite.deepspeed_json import DeepSpeedSettings, read_document, read_json
 from megalite.errors import UserError, nearest
@@ -36,6 +38,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             document["deepspeed"] = value
     deepspeed_origin = _load_deepspeed(document, origin, path.parent)
     report([line for key, value in given if key != ("deepspeed",) and (line := _assign(document, key, value))])
+    _load_sources(document)
     return _validate(document, origin, deepspeed_origin)
 
 
@@ -92,6 +95,13 @@ def _load_deepspeed(document: dict[str, Any], origin: Origin, folder: Path) -> O
     # The path may stand on the command line; what the file says does not.
     inside = tuple(key for key in origin.overrides if key != ("deepspeed",))
     return replace(within, file=path.name, own_file=True, overrides=inside)
+
+
+def _load_sources(document: dict[str, Any]) -> None:
+    """Put the sources that a file lists in the place of its path."""
+    data = document.get("data")
+    if isinstance(data, dict) and isinstance(data.get("train"), str):
+        data["train"] = read_weights(Path(data["train"]))
 
 
 def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin) -> RunConfig:

@@ -1,102 +1,34 @@
 """The sections of the run file: what each key may hold, and what is wrong between the keys of one section."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field
 
-from megalite.deepspeed_json import AdamW
-from megalite.faults import (
-    BETAS,
-    FLAG,
-    NOT_NEGATIVE,
-    POSITIVE,
-    TEXT,
-    Fault,
-    FaultsError,
-    Kind,
-    alternatives,
-    choice,
-    show,
-    whole,
+from megalite.config.base import (
+    COUNT,
+    COUNT_OR_AUTO,
+    COUNTS,
+    INDEX,
+    Count,
+    FilePath,
+    Flag,
+    Index,
+    Number,
+    PositiveNumber,
+    Section,
+    divisors,
+    only,
 )
+from megalite.deepspeed_json import AdamW
+from megalite.faults import BETAS, FLAG, TEXT, Fault, alternatives, choice
 
-# -------------------------------------------------------------------------------------------------- kinds of values
-
-
-def _only(kind: Kind, *values: object, reason: str = "is not available yet") -> Kind:
-    return replace(kind, available=values, unavailable_reason=reason)
-
-
-def _path(value: Any) -> Path:
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise ValueError
-    return Path(value)
-
-
-def _counts(value: Any) -> list[int]:
-    return [whole(1).read(item) for item in (value if isinstance(value, list | tuple) else (None,))]
-
-
-def _shares(value: Any) -> list[float]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError
-    shares = [POSITIVE.read(item) for item in value]
-    if abs(sum(shares) - 1) > 1e-9:
-        raise ValueError
-    return shares
-
-
-def _count_or_auto(value: Any) -> int | str:
-    return value if value == "auto" else COUNT.read(value)
-
-
-PATH = Kind("a path", _path)
-COUNTS = Kind("a list of integers of at least 1", _counts)
-SHARES = Kind("two shares above 0 that sum to 1, such as [0.99, 0.01]", _shares)
-COUNT = whole(1)
-COUNT_OR_AUTO = Kind("an integer of at least 1, or 'auto'", _count_or_auto)
-INDEX = whole(0)
-SCHEDULE = _only(choice("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"), "1f1b", "gpipe")
+SCHEDULE = only(choice("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"), "1f1b", "gpipe")
 CURVE = choice("cosine", "linear", "constant", "wsd")
-CHECKPOINT_EVERY = _only(INDEX, 0, reason="asks for checkpoints, which cannot be written yet")
-RESUME = _only(TEXT, "auto", "never", reason="asks for a checkpoint, which cannot be read yet")
-
-Count = Annotated[int, COUNT]
-Index = Annotated[int, INDEX]
-Flag = Annotated[bool, FLAG]
-PositiveNumber = Annotated[float, POSITIVE]
-Number = Annotated[float, NOT_NEGATIVE]
-FilePath = Annotated[Path, PATH]
+CHECKPOINT_EVERY = only(INDEX, 0, reason="asks for checkpoints, which cannot be written yet")
+RESUME = only(TEXT, "auto", "never", reason="asks for a checkpoint, which cannot be read yet")
 
 _ADAMW = AdamW()
-
-
-# --------------------------------------------------------------------------------------------------------- sections
-
-
-class Section(BaseModel, frozen=True, extra="forbid"):
-    """A section of the run file: a key that is not a field is an error, and null means not given."""
-
-    def faults(self) -> Iterator[Fault]:
-        """Find what is wrong between the section's own keys; `Fault.key` is relative to the section."""
-        yield from ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        return {key: value for key, value in given.items() if value is not None or key not in fields_of(cls)}
-
-    @model_validator(mode="after")
-    def _raise_faults(self) -> "Section":
-        if found := list(self.faults()):
-            raise FaultsError(found)
-        return self
 
 
 class RunSection(Section, frozen=True):
@@ -165,36 +97,6 @@ class GPT2Config(ModelConfig, frozen=True):
             yield Fault(("num_key_value_heads",), f"{text}; gpt2 groups no queries: leave it out, or use llama")
 
 
-class DataSource(Section, frozen=True):
-    """One tokenised corpus: PREFIX.bin and PREFIX.idx."""
-
-    prefix: FilePath
-    weight: PositiveNumber = 1.0
-
-
-class DataSection(Section, frozen=True):
-    """What is trained on, in sequences of `sequence_length` tokens."""
-
-    tokenizer: FilePath | None = None
-    sequence_length: Count
-    train: tuple[DataSource, ...]
-    valid: tuple[DataSource, ...] = ()
-    split: Annotated[tuple[float, float], SHARES] | None = None
-    """Shares of the training source's documents that train and validate; instead of `valid`."""
-
-    def faults(self) -> Iterator[Fault]:
-        for name, sources, allowed in (("train", self.train, (1,)), ("valid", self.valid, (0, 1))):
-            if len(sources) not in allowed:
-                yield Fault((name,), f" has {len(sources)} sources; one source for now: write one")
-        if self.valid and self.split:
-            yield Fault(("split",), f"={show(self.split)} stands beside data.valid; keep one of them")
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether there is anything to evaluate on."""
-        return bool(self.valid) or self.split is not None
-
-
 class ParallelSection(Section, frozen=True):
     """The layout of the ranks, and how the pipeline is scheduled."""
 
@@ -203,8 +105,8 @@ class ParallelSection(Section, frozen=True):
     data: Annotated[int | Literal["auto"], COUNT_OR_AUTO] = "auto"
     """"auto": as many replicas as the ranks allow."""
     schedule: Annotated[Literal["gpipe", "1f1b"], SCHEDULE] = "1f1b"
-    virtual_stages: Annotated[int, _only(COUNT, 1)] = 1
-    sequence_parallel: Annotated[bool, _only(FLAG, False)] = False
+    virtual_stages: Annotated[int, only(COUNT, 1)] = 1
+    sequence_parallel: Annotated[bool, only(FLAG, False)] = False
     stage_layers: Annotated[tuple[int, ...], COUNTS] | None = None
     """Layers of each pipeline stage; evenly shared unless given."""
 
@@ -235,12 +137,22 @@ class ScheduleSection(Section, frozen=True):
             yield Fault(("decay_steps",), f"={self.decay_steps} belongs to wsd, not to {self.name}; leave it out")
 
 
+class RampupSection(Section, frozen=True):
+    """A global batch that begins at `start` sequences and grows by `increment` at even shares of `samples`."""
+
+    start: Count
+    increment: Count
+    samples: Count
+
+
 class TrainSection(Section, frozen=True):
     """How long and in what batches; a batch is counted in sequences."""
 
     steps: Count
     global_batch_size: Count
     micro_batch_size: Count
+    batch_size_rampup: RampupSection | None = None
+    """A smaller global batch at the start (arXiv:2005.14165)."""
     optimizer: OptimizerSection | None = None
     schedule: ScheduleSection | None = None
     eval_every: Index = 0
@@ -259,6 +171,8 @@ class TrainSection(Section, frozen=True):
         for name, step in beyond:
             if step > self.steps:
                 yield Fault((name,), f"={step} is beyond train.steps={self.steps}; use at most {self.steps}")
+        if self.batch_size_rampup is not None:
+            yield from self._rampup_faults(self.batch_size_rampup)
         if self.schedule is not None:
             shaped = self.schedule.warmup_steps + (self.schedule.decay_steps or 0)
             if shaped > self.steps:
@@ -266,24 +180,24 @@ class TrainSection(Section, frozen=True):
                 text = f".{names}={shaped} is more than train.steps={self.steps}; use at most {self.steps}"
                 yield Fault(("schedule",), text)
 
+    def _rampup_faults(self, ramp: RampupSection) -> Iterator[Fault]:
+        whole = self.global_batch_size
+        if ramp.start >= whole:
+            text = f"={ramp.start} is not below train.global_batch_size={whole}; use less, or leave the ramp-up out"
+            yield Fault(("batch_size_rampup", "start"), text)
+        elif (whole - ramp.start) % ramp.increment:
+            text = f"={ramp.increment} does not divide the {whole - ramp.start} sequences from start to the whole batch"
+            fix = alternatives(divisors(whole - ramp.start))
+            yield Fault(("batch_size_rampup", "increment"), f"{text}; use {fix}")
+
 
 class CheckpointSection(Section, frozen=True):
     """Checkpoints, which cannot be written yet."""
 
     every: Annotated[int, CHECKPOINT_EVERY] = 0
     keep_last: Count | None = None
-    asynchronous: Annotated[bool, _only(FLAG, False)] = Field(default=False, alias="async")
+    asynchronous: Annotated[bool, only(FLAG, False)] = Field(default=False, alias="async")
 
 
 Model = Annotated[LlamaConfig | GPT2Config, Field(discriminator="architecture")]
 ARCHITECTURES: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "gpt2": GPT2Config}
-
-
-def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
-    """Return the fields of a section by the keys that stand for them."""
-    return {info.alias or name: info for name, info in section.model_fields.items() if name != "origin"}
-
-
-def divisors(size: int) -> list[int]:
-    """Return what divides `size`, from 1 on."""
-    return [divisor for divisor in range(1, size + 1) if size % divisor == 0]

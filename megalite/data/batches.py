@@ -1,37 +1,166 @@
-"""From samples to the microbatches of one rank: which samples, a function of the step alone."""
+"""From samples to the microbatches of one rank: which samples, by the step alone, and what of them counts."""
 
-from collections.abc import Iterator
-from typing import Protocol
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Generic, TypeVar
 
 import numpy as np
 
+from megalite.config import DataSection, TrainSection
+from megalite.data.fim import FillInTheMiddle
+from megalite.data.samples import Samples
 
-class Samples(Protocol):
-    """Anything that gives sample i, from 0 on without end: token ids ``[S + 1]``, int64."""
+T = TypeVar("T")
 
-    samples_per_epoch: int
 
-    def sample(self, index: int) -> np.ndarray: ...
+class BatchSchedule:
+    """The samples of each step: neighbouring ranges of one order, whoever reads them.
+
+    A ramp-up (Megatron's rule) begins with `start` sequences a step and adds `increment` each time another even share
+    of its `samples` is consumed, until the batch is whole.
+    """
+
+    def __init__(self, train: TrainSection) -> None:
+        self._whole = train.global_batch_size
+        self._ramp_ends = [0]
+        ramp = train.batch_size_rampup
+        if ramp is None:
+            return
+        share = ramp.samples / ((self._whole - ramp.start) // ramp.increment)
+        consumed = 0
+        while (size := ramp.start + ramp.increment * int(consumed / share)) < self._whole:
+            consumed += size
+            self._ramp_ends.append(consumed)
+
+    def samples(self, step: int) -> range:
+        """Return the samples that `step`, from 1 on, trains on."""
+        return range(self.consumed(step - 1), self.consumed(step))
+
+    def consumed(self, step: int) -> int:
+        """Return how many samples are consumed after `step`; 0 after step 0."""
+        ramp = len(self._ramp_ends) - 1
+        return self._ramp_ends[min(step, ramp)] + max(0, step - ramp) * self._whole
+
+
+@dataclass(frozen=True, slots=True)
+class SampleMicrobatch:
+    """One microbatch in host memory.
+
+    `document_lengths` has for each row the tokens of its documents in turn; `positions` count from each document's
+    first token; `counts` is true where the target counts. None: nothing asks for them.
+    """
+
+    ids: np.ndarray
+    """int64 ``[B, S]``"""
+    targets: np.ndarray
+    """int64 ``[B, S]``"""
+    document_lengths: tuple[tuple[int, ...], ...] | None = None
+    positions: np.ndarray | None = None
+    """int64 ``[B, S]``"""
+    counts: np.ndarray | None = None
+    """bool ``[B, S]``"""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRules:
+    """What becomes of a sample on its way into a microbatch; the names are the run file's."""
+
+    reset_attention_mask: bool = False
+    reset_position_ids: bool = False
+    eod_mask_loss: bool = False
+    fim: FillInTheMiddle | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, data: DataSection, seed: int, fim: FillInTheMiddle | None) -> "SampleRules":
+        """Return the rules that a run file states."""
+        return cls(data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss, fim, seed)
+
+    def microbatch(self, samples: Samples, indices: range) -> SampleMicrobatch:
+        """Read the samples of one microbatch and lay them out."""
+        rows = np.arange(indices.start, indices.stop, indices.step)
+        tokens, counts = samples.tokens(rows), samples.loss_mask(rows)
+        if counts is not None:
+            counts = counts[:, 1:].astype(bool)
+        if not (self.reset_attention_mask or self.reset_position_ids or self.eod_mask_loss or self.fim):
+            return SampleMicrobatch(tokens[:, :-1], tokens[:, 1:], counts=counts)
+        pieces = [[piece.length for piece in samples.pieces(int(row))] for row in rows]
+        if self.fim:
+            keys = (f"{self.seed} {row}".encode() for row in rows)
+            tokens = np.stack(list(map(self.fim, tokens, pieces, keys)))
+        lengths = tuple(_without_last_token(row) for row in pieces)
+        if self.eod_mask_loss:
+            counts = np.ones(tokens[:, 1:].shape, bool) if counts is None else counts
+            for row, of_sample in zip(counts, pieces, strict=True):
+                row[[end - 1 for end in accumulate(of_sample[:-1])]] = False
+        return SampleMicrobatch(
+            tokens[:, :-1],
+            tokens[:, 1:],
+            document_lengths=lengths if self.reset_attention_mask else None,
+            positions=np.stack([_positions(row) for row in lengths]) if self.reset_position_ids else None,
+            counts=counts,
+        )
+
+
+def _without_last_token(lengths: list[int]) -> tuple[int, ...]:
+    """Return the documents of a sample's inputs: the last token is a target only."""
+    return (*lengths[:-1], lengths[-1] - 1) if lengths[-1] > 1 else tuple(lengths[:-1])
+
+
+def _positions(lengths: tuple[int, ...]) -> np.ndarray:
+    return np.concatenate([np.arange(length) for length in lengths])
 
 
 class BatchReader:
     """Reads the share of each global batch that belongs to one rank of the data axis.
 
-    Global batch n holds samples ``n * global_batch_size`` to ``(n + 1) * global_batch_size - 1``. They are dealt in
-    slices of `micro_batch_size` to the data-parallel ranks in turn, so that the union over the ranks never depends
-    on how many there are.
+    A batch is dealt in slices of `micro_batch_size` to the data-parallel ranks in turn, so that the union over the
+    ranks never depends on how many there are.
     """
 
     def __init__(
-        self, samples: Samples, *, global_batch_size: int, micro_batch_size: int, data_rank: int, data_size: int
+        self, samples: Samples, rules: SampleRules, *, micro_batch_size: int, data_rank: int, data_size: int
     ) -> None:
-        self._samples, self._global, self._micro = samples, global_batch_size, micro_batch_size
+        self._samples, self._rules, self._micro = samples, rules, micro_batch_size
         self._data_rank, self._data_size = data_rank, data_size
 
-    def microbatches(self, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (ids, targets), each ``[micro_batch_size, S]`` int64, of global batch number `batch`, from 0."""
-        first = batch * self._global
-        stride = self._micro * self._data_size
-        for start in range(first + self._data_rank * self._micro, first + self._global, stride):
-            tokens = np.stack([self._samples.sample(index) for index in range(start, start + self._micro)])
-            yield tokens[:, :-1], tokens[:, 1:]
+    def slices(self, batch: range) -> list[range]:
+        """Return the samples of each of this rank's microbatches of a global batch."""
+        first, stride = batch.start + self._data_rank * self._micro, self._micro * self._data_size
+        return [range(start, start + self._micro) for start in range(first, batch.stop, stride)]
+
+    def microbatches(self, batch: range) -> list[SampleMicrobatch]:
+        """Read this rank's microbatches of a global batch."""
+        return [self._rules.microbatch(self._samples, indices) for indices in self.slices(batch)]
+
+
+class ReadAhead(Generic[T]):
+    """Calls ``read(step)`` for the next `depth` steps in a thread, so that a training step does not wait for data."""
+
+    def __init__(self, read: Callable[[int], T], *, depth: int, last: int) -> None:
+        self._read, self._depth, self._last = read, depth, last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="read-ahead") if depth else None
+        self._under_way: dict[int, Future[T]] = {}
+        self.waited = 0.0
+        """Seconds that the last `take` took."""
+
+    def take(self, step: int) -> T:
+        """Return what was read for `step`, and have the steps after it read; raises what the reading raised."""
+        began = time.perf_counter()
+        try:
+            if self._thread is None:
+                return self._read(step)
+            for ahead in range(step, min(step + self._depth, self._last) + 1):
+                if ahead not in self._under_way:
+                    self._under_way[ahead] = self._thread.submit(self._read, ahead)
+            return self._under_way.pop(step).result()
+        finally:
+            self.waited = time.perf_counter() - began
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)

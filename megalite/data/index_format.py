@@ -48,6 +48,18 @@ class DatasetSidecar:
     max_token_id: int
     token_counts_entropy: float
     """Of the unigram distribution of the tokens, in nats a token: what a model without context can reach at best."""
+    eod_id: int | None = None
+    """The token put behind every document."""
+    skipped: int = 0
+    """Documents left out because they could not be read."""
+    empty: int = 0
+    """Documents left out because they hold no token."""
+    short: int = 0
+    """Documents left out because they are shorter than was asked for."""
+    duplicates: int = 0
+    """Documents left out because an earlier one is the same."""
+    document_shuffle: int | None = None
+    """The seed of the order in which the documents stand, where it is not that of the input."""
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:

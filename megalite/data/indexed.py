@@ -1,64 +1,143 @@
 """A tokenized corpus in Megatron's format (`index_format`), memory-mapped and read."""
 
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from megalite.data.index_format import BLOCK, DTYPES, HEADER, MAGIC, OLD_MAGIC, VERSION, DatasetSidecar, with_suffix
+from megalite.data.index_format import BLOCK, DatasetSidecar, with_suffix
+from megalite.data.index_map import MappedIndex, map_file
 from megalite.errors import UserError, nearest
 
 
 class IndexedDataset:
-    """A tokenized corpus, memory-mapped; its structure is checked in full when it is opened.
+    """A tokenized corpus, memory-mapped; opened in constant time and memory (`verify` is the full check).
 
-    Raises UserError, naming the file, what was found and what was expected.
+    Its documents are stretches of one stream of tokens; each consists of sequences, in what megalite writes of one.
+    Raises UserError, naming the file, what was found and what was expected, on opening and on reading.
     """
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
         self.index_path = with_suffix(prefix, ".idx")
         self.tokens_path = with_suffix(prefix, ".bin")
+        self.mask_path = with_suffix(prefix, ".mask")
         for path in (self.index_path, self.tokens_path):
             if not path.is_file():
                 raise UserError(f"{path}: no such file{_fix_for_missing(prefix)}")
-        self._index = _map(self.index_path, np.dtype("u1"))
-        self.dtype, self.num_sequences, self._num_bounds = self._read_header()
-        lengths_end = HEADER.size + 4 * self.num_sequences
-        offsets_end = lengths_end + 8 * self.num_sequences
-        bounds_end = offsets_end + 8 * self._num_bounds
-        self._check_size(bounds_end)
-        self._lengths = self._index[HEADER.size : lengths_end].view("<i4")
-        self._offsets = self._index[lengths_end:offsets_end].view("<i8")
-        self._documents = self._index[offsets_end:bounds_end].view("<i8")
-        self.modes = self._index[bounds_end:].view("i1") if len(self._index) > bounds_end else None
-        self._check_documents()
-        self.num_tokens = self._check_offsets() // self.dtype.itemsize
-        self._check_tokens_file()
-        self._tokens = _map(self.tokens_path, self.dtype)
+        self._index = MappedIndex(self.index_path)
+        self.dtype, self.modes = self._index.dtype, self._index.modes
+        self.num_sequences, self.num_documents = self._index.num_sequences, self._index.num_documents
+        self.num_tokens = self._index.num_tokens
+        self._check_file(self.tokens_path, self.num_tokens * self.dtype.itemsize)
+        self._tokens = map_file(self.tokens_path, self.dtype)
+        self.has_loss_mask = self.mask_path.is_file()
+        if self.has_loss_mask:
+            self._check_file(self.mask_path, self.num_tokens)
+        self._mask = map_file(self.mask_path, np.dtype("u1")) if self.has_loss_mask else None
         self.sidecar = self._read_sidecar()
+        if self.sidecar is not None and self.num_sequences == self.num_documents:
+            # megalite writes one sequence a document, and a sidecar says that it wrote this.
+            self._index.require_one_sequence_a_document()
 
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return self._num_bounds - 1
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Check the whole index and loss mask; raise UserError at the first fault.
 
-    def document_bounds(self) -> np.ndarray:
-        """Return where each document begins in the stream of tokens, and at last its end: int64[documents + 1]."""
-        return self._bounds
+        `progress` is told, block by block, how many entries are done and how many there are.
+        """
+        masked = self.num_tokens if self.has_loss_mask else 0
+        total, done = self.num_sequences + self.num_documents + 1 + masked, 0
+        for count in self._index.check(whole=True):
+            done += count
+            if progress is not None:
+                progress(done, total)
+        for at in range(0, masked, BLOCK):
+            done += len(self.loss_mask(at, min(BLOCK, masked - at)))
+            if progress is not None:
+                progress(done, total)
+
+    def document_span(self, document: int) -> tuple[int, int]:
+        """Return a document's first token and its end; raise IndexError outside ``0 <= document < num_documents``."""
+        if not 0 <= document < self.num_documents:
+            raise IndexError(f"document {document} is not in 0..{self.num_documents - 1}")
+        start, stop = self._index.document_starts(range(document, document + 2)).tolist()
+        return start, stop
+
+    def document_at(self, token: int) -> int:
+        """Return the document that holds this token; raise IndexError outside ``0 <= token < num_tokens``.
+
+        Documents without tokens hold none. Bisects in the mapped index.
+        """
+        if not 0 <= token < self.num_tokens:
+            raise IndexError(f"token {token} is not in 0..{self.num_tokens - 1}")
+        return self._index.document_at(token)
+
+    def document_lengths(self, documents: range) -> np.ndarray:
+        """Return the tokens of each of some neighbouring documents: int32[len(documents)].
+
+        Raises IndexError beyond ``0..num_documents``.
+        """
+        if documents.step != 1 or not 0 <= documents.start <= documents.stop <= self.num_documents:
+            raise IndexError(f"{documents} is not in 0..{self.num_documents}, one by one")
+        lengths = np.diff(self._index.document_starts(range(documents.start, documents.stop + 1)))
+        if len(lengths) and lengths.max() > np.iinfo(np.int32).max:
+            raise self._index.broken(
+                f"document {documents[lengths.argmax()]} has {lengths.max()} tokens, over 2^31 - 1"
+            )
+        return lengths.astype(np.int32)
 
     def document_tokens(self, document: int) -> np.ndarray:
         """Return a view of one document's tokens; raise IndexError outside ``0 <= document < num_documents``."""
-        if not 0 <= document < self.num_documents:
-            raise IndexError(f"document {document} is not in 0..{self.num_documents - 1}")
-        return self._tokens[self._bounds[document] : self._bounds[document + 1]]
+        start, stop = self.document_span(document)
+        return self._tokens[start:stop]
 
     def tokens(self, start: int, length: int) -> np.ndarray:
         """Return a view of `length` tokens of the stream from `start` on; raise IndexError beyond its ends."""
-        if start < 0 or length < 0 or start + length > self.num_tokens:
-            raise IndexError(f"tokens {start}..{start + length} are not in 0..{self.num_tokens}")
+        self._require_inside(start, length)
         return self._tokens[start : start + length]
+
+    def loss_mask(self, start: int, length: int) -> np.ndarray:
+        """Return a view of the loss mask, uint8[length]: 1 where a token is a target that counts.
+
+        Raises IndexError beyond the ends of the stream, ValueError without a mask (`has_loss_mask`).
+        """
+        self._require_inside(start, length)
+        return self._checked_mask(self._stream(masked=True)[start : start + length])
+
+    def windows(self, starts: np.ndarray, length: int, *, masked: bool = False) -> np.ndarray:
+        """Copy stretches of one length from anywhere in the stream: int64[n] to int64[n, length].
+
+        With `masked` it is their loss mask, uint8[n, length]. Raises IndexError beyond the ends of the stream.
+        """
+        if not len(starts):
+            return np.empty((0, length), np.uint8 if masked else np.int64)
+        self._require_inside(int(starts.min()), 0)
+        self._require_inside(int(starts.max()), length)
+        rows = np.lib.stride_tricks.sliding_window_view(self._stream(masked), length)[starts]
+        return self._checked_mask(rows) if masked else rows.astype(np.int64)
+
+    def stretches(self, starts: np.ndarray, lengths: np.ndarray, *, masked: bool = False) -> np.ndarray:
+        """Copy stretches of any lengths, one behind the other: int64[n], int64[n] to int64[sum(lengths)].
+
+        With `masked` it is their loss mask, uint8. Raises IndexError beyond the ends of the stream.
+        """
+        joined = np.empty(int(lengths.sum()), np.uint8 if masked else np.int64)
+        if len(starts):
+            if starts.min() < 0 or lengths.min() < 0 or (starts + lengths).max() > self.num_tokens:
+                raise IndexError(f"stretches are not all in 0..{self.num_tokens}")
+            stream = self._stream(masked)
+            ends = (starts + lengths).tolist()
+            np.concatenate([stream[a:b] for a, b in zip(starts.tolist(), ends, strict=True)], out=joined)
+        return self._checked_mask(joined) if masked else joined
+
+    def sequence_lengths(self, sequences: range) -> np.ndarray:
+        """Return the tokens of each of some neighbouring sequences: int32[len(sequences)], as the index has them."""
+        return self._index.sequence_lengths(sequences)
+
+    def sequence_spans(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where in the stream each of some sequences begins, and its length: int64[n] to two of int64[n]."""
+        return self._index.sequence_spans(sequences)
 
     def max_token_id(self) -> int:
         """Return the largest token id, or -1 without tokens: from the sidecar, else by reading every token."""
@@ -76,71 +155,28 @@ class IndexedDataset:
                 f"{vocab_size - 1}; preprocess the text with the model's own tokenizer"
             )
 
-    @cached_property
-    def _bounds(self) -> np.ndarray:
-        starts = np.append(self._offsets // self.dtype.itemsize, self.num_tokens)
-        return starts[self._documents]
+    def _require_inside(self, start: int, length: int) -> None:
+        if start < 0 or length < 0 or start + length > self.num_tokens:
+            raise IndexError(f"tokens {start}..{start + length} are not in 0..{self.num_tokens}")
 
-    def _read_header(self) -> tuple[np.dtype, int, int]:
-        head = self._index[: HEADER.size].tobytes()
-        if head.startswith(OLD_MAGIC):
-            raise UserError(
-                f"{self.index_path}: a TNTIDX index, the old format of fairseq and early Megatron; MMIDIDX is allowed; "
-                "preprocess the text again with `megalite preprocess`"
-            )
-        if not head.startswith(MAGIC[: len(head)]) or not head:
-            raise UserError(
-                f"{self.index_path}: begins with {head[:9].hex(' ') or 'nothing'}; {MAGIC.hex(' ')} expected"
-            )
-        if len(head) < HEADER.size:
-            raise UserError(f"{self.index_path}: {len(head)} bytes, cut short; an index has at least {HEADER.size}")
-        _, version, code, num_sequences, num_bounds = HEADER.unpack(head)
-        if version != VERSION:
-            raise UserError(f"{self.index_path}: version {version} found; {VERSION} expected")
-        if code not in DTYPES:
-            known = ", ".join(f"{number} ({dtype})" for number, dtype in DTYPES.items())
-            raise UserError(f"{self.index_path}: dtype code {code} found; token ids have one of {known}")
-        return DTYPES[code], num_sequences, num_bounds
+    def _stream(self, masked: bool) -> np.ndarray:
+        if not masked:
+            return self._tokens
+        if self._mask is None:
+            raise ValueError(f"{self.prefix} has no loss mask")
+        return self._mask
 
-    def _check_size(self, without_modes: int) -> None:
-        allowed = (without_modes, without_modes + self.num_sequences)
-        if len(self._index) not in allowed:
-            raise UserError(
-                f"{self.index_path}: {len(self._index)} bytes found; {self.num_sequences} sequences and "
-                f"{self._num_bounds - 1} documents make {without_modes}; the file is broken, preprocess again"
-            )
+    def _checked_mask(self, mask: np.ndarray) -> np.ndarray:
+        if mask.size and mask.max() > 1:
+            raise UserError(f"{self.mask_path}: holds {mask.max()}; a loss mask holds 0 and 1; preprocess again")
+        return mask
 
-    def _check_documents(self) -> None:
-        bounds = self._documents
-        if not len(bounds) or bounds[0] != 0 or bounds[-1] != self.num_sequences or np.any(bounds[1:] < bounds[:-1]):
-            raise UserError(
-                f"{self.index_path}: document indices {_abridged(bounds)} found; they must begin with 0, never fall "
-                f"and end with {self.num_sequences}, the number of sequences"
-            )
-
-    def _check_offsets(self) -> int:
-        """Return the bytes of ``.bin`` that the index describes."""
-        described = 0
-        for at in range(0, self.num_sequences, BLOCK):
-            sizes = self._lengths[at : at + BLOCK].astype(np.int64) * self.dtype.itemsize
-            offsets = self._offsets[at : at + BLOCK]
-            expected = described + np.cumsum(sizes) - sizes
-            wrong = (sizes < 0) | (offsets != expected)
-            if wrong.any():
-                first = int(wrong.argmax())
-                raise UserError(
-                    f"{self.index_path}: sequence {at + first} has {sizes[first]} bytes from {offsets[first]} on; "
-                    f"it must begin at {expected[first]}, where the one before ends; preprocess again"
-                )
-            described = int(expected[-1] + sizes[-1])
-        return described
-
-    def _check_tokens_file(self) -> None:
-        found, expected = self.tokens_path.stat().st_size, self.num_tokens * self.dtype.itemsize
+    def _check_file(self, path: Path, expected: int) -> None:
+        found = path.stat().st_size
         if found != expected:
             state = "cut short" if found < expected else "too long"
             raise UserError(
-                f"{self.tokens_path}: {found} bytes found, {state}; {self.index_path.name} describes {expected}; "
+                f"{path}: {found} bytes found, {state}; {self.index_path.name} describes {expected}; "
                 "copy it again or preprocess again"
             )
 
@@ -158,12 +194,12 @@ class IndexedDataset:
                 f"{path}: describes {sidecar.num_documents} documents and {sidecar.num_tokens} tokens; "
                 f"{self.index_path.name} has {self.num_documents} and {self.num_tokens}; remove it, or preprocess again"
             )
+        if sidecar.max_token_id > np.iinfo(self.dtype).max:
+            raise UserError(
+                f"{path}: describes token id {sidecar.max_token_id}; {self.index_path.name} says {self.dtype}, which "
+                f"holds up to {np.iinfo(self.dtype).max}; remove it, or preprocess again"
+            )
         return sidecar
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    # An empty file cannot be mapped; a plain array slices faster than np.memmap's own class.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype=dtype)
 
 
 def _fix_for_missing(prefix: Path) -> str:
@@ -173,8 +209,3 @@ def _fix_for_missing(prefix: Path) -> str:
     if datasets and prefix.name not in datasets:
         return nearest(prefix.name, datasets)
     return f"; make the dataset with `megalite preprocess INPUT --output {prefix}`"
-
-
-def _abridged(values: np.ndarray) -> str:
-    shown = [str(value) for value in values[:8]]
-    return f"[{', '.join(shown)}{', ...' if len(values) > 8 else ''}]"

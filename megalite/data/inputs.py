@@ -1,56 +1,67 @@
-"""Text in: the input files, cut at line ends into chunks, and the documents in each chunk.
+"""Text in: which files are read, and how they are cut into shards that any process can read on its own.
 
-A ``.jsonl`` or ``.jsonl.gz`` file holds one JSON object a line; the string under the text key is a document. A
-``.txt`` file has no marks between documents: it is cut at blank lines into documents of about 64 KiB, nothing
-added and nothing lost, so that one long book can still be split into training and validation.
-
-A chunk depends on the file alone, never on who reads it, which is what makes the output of `preprocess` the same
-for any number of workers.
+A shard is stretches of files: a range of bytes of a file of lines, row groups of a parquet file, record batches of an
+arrow file, whole small files. Where a shard begins and ends depends on the files alone, never on who reads it. A
+compressed file of lines cannot be read from the middle: it is unpacked where the shards are cut, and its shards hold
+their text.
 """
 
 import gzip
-import os
-import re
+import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from glob import glob
 from pathlib import Path
 
-import orjson
-
+from megalite.data import tables
+from megalite.data.zstd import ZstdError, ZstdReader
 from megalite.errors import UserError, nearest
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
-CHUNK_BYTES = 1 << 20
-TEXT_DOCUMENT_BYTES = 1 << 16
+SUFFIXES = (
+    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt", ".txt.gz", ".txt.zst"),
+    # Files of these names hold anything: they are taken as JSON lines where they are given by name.
+    *(".json", ".json.gz", ".json.zst", ".ndjson"),
+)
+MAX_LINE_BYTES = 1 << 26
+"""Of one line, which is one document: what memory is bounded by."""
 
-_UNREADABLE_TEXT = (".json", ".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet", ".txt.gz")
-_BLANK_LINES = re.compile(rb"\n(?:[ \t\r]*\n)+")
+_IN_FOLDERS = SUFFIXES[:8]
+_UNREADABLE_TEXT = (".jsonl.bz2", ".jsonl.xz", ".txt.bz2", ".txt.xz", ".csv", ".tsv")
+_SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS = 1 << 20, 1 << 26, 256
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Whole lines of one file: bytes `start` to `stop` of its text."""
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of one file: bytes of text, row groups of parquet or record batches of arrow from `start` to `stop`."""
 
     path: Path
     start: int
     stop: int
     disk_bytes: int
-    """The bytes of the file that this chunk takes up, compressed if the file is."""
+    """The bytes of the file that this stretch takes up, compressed if the file is."""
+    identity: tuple[int, int]
+    """Size and time of change of the file when it was cut."""
+    rows_before: int = 0
+    """Rows of a table, or lines of a compressed file, before this stretch."""
     data: bytes | None = None
-    """The text itself where the file is compressed and cannot be read from the middle."""
+    """The text itself where the file cannot be read from the middle."""
 
+    @cached_property
+    def form(self) -> str:
+        """``jsonl``, ``txt``, ``parquet`` or ``arrow``."""
+        return form_of(self.path)
 
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """What is wrong with a line; `line` counts from 1 at the head of the chunk."""
-
-    line: int
-    reason: str
+    def require_unchanged(self) -> None:
+        """Raise UserError where the file is no longer what was cut."""
+        if identity_of(self.path) != self.identity:
+            raise UserError(f"{self.path}: changed while it was read; leave it alone until preprocess is done")
 
 
 def find_inputs(inputs: Sequence[Path]) -> list[Path]:
-    """Return the files to read: each file as given, each folder's files in the order of their names.
+    """Return the files to read: files as given, what matches a pattern, each folder's, in the order of their names.
 
     Raises UserError for what does not exist, for a format that is not read, and for a folder without text.
     """
@@ -58,79 +69,128 @@ def find_inputs(inputs: Sequence[Path]) -> list[Path]:
     for path in inputs:
         if path.is_dir():
             files += _files_of_folder(path)
-        elif not path.exists():
+        elif path.exists():
+            files.append(_readable(path))
+        elif matches := sorted(glob(str(path), recursive=True)):
+            files += [_readable(Path(match)) for match in matches if not Path(match).is_dir()]
+        else:
             neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise UserError(f"{path}: no such file or folder{nearest(path.name, neighbours) if neighbours else ''}")
-        elif not path.name.endswith(SUFFIXES):
-            raise _unreadable(path)
-        else:
-            files.append(path)
     return files
 
 
-def chunks(path: Path, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Cut a file at line ends into chunks of at least `chunk_bytes`; raise UserError where it cannot be read."""
+def form_of(path: Path) -> str:
+    """Return what a file holds by its name, however it is compressed."""
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    form = name.rpartition(".")[2]
+    return "jsonl" if form in ("json", "ndjson") else form
+
+
+def is_compressed(path: Path) -> bool:
+    """Tell whether a file has to be unpacked."""
+    return path.name.endswith((".gz", ".zst"))
+
+
+def open_text(path: Path) -> io.BufferedIOBase:
+    """Open the bytes of a file of text, unpacked; read it under `reading`."""
+    if path.name.endswith(".gz"):
+        return gzip.GzipFile(path)
+    if path.name.endswith(".zst"):
+        return io.BufferedReader(ZstdReader(path.open("rb")), 1 << 20)
+    return path.open("rb")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what can go wrong with a file that is read into a UserError that names it."""
     try:
-        with path.open("rb") as file:
-            cut = _compressed_chunks if path.name.endswith(".gz") else _plain_chunks
-            yield from cut(path, file, chunk_bytes)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}; give a whole, readable file") from error
+        yield
+    except (OSError, EOFError, zlib.error, ZstdError, tables.BrokenTable) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read: {reason}; give a whole, readable file") from error
 
 
-def read(chunk: Chunk) -> bytes:
-    """Return the bytes of a chunk; raise UserError where the file has shrunk since it was cut."""
-    if chunk.data is not None:
-        return chunk.data
-    with chunk.path.open("rb") as file:
-        file.seek(chunk.start)
-        data = file.read(chunk.stop - chunk.start)
-    if len(data) != chunk.stop - chunk.start:
-        raise UserError(
-            f"{chunk.path}: ends at byte {chunk.start + len(data)}, was {chunk.stop} a moment ago; leave it"
-        )
-    return data
+def identity_of(path: Path) -> tuple[int, int]:
+    """Return size and time of change of a file."""
+    with reading(path):
+        status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
-def parse(chunk: Chunk, data: bytes, text_key: str) -> Iterator[str | Malformed]:
-    """Yield each document of a chunk, or what is wrong with its line; a blank line of a jsonl file is none."""
-    if chunk.path.name.endswith(".txt"):
-        yield from _parse_text(data)
-        return
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if line and not line.isspace():
-            try:
-                yield _text_of(line, text_key)
-            except ValueError as error:
-                yield Malformed(number, str(error))
+def shard_bytes_for(total_bytes: int) -> int:
+    """Return how large a shard of so much input is: small enough to share out, large enough to be few."""
+    return min(max(total_bytes // _SHARDS, _SMALLEST_SHARD), _LARGEST_SHARD)
 
 
-def documents(
-    inputs: Sequence[Path], text_key: str, progress: Callable[[int, int], None] | None = None
-) -> Iterator[str]:
-    """Yield every document in order; raise UserError, naming file and line, at the first that is malformed.
-
-    `progress` is told the bytes read so far and the bytes there are.
-    """
-    files = find_inputs(inputs)
-    total, done = disk_bytes(files), 0
+def shards(
+    files: Sequence[Path], *, split_lines: bool, shard_bytes: int | None = None
+) -> Iterator[tuple[Segment, ...]]:
+    """Cut files into shards, in order; raise UserError where one cannot be read."""
+    size = shard_bytes or shard_bytes_for(disk_bytes(files))
+    gathered: list[Segment] = []
+    held = 0
     for path in files:
-        lines = 0
-        for chunk in chunks(path):
-            data = read(chunk)
-            for document in parse(chunk, data, text_key):
-                if isinstance(document, Malformed):
-                    raise UserError(f"{path}:{lines + document.line}: {document.reason}")
-                yield document
-            lines += data.count(b"\n")
-            done += chunk.disk_bytes
-            if progress:
-                progress(done, total)
+        for segment in segments(path, size, split_lines=split_lines):
+            takes = len(segment.data) if segment.data is not None else segment.disk_bytes
+            if gathered and held + takes > size:
+                yield tuple(gathered)
+                gathered, held = [], 0
+            gathered.append(segment)
+            held += takes
+    if gathered:
+        yield tuple(gathered)
+
+
+def segments(path: Path, size: int, *, split_lines: bool) -> Iterator[Segment]:
+    """Cut one file into segments of about `size` bytes where its format allows it."""
+    identity = identity_of(path)
+    form = form_of(path)
+    with reading(path):
+        if form in tables.FORMS:
+            for start, stop, taken, rows in tables.cut(path, size):
+                yield Segment(path, start, stop, taken, identity, rows)
+        elif form == "txt" and not split_lines:
+            yield Segment(path, 0, identity[0], identity[0], identity)
+        elif is_compressed(path):
+            yield from _unpacked(path, identity, size)
+        else:
+            for start in range(0, identity[0], size):
+                stop = min(start + size, identity[0])
+                yield Segment(path, start, stop, stop - start, identity)
 
 
 def disk_bytes(files: Sequence[Path]) -> int:
     """Return what the files take up together, in bytes."""
-    return sum(path.stat().st_size for path in files)
+    return sum(identity_of(path)[0] for path in files)
+
+
+def _unpacked(path: Path, identity: tuple[int, int], size: int) -> Iterator[Segment]:
+    with path.open("rb") as packed, _unpack(path, packed) as stream:
+        start = taken = lines = 0
+        while data := stream.read(size):
+            rest = b"" if data.endswith(b"\n") else stream.readline(MAX_LINE_BYTES + 1)
+            # Of a line without end its head is enough to refuse it.
+            skipped = _skip_line(stream) if len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n") else 0
+            data += rest
+            stop = start + len(data) + skipped
+            yield Segment(path, start, stop, packed.tell() - taken, identity, lines, data)
+            start, taken = stop, packed.tell()
+            lines += data.count(b"\n") + (skipped > 0)
+
+
+def _unpack(path: Path, packed: io.BufferedReader) -> io.BufferedIOBase:
+    if path.name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=packed)
+    return io.BufferedReader(ZstdReader(packed), 1 << 20)
+
+
+def _skip_line(stream: io.BufferedIOBase) -> int:
+    skipped = 0
+    while part := stream.readline(1 << 20):
+        skipped += len(part)
+        if part.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
@@ -142,68 +202,17 @@ def _files_of_folder(folder: Path) -> list[Path]:
     for path in found:
         if path.name.endswith(_UNREADABLE_TEXT):
             raise _unreadable(path)
-    files = [path for path in found if path.name.endswith(SUFFIXES)]
+    files = [path for path in found if path.name.endswith(_IN_FOLDERS)]
     if not files:
-        raise UserError(f"{folder}: holds no text; {', '.join(SUFFIXES)} files are read")
+        raise UserError(f"{folder}: holds no text; {', '.join(_IN_FOLDERS)} files are read")
     return files
+
+
+def _readable(path: Path) -> Path:
+    if not path.name.endswith(SUFFIXES):
+        raise _unreadable(path)
+    return path
 
 
 def _unreadable(path: Path) -> UserError:
     return UserError(f"{path}: this format is not read; allowed: {', '.join(SUFFIXES)}; convert it, or leave it out")
-
-
-def _plain_chunks(path: Path, file, chunk_bytes: int) -> Iterator[Chunk]:
-    size = os.fstat(file.fileno()).st_size
-    start = 0
-    while start < size:
-        file.seek(start + chunk_bytes)
-        file.readline()
-        stop = min(file.tell(), size)
-        yield Chunk(path, start, stop, disk_bytes=stop - start)
-        start = stop
-
-
-def _compressed_chunks(path: Path, file, chunk_bytes: int) -> Iterator[Chunk]:
-    start = taken = 0
-    with gzip.GzipFile(fileobj=file) as stream:
-        while data := stream.read(chunk_bytes) + stream.readline():
-            yield Chunk(path, start, start + len(data), disk_bytes=file.tell() - taken, data=data)
-            start, taken = start + len(data), file.tell()
-
-
-def _parse_text(data: bytes) -> Iterator[str | Malformed]:
-    start = 0
-    for stop in [*(blank.end() for blank in _BLANK_LINES.finditer(data)), len(data)]:
-        if stop - start >= TEXT_DOCUMENT_BYTES or start < stop == len(data):
-            try:
-                yield data[start:stop].decode()
-            except UnicodeDecodeError as error:
-                bad = start + error.start
-                yield Malformed(data.count(b"\n", 0, bad) + 1, _not_utf8(bad - data.rfind(b"\n", 0, bad)))
-            start = stop
-
-
-def _text_of(line: bytes, text_key: str) -> str:
-    try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        try:
-            line.decode()
-        except UnicodeDecodeError as encoding:
-            raise ValueError(_not_utf8(encoding.start + 1)) from error
-        raise ValueError(f"invalid JSON ({error}); a line holds one JSON object") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON {type(record).__name__}; a line holds one JSON object")
-    if text_key not in record:
-        raise ValueError(f"no key {text_key!r}{nearest(text_key, record)}")
-    if not isinstance(record[text_key], str):
-        raise ValueError(f"key {text_key!r} holds {_json_type(record[text_key])}; a document is a string")
-    return record[text_key]
-
-
-def _json_type(value: object) -> str:
-    return "null" if value is None else f"a JSON {type(value).__name__}"
-
-
-def _not_utf8(column: int) -> str:
-    return f"invalid UTF-8 at byte {column} of the line; text is UTF-8"

@@ -1,35 +1,59 @@
 """Documents to token ids: one command over all cores, the same bytes for any number of workers.
 
-The files are cut into chunks (`inputs`), worker processes turn chunks into token ids, and this process writes them
-in the order of the input. Only a few chunks are under way at any time, so memory does not grow with the corpus.
+The input is cut into shards (`inputs`), each of which some process encodes into files of its own (`encoding`,
+`workers`) in a folder beside the output (`work_folder`); what is finished there outlives an interruption. Then the
+shards are put together (`assembly`). Only a few megabytes of text are under way at any time, so memory does not grow
+with the corpus. While it runs, the tokens stand on the disk twice.
 """
 
+import hashlib
+import json
 import math
-import multiprocessing
 import os
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from megalite.data.assembly import count_tokens, runs, write_in_order, write_shuffled
+from megalite.data.duplicates import find_duplicates
+from megalite.data.encoding import (
+    SHOWN_PROBLEMS,
+    Coder,
+    MalformedDocument,
+    Recipe,
+    ShardFiles,
+    ShardReport,
+    finished_report,
+)
 from megalite.data.index_format import DatasetSidecar, dtype_for
-from megalite.data.inputs import CHUNK_BYTES, Chunk, Malformed, chunks, disk_bytes, find_inputs, parse, read
+from megalite.data.inputs import Segment, disk_bytes, find_inputs, shards
+from megalite.data.places import Locator, Malformed, Place
+from megalite.data.readers import Extract
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.data.writer import IndexedDatasetWriter
+from megalite.data.work_folder import WorkFolder, work_folder
+from megalite.data.workers import (
+    CoderFiles,
+    Interrupted,
+    Task,
+    chat_template,
+    encode_here,
+    encode_in_workers,
+    interruptible,
+)
+from megalite.data.writer import IndexedDatasetWriter, require_prefix
 from megalite.errors import UserError, nearest
 
 ON_ERROR = ("fail", "skip")
-_SHOWN_PROBLEMS = 10
-_CHUNKS_PER_WORKER = 4
+_BYTES_FOR_A_WORKER = 1 << 22
+# Shards of an earlier version are made anew where this is raised.
+_SHARD_VERSION = 1
+
+Progress = Callable[[int, int, int], None]
+"""Is told the bytes read so far, the bytes there are, and the tokens made so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,27 +70,19 @@ class PreprocessReport:
     entropy: float
     """Of the unigram distribution of the tokens, in nats a token."""
     empty: int
-    """Documents without a token, which are left out."""
+    """Documents without a token, left out under ``on_error="skip"``."""
     skipped: int
-    """Malformed lines left out, under ``on_error="skip"``."""
+    """Malformed documents left out under ``on_error="skip"``."""
+    short: int
+    """Documents shorter than `min_tokens`, left out."""
+    duplicates: int
+    """Documents equal to an earlier one, left out."""
     problems: tuple[str, ...]
-    """The first of them, as ``file:line: reason``."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedChunk:
-    """The documents of one chunk as token ids, in a row."""
-
-    chunk: Chunk
-    tokens: np.ndarray
-    lengths: np.ndarray
-    empty: int
-    malformed: tuple[Malformed, ...]
-    text_bytes: int
-    lines: int
-
-
-Encoder = Callable[[Iterable[Chunk]], Iterator[EncodedChunk]]
+    """The first empty or malformed ones, as ``file:line: byte n: reason``."""
+    new_text_bytes: int
+    """What of `text_bytes` was encoded by this run and not by an interrupted one before."""
+    new_tokens: int
+    """The tokens of that, documents included that were left out afterwards."""
 
 
 def preprocess(
@@ -74,198 +90,260 @@ def preprocess(
     tokenizer: Path,
     output_prefix: Path,
     *,
-    text_key: str = "text",
+    text_key: str | Sequence[str] | None = None,
+    split_lines: bool = False,
     append_eod: bool = False,
+    eod_token: str | None = None,
     workers: int | None = None,
     on_error: str = "fail",
-    progress: Callable[[int, int], None] | None = None,
+    min_tokens: int = 0,
+    dedup: bool = False,
+    document_shuffle: int | None = None,
+    chat: str | None = None,
+    progress: Progress | None = None,
 ) -> PreprocessReport:
-    """Tokenize files and folders into ``output_prefix``.bin, .idx and .json.
+    """Tokenize files and folders into ``output_prefix``.bin, .idx and .json, and .mask with a chat template.
 
-    `workers` is the number of processes, by default one a core as far as the input keeps them busy; with 1 the work
-    is done in this process. `progress` is told the bytes read so far and the bytes there are.
+    `text_key` is ``text`` by default, with `chat` the whole object; the texts under several keys are joined by a line
+    end.
+    `eod_token` is put behind every document, with `append_eod` alone the tokenizer's own mark. `workers` is the number
+    of processes, by default one a core as far as the input keeps them busy; with 1 the work is done in this process.
+    `document_shuffle` is the seed of the order in which documents are written. An interrupted run goes on where it was
+    if it is called again with the same input.
 
-    Raises UserError for input that cannot be read or, under ``on_error="fail"``, for the first malformed line.
+    Raises UserError for input that cannot be read or, under ``on_error="fail"``, for the first malformed document;
+    Interrupted after SIGINT or SIGTERM.
     """
+    started = time.perf_counter()
+    require_prefix(output_prefix)
     files = find_inputs(inputs)
     total = disk_bytes(files)
-    loaded = _load(tokenizer, append_eod)
+    loaded = load_tokenizer(tokenizer)
     workers = _usable_workers(workers, total)
-    if on_error not in ON_ERROR:
-        raise UserError(f"--on-error={on_error}{nearest(on_error, ON_ERROR)}")
-    eod = loaded.eod_id if append_eod else None
-    encode_one = partial(encode_chunk, text_key=text_key, eod=eod, dtype=dtype_for(loaded.vocab_size))
-    started = time.perf_counter()
-    with (
-        IndexedDatasetWriter(output_prefix, dtype_for(loaded.vocab_size)) as writer,
-        _encoder(encode_one, loaded, tokenizer, workers) as encode,
-    ):
-        tally = _Tally(loaded.vocab_size, keep_going=on_error == "skip")
-        done = 0
-        for encoded in encode(chunk for file in files for chunk in chunks(file)):
-            tally.add(encoded)
-            writer.add_documents(encoded.tokens, encoded.lengths)
-            done += encoded.chunk.disk_bytes
-            if progress:
-                progress(done, total)
-        if not writer.num_documents:
-            raise UserError(f"{', '.join(map(str, inputs))}: not one document with text under {text_key!r}; give some")
-        writer.finalize(tally.sidecar(writer, loaded))
-    return tally.report(writer, workers, time.perf_counter() - started)
+    _require_options(on_error, min_tokens, document_shuffle)
+    recipe = Recipe(
+        Extract(_keys(text_key, chat), split_lines, structured=chat is not None),
+        dtype_for(loaded.vocab_size).str,
+        _end_of_document(loaded, tokenizer, append_eod, eod_token),
+        max(min_tokens, 1),
+        hashed=dedup,
+        keep_going=on_error == "skip",
+    )
+    coder_files = CoderFiles(tokenizer.resolve(), loaded.digest, chat)
+    coder = Coder(loaded, chat_template(chat))
+    if coder.template is not None:
+        coder.template.require(loaded)
+    with interruptible() as check, work_folder(output_prefix) as work:
+        made = _Shards(work, recipe, _origin(recipe, coder_files), total, progress, check)
+        try:
+            tasks = made.tasks(shards(files, split_lines=split_lines))
+            if workers == 1:
+                done = encode_here(tasks, recipe, coder, made.tell)
+            else:
+                done = encode_in_workers(tasks, recipe, coder, coder_files, workers, check, made.tell)
+            # Closed also when something fails, so that no worker stays behind.
+            with closing(done):
+                made.collect(done)
+            sidecar = _write(made, loaded, output_prefix, document_shuffle, check)
+        except UserError as error:
+            if work.keep:
+                raise UserError(f"{error}; {work.how_to_resume()}") from error
+            raise
+        except Interrupted as stop:
+            stop.fix = work.how_to_resume()
+            raise
+        work.done = True
+    return made.report(sidecar, workers, time.perf_counter() - started)
 
 
-def encode_chunk(
-    chunk: Chunk, tokenizer: Tokenizer, *, text_key: str, eod: int | None, dtype: np.dtype
-) -> EncodedChunk:
-    """Read, parse and encode one chunk; each document that has tokens ends with `eod` unless that is None."""
-    data = read(chunk)
-    texts: list[str] = []
-    malformed: list[Malformed] = []
-    for document in parse(chunk, data, text_key):
-        if isinstance(document, Malformed):
-            malformed.append(document)
+class _Shards:
+    """The shards of one run: what is to be done, what is done, and what came of it."""
+
+    def __init__(
+        self,
+        work: WorkFolder,
+        recipe: Recipe,
+        origin: str,
+        total_bytes: int,
+        progress: Progress | None,
+        check: Callable[[], None],
+    ) -> None:
+        self.work = work
+        self.recipe = recipe
+        self._origin = origin
+        self._total_bytes = total_bytes
+        self._progress = progress
+        self._check = check
+        self._read_bytes = 0.0
+        self._tokens = 0
+        self._reports: dict[int, ShardReport] = {}
+        self._resumed: set[int] = set()
+        self._failures: list[tuple[int, str]] = []
+        self._problems: dict[int, list[str]] = {}
+        self._locator = Locator()
+
+    def tasks(self, planned: Iterable[tuple[Segment, ...]]) -> Iterator[Task]:
+        """Yield what is still to be done, until something has failed."""
+        for number, shard in enumerate(planned):
+            if self._failures:
+                return
+            files, source = self.work.shard(number), self._source(shard)
+            report = finished_report(files, source, self.recipe)
+            if report is None:
+                yield Task(number, shard, source, files)
+            else:
+                self._resumed.add(number)
+                self._take(number, shard, report)
+                self.tell(sum(segment.disk_bytes for segment in shard), report.tokens)
+
+    def tell(self, read_bytes: float, tokens: int) -> None:
+        """Take note of bytes read and tokens made."""
+        self._check()
+        self._read_bytes += read_bytes
+        self._tokens += tokens
+        if self._progress:
+            self._progress(min(round(self._read_bytes), self._total_bytes), self._total_bytes, self._tokens)
+
+    def collect(self, done: Iterable[tuple[Task, ShardReport | MalformedDocument]]) -> None:
+        """Take what became of each shard; raise UserError for the first document that could not be encoded."""
+        for task, outcome in done:
+            if isinstance(outcome, ShardReport):
+                self._take(task.number, task.shard, outcome)
+            else:
+                problem = self._locator.describe(task.shard[outcome.segment], outcome.malformed)
+                self._failures.append((task.number, problem))
+        if self._failures:
+            _, problem = min(self._failures)
+            raise UserError(f"{problem}; mend it, or leave such documents out with --on-error skip")
+
+    def files(self) -> list[ShardFiles]:
+        """Return the files of all shards, in order."""
+        return [self.work.shard(number) for number in range(len(self._reports))]
+
+    def sum_of(self, count: Callable[[ShardReport], int], *, resumed: bool = True) -> int:
+        """Return a sum over the shards, with or without those that an earlier run has made."""
+        return sum(count(report) for number, report in self._reports.items() if resumed or number not in self._resumed)
+
+    def report(self, sidecar: DatasetSidecar, workers: int, seconds: float) -> PreprocessReport:
+        """Return what was written."""
+        problems = [problem for number in sorted(self._problems) for problem in self._problems[number]]
+        return PreprocessReport(
+            documents=sidecar.num_documents,
+            tokens=sidecar.num_tokens,
+            vocab_size=sidecar.vocab_size,
+            text_bytes=self.sum_of(lambda report: report.text_bytes),
+            seconds=seconds,
+            workers=workers,
+            entropy=sidecar.token_counts_entropy,
+            empty=sidecar.empty,
+            skipped=sidecar.skipped,
+            short=sidecar.short,
+            duplicates=sidecar.duplicates,
+            problems=tuple(problems[:SHOWN_PROBLEMS]),
+            new_text_bytes=self.sum_of(lambda report: report.text_bytes, resumed=False),
+            new_tokens=self.sum_of(lambda report: report.tokens, resumed=False),
+        )
+
+    def _take(self, number: int, shard: tuple[Segment, ...], report: ShardReport) -> None:
+        self._reports[number] = report
+        earlier = sum(len(problems) for other, problems in self._problems.items() if other < number)
+        if report.problems and earlier < SHOWN_PROBLEMS:
+            self._problems[number] = [
+                self._locator.describe(shard[segment], Malformed(Place(place, byte), reason))
+                for segment, place, byte, reason in report.problems
+            ]
+
+    def _source(self, shard: tuple[Segment, ...]) -> str:
+        """Return what a shard is made from, in short: where it differs in anything, so does this."""
+        stretches = [(str(s.path.resolve()), *s.identity, s.start, s.stop) for s in shard]
+        return hashlib.sha256(json.dumps([self._origin, stretches]).encode()).hexdigest()
+
+
+def _write(
+    made: _Shards, tokenizer: Tokenizer, prefix: Path, document_shuffle: int | None, check: Callable[[], None]
+) -> DatasetSidecar:
+    files, recipe = made.files(), made.recipe
+    left_out = None
+    if recipe.hashed:
+        left_out = find_duplicates([shard.hashes for shard in files], made.work.folder("duplicates"), check)
+    counts = count_tokens(files, left_out, tokenizer.vocab_size, recipe.dtype)
+    if not counts.any():
+        made.work.done = True
+        raise UserError(f"{prefix}: not one document is left to write; give input with text under --text-key")
+    with IndexedDatasetWriter(prefix, recipe.dtype, with_loss_mask=recipe.extract.structured) as writer:
+        stretches = runs(files, left_out)
+        if document_shuffle is None:
+            write_in_order(stretches, writer, check)
         else:
-            texts.append(document)
-    encoded = [ids for ids in tokenizer.encode_arrays(texts) if len(ids)]
-    empty = len(texts) - len(encoded)
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int32)
-    if eod is not None:
-        mark = np.array([eod], dtype=np.int32)
-        encoded = [part for ids in encoded for part in (ids, mark)]
-        lengths += 1
-    tokens = np.concatenate(encoded).astype(dtype) if encoded else np.empty(0, dtype=dtype)
-    return EncodedChunk(chunk, tokens, lengths, empty, tuple(malformed), len(data), data.count(b"\n"))
-
-
-class _Tally:
-    """Counts what goes by, in the order of the input."""
-
-    def __init__(self, vocab_size: int, *, keep_going: bool) -> None:
-        self._counts = np.zeros(vocab_size, dtype=np.int64)
-        self._keep_going = keep_going
-        self._lines = 0
-        self._text_bytes = 0
-        self._empty = 0
-        self._skipped = 0
-        self._problems: list[str] = []
-
-    def add(self, encoded: EncodedChunk) -> None:
-        if encoded.chunk.start == 0:
-            self._lines = 0
-        for malformed in encoded.malformed:
-            problem = f"{encoded.chunk.path}:{self._lines + malformed.line}: {malformed.reason}"
-            if not self._keep_going:
-                raise UserError(f"{problem}; mend it, or leave such lines out with --on-error skip")
-            self._skipped += 1
-            if len(self._problems) < _SHOWN_PROBLEMS:
-                self._problems.append(problem)
-        self._lines += encoded.lines
-        self._text_bytes += encoded.text_bytes
-        self._empty += encoded.empty
-        self._counts += np.bincount(encoded.tokens, minlength=len(self._counts))
-
-    def entropy(self) -> float:
-        counts = self._counts[self._counts > 0]
-        shares = counts / counts.sum()
-        # math.fsum: the last digit must not hang on numpy's order of summation.
-        return math.fsum(-shares * np.log(shares))
-
-    def sidecar(self, writer: IndexedDatasetWriter, tokenizer: Tokenizer) -> DatasetSidecar:
-        return DatasetSidecar(
+            folder = made.work.folder("shuffle")
+            write_shuffled(stretches, int(counts.sum()), document_shuffle, folder, writer, check)
+        sidecar = DatasetSidecar(
             vocab_size=tokenizer.vocab_size,
             tokenizer_sha256=tokenizer.digest,
             num_tokens=writer.num_tokens,
             num_documents=writer.num_documents,
-            max_token_id=int(self._counts.nonzero()[0][-1]),
-            token_counts_entropy=self.entropy(),
+            max_token_id=int(counts.nonzero()[0][-1]),
+            token_counts_entropy=entropy(counts),
+            eod_id=recipe.eod,
+            skipped=made.sum_of(lambda report: report.malformed),
+            empty=made.sum_of(lambda report: report.empty),
+            short=made.sum_of(lambda report: report.short),
+            duplicates=0 if left_out is None else int(np.count_nonzero(left_out)),
+            document_shuffle=document_shuffle,
         )
-
-    def report(self, writer: IndexedDatasetWriter, workers: int, seconds: float) -> PreprocessReport:
-        return PreprocessReport(
-            documents=writer.num_documents,
-            tokens=writer.num_tokens,
-            vocab_size=len(self._counts),
-            text_bytes=self._text_bytes,
-            seconds=seconds,
-            workers=workers,
-            entropy=self.entropy(),
-            empty=self._empty,
-            skipped=self._skipped,
-            problems=tuple(self._problems),
-        )
+        writer.finalize(sidecar)
+    return sidecar
 
 
-def _load(path: Path, append_eod: bool) -> Tokenizer:
-    tokenizer = load_tokenizer(path)
-    if append_eod and tokenizer.eod_id is None:
-        raise UserError(f"{path}: has no end-of-document token for --append-eod; leave it away, or add <|endoftext|>")
-    return tokenizer
+def entropy(counts: np.ndarray) -> float:
+    """Return the entropy of a unigram distribution given by counts, in nats a token."""
+    present = counts[counts > 0]
+    shares = present / present.sum()
+    # math.fsum: the last digit must not hang on numpy's order of summation.
+    return math.fsum(-shares * np.log(shares))
+
+
+def _origin(recipe: Recipe, coder: CoderFiles) -> str:
+    chat = coder.chat
+    if chat is not None and Path(chat).is_file():
+        chat = hashlib.sha256(Path(chat).read_bytes()).hexdigest()
+    # Shards without a malformed document are the same under both rules; the others are told apart by their report.
+    content = [_SHARD_VERSION, asdict(replace(recipe, keep_going=False)), coder.digest, chat]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _keys(text_key: str | Sequence[str] | None, chat: str | None) -> tuple[str, ...]:
+    keys = (text_key,) if isinstance(text_key, str) else tuple(text_key or ())
+    if chat is not None and len(keys) > 1:
+        raise UserError(f"--text-key={','.join(keys)}: a conversation stands under one key; name one with --chat")
+    return keys or (("text",) if chat is None else ())
+
+
+def _end_of_document(tokenizer: Tokenizer, path: Path, append: bool, name: str | None) -> int | None:
+    if name is not None:
+        token = tokenizer.token_id(name)
+        if token is None:
+            raise UserError(f"--eod-token={name}: {path} has no such token{nearest(name, tokenizer.control_tokens)}")
+        return token
+    if append and tokenizer.eod_id is None:
+        raise UserError(f"{path}: has no end-of-document token for --append-eod; name one with --eod-token")
+    return tokenizer.eod_id if append else None
+
+
+def _require_options(on_error: str, min_tokens: int, document_shuffle: int | None) -> None:
+    if on_error not in ON_ERROR:
+        raise UserError(f"--on-error={on_error}{nearest(on_error, ON_ERROR)}")
+    if min_tokens < 0:
+        raise UserError(f"--min-tokens={min_tokens}: allowed are 0 and more; leave it away for all documents")
+    if document_shuffle is not None and not 0 <= document_shuffle < 1 << 32:
+        raise UserError(f"--document-shuffle={document_shuffle}: a seed is 0 to {(1 << 32) - 1}; use 1234")
 
 
 def _usable_workers(wanted: int | None, total_bytes: int) -> int:
     if wanted is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # A process takes about as long to start as a core takes to encode a few chunks.
-        return max(1, min(cores, total_bytes // (4 * CHUNK_BYTES)))
+        # A process takes about as long to start as a core takes to encode this much.
+        return max(1, min(cores, total_bytes // _BYTES_FOR_A_WORKER))
     if wanted < 1:
         raise UserError(f"--workers={wanted}: allowed are 1 and more; leave it away for one a core")
     return wanted
-
-
-@contextmanager
-def _encoder(encode_one: Callable[..., EncodedChunk], loaded: Tokenizer, path: Path, workers: int) -> Iterator[Encoder]:
-    if workers == 1:
-        yield lambda work: (encode_one(chunk, loaded) for chunk in work)
-        return
-    # Spawned, not forked: a fork of a process with threads may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        yield partial(_encode_in_order, pool, partial(_encode_in_worker, encode_one, path, loaded.digest), workers)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"preprocess: a worker process was killed, most likely for want of memory; use fewer than --workers "
-            f"{workers}, or shorter documents"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _encode_in_order(
-    pool: Executor, encode: Callable[[Chunk], EncodedChunk], workers: int, work: Iterable[Chunk]
-) -> Iterator[EncodedChunk]:
-    under_way: deque[Future[EncodedChunk]] = deque()
-    for chunk in work:
-        under_way.append(pool.submit(encode, chunk))
-        if len(under_way) == _CHUNKS_PER_WORKER * workers:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
-
-
-def _encode_in_worker(encode_one: Callable[..., EncodedChunk], path: Path, digest: str, chunk: Chunk) -> EncodedChunk:
-    return encode_one(chunk, _tokenizer_of_worker(path, digest))
-
-
-@cache
-def _tokenizer_of_worker(path: Path, digest: str) -> Tokenizer:
-    tokenizer = load_tokenizer(path)
-    if tokenizer.digest != digest:
-        raise UserError(f"{path}: changed while it was in use; leave the tokenizer alone until preprocess is done")
-    return tokenizer
-
-
-def _start_worker() -> None:
-    # Control-C reaches every process of the terminal; the parent alone says how it ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # One process a core already: threads inside would only get in each other's way.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent says no goodbye, and its workers would wait for the next chunk for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

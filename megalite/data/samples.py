@@ -1,70 +1,66 @@
-"""Samples of a GPT's training text: sample i is a function of (seed, i), found without an index.
+"""Samples of a GPT's training text, and the streaming order: sample i is a function of (seed, i), found by arithmetic.
 
 The tokens of the chosen documents are one stream. An epoch cuts it into stretches of `sequence_length` tokens, each
 read with the token after it, so that neighbours share one token and every token but the first is a target once. The
 order of the stretches is a keyed permutation of its own for every epoch, computed when it is asked for.
 """
 
-import hashlib
-import math
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from megalite.data.indexed import IndexedDataset
+from megalite.data.permutation import KeyedPermutation
 from megalite.errors import UserError
 
-_MASK = (1 << 64) - 1
-_ROUNDS = 6
+_DOCUMENTS_AT_ONCE = 64
 
 
-class KeyedPermutation:
-    """A permutation of 0..n-1 chosen by a key, evaluated at any place on its own.
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of one document within a sample."""
 
-    A Feistel network on the pairs of [0, a) x [0, b) with a*b just above n, whose rounds add to one half, modulo its
-    size, a hash of the other; what falls outside 0..n-1 goes round again, which keeps it one to one (Black and
-    Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Not for secrets: the hash is fast, not strong.
+    prefix: Path
+    """The dataset."""
+    document: int
+    offset: int
+    """Tokens into the document."""
+    length: int
+    """Tokens."""
+
+
+class Samples(Protocol):
+    """Training samples of `sequence_length` tokens and one more, from 0 on in the order in which they are read.
+
+    `samples_per_epoch` is how many of them see everything about once; `num_samples` how many there are, None where
+    there is no end. Indices beyond the end, or below 0, raise IndexError.
     """
 
-    def __init__(self, n: int, key: bytes) -> None:
-        if n < 1:
-            raise ValueError(f"a permutation has at least one element, not {n}")
-        self.n = n
-        self._rows = math.isqrt(n - 1) + 1
-        self._columns = -(-n // self._rows)
-        digest = hashlib.blake2b(key, digest_size=8 * _ROUNDS).digest()
-        self._round_keys = struct.unpack(f"<{_ROUNDS}Q", digest)
+    sequence_length: int
+    samples_per_epoch: int
+    num_samples: int | None
+    has_loss_mask: bool
+    """Whether `loss_mask` leaves anything out, of any sample."""
 
-    def __call__(self, index: int) -> int:
-        """Return where the permutation sends `index`; raise IndexError outside ``0 <= index < n``."""
-        if not 0 <= index < self.n:
-            raise IndexError(f"{index} is not in 0..{self.n - 1}")
-        image = self._feistel(index)
-        while image >= self.n:
-            image = self._feistel(image)
-        return image
+    def tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Return samples, int64[n] to int64[n, sequence_length + 1]."""
+        ...
 
-    def _feistel(self, index: int) -> int:
-        size, other_size = self._rows, self._columns
-        half, other = divmod(index, other_size)
-        for key in self._round_keys:
-            half, other = other, (half + _mix(other ^ key)) % size
-            size, other_size = other_size, size
-        return half * other_size + other
+    def loss_mask(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return which tokens are targets that count, int64[n] to uint8[n, sequence_length + 1]; None: all."""
+        ...
+
+    def pieces(self, index: int) -> list[Piece]:
+        """Return what a sample is made of, in order, no piece empty."""
+        ...
 
 
-def _mix(x: int) -> int:
-    """Spread every bit over 64 (the finalizer of SplitMix64)."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
-    return x ^ (x >> 31)
-
-
-class GPTDataset:
-    """Samples of int64[sequence_length + 1] tokens without end, epoch after epoch, in the order of `seed`.
+class StreamingSamples:
+    """Samples without end, epoch after epoch, in the order of `seed`; opened in constant time and memory.
 
     `documents` is the range of documents to take, by default all. Raises UserError where they hold less than one
     sample.
@@ -74,12 +70,15 @@ class GPTDataset:
         self, indexed: IndexedDataset, *, sequence_length: int, seed: int, documents: range | None = None
     ) -> None:
         chosen = range(indexed.num_documents) if documents is None else documents
-        bounds = indexed.document_bounds()
         self._indexed = indexed
-        self._first_token = int(bounds[chosen.start])
+        self._first_token, end = 0, 0
+        if chosen:
+            self._first_token, end = indexed.document_span(chosen[0])[0], indexed.document_span(chosen[-1])[1]
         self.sequence_length = sequence_length
         self.seed = seed
-        self.tokens_per_epoch = int(bounds[chosen.stop]) - self._first_token
+        self.num_samples: int | None = None
+        self.has_loss_mask = indexed.has_loss_mask
+        self.tokens_per_epoch = end - self._first_token
         self.samples_per_epoch = max(self.tokens_per_epoch - 1, 0) // sequence_length
         if not self.samples_per_epoch:
             raise UserError(
@@ -88,12 +87,44 @@ class GPTDataset:
                 "larger share in data.split, or a shorter sequence"
             )
 
-    def sample(self, index: int) -> np.ndarray:
-        """Return sample `index`, any from 0 on, as int64[sequence_length + 1]."""
-        epoch, place = divmod(index, self.samples_per_epoch)
-        stretch = _order(self.samples_per_epoch, self.seed, epoch)(place)
-        start = self._first_token + stretch * self.sequence_length
-        return self._indexed.tokens(start, self.sequence_length + 1).astype(np.int64)
+    def tokens(self, indices: np.ndarray) -> np.ndarray:
+        """Return samples, int64[n] to int64[n, sequence_length + 1]; raise IndexError below 0."""
+        return self._indexed.windows(self._starts(indices), self.sequence_length + 1)
+
+    def loss_mask(self, indices: np.ndarray) -> np.ndarray | None:
+        """Return which tokens are targets that count, uint8[n, sequence_length + 1]; None without a loss mask."""
+        if not self._indexed.has_loss_mask:
+            return None
+        return self._indexed.windows(self._starts(indices), self.sequence_length + 1, masked=True)
+
+    def pieces(self, index: int) -> list[Piece]:
+        """Return the documents of a sample, in order; raise IndexError below 0."""
+        start = int(self._starts(np.array([index]))[0])
+        return list(pieces_between(self._indexed, start, start + self.sequence_length + 1))
+
+    def _starts(self, indices: np.ndarray) -> np.ndarray:
+        """Where samples begin in the dataset's stream of tokens: int64[n] to int64[n]."""
+        if len(indices) and indices.min() < 0:
+            raise IndexError(f"sample {indices.min()}: samples count from 0")
+        epochs, places = np.divmod(indices, self.samples_per_epoch)
+        for epoch in np.unique(epochs).tolist():
+            within = epochs == epoch
+            places[within] = _order(self.samples_per_epoch, self.seed, epoch).array(places[within])
+        return self._first_token + places * self.sequence_length
+
+
+def pieces_between(indexed: IndexedDataset, start: int, stop: int) -> Iterator[Piece]:
+    """Yield the documents between two tokens of a dataset's stream, in order, none empty."""
+    while start < stop:
+        # A bisection for each block, not for each document; and no walk over any number of empty documents.
+        first = indexed.document_at(start)
+        block = range(first, min(first + _DOCUMENTS_AT_ONCE, indexed.num_documents))
+        offset = start - indexed.document_span(first)[0]
+        for document, length in zip(block, indexed.document_lengths(block).tolist(), strict=True):
+            taken = min(length - offset, stop - start)
+            if taken:
+                yield Piece(indexed.prefix, document, offset, taken)
+            start, offset = start + taken, 0
 
 
 @lru_cache(maxsize=16)
@@ -107,9 +138,10 @@ def split_documents(num_documents: int, fractions: Sequence[float]) -> list[rang
     >>> split_documents(10, (0.9, 0.1))
     [range(0, 9), range(9, 10)]
     """
-    total = sum(fractions)
-    if total <= 0 or min(fractions) < 0:
+    shares = np.array(fractions, dtype=np.float64)
+    if not shares.sum() > 0 or shares.min() < 0:
         raise ValueError(f"shares must be 0 or more and not all 0, not {tuple(fractions)}")
-    ends = accumulate(fraction / total for fraction in fractions)
+    # numpy's sums, whatever Python's own does: since 3.12 it makes up for rounding, and a bound could move by one.
+    ends = np.cumsum(shares / shares.sum()).tolist()
     bounds = [0, *(int(round(end * num_documents)) for end in ends)]
     return [range(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]

@@ -1,10 +1,12 @@
 """Writes a tokenized corpus in Megatron's format (`index_format`)."""
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,67 +15,104 @@ from megalite.data.index_format import BLOCK, DTYPES, HEADER, MAGIC, VERSION, Da
 from megalite.errors import UserError
 from megalite.files import partial_path, publish
 
+SUFFIXES = (".bin", ".mask", ".json", ".idx")
+"""In the order in which files get their names: the index last."""
+_COPY_BYTES = 1 << 24
+
 
 class IndexedDatasetWriter:
     """Writes a dataset in bounded memory; nothing stands under its name before `finalize`.
 
-    Used as a context manager it removes what it has written unless `finalize` was reached.
+    With a loss mask it has a byte a token beside it, ``PREFIX.mask``: 1 for a token that counts as a target. Used as a
+    context manager it removes what it has written unless `finalize` was reached.
     """
 
-    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
-        if prefix.suffix in (".bin", ".idx"):
-            raise UserError(f"{prefix}: a prefix has no {prefix.suffix}; use {prefix.with_suffix('')}")
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike, *, with_loss_mask: bool = False) -> None:
+        require_prefix(prefix)
         self.dtype: np.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = next(code for code, known in DTYPES.items() if known == self.dtype)
-        self._paths = {suffix: with_suffix(prefix, suffix) for suffix in (".bin", ".json", ".idx")}
+        self._paths = {suffix: with_suffix(prefix, suffix) for suffix in SUFFIXES}
         self._partial = {suffix: partial_path(path) for suffix, path in self._paths.items()}
+        self.with_loss_mask = with_loss_mask
         self.num_documents = 0
         self.num_tokens = 0
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = self._partial[".bin"].open("wb")
-        self._idx = self._partial[".idx"].open("w+b")
+        self._open = ExitStack()
+        # Unbuffered, since the system copies straight into them.
+        self._bin = self._open.enter_context(self._partial[".bin"].open("wb", buffering=0))
+        self._mask = (
+            self._open.enter_context(self._partial[".mask"].open("wb", buffering=0)) if with_loss_mask else None
+        )
+        self._idx = self._open.enter_context(self._partial[".idx"].open("w+b"))
         self._idx.write(bytes(HEADER.size))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        self._bin.close()
-        self._idx.close()
+        self._open.close()
         for partial in self._partial.values():
             partial.unlink(missing_ok=True)
 
-    def add_document(self, tokens: npt.ArrayLike) -> None:
+    def add_document(self, tokens: npt.ArrayLike, loss_mask: npt.ArrayLike | None = None) -> None:
         """Append one document, a sequence of its own; raise ValueError for an id that the dtype cannot hold."""
         array = np.asarray(tokens, dtype=np.int64)
-        self.add_documents(array, [len(array)])
+        self.add_documents(array, [len(array)], None if loss_mask is None else np.asarray(loss_mask, dtype=np.uint8))
 
-    def add_documents(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Append documents whose tokens stand in a row in `tokens`, with `lengths` tokens each."""
+    def add_documents(
+        self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray, loss_mask: np.ndarray | None = None
+    ) -> None:
+        """Append documents whose tokens stand in a row in `tokens`, with `lengths` tokens each.
+
+        `loss_mask` is uint8[tokens] of 0 and 1 where the dataset has one. Raises ValueError where they do not fit.
+        """
         if int(np.sum(lengths, dtype=np.int64)) != len(tokens):
             raise ValueError(f"lengths add up to {np.sum(lengths)}, but there are {len(tokens)} tokens")
         if tokens.dtype != self.dtype and len(tokens):
             limits = np.iinfo(self.dtype)
             if tokens.min() < limits.min or tokens.max() > limits.max:
                 raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit into {self.dtype}")
-        self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
-        self._idx.write(np.asarray(lengths, dtype="<i4").tobytes())
-        self.num_documents += len(lengths)
-        self.num_tokens += len(tokens)
+        if (loss_mask is None) != (self._mask is None):
+            raise ValueError("a loss mask goes with every document of a dataset that has one, and with no other")
+        if self._mask is not None and loss_mask is not None:
+            if len(loss_mask) != len(tokens) or np.any(loss_mask > 1):
+                raise ValueError(f"a loss mask has 0 or 1 for each of {len(tokens)} tokens")
+            _write(self._mask, loss_mask.astype(np.uint8, copy=False))
+        _write(self._bin, tokens.astype(self.dtype, copy=False))
+        self._add_lengths(lengths)
+
+    def copy_documents(
+        self, tokens: Path, start: int, lengths: Sequence[int] | np.ndarray, loss_mask: Path | None = None
+    ) -> None:
+        """Append documents that stand in a row in a file of tokens of this dtype, from its token `start` on.
+
+        `loss_mask` is the file of their masks where the dataset has one. The system copies them where it can.
+        """
+        count = int(np.sum(lengths, dtype=np.int64))
+        if self._mask is not None:
+            if loss_mask is None:
+                raise ValueError("a loss mask goes with every document of a dataset that has one")
+            copy_bytes(loss_mask, start, count, self._mask)
+        copy_bytes(tokens, start * self.dtype.itemsize, count * self.dtype.itemsize, self._bin)
+        self._add_lengths(lengths)
 
     def finalize(self, sidecar: DatasetSidecar | None = None) -> None:
         """Complete the index, flush everything to the disk and give the files their names, the index last."""
         self._write_offsets()
-        self._bin.close()
-        self._idx.close()
+        self._open.close()
         if sidecar is not None:
             self._partial[".json"].write_text(json.dumps(asdict(sidecar), indent=2) + "\n")
         # Without its index an older dataset of this name is gone: no half of it can meet a half of the new one.
-        self._paths[".idx"].unlink(missing_ok=True)
-        self._paths[".json"].unlink(missing_ok=True)
+        for suffix in (".idx", ".json", ".mask"):
+            self._paths[suffix].unlink(missing_ok=True)
         for suffix, partial in self._partial.items():
             if partial.exists():
                 publish(partial, self._paths[suffix])
+
+    def _add_lengths(self, lengths: Sequence[int] | np.ndarray) -> None:
+        self._idx.write(np.asarray(lengths, dtype="<i4").tobytes())
+        self.num_documents += len(lengths)
+        self.num_tokens += int(np.sum(lengths, dtype=np.int64))
 
     def _write_offsets(self) -> None:
         end = 0
@@ -90,3 +129,44 @@ class IndexedDatasetWriter:
             self._idx.write(np.arange(at, min(at + BLOCK, self.num_documents + 1), dtype="<i8").tobytes())
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.num_documents, self.num_documents + 1))
+
+
+def require_prefix(prefix: Path) -> None:
+    """Raise UserError for the name of a file where a prefix is meant."""
+    if prefix.suffix in SUFFIXES:
+        raise UserError(f"{prefix}: a prefix has no {prefix.suffix}; use {prefix.with_suffix('')}")
+
+
+def copy_bytes(source: Path, start: int, count: int, target: BinaryIO) -> None:
+    """Append a stretch of a file to an unbuffered one, by the system itself where it can (copy_file_range).
+
+    Raises EOFError where the source ends before.
+    """
+    with source.open("rb", buffering=0) as file:
+        end = start + count
+        while start < end:
+            copied = _copy_in_system(file.fileno(), start, end - start, target.fileno())
+            if copied is None:
+                file.seek(start)
+                data = file.read(min(_COPY_BYTES, end - start))
+                _write(target, np.frombuffer(data, dtype=np.uint8))
+                copied = len(data)
+            if not copied:
+                raise EOFError(f"{source}: ends at byte {start}; {end} expected")
+            start += copied
+
+
+def _copy_in_system(source: int, start: int, count: int, target: int) -> int | None:
+    if not hasattr(os, "copy_file_range"):
+        return None
+    try:
+        # Some file systems say 0 where they cannot: then a read tells.
+        return os.copy_file_range(source, target, min(count, 1 << 30), offset_src=start) or None
+    except OSError:
+        return None
+
+
+def _write(file: BinaryIO, array: np.ndarray) -> None:
+    data = np.ascontiguousarray(array).view(np.uint8).data
+    while data:
+        data = data[file.write(data) :]

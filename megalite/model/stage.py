@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
 from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -29,18 +30,22 @@ class Embedding(nn.Module):
         if isinstance(config, GPT2Config):
             self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
+    def forward(self, ids_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor:
         x_BSH = self.tokens(ids_BS)
         if self.positions is not None:
-            x_BSH = x_BSH + self.positions(torch.arange(ids_BS.shape[1], device=ids_BS.device))
+            if positions_BS is None:
+                x_BSH = x_BSH + self.positions(torch.arange(ids_BS.shape[1], device=ids_BS.device))
+            else:
+                x_BSH = x_BSH + self.positions(positions_BS)
         return x_BSH
 
 
 class Head(ShardedModule):
-    """The residual stream ``[B, S, H]`` and targets ``[B, S]`` to the mean loss of the microbatch, fp32, in nats.
+    """The residual stream ``[B, S, H]`` and targets ``[B, S]`` to the loss of the microbatch, fp32, in nats.
 
-    The vocabulary is divided over the group, as the embedding's is, and the logits never leave their rank. With
-    `tied` its weight carries the embedding's name; where both are on one rank they are one parameter.
+    The loss is the mean over the tokens, or with weights ``[B, S]`` the sum over them, each times its weight. The
+    vocabulary is divided over the group, as the embedding's is, and the logits never leave their rank. With `tied` its
+    weight carries the embedding's name; where both are on one rank they are one parameter.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup, *, tied: nn.Parameter | None) -> None:
@@ -51,19 +56,20 @@ class Head(ShardedModule):
         self.shard_specs = table.shard_specs
         self.weight = table.weight if tied is None else tied
 
-    def forward(self, x_BSH: Tensor, targets_BS: Tensor) -> Tensor:
+    def forward(self, x_BSH: Tensor, targets_BS: Tensor, weights_BS: Tensor | None = None) -> Tensor:
         logits_BSV = nn.functional.linear(copy_to_group(x_BSH, self.group), self.weight)
         losses_BS = vocab_parallel_cross_entropy(
             logits_BSV, targets_BS, first_id=self.first_id, vocab_size=self.vocab_size, group=self.group
         )
-        return losses_BS.mean()
+        return losses_BS.mean() if weights_BS is None else (losses_BS * weights_BS).sum()
 
 
 class Stage(nn.Module):
     """The part of the model that stage `index` of `num_stages` holds: the blocks of `layers`, and the ends' extras.
 
     ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``;
-    on the last it takes the targets too and returns the mean loss.
+    on the last it takes the targets too and returns the mean loss, or with `loss_weights` ``[B, S]``, fp32, the sum of
+    the losses, each times its weight. `packing` goes to every stage.
     """
 
     def __init__(
@@ -83,15 +89,22 @@ class Stage(nn.Module):
         # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        *,
+        packing: PackedDocuments | None = None,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
         if self.embedding is not None:
-            x = self.embedding(x)
+            x = self.embedding(x, packing.positions_BS if packing else None)
         for block in self.layers.values():
-            x = block(x)
+            x = block(x, packing)
         if self.head is None or self.final_norm is None:
             return x
         assert targets is not None
-        return self.head(self.final_norm(x), targets)
+        return self.head(self.final_norm(x), targets, loss_weights)
 
     @property
     def activation_dtype(self) -> torch.dtype:

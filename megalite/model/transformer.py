@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.model.packing import PackedDocuments
 from megalite.tensor_parallel.collectives import TensorGroup
 from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear
 
@@ -48,19 +49,20 @@ class Rotary:
         self._tables = (angles.cos().float(), angles.sin().float())
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def __call__(self, x_BSND: Tensor) -> Tensor:
-        """Turn queries or keys ``[B, S, heads, D]`` at positions 0..S-1."""
+    def __call__(self, x_BSND: Tensor, positions_BS: Tensor | None = None) -> Tensor:
+        """Turn queries or keys ``[B, S, heads, D]`` at their positions, or at 0..S-1."""
         key = (x_BSND.device, x_BSND.dtype)
         if key not in self._cache:
             cos, sin = self._tables
             self._cache[key] = (cos.to(*key).unsqueeze(1), sin.to(*key).unsqueeze(1))
-        cos, sin = (table[: x_BSND.shape[1]] for table in self._cache[key])
+        places = slice(x_BSND.shape[1]) if positions_BS is None else positions_BS
+        cos, sin = (table[places] for table in self._cache[key])
         first, second = x_BSND.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with its heads divided over the tensor group.
+    """Causal self-attention, within documents where they are packed, with its heads divided over the tensor group.
 
     Takes and returns ``[B, S, H]``, the same on every rank. Where there are fewer key-value heads than ranks, the
     ranks that share a head each compute it, from a weight that all hold whole.
@@ -86,7 +88,7 @@ class Attention(nn.Module):
         self.qkv = ColumnParallelLinear(hidden, sum(parts.values()), group=group, bias=bias, parts=parts)
         self.output = RowParallelLinear(width, hidden, group=group, bias=is_gpt2)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
+    def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None) -> Tensor:
         qkv = self.qkv(x_BSH)
         if self.key_value is not None:
             qkv = torch.cat((qkv, self.key_value(x_BSH)), dim=-1)
@@ -94,26 +96,44 @@ class Attention(nn.Module):
         # Queries and keys turn together, as one tensor.
         turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.rotary is not None:
-            turned = self.rotary(turned)
+            turned = self.rotary(turned, packing.positions_BS if packing else None)
         query, key = turned.split((self.heads, self.kv_heads), dim=2)
-        attended = causal_attention(query, key, value)
+        attended = causal_attention(query, key, value, packing.spans if packing else None)
         return self.output(attended.flatten(2))
 
 
-def causal_attention(query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v under the causal mask, ``[B, S, N, D]``; query head i reads head i*K//N."""
+def causal_attention(
+    query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, spans: list[int] | None = None
+) -> Tensor:
+    """Return softmax(q k^T / sqrt(D)) v under the causal mask, ``[B, S, N, D]``; query head i reads head i*K//N.
+
+    With `spans`, lengths that sum to B*S, the rows are one stretch of tokens cut into these: none sees another.
+    """
+    tokens = query_BSND.shape[:2].numel()
+    if spans is None:
+        return _attention(query_BSND, key_BSKD, value_BSKD, tokens)
+    # Document by document no score across two of them is ever computed, and no mask is held.
+    queries, keys, values = (
+        x.flatten(0, 1).unsqueeze(0).split(spans, dim=1) for x in (query_BSND, key_BSKD, value_BSKD)
+    )
+    attended = [_attention(*document, tokens) for document in zip(queries, keys, values, strict=True)]
+    return torch.cat(attended, dim=1).view(query_BSND.shape)
+
+
+def _attention(query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, microbatch_tokens: int) -> Tensor:
     query, key, value = (x.transpose(1, 2) for x in (query_BSND, key_BSKD, value_BSKD))
-    if key.shape[1] != query.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
+    heads, length = query.shape[1:3]
+    if key.shape[1] != heads:
         # Expanded here, since not every kernel behind torch's own flag for grouped queries is a fused one.
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    if query.device.type == "cpu" and query.shape[:3].numel() * query.shape[2] <= WRITTEN_OUT_SCORES:
+        key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
+    if query.device.type == "cpu" and heads * length * microbatch_tokens <= WRITTEN_OUT_SCORES:
         return _written_out_attention(query, key, value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
 # On a CPU plain matrix products take half the time of torch's fused kernel (benchmarks/attention.py). They keep the
-# scores for the backward, so this many of them at the most: 16 MiB of bf16 a layer and microbatch.
+# scores for the backward, so this many of them at the most: 16 MiB of bf16 a layer and microbatch. Each document may
+# keep its tokens' share of that.
 WRITTEN_OUT_SCORES = 1 << 23
 
 
@@ -175,8 +195,8 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config)
         self.mlp = SwiGLU(config, group) if isinstance(config, LlamaConfig) else GeluMLP(config, group)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH))
+    def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None) -> Tensor:
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), packing)
         return x_BSH + self.mlp(self.mlp_norm(x_BSH))
 
 

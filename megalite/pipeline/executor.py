@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megalite.distributed import Links
+from megalite.model.packing import PackedDocuments
 from megalite.pipeline.instructions import (
     Backward,
     Forward,
@@ -25,7 +26,14 @@ from megalite.pipeline.timeline import Span
 class StageEngine(Protocol):
     """What the executor asks of the thing that holds the stages' parameters."""
 
-    def forward(self, stage: int, inputs: Tensor, targets: Tensor | None) -> Tensor: ...
+    def forward(
+        self,
+        stage: int,
+        inputs: Tensor,
+        targets: Tensor | None,
+        packing: PackedDocuments | None,
+        loss_weights: Tensor | None,
+    ) -> Tensor: ...
 
     def backward(self, scalar: Tensor) -> None:
         """Differentiate a scalar, with the loss scale where there is one, into the parameters' gradients."""
@@ -34,15 +42,21 @@ class StageEngine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Token ids and targets ``[B, S]``, int64; each is needed at one end of the pipeline only, and None elsewhere."""
+    """Token ids and targets ``[B, S]``, int64; each is needed at one end of the pipeline only, and None elsewhere.
+
+    With `loss_weights` ``[B, S]``, fp32, the losses of a step are the sum over its tokens, each times its weight;
+    without, the mean. `packing` says on every stage where documents begin.
+    """
 
     ids: Tensor | None
     targets: Tensor | None
+    packing: PackedDocuments | None = None
+    loss_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one stream leaves behind: the mean loss over its microbatches on the last stage (None on the others), and
+    """What one stream leaves behind: the loss over its microbatches on the last stage (None on the others), and
     when each forward and backward ran, in seconds since the stream began, if it was asked for."""
 
     loss: Tensor | None
@@ -89,7 +103,7 @@ class PipelineExecutor:
     def run(
         self, stream: Sequence[Instruction], microbatches: Sequence[Microbatch], *, record: bool = False
     ) -> StepResult:
-        """Execute `stream` over `microbatches`, whose count the last stage divides its losses by.
+        """Execute `stream` over `microbatches`, whose count the last stage divides unweighted losses by.
 
         With `record` the device is waited for around every forward and backward: true times, at some cost.
         """
@@ -117,7 +131,7 @@ class _Run:
         for channel in self.channels.values():
             channel.flush()
         assert not self.receiving
-        loss = torch.stack(self.losses).mean() if self.losses else None
+        loss = torch.stack(self.losses).sum() if self.losses else None
         return StepResult(loss, tuple(self.spans))
 
     def _execute(self, instruction: Instruction) -> None:
@@ -153,13 +167,14 @@ class _Run:
             if torch.is_grad_enabled():
                 self.inputs[key] = inputs.requires_grad_()
         started = self._clock()
-        output = self.executor.engine.forward(at.stage, inputs, batch.targets)
+        output = self.executor.engine.forward(at.stage, inputs, batch.targets, batch.packing, batch.loss_weights)
         if at.stage == self.executor.num_stages - 1:
+            if batch.loss_weights is None:
+                output = output / len(self.microbatches)
             self.losses.append(output.detach())
             if not output.requires_grad:
                 self._note(at, started)
                 return
-            output = output / len(self.microbatches)
         self.outputs[key] = output
         self._note(at, started)
 

@@ -1,16 +1,32 @@
+import io
 import json
 import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from megalite.cli import main, preprocess, tokenizer
+from megalite.cli import main, preprocess, progress, tokenizer
 from megalite.data.indexed import IndexedDataset
 from megalite.errors import UserError
 
 TEXTS = [f"the fox number {n} jumps over the lazy dog number {n * n}" for n in range(200)]
+
+
+class Screen(io.StringIO):
+    """A terminal that keeps what was written."""
+
+    def __init__(self, shown: list[str]) -> None:
+        super().__init__()
+        self._shown = shown
+
+    def write(self, text: str) -> int:
+        self._shown.append(text)
+        return len(text)
 
 
 @pytest.fixture
@@ -61,7 +77,7 @@ def test_text_becomes_a_dataset_by_two_commands(app, corpus, tmp_path):
     dataset = IndexedDataset(tmp_path / "data" / "corpus")
     assert dataset.num_documents == 200
     assert dataset.document_tokens(0)[-1] == 2
-    first, speed, entropy, empty, skipped, problem = done.output.splitlines()
+    first, speed, entropy, empty, skipped, *problems = done.output.splitlines()
     assert first.endswith(
         f"200 documents, {dataset.num_tokens:,} tokens ({corpus.stat().st_size / dataset.num_tokens:.2f} bytes a token)"
     )
@@ -71,8 +87,39 @@ def test_text_becomes_a_dataset_by_two_commands(app, corpus, tmp_path):
         f"unigram entropy: {dataset.sidecar.token_counts_entropy:.3f} nats a token (uniform over 320"
     )
     assert empty == "left out: 1 documents without a token"
-    assert skipped == "left out: 1 malformed lines"
-    assert problem.startswith(f"  {corpus}:201: invalid JSON")
+    assert skipped == "left out: 1 malformed documents"
+    size = corpus.stat().st_size
+    assert problems[0].startswith(f"  {corpus}:201: byte {size - 13 - 1}: invalid JSON")
+    assert problems[1:] == [f"  {corpus}:202: byte {size - 13}: an empty document"]
+
+
+def test_what_is_left_out_is_told(app, corpus, tmp_path):
+    train(app, corpus, tmp_path)
+    corpus.write_text(corpus.read_text() * 2 + '{"body": "fox"}\n')
+    words = ("preprocess", corpus, "--tokenizer", tmp_path / "tok.model", "--output", tmp_path / "data")
+    words += ("--text-key", "body", "--eod-token", "<s>", "--workers", "1", "--dedup", "--min-tokens", "9")
+    done = run(app, *words, "--document-shuffle", "7")
+    assert done.exit_code == 0, done.output
+    dataset = IndexedDataset(tmp_path / "data")
+    assert dataset.num_documents == 200
+    assert dataset.document_tokens(0)[-1] == 1
+    assert done.output.splitlines()[3:] == [
+        "left out: 1 documents shorter than --min-tokens",
+        "left out: 200 documents equal to an earlier one",
+    ]
+
+
+def test_the_bar_shows_bytes_tokens_and_what_is_left(monkeypatch):
+    shown = []
+    screen = Console(file=Screen(shown), force_terminal=True, color_system=None, width=120)
+    monkeypatch.setattr(progress, "Console", lambda stderr: screen)
+    threads = threading.active_count()
+    with progress.token_progress("tokenizing") as tell:
+        assert threading.active_count() == threads
+        time.sleep(0.11)
+        tell(5_000_000, 10_000_000, 1_000_000)
+    text = "".join(shown)
+    assert re.search(r"tokenizing .* 5\.0/10\.0 MB .* [\d,]+ tokens/s", text)
 
 
 def test_what_the_user_can_mend_is_a_user_error(app, corpus, tmp_path):

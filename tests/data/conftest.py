@@ -2,9 +2,12 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megalite.data.indexed import IndexedDataset
 from megalite.data.tokenizer import train_sentencepiece
+from megalite.data.writer import IndexedDatasetWriter
 
 SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards quietly box 42 jugs of liquid"
 WORDS = SENTENCE.split()
@@ -38,3 +41,19 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory, sentences, write_js
     corpus = write_jsonl(folder / "corpus.jsonl", sentences)
     train_sentencepiece([corpus], vocab_size=400, output=folder / "tok.model")
     return folder / "tok.model"
+
+
+@pytest.fixture(scope="session")
+def write_lengths() -> Callable[..., IndexedDataset]:
+    """Write documents of these lengths over the stream 0, 1, 2, ...; with `masked`, every third token counts."""
+
+    def write(prefix: Path, lengths: Sequence[int], *, masked: bool = False) -> IndexedDataset:
+        tokens = np.arange(sum(lengths), dtype=np.int32)
+        with IndexedDatasetWriter(prefix, "i4") as writer:
+            writer.add_documents(tokens, lengths)
+            writer.finalize()
+        if masked:
+            (tokens % 3 == 0).astype(np.uint8).tofile(prefix.with_name(f"{prefix.name}.mask"))
+        return IndexedDataset(prefix)
+
+    return write

@@ -1,131 +1,58 @@
 import gzip
-import json
 import os
 
+import pyarrow
+import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+import zstandard
 
-from megalite.data.inputs import TEXT_DOCUMENT_BYTES, Malformed, chunks, documents, find_inputs, parse, read
+from megalite.data import inputs
+from megalite.data.inputs import Segment, find_inputs, segments, shards
 from megalite.errors import UserError
 
 
-def read_all(path, text_key="text", chunk_bytes=1 << 20):
-    return [document for chunk in chunks(path, chunk_bytes) for document in parse(chunk, read(chunk), text_key)]
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.text(max_size=30), max_size=20), st.integers(1, 200), st.booleans())
-def test_documents_do_not_depend_on_the_cut(tmp_path, texts, chunk_bytes, ends_with_newline):
-    lines = "\n".join(json.dumps({"text": text}) for text in texts) + "\n" * ends_with_newline
-    plain, packed = tmp_path / "a.jsonl", tmp_path / "a.jsonl.gz"
-    plain.write_text(lines)
-    packed.write_bytes(gzip.compress(lines.encode()))
-    assert read_all(plain, chunk_bytes=chunk_bytes) == texts
-    assert read_all(packed, chunk_bytes=chunk_bytes) == texts
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_chunks_are_whole_lines_that_cover_the_file(tmp_path, packed):
-    data = b"".join(b"x" * (n % 17) + b"\n" for n in range(200)) + b"no end"
-    path = tmp_path / ("a.jsonl.gz" if packed else "a.jsonl")
-    path.write_bytes(gzip.compress(data) if packed else data)
-    cut = list(chunks(path, 64))
-    assert len(cut) > 10
-    assert b"".join(map(read, cut)) == data
-    assert all(read(chunk).endswith(b"\n") for chunk in cut[:-1])
-    assert [chunk.start for chunk in cut[1:]] == [chunk.stop for chunk in cut[:-1]]
-    assert sum(chunk.disk_bytes for chunk in cut) == path.stat().st_size
-
-
-def test_a_text_file_becomes_documents_cut_at_blank_lines(tmp_path):
-    paragraph = "word " * 1000 + "\nsecond line\n"
-    text = f"{paragraph}\n \t\r\n\n" * 40
-    path = tmp_path / "book.txt"
-    path.write_bytes(text.encode())
-    found = read_all(path)
-    assert len(found) > 2
-    assert "".join(map(str, found)) == text
-    assert all(isinstance(document, str) and document.endswith("\n \t\r\n\n") for document in found)
-    assert all(len(str(document)) >= TEXT_DOCUMENT_BYTES for document in found[:-1])
-
-
-def test_a_short_text_file_is_one_document(tmp_path):
-    path = tmp_path / "note.txt"
-    path.write_text("first\n\nsecond\n\n")
-    assert read_all(path) == ["first\n\nsecond\n\n"]
-
-
-def test_blank_lines_and_foreign_line_ends_are_no_documents(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\r\n \t\n{"text": "a"}\r\n\n{"text": "b"}')
-    assert read_all(path) == ["a", "b"]
-
-
-def test_an_empty_file_holds_nothing(tmp_path):
-    for name in ("a.jsonl", "a.txt"):
-        (tmp_path / name).write_bytes(b"")
-        assert read_all(tmp_path / name) == []
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"text": "a"', "invalid JSON"),
-        (b"{'text': 'a'}", "invalid JSON"),
-        (b'{"text": "\\ud800"}', "invalid JSON"),
-        (b'["text"]', "a JSON list; a line holds one JSON object"),
-        (b'{"texts": "a", "id": 1}', "no key 'text'; did you mean 'texts'?"),
-        (b'{"content": "a"}', "no key 'text'; allowed: content"),
-        (b'{"text": null}', "key 'text' holds null; a document is a string"),
-        (b'{"text": 3}', "key 'text' holds a JSON int; a document is a string"),
-        (b'{"text": "abc\xff"}', "invalid UTF-8 at byte 14 of the line"),
-    ],
-)
-def test_a_malformed_line_is_named(tmp_path, line, reason):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "good"}\n\n' + line + b'\n{"text": "also good"}\n')
-    first, malformed, last = read_all(path)
-    assert (first, last) == ("good", "also good")
-    assert isinstance(malformed, Malformed)
-    assert malformed.line == 3
-    assert malformed.reason.startswith(reason)
-    with pytest.raises(UserError, match=r"a\.jsonl:3: "):
-        list(documents([path], "text"))
-
-
-def test_invalid_utf8_in_text_is_named_by_line(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"one\ntwo\nth\xffree\n")
-    (malformed,) = read_all(path)
-    assert malformed == Malformed(3, "invalid UTF-8 at byte 3 of the line; text is UTF-8")
-
-
-def test_line_numbers_count_through_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("megalite.data.inputs.chunks", lambda path: chunks(path, 64))
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "good"}\n' * 99 + "bad\n")
-    with pytest.raises(UserError, match=r"a\.jsonl:100: invalid JSON"):
-        list(documents([path], "text"))
-
-
 def test_folders_are_read_in_the_order_of_names(tmp_path):
-    for name in ("b.jsonl", "a/z.txt", "a/y.jsonl.gz", ".hidden/x.txt", "README.md"):
+    for name in (
+        "b.jsonl",
+        "a/z.txt",
+        "a/y.jsonl.gz",
+        "a/c.parquet",
+        "d.arrow",
+        ".hidden/x.txt",
+        "README.md",
+        "i.json",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     assert [str(path.relative_to(tmp_path)) for path in find_inputs([tmp_path])] == [
+        "a/c.parquet",
         "a/y.jsonl.gz",
         "a/z.txt",
         "b.jsonl",
+        "d.arrow",
     ]
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst", "a.json"])
+def test_files_are_taken_in_the_order_given_and_patterns_in_that_of_names(tmp_path):
+    for name in ("c.jsonl", "part-2.jsonl", "part-1.jsonl", "loose.json", "deep/part-3.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    given = [tmp_path / "part-*.jsonl", tmp_path / "loose.json", tmp_path / "c.jsonl", tmp_path / "**" / "part-3.*"]
+    assert [path.name for path in find_inputs(given)] == [
+        "part-1.jsonl",
+        "part-2.jsonl",
+        "loose.json",
+        "c.jsonl",
+        "part-3.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl.bz2", "a.txt.xz"])
 def test_formats_that_are_not_read_are_refused_also_inside_folders(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     (tmp_path / "b.jsonl").write_bytes(b"")
-    for given_path in (tmp_path, tmp_path / name):
-        with pytest.raises(UserError, match=rf"{name}: this format is not read; allowed: \.jsonl, \.jsonl\.gz, \.txt"):
+    for given_path in (tmp_path, tmp_path / name, tmp_path / "a.*"):
+        with pytest.raises(UserError, match=rf"{name}: this format is not read; allowed: \.jsonl, \.jsonl\.gz, "):
             find_inputs([given_path])
 
 
@@ -135,6 +62,8 @@ def test_what_does_not_exist_is_named_with_the_nearest(tmp_path):
         find_inputs([tmp_path / "corpsu.jsonl"])
     with pytest.raises(UserError, match="no such file or folder"):
         find_inputs([tmp_path / "no" / "where.jsonl"])
+    with pytest.raises(UserError, match=r"none-\*\.jsonl: no such file or folder"):
+        find_inputs([tmp_path / "none-*.jsonl"])
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
@@ -142,27 +71,85 @@ def test_a_folder_without_text_is_refused(tmp_path):
         find_inputs([tmp_path])
 
 
-def test_a_broken_gzip_is_named(tmp_path):
-    whole = gzip.compress(b'{"text": "a"}\n' * 1000 + os.urandom(2000))
-    for data in (whole[:-600], b"not gzip at all"):
-        path = tmp_path / "a.jsonl.gz"
+def cut(path, size=64, *, split_lines=True) -> list[Segment]:
+    return list(segments(path, size, split_lines=split_lines))
+
+
+LINES = b"".join(b"x" * (n % 17) + b"\n" for n in range(200)) + b"no end"
+
+
+def test_a_file_of_lines_is_cut_at_bytes(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    found = cut(tmp_path / "a.jsonl")
+    assert [segment.start for segment in found] == list(range(0, len(LINES), 64))
+    assert [segment.stop for segment in found[:-1]] == [segment.start for segment in found[1:]]
+    assert sum(segment.disk_bytes for segment in found) == found[-1].stop == len(LINES)
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_a_compressed_file_is_unpacked_into_whole_lines(tmp_path, suffix, pack):
+    path = tmp_path / f"a.jsonl{suffix}"
+    # Two members, as tools write them that work in parallel.
+    path.write_bytes(pack(LINES[:1000]) + pack(LINES[1000:]))
+    found = cut(path)
+    assert len(found) > 10
+    assert b"".join(segment.data or b"" for segment in found) == LINES
+    assert all(segment.data and segment.data.endswith(b"\n") for segment in found[:-1])
+    assert [segment.rows_before for segment in found] == [LINES[: s.start].count(b"\n") for s in found]
+    assert sum(segment.disk_bytes for segment in found) == path.stat().st_size
+
+
+def test_a_line_without_end_is_not_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "MAX_LINE_BYTES", 100)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b"a\n" + b"x" * 5000 + b"\nlast\n"))
+    found = cut(path)
+    assert max(len(segment.data or b"") for segment in found) <= 64 + 101
+    assert (found[-1].data, found[-1].start, found[-1].rows_before) == (b"last\n", 5003, 2)
+
+
+def test_tables_are_cut_by_group(tmp_path):
+    table = pyarrow.table({"text": [f"document {n} " * 20 for n in range(100)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10, compression="none")
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=10)
+    for name in ("a.parquet", "a.arrow"):
+        found = cut(tmp_path / name, (tmp_path / name).stat().st_size // 4)
+        assert 4 <= len(found) <= 6
+        assert [segment.rows_before for segment in found] == [10 * segment.start for segment in found]
+        assert [segment.stop for segment in found[:-1]] == [segment.start for segment in found[1:]]
+        assert (found[0].start, found[-1].stop) == (0, 10)
+
+
+def test_small_files_share_a_shard_and_the_order_stays(tmp_path):
+    files = []
+    for number in range(20):
+        files.append(tmp_path / f"{number:02d}.txt")
+        files[-1].write_bytes(b"x" * 30)
+    found = list(shards(files, split_lines=False, shard_bytes=100))
+    assert [len(shard) for shard in found] == [3] * 6 + [2]
+    assert [segment.path for shard in found for segment in shard] == files
+
+
+def test_shards_grow_with_the_input_within_bounds():
+    assert inputs.shard_bytes_for(1) == 1 << 20
+    assert inputs.shard_bytes_for(1 << 30) == 1 << 22
+    assert inputs.shard_bytes_for(1 << 50) == 1 << 26
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_a_broken_compressed_file_is_named(tmp_path, suffix, pack):
+    path = tmp_path / f"a.jsonl{suffix}"
+    whole = pack(b'{"text": "a"}\n' * 1000 + os.urandom(2000))
+    for data in (whole[:-600], whole[:5], b"not packed at all"):
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be read"):
-            list(chunks(path))
+        with pytest.raises(UserError, match=rf"a\.jsonl\{suffix}: cannot be read"):
+            cut(path)
 
 
-def test_a_file_that_shrinks_is_named(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"12345\n")
-    (chunk,) = chunks(path)
-    path.write_bytes(b"123")
-    with pytest.raises(UserError, match="ends at byte 3, was 6"):
-        read(chunk)
-
-
-def test_progress_ends_at_the_total(tmp_path):
-    told = []
-    for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / name).write_text('{"text": "a"}\n')
-    list(documents([tmp_path], "text", lambda done, total: told.append((done, total))))
-    assert told == [(14, 28), (28, 28)]
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_broken_table_is_named(tmp_path, name):
+    for data in (b"", b"PAR1", b"ARROW1", os.urandom(500)):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=rf"{name}: cannot be read"):
+            cut(tmp_path / name)

@@ -7,17 +7,23 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from megalite.data import assembly, duplicates, inputs
+from megalite.data import preprocess as preprocess_module
 from megalite.data.indexed import IndexedDataset
-from megalite.data.inputs import Chunk
-from megalite.data.preprocess import _CHUNKS_PER_WORKER, EncodedChunk, _encode_in_order, preprocess
+from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import UserError
+
+SHARD_BYTES = 500
 
 
 @pytest.fixture
@@ -26,15 +32,27 @@ def corpus(tmp_path, sentences, write_jsonl):
 
 
 @pytest.fixture
-def many_chunks(monkeypatch):
-    """Cut files into many chunks."""
-    from megalite.data import inputs
+def many_shards(monkeypatch):
+    """Cut files into many shards; yields a function to say how large ones."""
 
-    monkeypatch.setattr("megalite.data.preprocess.chunks", lambda path: inputs.chunks(path, 500))
+    def cut(shard_bytes: int) -> None:
+        monkeypatch.setattr(preprocess_module, "shards", partial(inputs.shards, shard_bytes=shard_bytes))
+
+    cut(SHARD_BYTES)
+    return cut
 
 
 def outputs(prefix: Path) -> dict[str, bytes]:
     return {path.suffix: path.read_bytes() for path in sorted(prefix.parent.glob(f"{prefix.name}.*"))}
+
+
+def tokens_and_index(prefix: Path) -> tuple[bytes, bytes]:
+    return prefix.with_suffix(".bin").read_bytes(), prefix.with_suffix(".idx").read_bytes()
+
+
+def texts_of(prefix: Path, tokenizer_path: Path) -> list[str]:
+    dataset, tokenizer = IndexedDataset(prefix), load_tokenizer(tokenizer_path)
+    return [tokenizer.decode(dataset.document_tokens(i).tolist()) for i in range(dataset.num_documents)]
 
 
 def test_documents_become_their_tokens(corpus, sentences, tokenizer_path, tmp_path):
@@ -69,103 +87,249 @@ def test_the_sidecar_says_what_the_tokens_are(corpus, sentences, tokenizer_path,
         "num_documents": 300,
         "max_token_id": max(counts),
         "token_counts_entropy": pytest.approx(entropy, rel=1e-12),
+        "eod_id": 2,
+        "skipped": 0,
+        "empty": 0,
+        "short": 0,
+        "duplicates": 0,
+        "document_shuffle": None,
     }
     assert report.entropy == content["token_counts_entropy"]
     assert IndexedDataset(tmp_path / "data").sidecar is not None
 
 
-def test_any_number_of_workers_writes_the_same_bytes(corpus, sentences, tokenizer_path, tmp_path, many_chunks):
+OPTIONS = [
+    {},
+    {"split_lines": True, "eod_token": "<s>", "min_tokens": 12, "on_error": "skip"},
+    {"dedup": True, "append_eod": True},
+    {"document_shuffle": 3, "dedup": True, "min_tokens": 5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_any_number_of_workers_writes_the_same_bytes(corpus, sentences, tokenizer_path, tmp_path, many_shards, options):
     packed = tmp_path / "more.jsonl.gz"
     packed.write_bytes(gzip.compress(corpus.read_bytes()))
     (tmp_path / "text.txt").write_text("".join(sentences))
-    inputs = [corpus, packed, tmp_path / "text.txt"]
+    table = pyarrow.table({"text": [f"{text}!" for text in sentences]})
+    pyarrow.parquet.write_table(table, tmp_path / "table.parquet", row_group_size=50)
+    inputs = [corpus, packed, tmp_path / "text.txt", tmp_path / "table.parquet"]
     written = []
-    for workers in (1, 2, 3):
-        report = preprocess(inputs, tokenizer_path, tmp_path / str(workers) / "data", append_eod=True, workers=workers)
+    for workers, size in ((1, 500), (2, 500), (4, 500), (1, 3000), (1, 1 << 20)):
+        many_shards(size)
+        prefix = tmp_path / f"{workers}-{size}" / "data"
+        report = preprocess(inputs, tokenizer_path, prefix, workers=workers, **options)
         assert report.workers == workers
-        written.append(outputs(tmp_path / str(workers) / "data"))
+        written.append(outputs(prefix))
     assert set(written[0]) == {".bin", ".idx", ".json"}
-    assert written[0] == written[1] == written[2]
+    assert written[1:] == written[:1] * 4
 
 
-def test_the_chunks_leave_no_trace(corpus, tokenizer_path, tmp_path, request):
-    preprocess([corpus], tokenizer_path, tmp_path / "whole" / "data", workers=1)
-    request.getfixturevalue("many_chunks")
-    preprocess([corpus], tokenizer_path, tmp_path / "cut" / "data", workers=1)
-    assert outputs(tmp_path / "whole" / "data") == outputs(tmp_path / "cut" / "data")
+def test_processes_are_forked_from_one_without_threads_and_spawned_otherwise(corpus, tokenizer_path, tmp_path):
+    script = (
+        "import sys, threading\n"
+        "from megalite.data.workers import _context\n"
+        "print(_context().get_start_method())\n"
+        "done = threading.Event()\n"
+        "threading.Thread(target=done.wait).start()\n"
+        "print(_context().get_start_method())\n"
+        "done.set()\n"
+    )
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == ["fork", "spawn"]
 
 
-def test_only_a_few_chunks_are_under_way():
-    cut = 0
-
-    def work():
-        nonlocal cut
-        for number in range(100):
-            cut += 1
-            yield Chunk(Path("x"), number, number + 1, 1)
-
-    def encode(chunk: Chunk) -> EncodedChunk:
-        return chunk  # pyright: ignore[reportReturnType] (only the order matters here)
-
-    with ThreadPoolExecutor(2) as pool:
-        for taken, chunk in enumerate(_encode_in_order(pool, encode, 2, work())):
-            assert chunk.start == taken  # pyright: ignore[reportAttributeAccessIssue]
-            assert cut - taken <= 2 * _CHUNKS_PER_WORKER
-    assert cut == 100
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_however_processes_are_started_the_bytes_are_the_same(corpus, tokenizer_path, tmp_path, method):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "from functools import partial\n"
+        "from pathlib import Path\n"
+        "from megalite.data import inputs, preprocess, workers\n"
+        "if __name__ == '__main__':\n"
+        f"    workers._context = lambda: multiprocessing.get_context({method!r})\n"
+        f"    preprocess.shards = partial(inputs.shards, shard_bytes={SHARD_BYTES})\n"
+        "    corpus, tokenizer, output = map(Path, sys.argv[1:])\n"
+        "    preprocess.preprocess([corpus], tokenizer, output, workers=2)\n"
+    )
+    command = [sys.executable, str(script), str(corpus), str(tokenizer_path), str(tmp_path / "data")]
+    subprocess.run(command, check=True)
+    preprocess([corpus], tokenizer_path, tmp_path / "here", workers=1)
+    assert outputs(tmp_path / "data") == outputs(tmp_path / "here")
 
 
 BAD_LINES = {
     "invalid JSON": b"{",
     "no key 'text'; did you mean 'test'": b'{"test": "a"}',
     "holds a JSON list; a document is a string": b'{"text": []}',
-    "invalid UTF-8 at byte 11": b'{"text": "\xff"}',
+    "invalid UTF-8": b'{"text": "\xff"}',
+    "an empty document": b'{"text": ""}',
 }
 
 
 @pytest.mark.parametrize("reason", BAD_LINES)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_first_malformed_line_is_named_and_nothing_is_written(
-    corpus, tokenizer_path, tmp_path, many_chunks, reason, workers
+    corpus, tokenizer_path, tmp_path, many_shards, reason, workers
 ):
     lines = corpus.read_bytes().splitlines()
-    lines[249] = lines[280] = BAD_LINES[reason]
+    # In the next shards as well, which another worker may have done before.
+    lines[249:270] = [BAD_LINES[reason]] * 21
+    lines[251] = b"{"
     corpus.write_bytes(b"\n".join(lines))
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError) as caught:
         preprocess([corpus], tokenizer_path, tmp_path / "out" / "data", workers=workers)
-    assert str(caught.value).startswith(f"{corpus}:250: ")
+    byte = sum(len(line) + 1 for line in lines[:249]) + {"invalid JSON": 1, "invalid UTF-8": 10}.get(reason, 0)
+    assert str(caught.value).startswith(f"{corpus}:250: byte {byte}: ")
     assert reason in str(caught.value)
     assert "--on-error skip" in str(caught.value)
+    assert f"finished shards stay in {tmp_path / 'out' / 'data.work'}: the same command" in str(caught.value)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data.work"]
+
+
+def test_what_was_finished_before_a_malformed_line_serves_once_it_is_mended(
+    corpus, sentences, tokenizer_path, tmp_path, many_shards, write_jsonl
+):
+    second = tmp_path / "second.jsonl"
+    second.write_bytes(b'{"text": "fox"}\n{')
+    with pytest.raises(UserError, match=r"second\.jsonl:2: byte 17: invalid JSON"):
+        preprocess([corpus, second], tokenizer_path, tmp_path / "data", workers=1)
+    write_jsonl(second, ["fox", "dog"])
+    report = preprocess([corpus, second], tokenizer_path, tmp_path / "data", workers=1)
+    assert 0 < report.new_text_bytes < corpus.stat().st_size
+    assert report.text_bytes == corpus.stat().st_size + second.stat().st_size
+    preprocess([corpus, second], tokenizer_path, tmp_path / "clean", workers=1)
+    assert outputs(tmp_path / "data") == outputs(tmp_path / "clean")
+
+
+def test_a_failed_run_without_a_finished_shard_leaves_nothing(tokenizer_path, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"{")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"a\.jsonl:1: "):
+        preprocess([tmp_path / "a.jsonl"], tokenizer_path, tmp_path / "out" / "data", workers=1)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_lines_are_counted_anew_in_every_file(corpus, tokenizer_path, tmp_path, many_chunks):
+def test_lines_are_counted_anew_in_every_file(corpus, tokenizer_path, tmp_path, many_shards):
     (tmp_path / "second.jsonl").write_bytes(b"\n" * 1000 + b"{")
-    with pytest.raises(UserError, match=r"second\.jsonl:1001: invalid JSON"):
+    with pytest.raises(UserError, match=r"second\.jsonl:1001: byte 1001: invalid JSON"):
         preprocess([corpus, tmp_path / "second.jsonl"], tokenizer_path, tmp_path / "data", workers=1)
 
 
 def test_malformed_lines_are_left_out_and_counted(
-    corpus, sentences, tokenizer_path, tmp_path, many_chunks, write_jsonl
+    corpus, sentences, tokenizer_path, tmp_path, many_shards, write_jsonl
 ):
     lines = corpus.read_bytes().splitlines()
     for place in range(20):
-        lines[place * 15] = b"{"
+        lines[place * 15] = b"{" if place % 2 else b'{"text": ""}'
     corpus.write_bytes(b"\n".join(lines))
-    report = preprocess([corpus, corpus], tokenizer_path, tmp_path / "skipped" / "data", workers=1, on_error="skip")
     good = [text for place, text in enumerate(sentences) if place % 15]
     clean = write_jsonl(tmp_path / "clean.jsonl", good + good)
     preprocess([clean], tokenizer_path, tmp_path / "clean" / "data", workers=1)
-    assert outputs(tmp_path / "skipped" / "data") == outputs(tmp_path / "clean" / "data")
-    assert report.skipped == 40
-    assert len(report.problems) == 10
-    assert report.problems[1].startswith(f"{corpus}:16: invalid JSON")
+    for workers in (1, 2):
+        prefix = tmp_path / "skipped" / "data"
+        report = preprocess([corpus, corpus], tokenizer_path, prefix, workers=workers, on_error="skip")
+        assert tokens_and_index(prefix) == tokens_and_index(tmp_path / "clean" / "data")
+        assert (report.skipped, report.empty) == (20, 20)
+        assert len(report.problems) == 10
+        assert report.problems[0] == f"{corpus}:1: byte 0: an empty document"
+        assert report.problems[1].startswith(f"{corpus}:16: byte ")
+        sidecar = IndexedDataset(prefix).sidecar
+        assert sidecar is not None
+        assert (sidecar.skipped, sidecar.empty) == (20, 20)
 
 
-def test_documents_without_tokens_are_left_out_and_counted(tokenizer_path, tmp_path, write_jsonl):
-    path = write_jsonl(tmp_path / "a.jsonl", ["fox", "", "dog", ""])
-    report = preprocess([path], tokenizer_path, tmp_path / "data", append_eod=True, workers=1)
-    assert (report.documents, report.empty) == (2, 2)
+def test_shards_that_left_something_out_are_made_anew_where_nothing_may_be(
+    corpus, tokenizer_path, tmp_path, many_shards
+):
+    corpus.write_bytes(b"{\n" + corpus.read_bytes())
+    (tmp_path / "late.jsonl").write_bytes(b"")
+
+    def stop(done: int, total: int, tokens: int) -> None:
+        if done > total / 2:
+            raise UserError("enough")
+
+    with pytest.raises(UserError, match=r"enough; finished shards stay"):
+        preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, on_error="skip", progress=stop)
+    with pytest.raises(UserError, match=r"corpus\.jsonl:1: byte 1: invalid JSON"):
+        preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1)
+
+
+def test_documents_without_tokens_are_empty_also_where_they_hold_text(tmp_path, write_jsonl):
+    # This tokenizer knows no spaces and has no token for what it does not know.
+    model = {"type": "BPE", "vocab": {"a": 0, "<|endoftext|>": 1}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    path = write_jsonl(tmp_path / "a.jsonl", ["a", " ", "aa"])
+    with pytest.raises(UserError, match=r"a\.jsonl:2: byte 14: an empty document; mend it"):
+        preprocess([path], tmp_path, tmp_path / "data", append_eod=True, workers=1)
+    report = preprocess([path], tmp_path, tmp_path / "data", append_eod=True, workers=1, on_error="skip")
+    assert (report.documents, report.empty) == (2, 1)
+
+
+def test_short_documents_are_left_out_and_counted(corpus, sentences, tokenizer_path, tmp_path):
+    report = preprocess([corpus], tokenizer_path, tmp_path / "data", append_eod=True, min_tokens=12, workers=1)
+    lengths = [len(ids) for ids in load_tokenizer(tokenizer_path).encode_batch(sentences)]
+    kept = [length + 1 for length in lengths if length >= 12]
+    assert 0 < len(kept) < 300
+    dataset = IndexedDataset(tmp_path / "data")
+    assert [len(dataset.document_tokens(i)) for i in range(dataset.num_documents)] == kept
+    assert report.short == 300 - len(kept)
+    assert dataset.sidecar is not None
+    assert dataset.sidecar.short == report.short
+
+
+@pytest.mark.parametrize("buckets", [1, 7])
+def test_of_equal_documents_the_first_stays(tokenizer_path, tmp_path, write_jsonl, many_shards, monkeypatch, buckets):
+    generator = np.random.default_rng(0)
+    texts = [f"the fox {number} jumps" for number in generator.integers(0, 120, size=400)]
+    monkeypatch.setattr(duplicates, "_BUCKET_BYTES", 400 * 24 // buckets + 1)
+    monkeypatch.setattr(duplicates, "_BLOCK", 33)
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    report = preprocess([path], tokenizer_path, tmp_path / "data", dedup=True, append_eod=True, workers=1)
+    first = list(dict.fromkeys(texts))
+    assert texts_of(tmp_path / "data", tokenizer_path) == first
+    assert report.duplicates == 400 - len(first)
+    preprocess([write_jsonl(tmp_path / "b.jsonl", first)], tokenizer_path, tmp_path / "b", append_eod=True, workers=1)
+    assert tokens_and_index(tmp_path / "data") == tokens_and_index(tmp_path / "b")
+    ours, theirs = IndexedDataset(tmp_path / "data").sidecar, IndexedDataset(tmp_path / "b").sidecar
+    assert ours is not None
+    assert theirs is not None
+    assert (ours.token_counts_entropy, ours.max_token_id) == (theirs.token_counts_entropy, theirs.max_token_id)
+
+
+@pytest.mark.parametrize(("bucket_bytes", "most"), [(1 << 26, 4096), (200, 4096), (200, 3)])
+def test_shuffled_documents_are_the_same_documents(
+    corpus, sentences, tokenizer_path, tmp_path, many_shards, monkeypatch, bucket_bytes, most
+):
+    monkeypatch.setattr(assembly, "_BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(assembly, "_MOST_BUCKETS", most)
+    orders = []
+    for seed in (1, 1, 2):
+        preprocess([corpus], tokenizer_path, tmp_path / "data", document_shuffle=seed, workers=1)
+        orders.append(texts_of(tmp_path / "data", tokenizer_path))
+        assert sorted(orders[-1]) == sorted(sentences)
+    assert orders[0] == orders[1] != orders[2]
+    places = np.array([sentences.index(text) for text in orders[0]])
+    assert abs(np.corrcoef(places, np.arange(300))[0, 1]) < 0.2
+    sidecar = IndexedDataset(tmp_path / "data").sidecar
+    assert sidecar is not None
+    assert sidecar.document_shuffle == 2
+
+
+def test_every_order_of_shuffled_documents_is_as_likely_as_any_other(
+    tokenizer_path, tmp_path, write_jsonl, monkeypatch
+):
+    monkeypatch.setattr(assembly, "_BUCKET_BYTES", 8)
+    path = write_jsonl(tmp_path / "a.jsonl", ["fox", "dog", "box"])
+    seen = Counter()
+    for seed in range(300):
+        preprocess([path], tokenizer_path, tmp_path / "data", document_shuffle=seed, workers=1)
+        seen[(tmp_path / "data.bin").read_bytes()] += 1
+    assert len(seen) == 6
+    assert all(20 < count < 80 for count in seen.values())  # 50 each, more than four standard deviations
 
 
 def test_wide_vocabularies_are_stored_wide(tmp_path, write_jsonl):
@@ -180,10 +344,55 @@ def test_wide_vocabularies_are_stored_wide(tmp_path, write_jsonl):
     assert dataset.tokens(0, 5).tolist() == [0, 69_999, 70_000, 69_999, 70_000]
 
 
-def test_another_key_is_read(tmp_path, tokenizer_path):
-    (tmp_path / "a.jsonl").write_text('{"text": 1, "content": "fox"}\n')
-    preprocess([tmp_path / "a.jsonl"], tokenizer_path, tmp_path / "data", text_key="content", workers=1)
-    assert load_tokenizer(tokenizer_path).decode(IndexedDataset(tmp_path / "data").tokens(0, 1).tolist()) != ""
+def test_other_keys_are_read(tmp_path, tokenizer_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 1, "title": "quick", "content": "fox"}\n')
+    for key, text in (("content", "fox"), (["title", "content"], "quick\nfox")):
+        preprocess([tmp_path / "a.jsonl"], tokenizer_path, tmp_path / "data", text_key=key, workers=1)
+        assert texts_of(tmp_path / "data", tokenizer_path) == [text]
+
+
+def test_another_token_ends_documents(corpus, tokenizer_path, tmp_path):
+    preprocess([corpus], tokenizer_path, tmp_path / "data", eod_token="<s>", workers=1)
+    dataset = IndexedDataset(tmp_path / "data")
+    assert {int(dataset.document_tokens(i)[-1]) for i in range(300)} == {1}
+    assert dataset.sidecar is not None
+    assert dataset.sidecar.eod_id == 1
+
+
+def test_a_document_longer_than_is_encoded_at_once_has_the_same_tokens(
+    tokenizer_path, tmp_path, sentences, monkeypatch
+):
+    from megalite.data import encoding, long_text, readers
+
+    text = "".join(sentences) * 3
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    for name in ("whole", "parts"):
+        for path in (tmp_path / "a.txt", tmp_path / "b.jsonl"):
+            prefix = tmp_path / name / path.name[0]
+            preprocess([path], tokenizer_path, prefix, append_eod=True, dedup=True, workers=1)
+        for module in (long_text, readers):
+            monkeypatch.setattr(module, "LONGEST_WHOLE", 4000)
+        monkeypatch.setattr(long_text, "PART", 2000)
+    for name in ("a", "b"):
+        assert outputs(tmp_path / "whole" / name) == outputs(tmp_path / "parts" / name)
+    with pytest.raises(UserError, match="not one document is left"):
+        preprocess([tmp_path / "a.txt"], tokenizer_path, tmp_path / "c", min_tokens=1_000_000, workers=1)
+    monkeypatch.setattr(encoding, "_MOST_TOKENS", 1000)
+    with pytest.raises(
+        UserError, match=r"a\.txt:1: byte 0: a document of [\d,]+ tokens; an index holds up to 999; cut it"
+    ):
+        preprocess([tmp_path / "a.txt"], tokenizer_path, tmp_path / "c", workers=1)
+    report = preprocess(
+        [tmp_path / "a.txt", corpus_of(tmp_path)], tokenizer_path, tmp_path / "c", on_error="skip", workers=1
+    )
+    assert (report.documents, report.skipped) == (1, 1)
+    assert texts_of(tmp_path / "c", tokenizer_path) == ["fox"]
+
+
+def corpus_of(folder: Path) -> Path:
+    (folder / "fox.jsonl").write_text('{"text": "fox"}\n')
+    return folder / "fox.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -191,6 +400,10 @@ def test_another_key_is_read(tmp_path, tokenizer_path):
     [
         ({"on_error": "skp"}, r"--on-error=skp; did you mean 'skip'"),
         ({"workers": 0}, r"--workers=0: allowed are 1 and more"),
+        ({"min_tokens": -1}, r"--min-tokens=-1: allowed are 0 and more"),
+        ({"document_shuffle": -1}, r"--document-shuffle=-1: a seed is 0 to 4294967295"),
+        ({"eod_token": "<S>"}, r"--eod-token=<S>: .*tok\.model has no such token; did you mean '<s>'"),
+        ({"chat": "plain", "text_key": ["a", "b"]}, r"--text-key=a,b: a conversation stands under one key"),
     ],
 )
 def test_options_that_cannot_be_are_refused(corpus, tokenizer_path, tmp_path, options, message):
@@ -207,64 +420,234 @@ def test_a_tokenizer_without_end_of_document_is_refused(corpus, tmp_path):
 
 def test_input_without_a_document_is_refused(tmp_path, tokenizer_path, write_jsonl):
     path = write_jsonl(tmp_path / "a.jsonl", ["", ""])
-    with pytest.raises(UserError, match="not one document with text under 'text'"):
-        preprocess([path], tokenizer_path, tmp_path / "data")
-    assert not (tmp_path / "data.idx").exists()
+    with pytest.raises(UserError, match="not one document is left to write"):
+        preprocess([path], tokenizer_path, tmp_path / "data", on_error="skip")
+    assert not list(tmp_path.glob("data*"))
 
 
-def test_progress_reaches_the_total(corpus, tokenizer_path, tmp_path, many_chunks):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_progress_reaches_the_total(corpus, tokenizer_path, tmp_path, many_shards, workers):
     told = []
-    preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, progress=lambda *pair: told.append(pair))
-    assert len(told) > 3
+    report = preprocess(
+        [corpus], tokenizer_path, tmp_path / "data", workers=workers, progress=lambda *now: told.append(now)
+    )
+    size = corpus.stat().st_size
     assert told == sorted(told)
-    assert told[-1] == (corpus.stat().st_size, corpus.stat().st_size)
+    assert told[-1] == (size, size, report.tokens)
 
 
-def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    def is_worker(child: psutil.Process) -> bool:
+def processes_below(process: psutil.Process, word: str = "") -> list[psutil.Process]:
+    def counts(child: psutil.Process) -> bool:
         try:
-            return any("spawn_main" in word for word in child.cmdline())
+            command = " ".join(child.cmdline())
         except psutil.Error:  # it has ended meanwhile
             return False
+        return word in command and "resource_tracker" not in command
 
-    return [child for child in process.children() if is_worker(child)]
+    return [child for child in process.children(recursive=True) if counts(child)]
 
 
-def test_a_killed_worker_is_an_error(corpus, tokenizer_path, tmp_path, many_chunks):
-    def kill_workers(done: int, total: int) -> None:
-        for worker in workers_of(psutil.Process()):
+def test_a_killed_worker_is_an_error(corpus, tokenizer_path, tmp_path, many_shards):
+    def kill_workers(done: int, total: int, tokens: int) -> None:
+        for worker in processes_below(psutil.Process(), "spawn_main"):
             worker.kill()
 
     with pytest.raises(UserError, match="a worker process was killed"):
         preprocess([corpus], tokenizer_path, tmp_path / "data", workers=2, progress=kill_workers)
-    assert not list(tmp_path.glob("data*"))
+    assert not list(tmp_path.glob("data.*[!k]"))
 
 
-def test_workers_do_not_outlive_a_killed_parent(corpus, tokenizer_path, tmp_path):
+SLOW_RUN = f"""
+import sys, time
+from contextlib import contextmanager
+from functools import partial
+from megalite import cli
+from megalite.data import inputs, preprocess
+
+@contextmanager
+def slowly(description):
+    yield lambda *_: time.sleep(0.2)
+
+if __name__ == "__main__":
+    preprocess.shards = partial(inputs.shards, shard_bytes={SHARD_BYTES})
+    cli.preprocess.token_progress = slowly
+    sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture
+def slow_run(corpus, tokenizer_path, tmp_path):
+    """Start a run that takes its time; comes back once some shards are finished, with all its processes."""
+    script = tmp_path / "run.py"
+    script.write_text(SLOW_RUN)
+    started: list[psutil.Process] = []
+
+    def start(workers: int) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+        command = [sys.executable, str(script), "preprocess", str(corpus), "--tokenizer", str(tokenizer_path)]
+        command += ["--output", str(tmp_path / "data"), "--workers", str(workers), "--append-eod"]
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(psutil.Process(parent.pid))
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("data.work/*.json"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        processes = [started[0], *processes_below(started[0])]
+        started.extend(processes[1:])
+        return parent, processes
+
+    yield start
+    for process in started:
+        if process.is_running():
+            process.kill()
+
+
+def finish(corpus: Path, tokenizer_path: Path, folder: Path, workers: int) -> None:
+    """Complete an interrupted run, and see that it is as if nothing had happened."""
+    report = preprocess([corpus], tokenizer_path, folder / "data", workers=workers, append_eod=True)
+    assert 0 < report.new_text_bytes < report.text_bytes == corpus.stat().st_size
+    preprocess([corpus], tokenizer_path, folder / "at-once", workers=1, append_eod=True)
+    assert outputs(folder / "data") == outputs(folder / "at-once")
+
+
+@pytest.mark.parametrize(("workers", "then"), [(1, 2), (2, 1)])
+def test_a_killed_run_goes_on_and_writes_the_same_bytes(
+    corpus, tokenizer_path, tmp_path, slow_run, many_shards, workers, then
+):
+    parent, processes = slow_run(workers)
+    assert len(processes) >= workers
+    for process in processes:
+        process.kill()
+    parent.wait()
+    psutil.wait_procs(processes, timeout=20)
+    assert [path.name for path in tmp_path.glob("data*")] == ["data.work"]
+    finish(corpus, tokenizer_path, tmp_path, then)
+
+
+def test_workers_do_not_outlive_a_killed_parent(slow_run):
+    parent, (_, *workers) = slow_run(2)
+    assert len(workers) == 2
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGINT, 2), (signal.SIGTERM, 2)])
+def test_an_interrupted_run_says_how_to_go_on(corpus, tokenizer_path, tmp_path, slow_run, many_shards, number, workers):
+    parent, processes = slow_run(workers)
+    for process in processes:  # as a terminal does, and many a scheduler
+        process.send_signal(number)
+    _, error = parent.communicate(timeout=60)
+    assert parent.returncode == 128 + number
+    folder = tmp_path / "data.work"
+    assert error == (
+        f"megalite: interrupted; finished shards stay in {folder}: the same command again goes on from there\n"
+    )
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive
+    assert [path.name for path in tmp_path.glob("data*")] == ["data.work"]
+    finish(corpus, tokenizer_path, tmp_path, 1)
+
+
+def test_two_runs_for_one_output_refuse_each_other(corpus, tokenizer_path, tmp_path, slow_run, many_shards):
+    slow_run(1)
+    with pytest.raises(UserError, match=r"data\.work: held by another run that writes the same output; wait for it"):
+        preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1)
+    preprocess([corpus], tokenizer_path, tmp_path / "other", workers=1)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("change", ["nothing", "time", "text", "option", "shard", "cut"])
+def test_shards_made_from_anything_else_are_made_anew(
+    corpus, sentences, tokenizer_path, tmp_path, many_shards, change, write_jsonl
+):
+    def stop(done: int, total: int, tokens: int) -> None:
+        if done > total / 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, progress=stop)
+    options = {}
+    if change == "time":
+        os.utime(corpus, ns=(1, 1))
+    elif change == "text":
+        write_jsonl(corpus, ["dog", *sentences])
+    elif change == "option":
+        options["min_tokens"] = 6
+    elif change == "shard":
+        for path in (tmp_path / "data.work").glob("*.bin"):
+            path.write_bytes(path.read_bytes()[:-1])
+    elif change == "cut":
+        many_shards(700)
+    report = preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, **options)
+    assert (report.new_text_bytes < report.text_bytes) == (change == "nothing")
+    preprocess([corpus], tokenizer_path, tmp_path / "clean", workers=1, **options)
+    assert outputs(tmp_path / "data") == outputs(tmp_path / "clean")
+
+
+def test_memory_does_not_grow_with_the_input(tokenizer_path, tmp_path, sentences):
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys, time\n"
+        "import re, sys\n"
         "from pathlib import Path\n"
         "from megalite.data.preprocess import preprocess\n"
-        "if __name__ == '__main__':\n"
-        "    corpus, tokenizer, output = map(Path, sys.argv[1:])\n"
-        "    preprocess([corpus], tokenizer, output, workers=2, progress=lambda *_: time.sleep(60))\n"
+        "folder, tokenizer = map(Path, sys.argv[1:])\n"
+        "for name in ('small', 'large'):\n"
+        "    for suffix in ('jsonl', 'jsonl.gz', 'parquet', 'txt'):\n"
+        "        preprocess([folder / f'{name}.{suffix}'], tokenizer, folder / 'data', workers=1, dedup=True,\n"
+        "                   document_shuffle=1, append_eod=True)\n"
+        # The largest resident size so far; getrusage would count that of the process that started this one.
+        "    print(re.search(r'VmHWM:\\s*(\\d+) kB', Path('/proc/self/status').read_text())[1])\n"
     )
-    command = [sys.executable, str(script), str(corpus), str(tokenizer_path), str(tmp_path / "data")]
-    parent = subprocess.Popen(command)
-    try:
-        deadline = time.monotonic() + 60
-        while not (workers := workers_of(psutil.Process(parent.pid))) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert workers
-        time.sleep(1)
-    finally:
-        os.kill(parent.pid, signal.SIGKILL)
-        parent.wait()
-    _, alive = psutil.wait_procs(workers, timeout=10)
-    for worker in alive:
-        worker.kill()
-    assert not alive
+    text = "".join(sentences)
+    for name, size in (("small", 4_000_000), ("large", 24_000_000)):
+        texts = [f"{number} {text}" for number in range(size // len(text))]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
+        # One row group and one document: nothing to cut at.
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / f"{name}.parquet", compression="none")
+        (tmp_path / f"{name}.txt").write_text("\n".join(texts))
+    command = [sys.executable, str(script), str(tmp_path), str(tokenizer_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    small, large = (int(line) / 1024 for line in done.stdout.split())
+    assert large < small + 60
+    assert large < 250
+
+
+def test_conversations_get_a_loss_mask(tokenizer_path, tmp_path, many_shards):
+    from megalite.data.chat import load_chat_template
+
+    conversations = [
+        [{"role": "user", "content": f"the fox {n}"}, {"role": "assistant", "content": f"jumps {n} times"}]
+        for n in range(40)
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in conversations))
+    template, tokenizer = load_chat_template("plain"), load_tokenizer(tokenizer_path)
+    for workers, options in ((1, {}), (2, {}), (1, {"document_shuffle": 1, "dedup": True})):
+        prefix = tmp_path / "data"
+        preprocess([path, path], tokenizer_path, prefix, chat="plain", workers=workers, append_eod=True, **options)
+        dataset = IndexedDataset(prefix)
+        assert dataset.has_loss_mask
+        found = []
+        for document in range(dataset.num_documents):
+            start, end = dataset.document_span(document)
+            found.append((dataset.tokens(start, end - start).tolist(), dataset.loss_mask(start, end - start).tolist()))
+        expected = []
+        for turns in conversations:
+            ids, mask = template.encode(turns, tokenizer)
+            assert 0 < mask.sum() < len(mask)
+            expected.append(([*ids.tolist(), 2], [*mask.tolist(), 0]))
+        if options:
+            assert sorted(found) == sorted(expected)
+        else:
+            assert found == expected * 2
+    path.write_text(json.dumps({"messages": "hello"}) + "\n")
+    with pytest.raises(UserError, match=r"chat\.jsonl:1: byte 0: "):
+        preprocess([path], tokenizer_path, tmp_path / "bad", chat="plain", workers=1)
 
 
 def test_the_tool_takes_the_options_of_megatron(corpus, tokenizer_path, tmp_path):
@@ -276,5 +659,5 @@ def test_the_tool_takes_the_options_of_megatron(corpus, tokenizer_path, tmp_path
     assert IndexedDataset(tmp_path / "my_text_document").num_documents == 300
     failed = subprocess.run([*command, "--json-keys", "body"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert failed.stderr.startswith(f"{corpus}:1: no key 'body'")
+    assert failed.stderr.startswith(f"{corpus}:1: byte 0: no key 'body'")
     assert failed.stderr.count("\n") == 1

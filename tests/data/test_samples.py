@@ -1,138 +1,150 @@
-import math
-import random
-from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megalite.data.indexed import IndexedDataset
-from megalite.data.samples import GPTDataset, KeyedPermutation, split_documents
+from megalite.data.samples import Piece, StreamingSamples, pieces_between, split_documents
 from megalite.data.writer import IndexedDatasetWriter
 from megalite.errors import UserError
 
-GOLDEN_ORDER = [7, 1, 9, 8, 3, 6, 2, 5, 4, 0]
-GOLDEN_IMAGE = 360_868_538_781
-
 
 @pytest.fixture(scope="module")
-def indexed(tmp_path_factory):
-    """A stream of 0..999 in documents of 1 to 39 tokens."""
-    prefix = tmp_path_factory.mktemp("samples") / "corpus"
-    lengths = random.Random(0)
-    with IndexedDatasetWriter(prefix, "u2") as writer:
-        start = 0
-        while start < 1000:
-            stop = min(start + lengths.randint(1, 39), 1000)
-            writer.add_document(range(start, stop))
-            start = stop
-        writer.finalize()
-    return IndexedDataset(prefix)
+def indexed(tmp_path_factory, write_lengths) -> IndexedDataset:
+    """A stream of 0..999 in documents of 0 to 39 tokens, with a loss mask."""
+    lengths = np.random.default_rng(0).integers(0, 40, 200)
+    ends = np.minimum(np.cumsum(lengths), 1000)
+    lengths = np.diff(ends[: int(np.argmax(ends == 1000)) + 1], prepend=0)
+    lengths[7] += lengths[8]
+    lengths[8] = 0
+    return write_lengths(tmp_path_factory.mktemp("samples") / "corpus", lengths.tolist(), masked=True)
 
 
-def test_the_permutation_is_one_for_every_size_to_2000():
-    for n in range(1, 2001):
-        permutation = KeyedPermutation(n, b"key %d" % n)
-        assert sorted(map(permutation, range(n))) == list(range(n))
-
-
-def test_the_permutation_is_one_to_one_on_large_sizes():
-    draw = random.Random(0)
-    for _ in range(100):
-        n = draw.randint(1, 10 ** draw.randint(4, 12))
-        permutation = KeyedPermutation(n, draw.randbytes(8))
-        probes = {draw.randrange(n) for _ in range(300)} | {0, n - 1}
-        images = {permutation(probe) for probe in probes}
-        assert len(images) == len(probes)
-        assert all(0 <= image < n for image in images)
-
-
-def test_the_permutation_knows_its_bounds():
-    for index in (-1, 7):
-        with pytest.raises(IndexError):
-            KeyedPermutation(7, b"")(index)
-    with pytest.raises(ValueError, match="at least one element"):
-        KeyedPermutation(0, b"")
-
-
-def test_every_permutation_of_four_is_about_as_frequent():
-    keys = 6000
-    counts = Counter(tuple(map(KeyedPermutation(4, b"%d" % key), range(4))) for key in range(keys))
-    expected = keys / math.factorial(4)
-    assert len(counts) == 24
-    assert all(0.6 * expected < count < 1.6 * expected for count in counts.values())
-
-
-@pytest.mark.parametrize("n", [1000, 65_536, 999_983])
-def test_neighbours_are_scattered(n):
-    permutation = KeyedPermutation(n, b"key")
-    images = np.array([permutation(index) for index in range(min(n, 10_000))]) / n
-    assert abs(np.corrcoef(images[:-1], images[1:])[0, 1]) < 0.1
-    assert abs(np.corrcoef(images, np.arange(len(images)))[0, 1]) < 0.1
-    shares = np.histogram(images, bins=10, range=(0, 1))[0] / len(images)
-    assert shares.min() > 0.08
-    assert shares.max() < 0.12
-
-
-def test_the_order_is_the_same_on_every_machine():
-    permutation = KeyedPermutation(10, b"megalite sample order, seed 1234, epoch 0")
-    assert list(map(permutation, range(10))) == GOLDEN_ORDER
-    assert KeyedPermutation(10**12, b"key")(123_456_789_012) == GOLDEN_IMAGE
+def spell(indexed: IndexedDataset, pieces: list[Piece]) -> list[int]:
+    """The tokens of pieces, by their documents."""
+    found = []
+    for piece in pieces:
+        assert piece.prefix == indexed.prefix
+        assert piece.length > 0
+        tokens = indexed.document_tokens(piece.document)[piece.offset : piece.offset + piece.length].tolist()
+        assert len(tokens) == piece.length
+        found += tokens
+    return found
 
 
 @pytest.mark.parametrize("sequence_length", [1, 7, 16, 111, 999])
 def test_an_epoch_takes_every_stretch_once(indexed, sequence_length):
-    dataset = GPTDataset(indexed, sequence_length=sequence_length, seed=1)
-    assert dataset.tokens_per_epoch == 1000
-    assert dataset.samples_per_epoch == 999 // sequence_length
+    samples = StreamingSamples(indexed, sequence_length=sequence_length, seed=1)
+    assert samples.tokens_per_epoch == 1000
+    assert samples.samples_per_epoch == 999 // sequence_length
+    assert samples.num_samples is None
     for epoch in range(2):
-        first = epoch * dataset.samples_per_epoch
-        samples = [dataset.sample(first + place) for place in range(dataset.samples_per_epoch)]
-        assert all(sample.dtype == np.int64 for sample in samples)
-        starts = sorted(int(sample[0]) for sample in samples)
-        assert starts == list(range(0, dataset.samples_per_epoch * sequence_length, sequence_length))
-        for sample in samples:
-            assert sample.tolist() == list(range(sample[0], sample[0] + sequence_length + 1))
+        rows = samples.tokens(epoch * samples.samples_per_epoch + np.arange(samples.samples_per_epoch))
+        assert rows.dtype == np.int64
+        assert rows.shape == (samples.samples_per_epoch, sequence_length + 1)
+        assert sorted(rows[:, 0]) == list(range(0, samples.samples_per_epoch * sequence_length, sequence_length))
+        assert (rows == rows[:, :1] + np.arange(sequence_length + 1)).all()
+
+
+def test_any_indices_are_read_at_once(indexed):
+    samples = StreamingSamples(indexed, sequence_length=10, seed=1)
+    one_by_one = np.concatenate([samples.tokens(np.array([index])) for index in range(400)])
+    indices = np.random.default_rng(0).integers(0, 400, 1000)
+    assert (samples.tokens(indices) == one_by_one[indices]).all()
+    assert samples.tokens(np.array([10**15])).shape == (1, 11)
+    assert samples.tokens(np.empty(0, np.int64)).shape == (0, 11)
 
 
 def test_the_order_hangs_on_seed_and_epoch_alone(indexed):
     def order(seed, epoch):
-        dataset = GPTDataset(indexed, sequence_length=10, seed=seed)
-        return [int(dataset.sample(epoch * 99 + place)[0]) for place in range(99)]
+        samples = StreamingSamples(indexed, sequence_length=10, seed=seed)
+        return tuple(samples.tokens(epoch * 99 + np.arange(99))[:, 0].tolist())
 
     assert order(1, 0) == order(1, 0)
-    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+    assert order(1, 0)[:5] == (600, 460, 120, 130, 930)
 
 
-def test_any_sample_is_found_at_once(indexed):
-    dataset = GPTDataset(indexed, sequence_length=10, seed=1)
-    assert len(dataset.sample(10**15)) == 11
+def test_samples_below_0_are_refused(indexed):
+    samples = StreamingSamples(indexed, sequence_length=10, seed=1)
+    for read in (samples.tokens, samples.loss_mask):
+        with pytest.raises(IndexError, match="samples count from 0"):
+            read(np.array([3, -1]))
+    with pytest.raises(IndexError, match="samples count from 0"):
+        samples.pieces(-1)
+
+
+def test_the_loss_mask_goes_with_the_tokens(indexed, tmp_path, write_lengths):
+    samples = StreamingSamples(indexed, sequence_length=10, seed=1)
+    indices = np.arange(250)
+    mask = samples.loss_mask(indices)
+    assert mask is not None
+    assert mask.dtype == np.uint8
+    assert (mask == (samples.tokens(indices) % 3 == 0)).all()
+    plain = write_lengths(tmp_path / "plain", [40])
+    assert StreamingSamples(plain, sequence_length=10, seed=1).loss_mask(indices) is None
+
+
+@pytest.mark.parametrize("sequence_length", [1, 16, 333])
+def test_pieces_are_what_a_sample_is_made_of(indexed, sequence_length, monkeypatch):
+    monkeypatch.setattr("megalite.data.samples._DOCUMENTS_AT_ONCE", 3)
+    samples = StreamingSamples(indexed, sequence_length=sequence_length, seed=3, documents=range(4, 40))
+    for index in range(0, 2 * samples.samples_per_epoch, 2):
+        pieces = samples.pieces(index)
+        assert spell(indexed, pieces) == samples.tokens(np.array([index]))[0].tolist()
+        assert [piece.document for piece in pieces] == sorted({piece.document for piece in pieces})
+        assert all(piece.offset == 0 for piece in pieces[1:])
+
+
+def test_pieces_step_over_any_number_of_empty_documents(tmp_path, write_lengths):
+    indexed = write_lengths(tmp_path / "gaps", [2, *[0] * 500, 3, 0, 1])
+    assert list(pieces_between(indexed, 1, 6)) == [
+        Piece(indexed.prefix, 0, 1, 1),
+        Piece(indexed.prefix, 501, 0, 3),
+        Piece(indexed.prefix, 503, 0, 1),
+    ]
+    assert list(pieces_between(indexed, 3, 3)) == []
 
 
 def test_only_the_chosen_documents_are_read(indexed):
-    bounds = indexed.document_bounds()
-    dataset = GPTDataset(indexed, sequence_length=10, seed=1, documents=range(5, 20))
-    assert dataset.tokens_per_epoch == bounds[20] - bounds[5]
-    tokens = {int(token) for place in range(dataset.samples_per_epoch) for token in dataset.sample(place)}
-    assert min(tokens) == bounds[5]
-    assert max(tokens) < bounds[20]
+    start, stop = indexed.document_span(5)[0], indexed.document_span(19)[1]
+    samples = StreamingSamples(indexed, sequence_length=10, seed=1, documents=range(5, 20))
+    assert samples.tokens_per_epoch == stop - start
+    rows = samples.tokens(np.arange(samples.samples_per_epoch))
+    assert rows.min() == start
+    assert rows.max() == start + samples.samples_per_epoch * 10
 
 
-@pytest.mark.parametrize("documents", [range(0, 1), range(3, 3)])
+def test_documents_of_several_sequences_are_one_stream(tmp_path: Path):
+    with IndexedDatasetWriter(tmp_path / "multi", "u2") as writer:
+        writer.add_documents(np.arange(30), [10, 10, 10])
+        writer.finalize()
+    index = (tmp_path / "multi.idx").read_bytes()
+    bounds = np.array([0, 2, 3], dtype="<i8").tobytes()
+    (tmp_path / "multi.idx").write_bytes(index[:26] + (3).to_bytes(8, "little") + index[34 : 34 + 36] + bounds)
+    indexed = IndexedDataset(tmp_path / "multi")
+    samples = StreamingSamples(indexed, sequence_length=19, seed=1, documents=range(0, 1))
+    assert samples.pieces(0) == [Piece(tmp_path / "multi", 0, 0, 20)]
+    assert samples.tokens(np.array([0])).tolist() == [list(range(20))]
+
+
+@pytest.mark.parametrize("documents", [range(0, 1), range(3, 3), range(0, 0)])
 def test_documents_that_hold_no_sample_are_refused(indexed, documents):
     with pytest.raises(UserError, match=r"documents \d\.\.\d hold \d+ tokens; one sample of data\.sequence_length=64"):
-        GPTDataset(indexed, sequence_length=64, seed=1, documents=documents)
+        StreamingSamples(indexed, sequence_length=64, seed=1, documents=documents)
 
 
 def test_one_sample_needs_one_token_more_than_its_length(indexed):
-    assert GPTDataset(indexed, sequence_length=999, seed=1).samples_per_epoch == 1
+    assert StreamingSamples(indexed, sequence_length=999, seed=1).samples_per_epoch == 1
     with pytest.raises(UserError, match="takes 1001"):
-        GPTDataset(indexed, sequence_length=1000, seed=1)
+        StreamingSamples(indexed, sequence_length=1000, seed=1)
 
 
 @pytest.mark.parametrize(
     ("documents", "fractions", "stops"),
     [
         (10_000, (969, 30, 1), (9690, 9990, 10_000)),
+        (10_000, (0.98, 0.01, 0.01), (9800, 9900, 10_000)),
         (5, (1, 1), (2, 5)),
         (7, (0.5, 0.5), (4, 7)),
         (100, (0.98, 0.02), (98, 100)),
@@ -147,7 +159,7 @@ def test_splits_round_as_megatron_does(documents, fractions, stops):
     assert [part.start for part in ranges] == [0, *stops[:-1]]
 
 
-@pytest.mark.parametrize("fractions", [(0, 0), (1.5, -0.5)])
+@pytest.mark.parametrize("fractions", [(0, 0), (1.5, -0.5), (float("nan"), 1)])
 def test_shares_that_make_no_split_are_refused(fractions):
     with pytest.raises(ValueError, match="shares must be 0 or more"):
         split_documents(10, fractions)

@@ -4,27 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from cut_stages import GPT2, LLAMA, SHAPE, assert_gradients_agree, cut_stages, model_config, whole_weights
 from harness import run_distributed
 from reference_model import ReferenceModel
 from torch import Tensor
 
-from megalite.config import GPT2Config, LlamaConfig, ModelConfig
 from megalite.model.stage import Stage
-from megalite.pipeline.partition import partition
 from megalite.tensor_parallel.collectives import TensorGroup
-from megalite.tensor_parallel.sharding import place
 
-SHAPE = {
-    "vocab_size": 301,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 24,
-    "initializer_range": 0.2,
-}
-LLAMA: dict[str, Any] = {"architecture": "llama", **SHAPE}
-GPT2: dict[str, Any] = {"architecture": "gpt2", **SHAPE}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama, tied": LLAMA | {"tie_word_embeddings": True},
@@ -36,72 +23,26 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_config(fields: dict[str, Any]) -> ModelConfig:
-    return (LlamaConfig if fields["architecture"] == "llama" else GPT2Config)(**fields)
-
-
 def batch() -> tuple[Tensor, Tensor]:
     tokens = torch.randint(0, SHAPE["vocab_size"], (2, 21), generator=torch.Generator().manual_seed(5))
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def whole_weights(config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor under its global name, random biases and norms included."""
-    stage = Stage(config, range(config.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
-    stage.initialise(seed=3)
-    weights: dict[str, Tensor] = {}
-    for _, parameter, shards in stage.named_shards():
-        for shard in place(shards, 0, 1):
-            weights[shard.spec.name] = parameter.detach()[shard.target].clone()
-    generator = torch.Generator().manual_seed(8)
-    for weight in weights.values():
-        if weight.ndim == 1:
-            weight += 0.3 * torch.randn(weight.shape, generator=generator)
-    return weights
-
-
 def compare(fields: dict[str, Any], num_stages: int) -> None:
-    dist = torch.distributed
-    group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     config, (ids, targets) = model_config(fields), batch()
     weights = whole_weights(config)
     reference = ReferenceModel(config, weights)
     expected = reference(ids, targets)
     expected.backward()
 
-    stages = []
-    for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
-        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group)
-        with torch.no_grad():
-            for _, parameter, shards in stage.named_shards():
-                parameter.zero_()
-                for shard in place(shards, group.rank, group.size):
-                    parameter[shard.target] = weights[shard.spec.name][shard.source]
-        stages.append(stage)
+    stages = cut_stages(config, weights, num_stages)
     x = ids
     for stage in stages[:-1]:
         x = stage(x)
     loss = stages[-1](x, targets)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     loss.backward()
-
-    gradients: dict[str, Tensor] = {}
-    seen = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-    for stage in stages:
-        for _, parameter, shards in stage.named_shards():
-            assert parameter.grad is not None
-            for shard in place(shards, group.rank, group.size):
-                name = shard.spec.name
-                found = gradients.setdefault(name, torch.zeros_like(weights[name]))
-                found[shard.source] += parameter.grad[shard.target]
-                seen[name][shard.source] = True
-    assert set(gradients) == set(weights)
-    for name, gradient in gradients.items():
-        wanted = reference.w(name).grad
-        assert wanted is not None
-        torch.testing.assert_close(
-            gradient[seen[name]], wanted[seen[name]], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_gradients_agree(stages, reference)
 
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())

@@ -1,0 +1,117 @@
+"""The section `data`: what is trained on, in which order, and what of it counts."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from megalite.config.base import (
+    SHARE,
+    Count,
+    FilePath,
+    Flag,
+    Index,
+    Name,
+    PositiveNumber,
+    Section,
+    Share,
+)
+from megalite.faults import POSITIVE, TEXTS, Fault, Kind, choice, show
+
+ORDER = choice("streaming", "megatron")
+SPLIT_VALIDATION = "valid"
+"""The name of the validation set that `data.split` makes."""
+
+
+def _shares(value: Any) -> list[float]:
+    if not isinstance(value, list | tuple) or len(value) not in (2, 3):
+        raise ValueError
+    shares = [SHARE.read(item) if not isinstance(item, int) else float(item) for item in value]
+    whole = all(isinstance(item, int) for item in value)
+    if min(shares) < 0 or shares[0] == 0 or (abs(sum(shares) - 1) > 1e-9 and not whole):
+        raise ValueError
+    return shares
+
+
+def _weight(value: Any) -> float | str:
+    return value if value == "auto" else POSITIVE.read(value)
+
+
+def _three_names(value: Any) -> list[str]:
+    names = TEXTS.read(value)
+    if len(names) != 3:
+        raise ValueError
+    return names
+
+
+SHARES = Kind("two or three shares that sum to 1, such as [0.98, 0.01, 0.01], or whole numbers", _shares)
+WEIGHT = Kind("a number above 0, or 'auto' for the size in tokens", _weight)
+THREE_NAMES = Kind("three tokens: prefix, middle, suffix", _three_names)
+
+
+class DataSource(Section, frozen=True):
+    """One tokenised corpus, PREFIX.bin and PREFIX.idx, and its share of the samples."""
+
+    prefix: FilePath
+    weight: Annotated[float | Literal["auto"], WEIGHT] = 1.0
+
+
+class ValidationSet(Section, frozen=True):
+    """One tokenised corpus to evaluate on, under a name of its own."""
+
+    prefix: FilePath
+    name: Name = Field(default_factory=lambda given: given["prefix"].name)
+
+
+class DataSection(Section, frozen=True):
+    """What is trained on, in sequences of `sequence_length` tokens."""
+
+    tokenizer: FilePath | None = None
+    sequence_length: Count
+    train: tuple[DataSource, ...]
+    """In the run file also the path of a file of weights and prefixes."""
+    valid: tuple[ValidationSet, ...] = ()
+    split: Annotated[tuple[float, ...], SHARES] | None = None
+    """Shares of the training sources' documents that train, validate and are kept back; instead of `valid`."""
+    order: Annotated[Literal["streaming", "megatron"], ORDER] = "streaming"
+    max_epochs: PositiveNumber = 4.0
+    """Passes over one source above which a run warns: up to four are nearly as good as new text (arXiv:2305.16264)."""
+    index_cache: FilePath | None = None
+    """Where the order `megatron` keeps its index; ``index`` in the run's folder unless given."""
+    reset_attention_mask: Flag = False
+    reset_position_ids: Flag = False
+    eod_mask_loss: Flag = False
+    fim_rate: Share = 0.0
+    """Share of the documents whose middle is moved to the end (arXiv:2207.14255)."""
+    fim_spm_rate: Share = 0.5
+    """Of those, the share in the order suffix, prefix, middle."""
+    fim_tokens: Annotated[tuple[str, str, str], THREE_NAMES] | None = None
+    prefetch: Index = 2
+    """Steps whose batches are read ahead; 0 reads each when it is due."""
+
+    def faults(self) -> Iterator[Fault]:
+        if not self.train:
+            yield Fault(("train",), " has no source; write one: [{prefix: PATH}]")
+        if self.valid and self.split:
+            yield Fault(("split",), f"={show(self.split)} stands beside data.valid; keep one of them")
+        names = [valid.name for valid in self.valid]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                yield Fault(("valid", index, "name"), f"={show(name)} stands twice; give each set a name of its own")
+        automatic = [source.weight == "auto" for source in self.train]
+        if any(automatic) and not all(automatic):
+            index = automatic.index(False)
+            text = f"={show(self.train[index].weight)} stands beside weights that are auto; write auto for all or none"
+            yield Fault(("train", index, "weight"), text)
+        if self.fim_rate and self.tokenizer is None:
+            yield Fault(("fim_rate",), f"={show(self.fim_rate)} cuts text, and there is no data.tokenizer; give it")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.valid) or (self.split is not None and self.split[1] > 0)
+
+    @property
+    def packs(self) -> bool:
+        """Whether samples are laid out by their documents, rather than as one stretch of text."""
+        return self.reset_attention_mask or self.reset_position_ids or self.eod_mask_loss

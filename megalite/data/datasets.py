@@ -1,0 +1,179 @@
+"""The data of a run: its sources, split and blended as the run file says, and how often each is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megalite.config import DataSection, DataSource, RunConfig, ValidationSet
+from megalite.config.data import SPLIT_VALIDATION
+from megalite.data.batches import BatchSchedule
+from megalite.data.blend import BlendedSamples, megatron_source_sizes
+from megalite.data.fim import FillInTheMiddle, fim_tokens
+from megalite.data.indexed import IndexedDataset
+from megalite.data.megatron import MegatronSamples
+from megalite.data.samples import Samples, StreamingSamples, split_documents
+from megalite.data.tokenizer import load_tokenizer
+from megalite.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class SourceUse:
+    """What a run reads of one source."""
+
+    prefix: Path
+    samples: int
+    epochs: float
+    epoch_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Datasets:
+    """The samples to train on, and by name those to evaluate on.
+
+    `unigram_entropy`, in nats a token, is the best that a model without context can do; None where it is not known.
+    """
+
+    train: Samples
+    valid: Mapping[str, Samples] = field(default_factory=dict)
+    uses: tuple[SourceUse, ...] = ()
+    fim: FillInTheMiddle | None = None
+    unigram_entropy: float | None = None
+    max_epochs: float = float("inf")
+
+    def describe(self) -> list[str]:
+        """Return a line for each source, and one for each that is read more often than it should be."""
+        total = sum(use.samples for use in self.uses)
+        lines = [
+            f"data: {use.prefix} | {use.samples:,} samples, {use.samples / total:.2%} | {use.epochs:.2f} epochs of "
+            f"{use.epoch_tokens:,} tokens"
+            for use in self.uses
+        ]
+        lines += [
+            f"warning: {use.prefix} is read {use.epochs:.2f} times, more than data.max_epochs={self.max_epochs:g}; "
+            "give it a smaller weight, add text, train fewer steps, or raise data.max_epochs"
+            for use in self.uses
+            if use.epochs > self.max_epochs
+        ]
+        return lines
+
+
+def open_datasets(config: RunConfig, *, keep_index: bool = True) -> Datasets:
+    """Map the data of a run into memory and lay samples over it; raise UserError where there is less than a batch.
+
+    With `keep_index` false the order `megatron` writes no index to the disk.
+    """
+    data, train = config.data, config.train
+    size = BatchSchedule(train).consumed(train.steps)
+    layer = _Layer(config, keep_index)
+    sources = [IndexedDataset(source.prefix) for source in data.train]
+    splits = [split_documents(_num_units(source, data), data.split or (1.0,)) for source in sources]
+    training, valid = [split[0] for split in splits], {}
+    mixture, uses = layer.mixture(sources, training, size)
+    _at_least_a_batch(config, sum(use.epoch_tokens // data.sequence_length for use in uses), "to train on", data.train)
+    if train.eval_every:
+        wanted = train.eval_batches * train.global_batch_size
+        if data.split is not None:
+            held_out = [split[1] for split in splits]
+            valid[SPLIT_VALIDATION] = layer.mixture(sources, held_out, wanted)[0]
+            _at_least_a_batch(config, valid[SPLIT_VALIDATION].samples_per_epoch, "to evaluate on", data.train)
+        for named in data.valid:
+            indexed = IndexedDataset(named.prefix)
+            valid[named.name] = layer.samples(indexed, range(_num_units(indexed, data)), wanted)
+            _at_least_a_batch(config, valid[named.name].samples_per_epoch, "to evaluate on", [named])
+    sidecar = sources[0].sidecar if len(sources) == 1 else None
+    if data.fim_rate:
+        _require_no_loss_mask(sources)
+    return Datasets(
+        train=mixture,
+        valid=valid,
+        uses=uses,
+        fim=_fill_in_the_middle(config),
+        unigram_entropy=sidecar.token_counts_entropy if sidecar else None,
+        max_epochs=data.max_epochs,
+    )
+
+
+class _Layer:
+    """Lays samples over datasets in the order that the run file asks for."""
+
+    def __init__(self, config: RunConfig, keep_index: bool) -> None:
+        self._data, self._seed = config.data, config.run.seed
+        self._cache = (config.data.index_cache or config.run.dir / "index") if keep_index else None
+
+    def samples(self, indexed: IndexedDataset, documents: range, num_samples: int) -> Samples:
+        length = self._data.sequence_length
+        if self._data.order == "streaming":
+            return StreamingSamples(indexed, sequence_length=length, seed=self._seed, documents=documents)
+        return MegatronSamples(
+            indexed,
+            sequence_length=length,
+            seed=self._seed,
+            documents=documents,
+            num_samples=num_samples,
+            cache_dir=self._cache,
+        )
+
+    def mixture(
+        self, sources: Sequence[IndexedDataset], documents: Sequence[range], num_samples: int
+    ) -> tuple[Samples, tuple[SourceUse, ...]]:
+        """Return the blend of the sources by their weights, and what of each its first `num_samples` read."""
+        if len(sources) == 1:
+            samples = self.samples(sources[0], documents[0], num_samples)
+            return samples, (self._use(sources[0], samples, num_samples),)
+        weights = [
+            float(_num_tokens(indexed, chosen)) if source.weight == "auto" else source.weight
+            for source, indexed, chosen in zip(self._data.train, sources, documents, strict=True)
+        ]
+        sizes = [num_samples] * len(sources)
+        if self._data.order == "megatron":
+            sizes = megatron_source_sizes(num_samples, weights)
+        parts = [self.samples(*part) for part in zip(sources, documents, sizes, strict=True)]
+        blend = BlendedSamples(parts, weights, order=self._data.order, num_samples=num_samples, cache_dir=self._cache)
+        counts = blend.counts(num_samples)
+        return blend, tuple(map(self._use, sources, parts, counts))
+
+    def _use(self, indexed: IndexedDataset, samples: Samples, count: int) -> SourceUse:
+        epoch_tokens = samples.samples_per_epoch * samples.sequence_length
+        return SourceUse(indexed.prefix, count, count / samples.samples_per_epoch, epoch_tokens)
+
+
+def _num_units(indexed: IndexedDataset, data: DataSection) -> int:
+    """What an order shuffles and splits: documents, or Megatron's notion of them."""
+    return indexed.num_sequences if data.order == "megatron" else indexed.num_documents
+
+
+def _num_tokens(indexed: IndexedDataset, documents: range) -> int:
+    if not documents:
+        return 0
+    return indexed.document_span(documents[-1])[1] - indexed.document_span(documents[0])[0]
+
+
+def _require_no_loss_mask(sources: Sequence[IndexedDataset]) -> None:
+    for source in sources:
+        if source.has_loss_mask:
+            raise UserError(
+                f"{source.prefix}.mask: says which tokens count, and data.fim_rate moves them; set data.fim_rate=0, or "
+                "leave this source out"
+            )
+
+
+def _fill_in_the_middle(config: RunConfig) -> FillInTheMiddle | None:
+    data = config.data
+    if not data.fim_rate or data.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(data.tokenizer)
+    prefix, middle, suffix = fim_tokens(tokenizer, data.fim_tokens)
+    return FillInTheMiddle(data.fim_rate, data.fim_spm_rate, prefix, middle, suffix, tokenizer)
+
+
+def _at_least_a_batch(
+    config: RunConfig, samples: int, purpose: str, sources: Sequence[DataSource | ValidationSet]
+) -> None:
+    wanted = config.train.global_batch_size
+    if samples < wanted:
+        names = ", ".join(str(source.prefix) for source in sources)
+        share = ", a larger share in data.split" if config.data.split else ""
+        raise UserError(
+            f"{names}: {samples} samples of data.sequence_length={config.data.sequence_length} {purpose} are "
+            f"less than train.global_batch_size={wanted}; give more text{share}, a shorter sequence or a smaller batch"
+        )

@@ -1,0 +1,36 @@
+"""Tokens of text that stands within a text: where tokenizers put a space before all text and take it off again."""
+
+from megalite.data.tokenizer import Tokenizer
+
+
+class InnerText:
+    """Encodes and decodes what stands within a text; names of control tokens stay text.
+
+    Where the tokens of two texts do not join to those of one, both are done behind a mark, which is then taken off.
+    """
+
+    _MARKS = ("\x01", "\n", ".")
+    _BROKEN_CHARACTER = "\ufffd"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._mark, self._mark_ids = "", []
+        if tokenizer.decode(tokenizer.encode_plain("a") * 2) == "aa":
+            return
+        for mark in self._MARKS:
+            ids = tokenizer.encode_plain(mark)
+            if tokenizer.decode(ids) == mark:
+                self._mark, self._mark_ids = mark, ids
+                return
+
+    def decode(self, ids: list[int]) -> str | None:
+        """Return the text of ids, its first space included; None where they begin or end within a character."""
+        text = self._tokenizer.decode(self._mark_ids + ids)
+        if self._BROKEN_CHARACTER in text or not text.startswith(self._mark):
+            return None
+        return text.removeprefix(self._mark)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text with no space put before it, unless its first letters would join with the mark."""
+        ids, taken_off = self._tokenizer.encode_plain(self._mark + text), len(self._mark_ids)
+        return ids[taken_off:] if ids[:taken_off] == self._mark_ids else self._tokenizer.encode_plain(text)

@@ -1,0 +1,138 @@
+"""Sentencepiece models, faster than by the library where a cache of words is exact (arXiv:1808.06226)."""
+
+import hashlib
+import re
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from megalite.data.control_tokens import PlainText, end_of_document, looks_like_control
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model; encodes word by word from a cache where that is exact, which is several times faster."""
+
+    def __init__(self, data: bytes) -> None:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        if not data:
+            raise ValueError("the file is empty")
+        proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (made when imported)
+        proto.ParseFromString(data)
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        self._words = _WordCache.of(proto)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.control_tokens = _control_tokens(proto)
+        self.eod_id = self._end_of_document()
+        self.digest = hashlib.sha256(data).hexdigest()
+        self._plain = PlainText(self._without_symbols(proto), self.control_tokens)
+
+    def token_id(self, name: str) -> int | None:
+        """Return the id of a piece or control token by its exact name."""
+        token = self._processor.piece_to_id(name)
+        return token if self._processor.id_to_piece(token) == name else None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with no token added before or after."""
+        return self._encode_array(text).tolist()
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the token ids of a text in which names of control tokens stay text."""
+        return self._plain(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text."""
+        return [self.encode(text) for text in texts]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the token ids of each text as int32[tokens]."""
+        return [self._encode_array(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; control tokens have none."""
+        return self._processor.decode(list(ids))
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        if self._words is None:
+            return np.array(self._processor.encode(text), dtype=np.int32)
+        return np.frombuffer(self._words.encode(text), dtype=np.int32)
+
+    def _end_of_document(self) -> int | None:
+        known = end_of_document(self.control_tokens)
+        declared = self._processor.eos_id()
+        return known if known is not None else declared if declared >= 0 else None
+
+    def _without_symbols(self, proto: Any) -> Callable[[str], list[int]]:
+        """Return an encoder that reads no symbol of the user's that is spelled as a control token."""
+        symbols = [
+            piece for piece in proto.pieces if piece.type == piece.USER_DEFINED and piece.piece in self.control_tokens
+        ]
+        if not symbols:
+            return self.encode
+        import sentencepiece
+
+        for piece in symbols:
+            piece.type = piece.CONTROL
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()).encode
+
+
+def _control_tokens(proto: Any) -> dict[str, int]:
+    return {
+        piece.piece: token
+        for token, piece in enumerate(proto.pieces)
+        if piece.type == piece.CONTROL or (piece.type == piece.USER_DEFINED and looks_like_control(piece.piece))
+    }
+
+
+class _WordCache(dict[str, bytes]):
+    """The ids of each word, as int32 bytes; a word is letters, one digit or other signs, with the spaces before them.
+
+    BPE joins neighbours only into pieces of the vocabulary, so where every piece lies within one word, the ids of a
+    text are those of its words in a row. sentencepiece reads U+2581 as a space.
+    """
+
+    _WORD = re.compile("[ \u2581]*(?:[^\\W\\d_]+|\\d|(?:[^\\w \u2581]|_)+)|[ \u2581]+")
+    _MAX_WORDS = 1 << 18
+    _MAX_LETTERS = 32
+
+    def __init__(self, encode: Callable[[str], list[int]], prefix: str) -> None:
+        super().__init__()
+        self._encode = encode
+        self._prefix = prefix
+
+    @classmethod
+    def of(cls, proto: Any) -> Self | None:
+        """Return the cache for a model, or None where words in a row are not exact."""
+        import sentencepiece
+
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        matched = {proto.SentencePiece.NORMAL, proto.SentencePiece.USER_DEFINED, proto.SentencePiece.UNUSED}
+        exact = (
+            trainer.model_type == trainer.BPE
+            and not trainer.treat_whitespace_as_suffix
+            and not normalizer.precompiled_charsmap
+            and not normalizer.remove_extra_whitespaces
+            and normalizer.escape_whitespaces
+            and all(cls._WORD.fullmatch(piece.piece) for piece in proto.pieces if piece.type in matched)
+        )
+        if not exact:
+            return None
+        prefix = " " if normalizer.add_dummy_prefix else ""
+        bare = type(proto)()
+        bare.CopyFrom(proto)
+        bare.normalizer_spec.add_dummy_prefix = False
+        processor = sentencepiece.SentencePieceProcessor(model_proto=bare.SerializeToString())
+        return cls(processor.encode, prefix)
+
+    def encode(self, text: str) -> bytes:
+        """Return the ids of a text."""
+        return b"".join(map(self.__getitem__, self._WORD.findall(self._prefix + text))) if text else b""
+
+    def __missing__(self, word: str) -> bytes:
+        ids = array("i", self._encode(word)).tobytes()
+        if len(word) <= self._MAX_LETTERS and len(self) < self._MAX_WORDS:
+            self[word] = ids
+        return ids

@@ -1,0 +1,63 @@
+"""Several documents in one row of a microbatch: where each ends, for attention and for positions.
+
+Legend for shapes: B microbatch, S sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedDocuments:
+    """The documents of a microbatch ``[B, S]``, row by row.
+
+    Raises ValueError where a document is empty or the rows are not equally long.
+    """
+
+    lengths: tuple[tuple[int, ...], ...] | None
+    """For each row the tokens of its documents in turn, which sum to S; attention stays within each. None: within each
+    row."""
+    positions_BS: Tensor | None
+    """The position of each token in its document, int64; None: 0..S-1 in every row."""
+
+    def __post_init__(self) -> None:
+        if self.lengths is None:
+            return
+        if min(chain(*self.lengths), default=0) < 1:
+            raise ValueError(f"a document has at least one token: {self.lengths}")
+        if len({sum(row) for row in self.lengths}) > 1:
+            raise ValueError(f"rows hold {[sum(row) for row in self.lengths]} tokens; all must hold as many")
+
+    @classmethod
+    def from_boundaries(
+        cls,
+        boundaries: Sequence[Sequence[int]],
+        sequence_length: int,
+        *,
+        split_attention: bool = True,
+        reset_positions: bool = True,
+        device: torch.device | None = None,
+    ) -> Self:
+        """Return the documents of rows where new ones begin at `boundaries`, in rising order; each row begins one.
+
+        Raises ValueError for a boundary outside ``0 < boundary < sequence_length``, or out of order.
+        """
+        lengths = tuple(tuple(b - a for a, b in pairwise((0, *row, sequence_length))) for row in boundaries)
+        packed = cls(lengths, None)
+        positions = None
+        if reset_positions:
+            flat = torch.cat([torch.arange(length) for length in chain(*lengths)])
+            positions = flat.view(len(lengths), sequence_length).to(device)
+        return cls(packed.lengths if split_attention else None, positions)
+
+    @property
+    def spans(self) -> list[int] | None:
+        """The lengths of all documents, over the rows in turn; None where attention runs over whole rows."""
+        if self.lengths is None or all(len(row) == 1 for row in self.lengths):
+            return None
+        return list(chain(*self.lengths))

@@ -1,0 +1,71 @@
+"""Which documents a step of a run trains on, from the run's configuration alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from megalite.data.batches import BatchReader, BatchSchedule, SampleRules
+from megalite.data.datasets import open_datasets
+from megalite.data.indexed import IndexedDataset
+from megalite.data.samples import Piece
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.errors import UserError
+from megalite.plan import Plan, prepare
+
+
+@dataclass(frozen=True, slots=True)
+class SeenSample:
+    """One sample of a step: its number in the run's order, who trains on it, and what it is made of."""
+
+    sample: int
+    data_rank: int
+    microbatch: int
+    pieces: tuple[Piece, ...]
+
+
+class Provenance:
+    """Answers for one run: a run's folder, or a run file that has not been run yet.
+
+    Raises UserError where the path is neither, or where the data is gone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.plan: Plan = prepare(path / "config.yaml" if path.is_dir() else path, [], None)
+        self.config = self.plan.config
+        self.schedule = BatchSchedule(self.config.train)
+        self._samples = open_datasets(self.config, keep_index=self.config.run.dir.is_dir()).train
+        self._tokenizer: Tokenizer | None = None
+        if self.config.data.tokenizer is not None:
+            self._tokenizer = load_tokenizer(self.config.data.tokenizer)
+        self._dataset = cache(IndexedDataset)
+
+    def step(self, step: int, rank: int | None = None) -> Iterator[SeenSample]:
+        """Yield the samples of a step, by data rank and microbatch; with `rank`, those of this rank alone.
+
+        Raises UserError where the run has no such step or rank.
+        """
+        if not 1 <= step <= self.config.train.steps:
+            raise UserError(f"--step={step}: the run has steps 1 to {self.config.train.steps}; use one of them")
+        layout = self.plan.layout
+        if rank is not None and not 0 <= rank < layout.world_size:
+            raise UserError(f"--rank={rank}: the run has ranks 0 to {layout.world_size - 1}; use one of them")
+        data_ranks = range(layout.data) if rank is None else [layout.coordinate(rank).data]
+        for data_rank in data_ranks:
+            reader = BatchReader(
+                self._samples,
+                SampleRules(),
+                micro_batch_size=self.config.train.micro_batch_size,
+                data_rank=data_rank,
+                data_size=layout.data,
+            )
+            for microbatch, samples in enumerate(reader.slices(self.schedule.samples(step))):
+                for sample in samples:
+                    yield SeenSample(sample, data_rank, microbatch, tuple(self._samples.pieces(sample)))
+
+    def text(self, piece: Piece) -> str | None:
+        """Return what a piece reads as, None without a tokenizer."""
+        if self._tokenizer is None:
+            return None
+        tokens = self._dataset(piece.prefix).document_tokens(piece.document)
+        return self._tokenizer.decode(tokens[piece.offset : piece.offset + piece.length].tolist())

@@ -1,0 +1,83 @@
+"""Stages cut by tensor and pipeline ranks, filled from whole weights, and their gradients against a reference's."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from reference_model import ReferenceModel
+from torch import Tensor
+
+from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.model.stage import Stage
+from megalite.pipeline.partition import partition
+from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.tensor_parallel.sharding import place
+
+SHAPE = {
+    "vocab_size": 301,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.2,
+}
+LLAMA: dict[str, Any] = {"architecture": "llama", **SHAPE}
+GPT2: dict[str, Any] = {"architecture": "gpt2", **SHAPE}
+
+
+def model_config(fields: dict[str, Any]) -> ModelConfig:
+    return (LlamaConfig if fields["architecture"] == "llama" else GPT2Config)(**fields)
+
+
+def whole_weights(config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor under its global name, random biases and norms included."""
+    stage = Stage(config, range(config.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
+    stage.initialise(seed=3)
+    weights: dict[str, Tensor] = {}
+    for _, parameter, shards in stage.named_shards():
+        for shard in place(shards, 0, 1):
+            weights[shard.spec.name] = parameter.detach()[shard.target].clone()
+    generator = torch.Generator().manual_seed(8)
+    for weight in weights.values():
+        if weight.ndim == 1:
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    return weights
+
+
+def cut_stages(config: ModelConfig, weights: dict[str, Tensor], num_stages: int) -> list[Stage]:
+    """All stages of the pipeline, each with this rank's share of the weights over the world's tensor group."""
+    dist = torch.distributed
+    group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    stages = []
+    for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
+        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group)
+        with torch.no_grad():
+            for _, parameter, shards in stage.named_shards():
+                parameter.zero_()
+                for shard in place(shards, group.rank, group.size):
+                    parameter[shard.target] = weights[shard.spec.name][shard.source]
+        stages.append(stage)
+    return stages
+
+
+def assert_gradients_agree(stages: Sequence[Stage], reference: ReferenceModel) -> None:
+    """Compare this rank's gradients, summed over the stages, with its slices of the reference's, every tensor."""
+    gradients: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    for stage in stages:
+        for _, parameter, shards in stage.named_shards():
+            assert parameter.grad is not None
+            for shard in place(shards, stage.group.rank, stage.group.size):
+                name = shard.spec.name
+                whole = reference.w(name)
+                found = gradients.setdefault(name, torch.zeros_like(whole))
+                found[shard.source] += parameter.grad[shard.target]
+                seen.setdefault(name, torch.zeros_like(whole, dtype=torch.bool))[shard.source] = True
+    assert set(gradients) == {name.replace("/", ".") for name in reference.weights}
+    for name, gradient in gradients.items():
+        wanted = reference.w(name).grad
+        assert wanted is not None
+        torch.testing.assert_close(
+            gradient[seen[name]], wanted[seen[name]], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )

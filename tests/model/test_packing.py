@@ -1,0 +1,208 @@
+"""Documents packed into rows: each trains as if it stood alone, under every cut of the model."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cut_stages import GPT2, LLAMA, SHAPE, assert_gradients_agree, cut_stages, model_config, whole_weights
+from harness import run_distributed
+from reference_model import ReferenceModel
+from torch import Tensor
+
+from megalite.model import transformer
+from megalite.model.packing import PackedDocuments
+from megalite.model.stage import Stage
+from megalite.model.transformer import causal_attention
+from megalite.tensor_parallel.collectives import TensorGroup
+
+LENGTH = 20
+BOUNDARIES = [[3, 4, 15], []]
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama, 2 kv heads": LLAMA | {"num_key_value_heads": 2},
+    "llama, 1 kv head": LLAMA | {"num_key_value_heads": 1},
+    "gpt2": GPT2,
+}
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, targets and loss weights, some of them 0, ``[2, LENGTH]``."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, SHAPE["vocab_size"], (2, LENGTH + 1), generator=generator)
+    weights = torch.rand(2, LENGTH, generator=generator)
+    weights[:, ::5] = 0.0
+    return tokens[:, :-1], tokens[:, 1:], weights / weights.sum()
+
+
+def spans() -> list[tuple[int, slice]]:
+    """(row, place in it) of each document."""
+    ends = [(0, *row, LENGTH) for row in BOUNDARIES]
+    return [(row, slice(*span)) for row, bounds in enumerate(ends) for span in pairwise(bounds)]
+
+
+def document_numbers() -> Tensor:
+    numbers = torch.zeros(2, LENGTH, dtype=torch.int64)
+    for number, (row, span) in enumerate(spans()):
+        numbers[row, span] = number
+    return numbers
+
+
+def loss_one_by_one(reference: ReferenceModel) -> Tensor:
+    ids, targets, weights = batch()
+    losses = [
+        (reference.losses(ids[row, span][None], targets[row, span][None]) * weights[row, span]).sum()
+        for row, span in spans()
+    ]
+    return torch.stack(losses).sum()
+
+
+def loss_under_a_mask(reference: ReferenceModel) -> Tensor:
+    """With positions that run on over the row."""
+    ids, targets, weights = batch()
+    return (reference.losses(ids, targets, documents=document_numbers()) * weights).sum()
+
+
+def loss_at_reset_positions(reference: ReferenceModel) -> Tensor:
+    """With attention over the whole row."""
+    ids, targets, weights = batch()
+    positions = torch.stack(
+        [torch.cat([torch.arange(b - a) for a, b in pairwise((0, *r, LENGTH))]) for r in BOUNDARIES]
+    )
+    return (reference.losses(ids, targets, positions) * weights).sum()
+
+
+RULES = {
+    "one by one": (loss_one_by_one, {}),
+    "running positions": (loss_under_a_mask, {"reset_positions": False}),
+    "whole attention": (loss_at_reset_positions, {"split_attention": False}),
+}
+
+
+def compare(fields: dict[str, Any], num_stages: int, rule: str) -> None:
+    config, (ids, targets, loss_weights) = model_config(fields), batch()
+    expected_loss, options = RULES[rule]
+    weights = whole_weights(config)
+    reference = ReferenceModel(config, weights)
+    expected = expected_loss(reference)
+    expected.backward()
+
+    packing = PackedDocuments.from_boundaries(BOUNDARIES, LENGTH, **options)
+    stages = cut_stages(config, weights, num_stages)
+    x = ids
+    for stage in stages[:-1]:
+        x = stage(x, packing=packing)
+    loss = stages[-1](x, targets, packing=packing, loss_weights=loss_weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    loss.backward()
+    assert_gradients_agree(stages, reference)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(("world_size", "num_stages"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_documents_train_as_the_plain_model_says(
+    fields: dict[str, Any], world_size: int, num_stages: int, rule: str
+) -> None:
+    run_distributed(compare, world_size, fields, num_stages, rule)
+
+
+def whole_stage(fields: dict[str, Any]) -> Stage:
+    stage = Stage(model_config(fields), range(3), index=0, num_stages=1, group=TensorGroup())
+    stage.initialise(seed=2)
+    return stage
+
+
+@pytest.mark.parametrize("fields", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_one_document_a_row_is_the_unpacked_row(fields: dict[str, Any]) -> None:
+    stage, (ids, targets, _) = whole_stage(fields), batch()
+    plain = stage(ids, targets)
+    plain.backward()
+    gradients = [parameter.grad for parameter in stage.parameters()]
+    stage.zero_grad()
+    packed = stage(ids, targets, packing=PackedDocuments.from_boundaries([[], []], LENGTH))
+    packed.backward()
+    assert torch.equal(packed, plain)
+    # Learned positions are summed into their table in another order, so not bit for bit.
+    for parameter, gradient in zip(stage.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-8)
+
+
+def test_one_document_a_row_takes_the_whole_row_at_once() -> None:
+    assert PackedDocuments(((20,), (20,)), None).spans is None
+    assert PackedDocuments(None, None).spans is None
+    assert PackedDocuments(((20,), (4, 16)), None).spans == [20, 4, 16]
+
+
+def test_equal_weights_give_the_mean_and_weights_of_0_nothing() -> None:
+    stage, (ids, targets, _) = whole_stage(LLAMA), batch()
+    mean = stage(ids, targets)
+    same = stage(ids, targets, loss_weights=torch.full(ids.shape, 1 / ids.numel()))
+    torch.testing.assert_close(same, mean, rtol=1e-6, atol=0.0)
+    half = torch.zeros(ids.shape)
+    half[:, :10] = 0.25
+    torch.testing.assert_close(
+        stage(ids, targets, loss_weights=half), 5.0 * stage(ids[:, :10], targets[:, :10]), rtol=1e-6, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("written_out", [True, False])
+def test_attention_agrees_with_a_dense_mask(kv_heads: int, written_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not written_out:
+        monkeypatch.setattr(transformer, "WRITTEN_OUT_SCORES", 0)
+    lengths = ((150, 1, 9, 240), (1, 1, 398), (400,))
+    generator = torch.Generator().manual_seed(kv_heads)
+    query, key, value = (
+        torch.randn(3, 400, heads, 16, generator=generator).requires_grad_() for heads in (4, kv_heads, kv_heads)
+    )
+    output = causal_attention(query, key, value, PackedDocuments(lengths, None).spans)
+    output.square().sum().backward()
+
+    exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
+    numbers = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    mask = (numbers[:, :, None] == numbers[:, None, :]) & torch.ones(400, 400, dtype=torch.bool).tril()
+    q, k, v = (x.transpose(1, 2) for x in exact)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True).transpose(1, 2)
+    expected.square().sum().backward()
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip((query, key, value), exact, strict=True):
+        assert found.grad is not None
+        torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_scores_kept_for_the_backward_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+
+    def count(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        kept.append(query.shape[:3].numel() * query.shape[2])
+        return query
+
+    monkeypatch.setattr(transformer, "WRITTEN_OUT_SCORES", 4 * 1000 * 100)
+    monkeypatch.setattr(transformer, "_written_out_attention", count)
+    query = torch.randn(1, 1000, 4, 8)
+    causal_attention(query, query, query, [100] * 10)
+    assert len(kept) == 10
+    assert sum(kept) == transformer.WRITTEN_OUT_SCORES
+    kept.clear()
+    causal_attention(query, query, query, [101] * 9 + [91])
+    assert len(kept) == 1
+
+
+def test_boundaries_become_lengths_and_positions() -> None:
+    packing = PackedDocuments.from_boundaries([[2, 3], [4]], 5)
+    assert packing.lengths == ((2, 1, 2), (4, 1))
+    assert packing.positions_BS is not None
+    assert packing.positions_BS.tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("boundaries", [[[0]], [[5]], [[6]], [[3, 2]], [[2, 2]], [[-1]]])
+def test_boundaries_that_leave_a_document_empty_are_refused(boundaries: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        PackedDocuments.from_boundaries(boundaries, 5)
+
+
+def test_rows_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="as many"):
+        PackedDocuments(((2, 3), (4,)), None)
