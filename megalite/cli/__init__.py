@@ -7,7 +7,6 @@ Each file has a `register` that adds its verbs to the app, and imports what a ve
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -51,6 +50,8 @@ def _megalite(
 ) -> None:
     """Train large Transformers: tensor, pipeline and ZeRO data parallelism composed, on a laptop as on a cluster."""
     if show_version:
+        from importlib.metadata import version
+
         typer.echo(f"megalite {version('megalite')}")
         raise typer.Exit
 

@@ -10,7 +10,7 @@
 """
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,8 @@ class DatasetSidecar:
     """Documents left out because an earlier one is the same."""
     document_shuffle: int | None = None
     """The seed of the order in which the documents stand, where it is not that of the input."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Digests of the files beside, in hexadecimal; the writer fills them in, `verify` compares."""
 
 
 def with_suffix(prefix: Path, suffix: str) -> Path:

@@ -1,10 +1,10 @@
 """A tokenized corpus in Megatron's format (`index_format`), memory-mapped and read."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 
 from megalite.data.index_format import BLOCK, DatasetSidecar, with_suffix
 from megalite.data.index_map import MappedIndex, map_file
@@ -42,20 +42,44 @@ class IndexedDataset:
             self._index.require_one_sequence_a_document()
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Check the whole index and loss mask; raise UserError at the first fault.
+        """Check the whole index, the loss mask, and what the sidecar says of both files' contents.
 
-        `progress` is told, block by block, how many entries are done and how many there are.
+        `progress` is told how much is done and how much there is. Raises UserError at the first fault.
         """
         masked = self.num_tokens if self.has_loss_mask else 0
-        total, done = self.num_sequences + self.num_documents + 1 + masked, 0
-        for count in self._index.check(whole=True):
+        told = self.sidecar.sha256 if self.sidecar is not None else {}
+        digests = {suffix: told[suffix] for suffix in (".bin", ".mask") if suffix in told}
+        hashed = [with_suffix(self.prefix, suffix) for suffix in digests]
+        total = (
+            self.num_sequences
+            + self.num_documents
+            + 1
+            + masked
+            + sum(path.stat().st_size for path in hashed if path.exists())
+        )
+        done = 0
+        for count in self._steps_of_verify(masked, digests):
             done += count
             if progress is not None:
                 progress(done, total)
+
+    def _steps_of_verify(self, masked: int, digests: Mapping[str, str]) -> Iterator[int]:
+        yield from self._index.check(whole=True)
         for at in range(0, masked, BLOCK):
-            done += len(self.loss_mask(at, min(BLOCK, masked - at)))
-            if progress is not None:
-                progress(done, total)
+            yield len(self.loss_mask(at, min(BLOCK, masked - at)))
+        for suffix, expected in digests.items():
+            path, digest = with_suffix(self.prefix, suffix), hashlib.sha256()
+            if not path.is_file():
+                raise UserError(f"{path}: no such file, but the sidecar tells its SHA-256; copy it too")
+            with path.open("rb") as file:
+                while part := file.read(16 * BLOCK):
+                    digest.update(part)
+                    yield len(part)
+            if digest.hexdigest() != expected:
+                raise UserError(
+                    f"{path}: has SHA-256 {digest.hexdigest()[:12]}, but was written with {expected[:12]}; copy it "
+                    "again, or preprocess again"
+                )
 
     def document_span(self, document: int) -> tuple[int, int]:
         """Return a document's first token and its end; raise IndexError outside ``0 <= document < num_documents``."""
@@ -184,6 +208,8 @@ class IndexedDataset:
         path = with_suffix(self.prefix, ".json")
         if not path.is_file():
             return None
+        from pydantic import TypeAdapter, ValidationError  # not before a sidecar is read: preprocess reads none
+
         try:
             sidecar = TypeAdapter(DatasetSidecar).validate_json(path.read_bytes())
         except ValidationError as error:

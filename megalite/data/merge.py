@@ -1,9 +1,7 @@
 """Several datasets of one tokenizer made into one, by copying: no token is read by this process but to be counted."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +10,7 @@ import numpy as np
 from megalite.data.index_format import BLOCK, DTYPES, HEADER, MAGIC, VERSION, DatasetSidecar, with_suffix
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import entropy
-from megalite.data.writer import SUFFIXES, copy_bytes, require_prefix
+from megalite.data.writer import SUFFIXES, copy_bytes, require_prefix, write_sidecar
 from megalite.errors import UserError
 from megalite.files import partial_path, publish
 
@@ -46,7 +44,7 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, progress: Progress | 
             _write_index(datasets, index)
         if datasets[0].sidecar is not None:
             sidecar = _sum([dataset.sidecar for dataset in datasets if dataset.sidecar], _count(datasets, progress))
-            partial[".json"].write_text(json.dumps(asdict(sidecar), indent=2) + "\n")
+            write_sidecar(sidecar, partial)
         # Without its index an older dataset of this name is gone: no half of it can meet a half of the new one.
         for suffix in (".idx", ".json", ".mask"):
             paths[suffix].unlink(missing_ok=True)

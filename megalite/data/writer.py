@@ -1,10 +1,11 @@
 """Writes a tokenized corpus in Megatron's format (`index_format`)."""
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -101,7 +102,7 @@ class IndexedDatasetWriter:
         self._write_offsets()
         self._open.close()
         if sidecar is not None:
-            self._partial[".json"].write_text(json.dumps(asdict(sidecar), indent=2) + "\n")
+            write_sidecar(sidecar, self._partial)
         # Without its index an older dataset of this name is gone: no half of it can meet a half of the new one.
         for suffix in (".idx", ".json", ".mask"):
             self._paths[suffix].unlink(missing_ok=True)
@@ -129,6 +130,16 @@ class IndexedDatasetWriter:
             self._idx.write(np.arange(at, min(at + BLOCK, self.num_documents + 1), dtype="<i8").tobytes())
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.num_documents, self.num_documents + 1))
+
+
+def write_sidecar(sidecar: DatasetSidecar, files: Mapping[str, Path]) -> None:
+    """Write a sidecar that knows the digests of the other files; `files` has all by their suffix."""
+    digests = {}
+    for suffix in (".bin", ".mask"):
+        if files[suffix].exists():
+            with files[suffix].open("rb") as file:
+                digests[suffix] = hashlib.file_digest(file, "sha256").hexdigest()
+    files[".json"].write_text(json.dumps(asdict(replace(sidecar, sha256=digests)), indent=2) + "\n")
 
 
 def require_prefix(prefix: Path) -> None:

@@ -112,7 +112,8 @@ def test_what_is_left_out_is_told(app, corpus, tmp_path):
 def test_the_bar_shows_bytes_tokens_and_what_is_left(monkeypatch):
     shown = []
     screen = Console(file=Screen(shown), force_terminal=True, color_system=None, width=120)
-    monkeypatch.setattr(progress, "Console", lambda stderr: screen)
+    monkeypatch.setattr("rich.console.Console", lambda stderr: screen)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     threads = threading.active_count()
     with progress.token_progress("tokenizing") as tell:
         assert threading.active_count() == threads
