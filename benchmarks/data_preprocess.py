@@ -259,7 +259,7 @@ def train_tokenizers(folder: Path, corpus: Path) -> None:
 
 def write_ranks(vocabulary: dict[str, int], path: Path) -> None:
     """Write a byte-level vocabulary as ranks, filled up to as many as the encoding has."""
-    from megalite.data.tiktoken_tokenizer import ENCODINGS
+    from megalite.data.tokenizers.tiktoken_tokenizer import ENCODINGS
 
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     # Byte-level vocabularies write the other bytes as the letters from U+0100 on.

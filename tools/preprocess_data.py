@@ -12,7 +12,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `megalite preprocess
 
 from megalite.cli.preprocess import summary  # noqa: E402
 from megalite.data.preprocess import preprocess  # noqa: E402
-from megalite.data.workers import Interrupted  # noqa: E402
+from megalite.data.preprocessing.workers import Interrupted  # noqa: E402
 from megalite.errors import USER_ERROR_STATUS, UserError  # noqa: E402
 
 

@@ -69,7 +69,7 @@ def preprocess(
     # Threads for matrix products, of which there are none here, would keep workers from being forked.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from megalite.data.preprocess import preprocess as run
-    from megalite.data.workers import Interrupted
+    from megalite.data.preprocessing.workers import Interrupted
     from megalite.files import writing
 
     try:

@@ -16,8 +16,8 @@ import numpy as np
 import yaml
 
 from megalite.config.yaml12 import Loader
-from megalite.data.inner_text import InnerText
 from megalite.data.tokenizer import Tokenizer
+from megalite.data.tokenizers.inner_text import InnerText
 from megalite.errors import UserError, nearest
 
 ASSISTANT = "assistant"

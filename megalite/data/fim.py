@@ -20,8 +20,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from megalite.data.inner_text import InnerText
 from megalite.data.tokenizer import Tokenizer
+from megalite.data.tokenizers.inner_text import InnerText
 from megalite.errors import UserError, nearest
 
 FIM_TOKENS = (

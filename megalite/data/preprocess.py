@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.assembly import count_tokens, runs, write_in_order, write_shuffled
-from megalite.data.duplicates import find_duplicates
-from megalite.data.encoding import (
+from megalite.data.index_format import DatasetSidecar, dtype_for
+from megalite.data.preprocessing.assembly import count_tokens, runs, write_in_order, write_shuffled
+from megalite.data.preprocessing.duplicates import find_duplicates
+from megalite.data.preprocessing.encoding import (
     SHOWN_PROBLEMS,
     Coder,
     MalformedDocument,
@@ -29,13 +30,11 @@ from megalite.data.encoding import (
     ShardReport,
     finished_report,
 )
-from megalite.data.index_format import DatasetSidecar, dtype_for
-from megalite.data.inputs import Segment, disk_bytes, find_inputs, shards
-from megalite.data.places import Locator, Malformed, Place
-from megalite.data.readers import Extract
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.data.work_folder import WorkFolder, work_folder
-from megalite.data.workers import (
+from megalite.data.preprocessing.inputs import Segment, disk_bytes, find_inputs, shards
+from megalite.data.preprocessing.places import Locator, Malformed, Place
+from megalite.data.preprocessing.readers import Extract
+from megalite.data.preprocessing.work_folder import WorkFolder, work_folder
+from megalite.data.preprocessing.workers import (
     CoderFiles,
     Interrupted,
     Task,
@@ -44,6 +43,7 @@ from megalite.data.workers import (
     encode_in_workers,
     interruptible,
 )
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.data.writer import IndexedDatasetWriter, require_prefix
 from megalite.errors import UserError, nearest
 

@@ -18,12 +18,12 @@ from typing import Protocol
 
 import numpy as np
 
-from megalite.data import tiktoken_tokenizer
-from megalite.data.control_tokens import END_OF_DOCUMENT
-from megalite.data.hugging_face_tokenizer import HuggingFaceTokenizer
-from megalite.data.readers import documents
-from megalite.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megalite.data.tiktoken_tokenizer import TiktokenTokenizer
+from megalite.data.preprocessing.readers import documents
+from megalite.data.tokenizers import tiktoken_tokenizer
+from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT
+from megalite.data.tokenizers.hugging_face_tokenizer import HuggingFaceTokenizer
+from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from megalite.data.tokenizers.tiktoken_tokenizer import TiktokenTokenizer
 from megalite.errors import UserError
 from megalite.files import write_whole
 

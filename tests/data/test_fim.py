@@ -5,8 +5,8 @@ import pytest
 from trained_tokenizers import KINDS, train_hugging_face, train_sentencepiece, train_tokenizer
 
 from megalite.data.fim import FIM_TOKENS, FillInTheMiddle, fim_tokens
-from megalite.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from megalite.data.tokenizer import Tokenizer as TokenizerProtocol
+from megalite.data.tokenizers.hugging_face_tokenizer import HuggingFaceTokenizer
 from megalite.errors import UserError
 
 NAMES = FIM_TOKENS[0]

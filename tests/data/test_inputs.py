@@ -6,8 +6,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megalite.data import inputs
-from megalite.data.inputs import Segment, find_inputs, segments, shards
+from megalite.data.preprocessing import inputs
+from megalite.data.preprocessing.inputs import Segment, find_inputs, segments, shards
 from megalite.errors import UserError
 
 

@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -16,10 +17,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megalite.data import assembly, duplicates, inputs
 from megalite.data import preprocess as preprocess_module
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import preprocess
+from megalite.data.preprocessing import assembly, duplicates, inputs
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import UserError
 
@@ -93,6 +94,7 @@ def test_the_sidecar_says_what_the_tokens_are(corpus, sentences, tokenizer_path,
         "short": 0,
         "duplicates": 0,
         "document_shuffle": None,
+        "sha256": {".bin": hashlib.sha256((tmp_path / "data.bin").read_bytes()).hexdigest()},
     }
     assert report.entropy == content["token_counts_entropy"]
     assert IndexedDataset(tmp_path / "data").sidecar is not None
@@ -128,7 +130,7 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, sentences, tokenize
 def test_processes_are_forked_from_one_without_threads_and_spawned_otherwise(corpus, tokenizer_path, tmp_path):
     script = (
         "import sys, threading\n"
-        "from megalite.data.workers import _context\n"
+        "from megalite.data.preprocessing.workers import _context\n"
         "print(_context().get_start_method())\n"
         "done = threading.Event()\n"
         "threading.Thread(target=done.wait).start()\n"
@@ -147,7 +149,7 @@ def test_however_processes_are_started_the_bytes_are_the_same(corpus, tokenizer_
         "import multiprocessing, sys\n"
         "from functools import partial\n"
         "from pathlib import Path\n"
-        "from megalite.data import inputs, preprocess, workers\n"
+        "from megalite.data import preprocess\nfrom megalite.data.preprocessing import inputs, workers\n"
         "if __name__ == '__main__':\n"
         f"    workers._context = lambda: multiprocessing.get_context({method!r})\n"
         f"    preprocess.shards = partial(inputs.shards, shard_bytes={SHARD_BYTES})\n"
@@ -362,7 +364,7 @@ def test_another_token_ends_documents(corpus, tokenizer_path, tmp_path):
 def test_a_document_longer_than_is_encoded_at_once_has_the_same_tokens(
     tokenizer_path, tmp_path, sentences, monkeypatch
 ):
-    from megalite.data import encoding, long_text, readers
+    from megalite.data.preprocessing import encoding, long_text, readers
 
     text = "".join(sentences) * 3
     (tmp_path / "a.txt").write_text(text)
@@ -462,7 +464,8 @@ import sys, time
 from contextlib import contextmanager
 from functools import partial
 from megalite import cli
-from megalite.data import inputs, preprocess
+from megalite.data import preprocess
+from megalite.data.preprocessing import inputs
 
 @contextmanager
 def slowly(description):

@@ -12,11 +12,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megalite.data import inputs, long_text, readers
-from megalite.data.inputs import identity_of, segments
-from megalite.data.long_text import LongText
-from megalite.data.places import Locator
-from megalite.data.readers import Extract, documents, read
+from megalite.data.preprocessing import inputs, long_text, readers
+from megalite.data.preprocessing.inputs import identity_of, segments
+from megalite.data.preprocessing.long_text import LongText
+from megalite.data.preprocessing.places import Locator
+from megalite.data.preprocessing.readers import Extract, documents, read
 from megalite.errors import UserError
 
 SPLIT = Extract(split_lines=True)

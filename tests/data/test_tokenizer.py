@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from megalite.data import long_text
-from megalite.data.encoding import encode_long
-from megalite.data.long_text import LongText
-from megalite.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from megalite.data.tiktoken_tokenizer import ENCODINGS
+from megalite.data.preprocessing import long_text
+from megalite.data.preprocessing.encoding import encode_long
+from megalite.data.preprocessing.long_text import LongText
 from megalite.data.tokenizer import load_tokenizer, train_sentencepiece
+from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from megalite.data.tokenizers.tiktoken_tokenizer import ENCODINGS
 from megalite.errors import UserError
 
 TRICKY = st.text(alphabet="ab eE \n\t\r.,_12²é\u0301\u2581漢😀\x00<>|\u00a0\u3000'", max_size=30)
@@ -63,7 +63,7 @@ def test_the_word_cache_is_exact_on_prose(tokenizer, reference, sentences):
 
 
 def test_the_word_cache_is_bounded(tokenizer_path, reference, monkeypatch):
-    monkeypatch.setattr("megalite.data.sentencepiece_tokenizer._WordCache._MAX_WORDS", 5)
+    monkeypatch.setattr("megalite.data.tokenizers.sentencepiece_tokenizer._WordCache._MAX_WORDS", 5)
     tokenizer = SentencePieceTokenizer(tokenizer_path.read_bytes())
     text = "seven wizards quietly box jugs of liquid over and over " + "x" * 100
     assert tokenizer.encode(text) == reference.encode(text)

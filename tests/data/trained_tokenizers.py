@@ -8,9 +8,9 @@ from typing import Any
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megalite.data.hugging_face_tokenizer import HuggingFaceTokenizer
-from megalite.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megalite.data.tokenizer import Tokenizer as TokenizerProtocol
+from megalite.data.tokenizers.hugging_face_tokenizer import HuggingFaceTokenizer
+from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 EOD = "<|endoftext|>"
 KINDS = ("sentencepiece", "unigram", "byte-level", "metaspace")

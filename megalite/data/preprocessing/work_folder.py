@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megalite.data.encoding import ShardFiles
 from megalite.data.index_format import with_suffix
+from megalite.data.preprocessing.encoding import ShardFiles
 from megalite.errors import UserError
 
 

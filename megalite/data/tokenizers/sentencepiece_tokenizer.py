@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from megalite.data.control_tokens import PlainText, end_of_document, looks_like_control
+from megalite.data.tokenizers.control_tokens import PlainText, end_of_document, looks_like_control
 
 
 class SentencePieceTokenizer:

@@ -14,8 +14,8 @@ from typing import Any
 
 import orjson
 
-from megalite.data import tables
-from megalite.data.inputs import (
+from megalite.data.preprocessing import tables
+from megalite.data.preprocessing.inputs import (
     MAX_LINE_BYTES,
     Segment,
     disk_bytes,
@@ -25,8 +25,8 @@ from megalite.data.inputs import (
     reading,
     shards,
 )
-from megalite.data.long_text import LONGEST_WHOLE, LongText
-from megalite.data.places import Locator, Malformed, Place
+from megalite.data.preprocessing.long_text import LONGEST_WHOLE, LongText
+from megalite.data.preprocessing.places import Locator, Malformed, Place
 from megalite.errors import UserError, nearest
 
 _BLOCK_BYTES = 1 << 20

@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalite.data.encoding import Coder, MalformedDocument, Recipe, ShardFiles, ShardReport, encode_shard
-from megalite.data.inputs import Segment
+from megalite.data.preprocessing.encoding import Coder, MalformedDocument, Recipe, ShardFiles, ShardReport, encode_shard
+from megalite.data.preprocessing.inputs import Segment
 from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import UserError
 

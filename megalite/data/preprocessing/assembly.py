@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.encoding import ShardFiles
+from megalite.data.preprocessing.encoding import ShardFiles
 from megalite.data.writer import IndexedDatasetWriter, copy_bytes
 
 _BUCKET_BYTES = 1 << 26

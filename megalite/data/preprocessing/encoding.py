@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 import numpy as np
 import orjson
 
-from megalite.data.inputs import Segment
-from megalite.data.long_text import LongText
-from megalite.data.places import Malformed, Place
-from megalite.data.readers import Batch, Extract, read
+from megalite.data.preprocessing.inputs import Segment
+from megalite.data.preprocessing.long_text import LongText
+from megalite.data.preprocessing.places import Malformed, Place
+from megalite.data.preprocessing.readers import Batch, Extract, read
 from megalite.data.tokenizer import Tokenizer
 from megalite.files import write_whole
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.encoding import HASH_BYTES
+from megalite.data.preprocessing.encoding import HASH_BYTES
 
 _BUCKET_BYTES = 1 << 27
 _MOST_BUCKETS = 1 << 12

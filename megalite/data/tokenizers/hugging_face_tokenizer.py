@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megalite.data.control_tokens import END_OF_DOCUMENT_NAMES, PlainText, looks_like_control
+from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT_NAMES, PlainText, looks_like_control
 
 
 class HuggingFaceTokenizer:

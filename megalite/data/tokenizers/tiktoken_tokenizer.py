@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megalite.data.control_tokens import END_OF_DOCUMENT
+from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT
 from megalite.errors import UserError, nearest
 
 SUFFIX = ".tiktoken"

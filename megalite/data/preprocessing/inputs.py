@@ -16,8 +16,8 @@ from functools import cached_property
 from glob import glob
 from pathlib import Path
 
-from megalite.data import tables
-from megalite.data.zstd import ZstdError, ZstdReader
+from megalite.data.preprocessing import tables
+from megalite.data.preprocessing.zstd import ZstdError, ZstdReader
 from megalite.errors import UserError, nearest
 
 SUFFIXES = (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalite.data.inputs import Segment, reading
+from megalite.data.preprocessing.inputs import Segment, reading
 
 _BLOCK_BYTES = 1 << 20
 
