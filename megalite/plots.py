@@ -198,7 +198,7 @@ def length_histogram_plot(
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    first = 0 if documents[0] else 1
+    first = next((place for place, count in enumerate(documents) if count), 0)
     names = [f"{low:,}" if low == high else f"{low:,}\N{EN DASH}{high:,}" for low, high in bins][first:]
     figure = Figure(figsize=(10.0, 5.2), layout="constrained")
     figure.suptitle(f"Document lengths of {title}", x=0.015, ha="left", fontsize=14, fontweight="bold", color=_INK)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -137,12 +138,12 @@ def _counts(dataset: "IndexedDataset", histogram: "LengthHistogram") -> Iterator
 def _bars(histogram: "LengthHistogram") -> Iterator[str]:
     total, most = max(1, int(histogram.documents.sum())), max(1, int(histogram.documents.max()))
     names = [f"{low:,}" if low == high else f"{low:,}-{high:,}" for low, high in histogram.bins()]
-    width = max(map(len, names))
+    width = max(len("tokens"), *map(len, names))
     yield f"{'tokens':>{width}}  documents"
-    for name, count in zip(names, histogram.documents.tolist(), strict=True):
-        if count or name != "0":
-            bar = "#" * max(1 if count else 0, round(40 * count / most))
-            yield f"{name:>{width}}  {bar:<40} {count:>12,} {count / total:>6.1%}"
+    bins = zip(names, histogram.documents.tolist(), strict=True)
+    for name, count in dropwhile(lambda named: not named[1], bins):
+        bar = "#" * max(1 if count else 0, round(40 * count / most))
+        yield f"{name:>{width}}  {bar:<40} {count:>12,} {count / total:>6.1%}"
 
 
 def _first_documents(dataset: "IndexedDataset", shown: int, tokenizer: Path | None) -> Iterator[str]:

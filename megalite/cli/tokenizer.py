@@ -21,10 +21,17 @@ def _group() -> None:
 
 
 def train(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="jsonl, jsonl.gz or txt: files or folders.")],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(metavar="INPUT", help="Text, as preprocess reads it: files, folders, quoted patterns."),
+    ],
     output: Annotated[Path, typer.Option(help="The model to write, say tok.model.")],
     vocab_size: Annotated[int, typer.Option(help="Number of token ids, bytes and control tokens included.")] = 8192,
-    text_key: Annotated[str, typer.Option(help="The key of a jsonl line that holds the document.")] = "text",
+    text_key: Annotated[str, typer.Option(help="The key or column of the text.")] = "text",
+    control_token: Annotated[
+        list[str] | None,
+        typer.Option(help="A control token such as <|im_start|>, which no text becomes; may be given several times."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the sample of documents, where there are over 100 MB.")] = 1234,
 ) -> None:
     """Train a sentencepiece BPE tokenizer with byte fallback, which gives every text back as it was."""
@@ -33,7 +40,13 @@ def train(
 
     with writing(output, "give another --output"), byte_progress("reading") as progress:
         report = train_sentencepiece(
-            inputs, vocab_size=vocab_size, output=output, text_key=text_key, seed=seed, progress=progress
+            inputs,
+            vocab_size=vocab_size,
+            output=output,
+            text_key=text_key,
+            seed=seed,
+            control_tokens=control_token or (),
+            progress=progress,
         )
     used = "" if report.documents_used == report.documents else f" of {report.documents:,}"
     typer.echo(

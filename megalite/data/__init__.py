@@ -1,22 +1,26 @@
-"""Text to samples: everything between a file of documents and the token ids of one training sample.
+"""Text to batches: everything between a file of documents and the token ids of one training step.
 
 ::
 
-    INPUT: jsonl, jsonl.gz, txt; files or folders
+    INPUT: jsonl, parquet, arrow, txt; files, folders, patterns
       |
-      |  inputs       the files, cut at line ends into chunks that any process can read on its own
-      |     |
-      |     +-------> tokenizer.train_sentencepiece ----> tok.model
-      |                                                      |
-      |  preprocess   chunks -> token ids, in worker <-------+  tokenizer.load_tokenizer
-      |               processes, back in the order of the input
+      |  preprocess     (preprocessing/) shards -> token ids, in worker processes, then put together
+      |     ^
+      |     +---------- tokenizer (tokenizers/): sentencepiece, tokenizer.json, tiktoken;  chat: conversations
       v
-    PREFIX.bin        token ids, nothing else  \\
-    PREFIX.idx        where each one begins     >  indexed (Megatron's format, byte for byte)
-    PREFIX.json       what they were made of   /
+    PREFIX.bin          token ids, nothing else         \\
+    PREFIX.idx          where each document begins       \\  index_format says it byte for byte; writer, merge write;
+    PREFIX.mask         which tokens count, of some      /  indexed, index_map read; inspection counts
+    PREFIX.json         what they were made of          /
       |
-      |  samples      split_documents: the documents for training, the documents for validation
-      |               GPTDataset:      sample i, a function of (seed, i) alone; int64[sequence_length + 1]
+      |  samples        the streaming order: sample i by arithmetic, over a permutation (permutation)
+      |  megatron       Megatron-core's order, from an index that is built once (index_cache)
+      |  blend          several sources as one
+      v
+    datasets            what a run file says: sources, split, blend, validation sets; how often each is read
+      |
+      |  batches        the samples of a step, this rank's share, documents and loss masks beside them, read ahead
+      |  fim            fill-in-the-middle
       v
     microbatches
 

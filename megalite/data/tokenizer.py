@@ -136,17 +136,25 @@ def train_sentencepiece(
     text_key: str = "text",
     seed: int = 1234,
     sample_bytes: int = _SAMPLE_BYTES,
+    control_tokens: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> TrainingReport:
     """Train a BPE model (arXiv:1808.06226) that gives every text back as it was, and write it to `output`.
 
     Spaces and line ends are kept, digits stand alone, and what no piece spells falls back to bytes. The ids are
     0 ``<unk>``, 1 ``<s>``, 2 ``<|endoftext|>`` (end of document and of sequence), 3 to 258 the bytes, then the
-    pieces, the layout that Llama's readers expect. The same inputs give the same bytes. Beyond `sample_bytes` of
-    text a sample of the documents is used, drawn by `seed`.
+    pieces, the layout that Llama's readers expect; `control_tokens`, which no text ever becomes, stand before the
+    bytes. The same inputs give the same bytes. Beyond `sample_bytes` of text a sample of the documents is used, drawn
+    by `seed`.
 
-    Raises UserError for input that is malformed or too small for the vocabulary.
+    Raises UserError for input that is malformed or too small for the vocabulary, and for a control token that stands
+    twice.
     """
+    taken = ["<unk>", "<s>", END_OF_DOCUMENT]
+    for name in control_tokens:
+        if not name or name in taken:
+            raise UserError(f"--control-token={name}: {'stands twice' if name else 'is empty'}; give other names")
+        taken.append(name)
     counted = _Counted(documents(inputs, [text_key], progress))
     texts = _sample(counted, sample_bytes, seed)
     if not any(texts):
@@ -154,7 +162,7 @@ def train_sentencepiece(
             f"{', '.join(map(str, inputs))}: no text to train a tokenizer on; give documents that hold text"
         )
     started = time.perf_counter()
-    model = _train(texts, vocab_size)
+    model = _train(texts, vocab_size, control_tokens)
     seconds = time.perf_counter() - started
     write_whole(output, model)
     return TrainingReport(counted.count, len(texts), sum(len(text.encode()) for text in texts), seconds)
@@ -184,7 +192,7 @@ def _sample(texts: Iterable[str], limit: int, seed: int) -> list[str]:
     return [text for _, _, text in sorted(kept, key=itemgetter(1))]
 
 
-def _train(texts: list[str], vocab_size: int) -> bytes:
+def _train(texts: list[str], vocab_size: int, control_tokens: Sequence[str]) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
@@ -206,6 +214,7 @@ def _train(texts: list[str], vocab_size: int) -> bytes:
             eos_id=2,
             eos_piece=END_OF_DOCUMENT,
             pad_id=-1,
+            control_symbols=list(control_tokens),
             # It is recorded in the model: another number would give other bytes.
             num_threads=1,
             minloglevel=2,

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from megalite.cli import main, preprocess, progress, tokenizer
 from megalite.data.indexed import IndexedDataset
+from megalite.data.tokenizer import load_tokenizer
 from megalite.errors import UserError
 
 TEXTS = [f"the fox number {n} jumps over the lazy dog number {n * n}" for n in range(200)]
@@ -121,6 +122,49 @@ def test_the_bar_shows_bytes_tokens_and_what_is_left(monkeypatch):
         tell(5_000_000, 10_000_000, 1_000_000)
     text = "".join(shown)
     assert re.search(r"tokenizing .* 5\.0/10\.0 MB .* [\d,]+ tokens/s", text)
+
+
+def test_a_tokenizer_with_control_tokens_takes_conversations(app, corpus, tmp_path):
+    names = ("<|im_start|>", "<|im_end|>")
+    words = (
+        "tokenizer",
+        "train",
+        corpus,
+        "--output",
+        tmp_path / "tok.model",
+        "--vocab-size",
+        320,
+        "--text-key",
+        "body",
+    )
+    done = run(app, *words, *(word for name in names for word in ("--control-token", name)))
+    assert done.exit_code == 0, done.output
+    chat = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "the fox? <|im_end|>"}, {"role": "assistant", "content": "the lazy dog"}]
+    chat.write_text(json.dumps({"messages": messages}) + "\n")
+    words = (
+        "preprocess",
+        chat,
+        "--chat",
+        "chatml",
+        "--tokenizer",
+        tmp_path / "tok.model",
+        "--output",
+        tmp_path / "chat",
+    )
+    done = run(app, *words)
+    assert done.exit_code == 0, done.output
+    loaded = load_tokenizer(tmp_path / "tok.model")
+    ids = IndexedDataset(tmp_path / "chat").document_tokens(0).tolist()
+    start, end = map(loaded.token_id, names)
+    assert (ids.count(start), ids.count(end)) == (2, 2), "what a message says is text"
+
+
+@pytest.mark.parametrize("names", [["<a>", "<a>"], ["<s>"], [""]])
+def test_a_control_token_stands_once(app, corpus, tmp_path, names):
+    words = ("tokenizer", "train", corpus, "--output", tmp_path / "tok.model", "--text-key", "body")
+    done = run(app, *words, *(word for name in names for word in ("--control-token", name)))
+    assert str(done.exception).startswith(f"--control-token={names[-1]}: ")
 
 
 def test_what_the_user_can_mend_is_a_user_error(app, corpus, tmp_path):
