@@ -54,6 +54,34 @@ def test_a_run_leaves_its_metrics_its_pictures_and_done(run_file: Path, tmp_path
     assert not list(directory.glob("*.tmp"))
 
 
+def test_a_run_over_several_sources_says_what_it_reads(run_file: Path, corpus: Path, tmp_path: Path) -> None:
+    overrides = [override for override in TINY if not override.startswith("data.split")]
+    sources = f"data.train=[{{prefix: {corpus}, weight: 3}}, {{prefix: {corpus}, weight: 1}}]"
+    valid = f"data.valid=[{{prefix: {corpus}, name: web}}, {{prefix: {corpus}, name: code}}]"
+    ramp = "train.batch_size_rampup={start: 2, increment: 2, samples: 4}"
+    words = [sources, valid, ramp, "train.steps=4", "train.eval_every=4", "data.max_epochs=0.001"]
+    done = megalite("train", str(run_file), *overrides, *words)
+    lines = done.stdout.splitlines()
+    # Two steps of two sequences, then two of four: twelve, nine and three of the sources.
+    assert [line.split(" | ")[1] for line in lines if line.startswith("data: ")] == [
+        "9 samples, 75.00%",
+        "3 samples, 25.00%",
+    ]
+    assert sum(line.startswith(f"warning: {corpus} is read ") for line in lines) == 2
+    assert any(line.startswith("validation loss on web: ") for line in lines)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["tokens"] for record in records if "loss" in record] == [48, 96, 192, 288]
+    assert all(0 <= record["data_wait"] < 1 for record in records if "loss" in record)
+    evaluations = {record["valid_set"]: record["valid_loss"] for record in records if "valid_loss" in record}
+    assert list(evaluations) == ["web", "code"]
+    assert evaluations["web"] == evaluations["code"]
+
+
+def test_megatrons_order_leaves_its_index_in_the_runs_folder(run_file: Path, tmp_path: Path) -> None:
+    megalite("train", str(run_file), *TINY, "data.order=megatron", "parallel.data=2", "train.steps=3")
+    assert [path.name.split("-")[0] for path in (tmp_path / "run" / "index").iterdir() if path.is_dir()] == ["megatron"]
+
+
 def test_a_run_stops_where_it_is_told_and_is_not_done(run_file: Path, tmp_path: Path) -> None:
     whole = megalite("train", str(run_file), *TINY, "train.steps=6").stdout.splitlines()
     stopped = megalite("train", str(run_file), *TINY, "train.steps=6", "train.stop_after=3").stdout.splitlines()
