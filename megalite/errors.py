@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable
 
 USER_ERROR_STATUS = 2
+_SHOWN = 30
 
 
 class UserError(Exception):
@@ -21,4 +22,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; allowed: {', '.join(choices)}" if choices else ""
+    if not choices:
+        return ""
+    more = f" and {len(choices) - _SHOWN:,} more" if len(choices) > _SHOWN else ""
+    return f"; allowed: {', '.join(choices[:_SHOWN])}{more}"

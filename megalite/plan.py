@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from megalite.config import ModelConfig, RunConfig, load_run_config
+from megalite.data.batches import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed import IndexedDataset
 from megalite.data.tokenizer import load_tokenizer
@@ -41,6 +42,7 @@ class Plan:
         for source in (*self.config.data.train, *self.config.data.valid):
             indexed = IndexedDataset(source.prefix)
             indexed.require_vocabulary(vocab_size)
+            indexed.require_sound_mask()
             if digest and indexed.sidecar and indexed.sidecar.tokenizer_sha256 != digest:
                 raise UserError(
                     f"{source.prefix}.json: made with a tokenizer of SHA-256 {indexed.sidecar.tokenizer_sha256[:12]}, "
@@ -54,12 +56,14 @@ class Plan:
 
     def _summary(self) -> str:
         config, train = self.config, self.config.train
-        tokens = train.global_batch_size * config.data.sequence_length
+        tokens = BatchSchedule(train).consumed(train.steps) * config.data.sequence_length
+        ramp = train.batch_size_rampup
+        sizes = f"{train.global_batch_size:,}" if ramp is None else f"{ramp.start:,} to {train.global_batch_size:,}"
         return (
             f"{config.source.name}: {config.model.architecture}, {self.layout}, {self.layout.world_size} ranks, "
             f"ZeRO-{config.zero_stage}, {config.precision}\n"
-            f"{train.steps:,} steps x {train.global_batch_size:,} sequences x {config.data.sequence_length:,} tokens "
-            f"= {train.steps * tokens:,} tokens; {config.gradient_accumulation_steps} microbatches of "
+            f"{train.steps:,} steps x {sizes} sequences x {config.data.sequence_length:,} tokens "
+            f"= {tokens:,} tokens; {config.gradient_accumulation_steps} microbatches of "
             f"{train.micro_batch_size} a rank and step"
         )
 

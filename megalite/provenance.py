@@ -1,6 +1,6 @@
 """Which documents a step of a run trains on, from the run's configuration alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 from megalite.data.batches import BatchReader, BatchSchedule, SampleRules
 from megalite.data.datasets import open_datasets
 from megalite.data.indexed import IndexedDataset
+from megalite.data.inspection import readable
 from megalite.data.samples import Piece
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import UserError
@@ -41,7 +42,7 @@ class Provenance:
         self._dataset = cache(IndexedDataset)
 
     def step(self, step: int, rank: int | None = None) -> Iterator[SeenSample]:
-        """Yield the samples of a step, by data rank and microbatch; with `rank`, those of this rank alone.
+        """Return the samples of a step, by data rank and microbatch; with `rank`, those of this rank alone.
 
         Raises UserError where the run has no such step or rank.
         """
@@ -50,22 +51,26 @@ class Provenance:
         layout = self.plan.layout
         if rank is not None and not 0 <= rank < layout.world_size:
             raise UserError(f"--rank={rank}: the run has ranks 0 to {layout.world_size - 1}; use one of them")
-        data_ranks = range(layout.data) if rank is None else [layout.coordinate(rank).data]
+        return self._samples_of(step, range(layout.data) if rank is None else [layout.coordinate(rank).data])
+
+    def _samples_of(self, step: int, data_ranks: Iterable[int]) -> Iterator[SeenSample]:
         for data_rank in data_ranks:
             reader = BatchReader(
                 self._samples,
                 SampleRules(),
                 micro_batch_size=self.config.train.micro_batch_size,
                 data_rank=data_rank,
-                data_size=layout.data,
+                data_size=self.plan.layout.data,
             )
             for microbatch, samples in enumerate(reader.slices(self.schedule.samples(step))):
                 for sample in samples:
                     yield SeenSample(sample, data_rank, microbatch, tuple(self._samples.pieces(sample)))
 
     def text(self, piece: Piece) -> str | None:
-        """Return what a piece reads as, None without a tokenizer."""
+        """Return what a piece reads as (`readable`), None without a tokenizer."""
         if self._tokenizer is None:
             return None
-        tokens = self._dataset(piece.prefix).document_tokens(piece.document)
-        return self._tokenizer.decode(tokens[piece.offset : piece.offset + piece.length].tolist())
+        dataset = self._dataset(piece.prefix)
+        first = dataset.document_span(piece.document)[0] + piece.offset
+        mask = dataset.loss_mask(first, piece.length) if dataset.has_loss_mask else None
+        return readable(self._tokenizer, dataset.tokens(first, piece.length), mask)

@@ -63,7 +63,7 @@ class Trainer:
         )
         self.datasets = datasets
         self.schedule = BatchSchedule(train)
-        rules = SampleRules.of(self.config.data, self.config.run.seed, datasets.fim)
+        rules = SampleRules.of(self.config, datasets.fim)
         reader = self._reader(datasets.train, rules)
         self.batches = ReadAhead(
             lambda step: reader.microbatches(self.schedule.samples(step)),

@@ -111,6 +111,12 @@ def test_sources_come_from_a_file_of_weights(write: Callable[..., Path], tmp_pat
     assert [(str(source.prefix), source.weight) for source in sources] == [("data/books", 30.0), ("data/web", 70.0)]
 
 
+def test_a_prefix_in_the_place_of_a_file_of_weights(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "corpus.idx").touch()
+    expected = "data.train=corpus: is a prefix, not a file of weights; write [{prefix: corpus}]"
+    assert message(write({"data.train": "corpus"})) == expected
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -93,6 +93,8 @@ def test_inspect_writes_json(run_file: Path) -> None:
     ("options", "problem"),
     [
         ([], "is a run; say which step's documents to show: --step N"),
+        (["--step", "1", "--plot", "a.png"], "--plot: "),
+        (["--step", "-1"], "--step=-1: the run has steps 1 to 10"),
         (["--step", "0"], "--step=0: the run has steps 1 to 10"),
         (["--step", "11"], "--step=11: the run has steps 1 to 10"),
         (["--step", "1", "--rank", "1"], "--rank=1: the run has ranks 0 to 0"),
@@ -102,14 +104,16 @@ def test_a_step_or_rank_that_is_not_there(
     run_file: Path, options: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", str(run_file), *options]) == 2
-    assert problem in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert problem in captured.err
+    assert captured.out == ""
 
 
 def test_a_path_that_is_neither_dataset_nor_run(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(corpus.parent / "corpsu")]) == 2
     err = capsys.readouterr().err
     assert "neither a dataset's prefix" in err
-    assert "did you mean 'corpus'?" in err
+    assert f"did you mean '{corpus}'?" in err
 
 
 def test_a_run_whose_data_is_gone(run_file: Path, tmp_path: Path) -> None:

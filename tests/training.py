@@ -81,7 +81,7 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     ]
     adamw = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
     datasets, schedule = open_datasets(config), BatchSchedule(train)
-    rules = SampleRules.of(config.data, config.run.seed, datasets.fim)
+    rules = SampleRules.of(config, datasets.fim)
     losses, norms = [], []
     for step in range(1, train.steps + 1):
         batch = rules.microbatch(datasets.train, schedule.samples(step))

@@ -23,7 +23,7 @@ def main() -> int:
         with writing(args.output, "give another --output"), count_progress("merging", "tokens") as progress:
             merged = merge_datasets(args.prefixes, args.output, progress)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"megalite: error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS
     print(f"{args.output}: {merged.num_documents:,} documents, {merged.num_tokens:,} tokens")
     return 0

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import dropwhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,21 +28,40 @@ def inspect(
     step: Annotated[int | None, typer.Option(help="Of a run: the step whose documents are shown, from 1.")] = None,
     rank: Annotated[int | None, typer.Option(help="With --step: only what this rank trains on.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --step: a JSON line a sample, texts whole.")] = False,
-    documents: Annotated[int, typer.Option(help="Of a dataset: how many documents are shown.")] = 3,
+    documents: Annotated[
+        int | None, typer.Option(min=0, help="Of a dataset: how many documents are shown; 3 unless given.")
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Of a dataset: the tokenizer to decode them with.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Of a dataset: write the histogram as this PNG.")] = None,
 ) -> None:
     """Show and check a dataset; or show what a step of a run trains on, from its configuration alone."""
-    if path.with_name(f"{path.name}.idx").is_file() or path.with_name(f"{path.name}.bin").is_file():
-        _inspect_dataset(path, documents, tokenizer, plot)
+    of_run = {"--step": step is not None, "--rank": rank is not None, "--json": as_json}
+    of_dataset = {
+        "--documents": documents is not None,
+        "--tokenizer": tokenizer is not None,
+        "--plot": plot is not None,
+    }
+    if any(path.name and path.with_name(f"{path.name}{suffix}").is_file() for suffix in (".idx", ".bin")):
+        _refuse(path, "a dataset", of_run)
+        _inspect_dataset(path, 3 if documents is None else documents, tokenizer, plot)
     elif (path / "config.yaml").is_file() or path.suffix in (".yaml", ".yml"):
+        _refuse(path, "a run", of_dataset)
         _inspect_run(path, step, rank, as_json)
     else:
-        near = [p.with_suffix("").name for p in path.parent.glob("*.idx")] if path.parent.is_dir() else []
-        hint = nearest(path.name, near) if near else ""
-        raise UserError(
-            f"{path}: neither a dataset's prefix (PATH.idx), a run's folder (PATH/config.yaml) nor a run file{hint}"
-        )
+        raise UserError(f"{path}: neither a dataset's prefix, a run's folder nor a run file{_nearest_prefix(path)}")
+
+
+def _refuse(path: Path, what: str, given: Mapping[str, bool]) -> None:
+    for option in (name for name, is_given in given.items() if is_given):
+        raise UserError(f"{option}: {path} is {what}, of which it says nothing; leave it out")
+
+
+def _nearest_prefix(path: Path) -> str:
+    if path.suffix in (".idx", ".bin", ".mask"):
+        return f"; a prefix has no {path.suffix}, use {path.with_suffix('')}"
+    folder = path if path.is_dir() else path.parent
+    prefixes = [str(index.with_suffix("")) for index in folder.glob("*.idx")] if folder.is_dir() else []
+    return nearest(str(path), prefixes)
 
 
 def _inspect_run(path: Path, step: int | None, rank: int | None, as_json: bool) -> None:
@@ -51,10 +70,11 @@ def _inspect_run(path: Path, step: int | None, rank: int | None, as_json: bool) 
     if step is None:
         raise UserError(f"{path}: is a run; say which step's documents to show: --step N")
     provenance = Provenance(path)
+    samples = provenance.step(step, rank)
     show = _sample_as_json if as_json else _sample_as_lines
     if not as_json:
         typer.echo(_step_header(provenance, step))
-    for seen in provenance.step(step, rank):
+    for seen in samples:
         for line in show(provenance, seen):
             typer.echo(line)
 
@@ -64,6 +84,7 @@ def _step_header(provenance: "Provenance", step: int) -> str:
     return (
         f"step {step:,} of {config.run.dir}: samples {samples.start:,} to {samples.stop - 1:,} of the order "
         f"{config.data.order}, {config.data.sequence_length:,} tokens each; seed {config.run.seed}"
+        + ("; shown before data.fim_rate moves the middle of some" if config.data.fim_rate else "")
     )
 
 
@@ -95,7 +116,7 @@ def _inspect_dataset(prefix: Path, shown: int, tokenizer: Path | None, plot: Pat
     from megalite.data.inspection import length_histogram
 
     dataset = IndexedDataset(prefix)
-    with count_progress("checking", "sequences") as progress:
+    with count_progress("checking", "") as progress:
         dataset.verify(progress)
     with count_progress("counting", "documents") as progress:
         histogram = length_histogram(dataset, progress)
@@ -124,7 +145,7 @@ def _counts(dataset: "IndexedDataset", histogram: "LengthHistogram") -> Iterator
         f"{histogram.mean:,.1f} on average, {histogram.longest:,} at most"
     )
     if dataset.has_loss_mask:
-        yield "loss mask: yes"
+        yield "loss mask: yes; what counts stands in « »"
     sidecar = dataset.sidecar
     if sidecar is None:
         yield "no sidecar: the tokenizer is not known"
@@ -147,6 +168,7 @@ def _bars(histogram: "LengthHistogram") -> Iterator[str]:
 
 
 def _first_documents(dataset: "IndexedDataset", shown: int, tokenizer: Path | None) -> Iterator[str]:
+    from megalite.data.inspection import readable
     from megalite.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
@@ -156,8 +178,9 @@ def _first_documents(dataset: "IndexedDataset", shown: int, tokenizer: Path | No
     for document in range(min(shown, dataset.num_documents)):
         tokens = dataset.document_tokens(document)
         head = f"document {document}, {len(tokens):,} tokens: "
-        some = tokens[: _width()].tolist()
-        text = loaded.decode(some) if loaded is not None else " ".join(map(str, some))
+        some, first = tokens[: _width()], dataset.document_span(document)[0]
+        mask = dataset.loss_mask(first, len(some)) if dataset.has_loss_mask else None
+        text = readable(loaded, some, mask) if loaded is not None else " ".join(map(str, some.tolist()))
         yield f"{'' if document else chr(10)}{head}{_one_line(text, _width() - len(head))}"
 
 

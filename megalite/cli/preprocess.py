@@ -102,7 +102,7 @@ def summary(output: Path, report: "PreprocessReport") -> list[str]:
     processes = "1 process" if report.workers == 1 else f"{report.workers} processes"
     lines = [
         f"{output}: {report.documents:,} documents, {report.tokens:,} tokens "
-        f"({report.text_bytes / report.tokens:.2f} bytes a token)",
+        f"({report.text_bytes / report.tokens:.2f} bytes of input a token)",
         f"speed: {report.new_text_bytes / report.seconds / 1e6:.1f} MB/s, "
         f"{report.new_tokens / report.seconds:,.0f} tokens/s, {report.seconds:.1f} s with {processes}",
         f"unigram entropy: {report.entropy:.3f} nats a token (uniform over {report.vocab_size:,} ids: "

@@ -55,8 +55,9 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
 
     plan = prepare(run, overrides, None)
     if dry_run:
+        datasets = plan.check_data(keep_index=False)
         _show(plan)
-        for line in plan.check_data(keep_index=False).describe():
+        for line in datasets.describe():
             typer.echo(line)
         return
     plan.check_data()

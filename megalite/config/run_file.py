@@ -101,7 +101,10 @@ def _load_sources(document: dict[str, Any]) -> None:
     """Put the sources that a file lists in the place of its path."""
     data = document.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
-        data["train"] = read_weights(Path(data["train"]))
+        path = Path(data["train"])
+        if not path.exists() and path.with_name(f"{path.name}.idx").exists():
+            raise UserError(f"data.train={path}: is a prefix, not a file of weights; write [{{prefix: {path}}}]")
+        data["train"] = read_weights(path)
 
 
 def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin) -> RunConfig:

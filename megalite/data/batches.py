@@ -5,13 +5,14 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 import numpy as np
 
-from megalite.config import DataSection, TrainSection
+from megalite.config import RunConfig, TrainSection
 from megalite.data.fim import FillInTheMiddle
 from megalite.data.samples import Samples
+from megalite.errors import UserError
 
 T = TypeVar("T")
 
@@ -73,16 +74,25 @@ class SampleRules:
     eod_mask_loss: bool = False
     fim: FillInTheMiddle | None = None
     seed: int = 0
+    vocab_size: int | None = None
+    """Of the model; None: any id is taken."""
 
     @classmethod
-    def of(cls, data: DataSection, seed: int, fim: FillInTheMiddle | None) -> "SampleRules":
+    def of(cls, config: RunConfig, fim: FillInTheMiddle | None) -> "SampleRules":
         """Return the rules that a run file states."""
-        return cls(data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss, fim, seed)
+        data, seed = config.data, config.run.seed
+        resets = data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss
+        return cls(*resets, fim, seed, config.model.vocab_size)
 
     def microbatch(self, samples: Samples, indices: range) -> SampleMicrobatch:
-        """Read the samples of one microbatch and lay them out."""
+        """Read the samples of one microbatch and lay them out.
+
+        Raises UserError for a token id beyond the vocabulary, as in a file that was damaged.
+        """
         rows = np.arange(indices.start, indices.stop, indices.step)
         tokens, counts = samples.tokens(rows), samples.loss_mask(rows)
+        if self.vocab_size is not None and int(tokens.max()) >= self.vocab_size:
+            self._refuse(samples, int(rows[tokens.max(axis=1).argmax()]), int(tokens.max()))
         if counts is not None:
             counts = counts[:, 1:].astype(bool)
         if not (self.reset_attention_mask or self.reset_position_ids or self.eod_mask_loss or self.fim):
@@ -102,6 +112,14 @@ class SampleRules:
             document_lengths=lengths if self.reset_attention_mask else None,
             positions=np.stack([_positions(row) for row in lengths]) if self.reset_position_ids else None,
             counts=counts,
+        )
+
+    def _refuse(self, samples: Samples, sample: int, token: int) -> NoReturn:
+        prefixes = sorted({str(piece.prefix) for piece in samples.pieces(sample)})
+        allowed = f"a vocabulary of {self.vocab_size} allows 0 to {(self.vocab_size or 0) - 1}"
+        raise UserError(
+            f"{', '.join(prefixes)}: sample {sample} holds token id {token}; {allowed}; look for damage with `megalite "
+            f"inspect {prefixes[0]}`"
         )
 
 

@@ -48,6 +48,7 @@ class Datasets:
             f"{use.epoch_tokens:,} tokens"
             for use in self.uses
         ]
+        lines += [f"validation: {name} | {samples.samples_per_epoch:,} samples" for name, samples in self.valid.items()]
         lines += [
             f"warning: {use.prefix} is read {use.epochs:.2f} times, more than data.max_epochs={self.max_epochs:g}; "
             "give it a smaller weight, add text, train fewer steps, or raise data.max_epochs"

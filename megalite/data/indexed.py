@@ -67,6 +67,15 @@ class IndexedDataset:
         yield from self._index.check(whole=True)
         for at in range(0, masked, BLOCK):
             yield len(self.loss_mask(at, min(BLOCK, masked - at)))
+        if self.sidecar is not None and ".bin" not in digests:
+            for at in range(0, self.num_tokens, 16 * BLOCK):
+                found = int(self.tokens(at, min(16 * BLOCK, self.num_tokens - at)).max())
+                if found > self.sidecar.max_token_id:
+                    raise UserError(
+                        f"{self.tokens_path}: holds token id {found}; its sidecar tells {self.sidecar.max_token_id} as "
+                        "the largest; copy it again, or preprocess again"
+                    )
+                yield 0
         for suffix, expected in digests.items():
             path, digest = with_suffix(self.prefix, suffix), hashlib.sha256()
             if not path.is_file():
@@ -162,6 +171,11 @@ class IndexedDataset:
     def sequence_spans(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return where in the stream each of some sequences begins, and its length: int64[n] to two of int64[n]."""
         return self._index.sequence_spans(sequences)
+
+    def require_sound_mask(self) -> None:
+        """Raise UserError where the loss mask, if there is one, holds anything but 0 and 1; reads it all."""
+        for at in range(0, self.num_tokens if self.has_loss_mask else 0, 16 * BLOCK):
+            self.loss_mask(at, min(16 * BLOCK, self.num_tokens - at))
 
     def max_token_id(self) -> int:
         """Return the largest token id, or -1 without tokens: from the sidecar, else by reading every token."""

@@ -1,4 +1,4 @@
-"""What is in a tokenized corpus: counts and the lengths of its documents, in one pass and bounded memory."""
+"""What is in a tokenized corpus: the lengths of its documents, and how tokens read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalite.data.indexed import IndexedDataset
+from megalite.data.tokenizer import Tokenizer
 
 _BLOCK = 1 << 20
 _COUNTED_APART = 1 << 22
@@ -55,3 +56,21 @@ def length_histogram(dataset: IndexedDataset, progress: Callable[[int, int], Non
     return LengthHistogram(
         documents[: last + 1], tokens[: last + 1], shortest if dataset.num_documents else 0, median, longest
     )
+
+
+def readable(tokenizer: Tokenizer, tokens: np.ndarray, loss_mask: np.ndarray | None = None) -> str:
+    """Return the text of tokens with control tokens by their names, and what a loss mask counts in « »."""
+    names = {token: name for name, token in tokenizer.control_tokens.items()}
+    counts = np.zeros(len(tokens), bool) if loss_mask is None else loss_mask.astype(bool)
+    control = np.isin(tokens, list(names))
+    parts, counted, start = [], False, 0
+    for end in range(1, len(tokens) + 1):
+        if end < len(tokens) and counts[end] == counts[start] and not control[end] and not control[start]:
+            continue
+        if counts[start] != counted:
+            counted = not counted
+            parts.append("«" if counted else "»")
+        ids = tokens[start:end].tolist()
+        parts.append(names[ids[0]] if control[start] else tokenizer.decode(ids))
+        start = end
+    return "".join([*parts, "»"] if counted else parts)

@@ -269,7 +269,11 @@ def _write(
     counts = count_tokens(files, left_out, tokenizer.vocab_size, recipe.dtype)
     if not counts.any():
         made.work.done = True
-        raise UserError(f"{prefix}: not one document is left to write; give input with text under --text-key")
+        short, empty = made.sum_of(lambda report: report.short), made.sum_of(lambda report: report.empty)
+        fix = "lower --min-tokens" if short else "give input with text"
+        raise UserError(
+            f"{prefix}: not one document is left to write: {short:,} shorter than --min-tokens, {empty:,} empty; {fix}"
+        )
     with IndexedDatasetWriter(prefix, recipe.dtype, with_loss_mask=recipe.extract.structured) as writer:
         stretches = runs(files, left_out)
         if document_shuffle is None:

@@ -143,7 +143,9 @@ def write_sidecar(sidecar: DatasetSidecar, files: Mapping[str, Path]) -> None:
 
 
 def require_prefix(prefix: Path) -> None:
-    """Raise UserError for the name of a file where a prefix is meant."""
+    """Raise UserError for the name of a file, or for none, where a prefix is meant."""
+    if not prefix.name:
+        raise UserError(f"--output={prefix}: names no dataset; write a prefix, such as {prefix / 'corpus'}")
     if prefix.suffix in SUFFIXES:
         raise UserError(f"{prefix}: a prefix has no {prefix.suffix}; use {prefix.with_suffix('')}")
 

@@ -79,9 +79,8 @@ def test_text_becomes_a_dataset_by_two_commands(app, corpus, tmp_path):
     assert dataset.num_documents == 200
     assert dataset.document_tokens(0)[-1] == 2
     first, speed, entropy, empty, skipped, *problems = done.output.splitlines()
-    assert first.endswith(
-        f"200 documents, {dataset.num_tokens:,} tokens ({corpus.stat().st_size / dataset.num_tokens:.2f} bytes a token)"
-    )
+    input_bytes = f"{corpus.stat().st_size / dataset.num_tokens:.2f} bytes of input"
+    assert first.endswith(f"200 documents, {dataset.num_tokens:,} tokens ({input_bytes} a token)")
     assert re.fullmatch(r"speed: [\d.]+ MB/s, [\d,]+ tokens/s, [\d.]+ s with 1 process", speed)
     assert dataset.sidecar is not None
     assert entropy.startswith(

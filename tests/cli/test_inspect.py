@@ -8,8 +8,8 @@ import pytest
 
 from megalite.cli import main
 from megalite.data.indexed import IndexedDataset
-from megalite.data.inspection import length_histogram
-from megalite.data.tokenizer import train_sentencepiece
+from megalite.data.inspection import length_histogram, readable
+from megalite.data.tokenizer import load_tokenizer, train_sentencepiece
 from megalite.data.writer import IndexedDatasetWriter
 
 LENGTHS = [0, 1, 2, 3, 3, 4, 7, 8, 100, 5]
@@ -54,6 +54,46 @@ def test_text_is_decoded_by_the_datasets_own_tokenizer(tmp_path: Path, capsys: p
     train_sentencepiece([text], vocab_size=301, output=tokenizer)
     assert main(["inspect", str(prefix), "--tokenizer", str(tokenizer)]) == 2
     assert f"{tokenizer}: not the tokenizer of {prefix}" in capsys.readouterr().err
+
+
+def test_control_tokens_and_what_counts_are_shown(tmp_path: Path) -> None:
+    text, tokenizer = tmp_path / "a.jsonl", tmp_path / "tok.model"
+    text.write_text("".join(json.dumps({"text": f"the number {n} follows {n - 1}\n"}) + "\n" for n in range(200)))
+    train_sentencepiece([text], vocab_size=300, output=tokenizer, control_tokens=["<end>"])
+    loaded = load_tokenizer(tokenizer)
+    end = loaded.token_id("<end>")
+    ask, answer = loaded.encode_plain("the number"), loaded.encode_plain("follows")
+    assert end is not None
+    tokens = np.array([*ask, end, *answer, end])
+    assert readable(loaded, tokens) == "the number<end>follows<end>"
+    mask = np.array([0] * (len(ask) + 1) + [1] * (len(answer) + 1))
+    assert readable(loaded, tokens, mask) == "the number<end>«follows<end>»"
+    assert readable(loaded, tokens, 1 - mask) == "«the number<end>»follows<end>"
+
+
+@pytest.mark.parametrize("words", [["--step", "3"], ["--rank", "0"], ["--json"]])
+def test_what_is_asked_of_a_run_is_refused_of_a_dataset(
+    prefix: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(prefix), *words]) == 2
+    assert capsys.readouterr().err == (
+        f"megalite: error: {words[0]}: {prefix} is a dataset, of which it says nothing; leave it out\n"
+    )
+
+
+def test_a_file_of_a_dataset_is_told_its_prefix(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", f"{prefix}.idx"]) == 2
+    assert capsys.readouterr().err.endswith(f"; a prefix has no .idx, use {prefix}\n")
+
+
+def test_a_damaged_token_without_a_digest_is_found(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"vocab_size": 100, "tokenizer_sha256": "0", "num_tokens": 133, "num_documents": 10, "max_token_id": 99}
+    Path(f"{prefix}.json").write_text(json.dumps(told | {"token_counts_entropy": 1.0}))
+    assert main(["inspect", str(prefix)]) == 0
+    with Path(f"{prefix}.bin").open("r+b") as tokens:
+        tokens.write(b"\xff\xff")
+    assert main(["inspect", str(prefix)]) == 2
+    assert "holds token id 65535; its sidecar tells 99 as the largest" in capsys.readouterr().err
 
 
 def test_a_broken_index_is_named(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleR
 from megalite.data.indexed import IndexedDataset
 from megalite.data.samples import StreamingSamples
 from megalite.data.writer import IndexedDatasetWriter
+from megalite.errors import UserError
 
 EOD = 0
 S = 8
@@ -138,6 +139,14 @@ def test_a_loss_mask_and_document_ends_are_both_heeded(masked: StreamingSamples)
     batch = SampleRules(eod_mask_loss=True).microbatch(masked, range(masked.samples_per_epoch))
     assert batch.counts is not None
     np.testing.assert_array_equal(batch.counts, (batch.targets % 2 == 1) & (batch.ids != 59))
+
+
+def test_a_token_beyond_the_vocabulary_is_named(samples: StreamingSamples) -> None:
+    largest = int(samples.tokens(np.arange(samples.samples_per_epoch)).max())
+    everything = range(samples.samples_per_epoch)
+    SampleRules(vocab_size=largest + 1).microbatch(samples, everything)
+    with pytest.raises(UserError, match=rf"corpus: sample \d+ holds token id {largest}; a vocabulary of {largest}"):
+        SampleRules(vocab_size=largest).microbatch(samples, everything)
 
 
 # --------------------------------------------------------------------------------------------------------- read ahead

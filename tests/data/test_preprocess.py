@@ -657,10 +657,11 @@ def test_the_tool_takes_the_options_of_megatron(corpus, tokenizer_path, tmp_path
     tool = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
     command = [sys.executable, str(tool), "--input", str(corpus), "--tokenizer-model", str(tokenizer_path)]
     command += ["--output-prefix", str(tmp_path / "my"), "--append-eod", "--workers", "1"]
+    command += ["--tokenizer-type", "SentencePieceTokenizer", "--partitions", "1", "--log-interval", "1000"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "300 documents" in done.stdout
     assert IndexedDataset(tmp_path / "my_text_document").num_documents == 300
     failed = subprocess.run([*command, "--json-keys", "body"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
-    assert failed.stderr.startswith(f"{corpus}:1: byte 0: no key 'body'")
+    assert failed.stderr.startswith(f"megalite: error: {corpus}:1: byte 0: no key 'body'")
     assert failed.stderr.count("\n") == 1

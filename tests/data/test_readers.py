@@ -129,12 +129,21 @@ def test_an_empty_file_of_lines_holds_nothing_and_one_of_text_an_empty_document(
     assert read_all(tmp_path / "a.txt") == [""]
 
 
+@pytest.mark.parametrize(
+    ("name", "extract"), [("a.jsonl", Extract()), ("a.txt", Extract()), ("a.txt", Extract(split_lines=True))]
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, extract):
+    text = "héllo" if name == "a.txt" else '{"text": "héllo"}'
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert read_all(tmp_path / name, extract) == ["héllo"]
+
+
 def test_the_texts_under_several_keys_are_joined(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"title": "T", "text": "body"}\n{"text": "only", "title": ""}\n{"text": "no title"}\n')
     extract = Extract(("title", "text"))
     assert read_all(path, extract)[:2] == ["T\nbody", "only"]
-    assert read_all(path, extract)[2] == ":3: byte 61: no key 'title'; allowed: text"
+    assert read_all(path, extract)[2] == ":3: byte 61: no key 'title'; allowed: text (--text-key names the text's)"
     table = pyarrow.table({"text": ["body"], "title": ["T"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert read_all(tmp_path / "a.parquet", extract) == ["T\nbody"]

@@ -204,7 +204,8 @@ def _files_of_folder(folder: Path) -> list[Path]:
             raise _unreadable(path)
     files = [path for path in found if path.name.endswith(_IN_FOLDERS)]
     if not files:
-        raise UserError(f"{folder}: holds no text; {', '.join(_IN_FOLDERS)} files are read")
+        fix = f"name others by a pattern, such as '{folder}/*.json'" if found else "give another folder"
+        raise UserError(f"{folder}: holds no text; {', '.join(_IN_FOLDERS)} files are read; {fix}")
     return files
 
 

@@ -80,7 +80,8 @@ class Extract:
             raise ValueError(f"a JSON {type(record).__name__}; a line holds one JSON object")
         for key in self.keys:
             if key not in record:
-                raise ValueError(f"no key {key!r}{nearest(key, record)}")
+                fix = "conversations take --chat" if "messages" in record else "--text-key names the text's"
+                raise ValueError(f"no key {key!r}{nearest(key, record)} ({fix})")
             if not self.structured and not isinstance(record[key], str):
                 raise ValueError(f"key {key!r} holds {_json_type(record[key])}; a document is a string")
         if self.structured:
@@ -185,6 +186,8 @@ class _Malformed(ValueError):
 
 
 def _document(line: bytes, at: int, parse: Callable[[object], Any] | None) -> Any:
+    if at == 0 and line.startswith(codecs.BOM_UTF8):
+        line, at = line.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
     if parse is None:
         try:
             document = line.removesuffix(b"\r").decode()
@@ -250,7 +253,7 @@ def _read_whole(segment: Segment, extract: Extract) -> Iterator[Batch]:
         data = segment.path.read_bytes()
         batch.text_bytes = len(data)
         try:
-            batch.add(place, data.decode())
+            batch.add(place, data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
             batch.malformed.append(Malformed(Place(line, error.start), _NOT_UTF8))
@@ -286,7 +289,7 @@ def _check_utf8(path: Path) -> tuple[int, Malformed | None]:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     with reading(path), open_text(path) as file:
         while data := file.read(_BLOCK_BYTES):
             yield decoder.decode(data)
