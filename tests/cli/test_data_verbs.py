@@ -132,7 +132,7 @@ def test_a_tokenizer_with_control_tokens_takes_conversations(app, corpus, tmp_pa
         "--output",
         tmp_path / "tok.model",
         "--vocab-size",
-        320,
+        "320",
         "--text-key",
         "body",
     )
