@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "launch": ("launch",),
     "files": (),
     "data": ("config", "data", "files"),
+    "checkpoint": ("checkpoint", "files", "tensor_parallel.sharding"),
     "tensor_parallel.sharding": (),
     "tensor_parallel": ("tensor_parallel",),
     "allocator": (),
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "learning_rate": ("config",),
     "metrics": ("config",),
     "plots": (),
-    "zero": ("config", "distributed", "model"),
+    "zero": ("config", "distributed", "model", "tensor_parallel.sharding"),
     "plan": ("config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "provenance": ("data", "plan"),
     "recorder": ("data.datasets", "distributed", "files", "metrics", "pipeline", "plan", "plots", "zero"),
@@ -62,7 +63,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "tensor_parallel.sharding", "cli"),
+    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
+    "tensor_parallel.sharding",
     *PURE_PIPELINE,
 )
 PICKLES = ("pickle", "cloudpickle", "dill", "shelve", "marshal")
