@@ -58,15 +58,14 @@ class IndexedDataset:
             + sum(path.stat().st_size for path in hashed if path.exists())
         )
         done = 0
-        for count in self._steps_of_verify(masked, digests):
+        for count in self._steps_of_verify(digests):
             done += count
             if progress is not None:
                 progress(done, total)
 
-    def _steps_of_verify(self, masked: int, digests: Mapping[str, str]) -> Iterator[int]:
+    def _steps_of_verify(self, digests: Mapping[str, str]) -> Iterator[int]:
         yield from self._index.check(whole=True)
-        for at in range(0, masked, BLOCK):
-            yield len(self.loss_mask(at, min(BLOCK, masked - at)))
+        yield from self._check_mask()
         if self.sidecar is not None and ".bin" not in digests:
             for at in range(0, self.num_tokens, 16 * BLOCK):
                 found = int(self.tokens(at, min(16 * BLOCK, self.num_tokens - at)).max())
@@ -174,8 +173,12 @@ class IndexedDataset:
 
     def require_sound_mask(self) -> None:
         """Raise UserError where the loss mask, if there is one, holds anything but 0 and 1; reads it all."""
-        for at in range(0, self.num_tokens if self.has_loss_mask else 0, 16 * BLOCK):
-            self.loss_mask(at, min(16 * BLOCK, self.num_tokens - at))
+        for _ in self._check_mask():
+            pass
+
+    def _check_mask(self) -> Iterator[int]:
+        for at in range(0, self.num_tokens if self.has_loss_mask else 0, BLOCK):
+            yield len(self.loss_mask(at, min(BLOCK, self.num_tokens - at)))
 
     def max_token_id(self) -> int:
         """Return the largest token id, or -1 without tokens: from the sidecar, else by reading every token."""

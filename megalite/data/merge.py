@@ -10,9 +10,9 @@ import numpy as np
 from megalite.data.index_format import BLOCK, DTYPES, HEADER, MAGIC, VERSION, DatasetSidecar, with_suffix
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import entropy
-from megalite.data.writer import SUFFIXES, copy_bytes, require_prefix, write_sidecar
+from megalite.data.writer import SUFFIXES, copy_bytes, publish_dataset, require_prefix, write_sidecar
 from megalite.errors import UserError
-from megalite.files import partial_path, publish
+from megalite.files import partial_path
 
 Progress = Callable[[int, int], None]
 """Is told the tokens done and the tokens there are."""
@@ -45,12 +45,7 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, progress: Progress | 
         if datasets[0].sidecar is not None:
             sidecar = _sum([dataset.sidecar for dataset in datasets if dataset.sidecar], _count(datasets, progress))
             write_sidecar(sidecar, partial)
-        # Without its index an older dataset of this name is gone: no half of it can meet a half of the new one.
-        for suffix in (".idx", ".json", ".mask"):
-            paths[suffix].unlink(missing_ok=True)
-        for suffix in SUFFIXES:
-            if partial[suffix].exists():
-                publish(partial[suffix], paths[suffix])
+        publish_dataset(partial, paths)
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)

@@ -103,12 +103,7 @@ class IndexedDatasetWriter:
         self._open.close()
         if sidecar is not None:
             write_sidecar(sidecar, self._partial)
-        # Without its index an older dataset of this name is gone: no half of it can meet a half of the new one.
-        for suffix in (".idx", ".json", ".mask"):
-            self._paths[suffix].unlink(missing_ok=True)
-        for suffix, partial in self._partial.items():
-            if partial.exists():
-                publish(partial, self._paths[suffix])
+        publish_dataset(self._partial, self._paths)
 
     def _add_lengths(self, lengths: Sequence[int] | np.ndarray) -> None:
         self._idx.write(np.asarray(lengths, dtype="<i4").tobytes())
@@ -130,6 +125,16 @@ class IndexedDatasetWriter:
             self._idx.write(np.arange(at, min(at + BLOCK, self.num_documents + 1), dtype="<i8").tobytes())
         self._idx.seek(0)
         self._idx.write(HEADER.pack(MAGIC, VERSION, self._code, self.num_documents, self.num_documents + 1))
+
+
+def publish_dataset(partial: Mapping[str, Path], paths: Mapping[str, Path]) -> None:
+    """Flush the files of a dataset to the disk and give them their names, the index last; both have all by suffix."""
+    # Without its index an older dataset of this name is gone: no half of it can meet a half of the new one.
+    for suffix in (".idx", ".json", ".mask"):
+        paths[suffix].unlink(missing_ok=True)
+    for suffix in SUFFIXES:
+        if partial[suffix].exists():
+            publish(partial[suffix], paths[suffix])
 
 
 def write_sidecar(sidecar: DatasetSidecar, files: Mapping[str, Path]) -> None:
