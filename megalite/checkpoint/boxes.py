@@ -4,7 +4,7 @@ ZeRO cuts parameters, laid flat, wherever an even share ends. A checkpoint speak
 them. A stretch of a row-major tensor is a few boxes: the rest of its first row, whole rows, the start of its last.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -17,6 +17,11 @@ class Box:
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, region: Sequence[slice]) -> "Box":
+        """Return the box that an index of plain slices is."""
+        return cls(tuple(part.start for part in region), tuple(part.stop - part.start for part in region))
 
     @property
     def numel(self) -> int:
@@ -91,7 +96,7 @@ def global_boxes(
     """
     stretches = list(stretch_boxes(local_shape, start, stop))
     for shard in shards:
-        target = Box(tuple(part.start for part in shard.target), tuple(part.stop - part.start for part in shard.target))
+        target = Box.of(shard.target)
         origin = tuple(local.start - world.start for local, world in zip(shard.target, shard.source, strict=True))
         for stretch in stretches:
             common = stretch.intersect(target) if target.numel else None

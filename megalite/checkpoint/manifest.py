@@ -58,7 +58,9 @@ class Manifest:
     """Of the ranks that wrote it; for people."""
     model: dict[str, Any] = field(default_factory=dict)
     """The run file's section `model`."""
-    config_sha256: str = ""
+    precision: str = "fp32"
+    """In which the model was trained or stored: fp32, bf16 or fp16. The tensors are fp32 in any case."""
+    config_sha256: str | None = None
     tokenizer_sha256: str | None = None
     format: str = FORMAT
     version: int = VERSION

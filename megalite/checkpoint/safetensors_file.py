@@ -7,14 +7,15 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from math import prod
 from pathlib import Path
 
 import numpy as np
 
-DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"}
 _PART = 1 << 24
 
 
@@ -26,23 +27,23 @@ class FileRecord:
     sha256: str
 
 
-def write_safetensors(path: Path, tensors: Sequence[tuple[str, np.ndarray]]) -> FileRecord:
-    """Write contiguous arrays under their keys, flush them to the disk and return the file's record.
+def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[np.ndarray]) -> FileRecord:
+    """Write fp32 arrays, which come in the order of `shapes`, flush them to the disk and return the file's record.
 
-    Raises OSError where the disk takes no more, and leaves what was written.
+    Each array is asked for when it is written. Raises OSError where the disk takes no more; leaves what was written.
     """
     header: dict[str, object] = {}
     end = 0
-    for key, array in tensors:
-        start, end = end, end + array.nbytes
-        header[key] = {"dtype": DTYPES[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, end]}
+    for key, shape in shapes.items():
+        start, end = end, end + 4 * prod(shape)
+        header[key] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     digest, written = hashlib.sha256(), 0
     # hashlib lets go of the interpreter's lock: one thread hashes a part while this one writes it.
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        for part in _parts(head, tensors):
+        for part in chain((memoryview(head),), _parts(shapes.values(), arrays)):
             hashed = hashing.submit(digest.update, part)
             rest = part
             while rest:
@@ -53,9 +54,10 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, np.ndarray]]) -> 
     return FileRecord(written, digest.hexdigest())
 
 
-def _parts(head: bytes, tensors: Sequence[tuple[str, np.ndarray]]) -> Iterator[memoryview]:
-    yield memoryview(head)
-    for _, array in tensors:
+def _parts(shapes: Iterable[tuple[int, ...]], arrays: Iterable[np.ndarray]) -> Iterator[memoryview]:
+    for shape, array in zip(shapes, arrays, strict=True):
+        assert array.shape == shape
+        assert array.dtype == np.float32
         view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         for start in range(0, len(view), _PART):
             yield view[start : start + _PART]

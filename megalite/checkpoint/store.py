@@ -1,6 +1,6 @@
-"""Folders of checkpoints on disk: ``step_N/``, there whole or not at all, written by many ranks and read by any.
+"""Folders of checkpoints on disk: there whole or not at all, written by many ranks and read by any.
 
-Each rank writes one safetensors file into ``step_N.tmp/`` and, once that is on the disk, a record beside it. One rank
+Each rank writes one safetensors file into ``NAME.tmp/`` and, once that is on the disk, a record beside it. One rank
 waits for all records, turns them into ``manifest.json``, and renames the folder: nothing but the files tells the ranks
 of each other, so that a background thread can do its part without a process group.
 """
@@ -8,7 +8,7 @@ of each other, so that a background thread can do its part without a process gro
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,23 @@ from pydantic import TypeAdapter
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.manifest import MANIFEST, STATE, Chunk, Manifest, StoredTensor
-from megalite.checkpoint.safetensors_file import DTYPES, FileRecord, file_record, write_safetensors
+from megalite.checkpoint.safetensors_file import FileRecord, file_record, write_safetensors
 from megalite.files import publish, write_whole
 
-LATEST = "LATEST"
+TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a global tensor as this rank holds it; `data` is contiguous, of the box's shape."""
+    """A box of a global fp32 tensor as this rank holds it; `load` returns the elements, of the box's shape.
+
+    `load` is called when the part is written, so that not all parts need to be in memory at a time.
+    """
 
     name: str
     global_shape: tuple[int, ...]
     box: Box
-    data: np.ndarray
+    load: Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,75 +46,82 @@ class _Record:
     tensors: dict[str, StoredTensor]
 
 
-def temporary(root: Path, step: int) -> Path:
-    """Return where the checkpoint of a step grows."""
-    return root / f"step_{step}.tmp"
+def temporary(folder: Path) -> Path:
+    """Return where a checkpoint grows that will be `folder`."""
+    return folder.with_name(folder.name + TEMPORARY)
 
 
-def begin(root: Path, step: int) -> None:
-    """Make room for a checkpoint; what a killed save left is removed. One rank, before the others write."""
-    clean(root)
-    temporary(root, step).mkdir(parents=True)
+def begin(folder: Path) -> None:
+    """Make room for a checkpoint; what a killed save of it left is removed. One rank, before the others write."""
+    discard(folder)
+    temporary(folder).mkdir(parents=True)
 
 
-def clean(root: Path) -> None:
-    """Remove what saves that did not end have left."""
-    for left in root.glob("step_*.tmp") if root.is_dir() else ():
-        shutil.rmtree(left)
+def discard(folder: Path) -> None:
+    """Remove what a save of `folder` that did not end has left."""
+    if temporary(folder).exists():
+        shutil.rmtree(temporary(folder))
 
 
-def write_rank(root: Path, step: int, rank: int, parts: Sequence[Part]) -> None:
-    """Write this rank's parts and, once they are on the disk, the record that says so."""
-    folder, file = temporary(root, step), f"rank_{rank:05d}.safetensors"
+def write_rank(folder: Path, rank: int, parts: Sequence[Part]) -> int:
+    """Write this rank's parts and, once they are on the disk, the record that says so; return the bytes written."""
+    growing, file = temporary(folder), f"rank_{rank:05d}.safetensors"
     keys = [f"{part.name}@{','.join(map(str, part.box.offset))}" for part in parts]
-    record = write_safetensors(folder / file, [(key, part.data) for key, part in zip(keys, parts, strict=True)])
+    shapes = {key: part.box.shape for key, part in zip(keys, parts, strict=True)}
+    record = write_safetensors(growing / file, shapes, (part.load() for part in parts))
     tensors: dict[str, StoredTensor] = {}
     for key, part in zip(keys, parts, strict=True):
         chunk = Chunk(file, key, part.box.offset, part.box.shape)
         known = tensors.get(part.name)
         chunks = (*known.chunks, chunk) if known else (chunk,)
-        tensors[part.name] = StoredTensor(part.global_shape, DTYPES[part.data.dtype.name], chunks)
+        tensors[part.name] = StoredTensor(part.global_shape, "F32", chunks)
     told = _Record(file, record, tensors)
-    write_whole(folder / f"rank_{rank:05d}.json", json.dumps(asdict(told)).encode())
+    write_whole(growing / f"rank_{rank:05d}.json", json.dumps(asdict(told)).encode())
+    return record.bytes
 
 
 def finish(
-    root: Path,
-    step: int,
+    folder: Path,
     *,
     ranks: int,
     manifest: Manifest,
-    state: dict[str, Any],
+    state: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
     alive: Callable[[], None] = lambda: None,
+    reached: Callable[[str], None] = lambda point: None,
     poll_seconds: float = 0.02,
 ) -> Path:
     """Wait for every rank's record, and give the checkpoint its name. One rank.
 
-    `manifest` has all but tensors and files. `alive` is called while waiting, and raises to give the save up.
+    `manifest` has all but tensors and files. `files` are small ones to keep beside, a tokenizer's say. `alive` is
+    called while waiting, and raises to give the save up; `reached` is called with the name of each point passed.
     """
-    folder = temporary(root, step)
-    records = [folder / f"rank_{rank:05d}.json" for rank in range(ranks)]
+    growing = temporary(folder)
+    records = [growing / f"rank_{rank:05d}.json" for rank in range(ranks)]
     while not all(record.exists() for record in records):
         alive()
         time.sleep(poll_seconds)
+    reached("recorded")
     told = [TypeAdapter(_Record).validate_json(record.read_bytes()) for record in records]
-    write_whole(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
-    files = {one.file: one.record for one in told} | {STATE: file_record(folder / STATE)}
-    write_whole(folder / MANIFEST, replace(manifest, tensors=_merge(told), files=files).to_json().encode())
+    small = {**(files or {}), STATE: (json.dumps(state, indent=1) + "\n").encode()}
+    for name, content in small.items():
+        write_whole(growing / name, content)
+    listed = {one.file: one.record for one in told} | {name: file_record(growing / name) for name in small}
+    write_whole(growing / MANIFEST, replace(manifest, tensors=_merge(told), files=listed).to_json().encode())
     for record in records:
         record.unlink()
-    final = root / f"step_{step}"
-    if final.exists():
-        shutil.rmtree(final)
-    publish(folder, final)
-    write_whole(root / LATEST, f"{final.name}\n".encode())
-    return final
+    reached("described")
+    if folder.exists():
+        shutil.rmtree(folder)
+    publish(growing, folder)
+    return folder
 
 
 def _merge(told: Iterable[_Record]) -> dict[str, StoredTensor]:
-    merged: dict[str, StoredTensor] = {}
+    chunks: dict[str, list[Chunk]] = {}
+    tensors: dict[str, StoredTensor] = {}
     for one in told:
         for name, tensor in one.tensors.items():
-            known = merged.get(name)
-            merged[name] = replace(tensor, chunks=(*known.chunks, *tensor.chunks)) if known else tensor
-    return dict(sorted(merged.items()))
+            tensors.setdefault(name, tensor)
+            chunks.setdefault(name, []).extend(tensor.chunks)
+    return {name: replace(tensors[name], chunks=tuple(chunks[name])) for name in sorted(tensors)}

@@ -17,6 +17,7 @@ from megalite.config.sections import (
     RampupSection,
     ScheduleSection,
     TrainSection,
+    read_model,
 )
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "TrainSection",
     "ValidationSet",
     "load_run_config",
+    "read_model",
 ]

@@ -1,9 +1,9 @@
 """The sections of the run file: what each key may hold, and what is wrong between the keys of one section."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from megalite.config.base import (
     COUNT,
@@ -201,3 +201,8 @@ class CheckpointSection(Section, frozen=True):
 
 Model = Annotated[LlamaConfig | GPT2Config, Field(discriminator="architecture")]
 ARCHITECTURES: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "gpt2": GPT2Config}
+
+
+def read_model(section: Mapping[str, object]) -> ModelConfig:
+    """Return a section `model` as its dataclass; raise ValueError for what it cannot be."""
+    return TypeAdapter(Model).validate_python(dict(section))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,39 +18,41 @@ from megalite.checkpoint.store import Part
 from megalite.errors import UserError
 
 WEIGHT = np.arange(35, dtype=np.float32).reshape(7, 5)
-STEPS = np.array([3, 4, 5], dtype=np.int64)
+STEPS = np.array([3, 4, 5], dtype=np.float32)
 
 
 def parts_of(rank: int) -> list[Part]:
     """Rank 0 has the first rows and some of the fourth, rank 1 the rest."""
     boxes = [[Box((0, 0), (3, 5)), Box((3, 0), (1, 2))], [Box((3, 2), (1, 3)), Box((4, 0), (3, 5))]][rank]
-    parts = [Part("weight", (7, 5), box, np.ascontiguousarray(WEIGHT[box.slices])) for box in boxes]
-    return [*parts, Part("steps", (3,), Box((0,), (3,)), STEPS)] if rank else parts
+    parts = [Part("weight", (7, 5), box, partial(WEIGHT.__getitem__, box.slices)) for box in boxes]
+    return [*parts, Part("steps", (3,), Box((0,), (3,)), lambda: STEPS)] if rank else parts
 
 
-def save(root: Path, step: int = 10) -> Path:
-    store.begin(root, step)
+def save(folder: Path) -> Path:
+    store.begin(folder)
     for rank in (1, 0):
-        store.write_rank(root, step, rank, parts_of(rank))
-    return store.finish(root, step, ranks=2, manifest=Manifest(step, {}, {}), state={"step": step})
+        store.write_rank(folder, rank, parts_of(rank))
+    step = int(folder.name.removeprefix("step_"))
+    files = {"tokenizer.model": b"pieces"}
+    return store.finish(folder, ranks=2, manifest=Manifest(step, {}, {}), state={"step": step}, files=files)
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    return save(tmp_path)
+    return save(tmp_path / "step_10")
 
 
 def test_a_file_is_read_by_the_library_and_its_digest_is_right(tmp_path: Path) -> None:
-    arrays = [
-        ("a", WEIGHT),
-        ("b", STEPS),
-        ("empty", np.zeros((0, 3), np.float16)),
-        ("scalar", np.array(2.5, np.float32)),
-    ]
-    record = write_safetensors(tmp_path / "x", arrays)
+    arrays = {
+        "a": WEIGHT,
+        "b": STEPS,
+        "empty": np.zeros((0, 3), np.float32),
+        "scalar": np.array(2.5, np.float32),
+    }
+    record = write_safetensors(tmp_path / "x", {key: a.shape for key, a in arrays.items()}, arrays.values())
     assert record == file_record(tmp_path / "x")
     with safe_open(tmp_path / "x", "numpy") as file:
-        for key, array in arrays:
+        for key, array in arrays.items():
             np.testing.assert_array_equal(file.get_tensor(key), array)
         np.testing.assert_array_equal(file.get_slice("a")[2:5, 1:3], WEIGHT[2:5, 1:3])
 
@@ -64,7 +67,7 @@ def test_any_box_is_read(saved: Path, box: Box) -> None:
 def test_a_checkpoint_says_what_it_holds(saved: Path) -> None:
     reader = CheckpointReader(saved)
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in reader.manifest.tensors.items()} == {
-        "steps": ((3,), "I64"),
+        "steps": ((3,), "F32"),
         "weight": ((7, 5), "F32"),
     }
     assert reader.state == {"step": 10}
@@ -74,29 +77,31 @@ def test_a_checkpoint_says_what_it_holds(saved: Path) -> None:
         "rank_00000.safetensors",
         "rank_00001.safetensors",
         "state.json",
+        "tokenizer.model",
     ]
-    assert (saved.parent / "LATEST").read_text() == "step_10\n"
     assert list(saved.parent.glob("*.tmp")) == []
 
 
 def test_the_newest_comes_first_and_half_of_one_is_none(saved: Path) -> None:
-    save(saved.parent, 9)
-    store.begin(saved.parent, 11)
-    store.write_rank(saved.parent, 11, 0, parts_of(0))
-    assert checkpoints(saved.parent) == [(10, saved), (9, saved.parent / "step_9")]
-    store.clean(saved.parent)
+    older, half = saved.parent / "step_9", saved.parent / "step_11"
+    save(older)
+    store.begin(half)
+    store.write_rank(half, 0, parts_of(0))
+    assert checkpoints(saved.parent) == [(10, saved), (9, older)]
+    store.discard(half)
     assert not (saved.parent / "step_11.tmp").exists()
 
 
 def test_a_save_is_given_up_where_a_rank_is_gone(tmp_path: Path) -> None:
-    store.begin(tmp_path, 10)
-    store.write_rank(tmp_path, 10, 0, parts_of(0))
+    folder = tmp_path / "step_10"
+    store.begin(folder)
+    store.write_rank(folder, 0, parts_of(0))
 
     def gone() -> None:
         raise RuntimeError("rank 1 is gone")
 
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
-        store.finish(tmp_path, 10, ranks=2, manifest=Manifest(10, {}, {}), state={}, alive=gone)
+        store.finish(folder, ranks=2, manifest=Manifest(10, {}, {}), state={}, alive=gone)
     assert checkpoints(tmp_path) == []
 
 

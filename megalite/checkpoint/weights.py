@@ -1,0 +1,91 @@
+"""A model's weights by their global names, wherever they lie: what training, generating and converting read from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megalite.checkpoint.boxes import Box
+from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.config import ModelConfig, read_model
+from megalite.errors import UserError
+
+WEIGHT = "weight/"
+"""How the names of weights begin in a checkpoint; optimizer state has the optimizer's names for it."""
+
+COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+"""Small files that go with weights wherever these go."""
+
+
+class Weights(Protocol):
+    """The weights of one model; each box of each is read when it is asked for."""
+
+    @property
+    def origin(self) -> Path:
+        """The folder or file, for messages."""
+        ...
+
+    @property
+    def model(self) -> ModelConfig:
+        """The model, its vocabulary size among the rest."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """What the weights were trained or stored in: fp32, bf16 or fp16."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The global shape of each weight, by its global name."""
+        ...
+
+    @property
+    def companions(self) -> Mapping[str, Path]:
+        """The files beside the weights that go with them, by their names in `COMPANIONS`."""
+        ...
+
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        """Fill `out`, fp32 of the box's shape, with a box of a weight; raise UserError where that cannot be read."""
+        ...
+
+
+class CheckpointWeights:
+    """The weights of a megalite checkpoint."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+        self.origin = reader.folder
+        self.precision = reader.manifest.precision
+        try:
+            self.model = read_model(reader.manifest.model)
+        except ValueError as error:
+            raise UserError(f"{self.origin}: its manifest names no model that megalite knows: {error}") from error
+        tensors = reader.manifest.tensors.items()
+        self.shapes = {name.removeprefix(WEIGHT): tensor.shape for name, tensor in tensors if name.startswith(WEIGHT)}
+
+    @property
+    def companions(self) -> Mapping[str, Path]:
+        return {name: self.origin / name for name in COMPANIONS if name in self._reader.manifest.files}
+
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        self._reader.read(WEIGHT + name, box, out)
+
+
+def open_weights(path: Path) -> Weights:
+    """Open a checkpoint, or the newest one of a run's folder.
+
+    Raises UserError where there is none.
+    """
+    for folder in (path, path / "checkpoints"):
+        newest = checkpoints(folder)
+        if newest:
+            return CheckpointWeights(CheckpointReader(newest[0][1]))
+    return CheckpointWeights(CheckpointReader(path))

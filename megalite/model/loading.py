@@ -1,0 +1,22 @@
+"""Weights into a stage, by their global names."""
+
+import numpy as np
+import torch
+
+from megalite.checkpoint.boxes import Box
+from megalite.checkpoint.weights import Weights
+from megalite.model.stage import Stage
+from megalite.tensor_parallel.sharding import place
+
+
+@torch.no_grad()
+def load_stage(stage: Stage, weights: Weights) -> None:
+    """Fill every parameter of a stage, and padding with 0; raise UserError where a weight cannot be read."""
+    for _, parameter, shards in stage.named_shards():
+        parameter.zero_()
+        for shard in place(shards, stage.group.rank, stage.group.size):
+            target = parameter[shard.target]
+            if target.numel():
+                read = np.empty(target.shape, np.float32)
+                weights.read(shard.spec.name, Box.of(shard.source), read)
+                target.copy_(torch.from_numpy(read))
