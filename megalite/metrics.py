@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
+from megalite.checkpointer import SaveReport
 from megalite.config import ModelConfig
 from megalite.config.data import SPLIT_VALIDATION
 
@@ -121,13 +122,16 @@ _ON_THE_BOARD = tuple(field.name for field in fields(StepMetrics) if field.name 
 class MetricsLog:
     """Writes a run's metrics, on one rank: a line a step to the console and to metrics.jsonl, and TensorBoard."""
 
-    def __init__(self, directory: Path, *, total_steps: int, world_size: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, total_steps: int, world_size: int, after: int = 0, stream: TextIO | None = None
+    ) -> None:
+        """Write into a run's folder, adding to the metrics up to step `after` that are there."""
         from torch.utils.tensorboard import SummaryWriter  # a second of import that only this rank needs
 
         self._total, self._world = total_steps, world_size
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        self._file = (directory / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(directory / "tensorboard"))
+        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=after + 1 if after else None)
         self._seconds = 0.0
         self._steps = 0
 
@@ -151,6 +155,26 @@ class MetricsLog:
         self._board.add_scalar("valid/loss" if of_split else f"valid_{name}/loss", loss, step)
         which = "" if of_split else f" on {name}"
         self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
+
+    def checkpoint(self, report: SaveReport) -> None:
+        """Record one checkpoint, or that there is none."""
+        head = f"step {report.step:>{len(str(self._total))}}/{self._total} | checkpoint"
+        if report.failure is not None:
+            self._write({"step": report.step, "checkpoint_failure": report.failure})
+            self.say(f"{head} NOT written: {report.failure}")
+            return
+        numbers = {
+            "checkpoint_bytes": report.bytes,
+            "checkpoint_blocked_seconds": report.blocked_seconds,
+            "checkpoint_durable_seconds": report.durable_seconds,
+        }
+        self._write({"step": report.step, **numbers})
+        for name, value in numbers.items():
+            self._board.add_scalar(f"train/{name}", value, report.step)
+        self.say(
+            f"{head} {report.folder.name} | {report.bytes / 1e6:,.1f} MB | blocked {report.blocked_seconds:.2f} s"
+            f" | durable after {report.durable_seconds:.2f} s"
+        )
 
     def close(self) -> None:
         self._file.close()

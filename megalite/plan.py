@@ -4,18 +4,26 @@
 process group and needs no accelerator, so that mistakes end a run in a second.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from megalite.checkpoint.manifest import Manifest
+from megalite.checkpoint.reader import CheckpointReader
+from megalite.checkpoint.selection import CHECKPOINTS, Expectation, candidates
+from megalite.checkpoint.weights import open_weights
 from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.data.batches import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed import IndexedDataset
-from megalite.data.tokenizer import load_tokenizer
+from megalite.data.tokenizer import load_tokenizer, standard_name, tokenizer_file
 from megalite.errors import UserError
 from megalite.files import require_writable_folder
 from megalite.layout import Coordinate, ParallelLayout
@@ -23,8 +31,11 @@ from megalite.pipeline.partition import partition
 from megalite.pipeline.schedule import SCHEDULES, all_streams
 from megalite.pipeline.simulate import simulate
 
+CONFIG = "config.yaml"
+"""The resolved run file in a checkpoint."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Plan:
     """A run that can start: a resolved configuration whose parts fit each other and the data on disk."""
 
@@ -49,6 +60,64 @@ class Plan:
                     f"not with data.tokenizer={path} ({digest[:12]}); preprocess again, or name the other tokenizer"
                 )
         return open_datasets(self.config, keep_index=keep_index)
+
+    @cached_property
+    def expectation(self) -> Expectation:
+        """What a checkpoint must hold for this run."""
+        from megalite.model.stage import global_shapes
+
+        return Expectation(self.config.model, global_shapes(self.config.model), self.tokenizer_digest)
+
+    @property
+    def order_digest(self) -> str:
+        """SHA-256 of all that the order of samples follows from."""
+        data = self.config.data.model_dump(mode="json", exclude={"tokenizer", "valid", "prefetch", "index_cache"})
+        return sha256(json.dumps([self.config.run.seed, data], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.config.run.dir / CHECKPOINTS
+
+    def manifest(self, step: int) -> Manifest:
+        """Return what a checkpoint of this run says of itself."""
+        return Manifest(
+            step,
+            {},
+            {},
+            versions={name: version(name) for name in ("megalite", "torch", "deepspeed")},
+            layout=f"{self.layout}, ZeRO-{self.config.zero_stage}, {self.config.precision}",
+            model=self.config.model.model_dump(mode="json"),
+            precision=self.config.precision,
+            config_sha256=sha256(self.config.to_yaml().encode()).hexdigest(),
+            tokenizer_sha256=self.tokenizer_digest,
+        )
+
+    def companion_files(self) -> dict[str, bytes]:
+        """Return the small files that a checkpoint has with it: the resolved run file and the tokenizer."""
+        files = {CONFIG: self.config.to_yaml().encode()}
+        if self.config.data.tokenizer is not None:
+            tokenizer = tokenizer_file(self.config.data.tokenizer)
+            files[standard_name(tokenizer)] = tokenizer.read_bytes()
+        return files
+
+    def check_start(self) -> None:
+        """Raise UserError where the checkpoint or the weights to begin with are not of this run's model.
+
+        Whether their files are whole the ranks look at together.
+        """
+        found = candidates(self.config)
+        for folder in found:
+            try:
+                reader = CheckpointReader(folder)
+            except UserError:
+                if self.config.resume != "auto":
+                    raise
+                continue
+            self.expectation.require_resumable(reader)
+            return
+        if not found and self.config.init_from is not None:
+            self.expectation.require_weights(open_weights(self.config.init_from))
 
     def describe(self) -> RenderableType:
         """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""

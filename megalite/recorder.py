@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint.retention import clean, set_aside_later
+from megalite.checkpointer import SaveReport
 from megalite.data.datasets import Datasets
 from megalite.distributed import ProcessGrid, gather_json
 from megalite.files import write_whole
@@ -17,9 +20,10 @@ from megalite.pipeline.schedule import SCHEDULES, all_streams
 from megalite.pipeline.simulate import measured_cost, simulate
 from megalite.pipeline.timeline import Span, Timeline
 from megalite.plan import Plan
+from megalite.resume import Start
 from megalite.zero import StepOutcome
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*")
+RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*", "checkpoints")
 """What a run leaves in its folder, the logs of its ranks aside."""
 
 
@@ -42,8 +46,10 @@ class StepReport:
 class RunRecorder:
     """Leaves in `run.dir` what a run leaves there. Rank 0 writes; what needs every rank is collective."""
 
-    def __init__(self, plan: Plan, grid: ProcessGrid, dtype: torch.dtype, datasets: Datasets) -> None:
-        config = plan.config
+    def __init__(
+        self, plan: Plan, grid: ProcessGrid, dtype: torch.dtype, datasets: Datasets, start: Start | None = None
+    ) -> None:
+        config, start = plan.config, start or Start()
         self.config, self.grid, self.plan = config, grid, plan
         self.directory = config.run.dir
         self.log: MetricsLog | None = None
@@ -52,17 +58,24 @@ class RunRecorder:
         self.picture: Path | None = None
         self.unigram_entropy = datasets.unigram_entropy
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        said = self._start_directory(start) if grid.rank == 0 else []
         if grid.rank == 0:
-            self._start_directory()
-            self.log = MetricsLog(self.directory, total_steps=config.train.steps, world_size=plan.layout.world_size)
+            self.log = MetricsLog(
+                self.directory,
+                total_steps=config.train.steps,
+                world_size=plan.layout.world_size,
+                after=start.step,
+            )
         self.peak = self._measure_peak(dtype)
         if self.log:
             self.log.say(
                 f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
                 f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
-            for line in datasets.describe():
+            for line in (*datasets.describe(), *start.notes, *said):
                 self.log.say(line)
+            if start.step >= (config.train.stop_after or config.train.steps):
+                self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
 
     def step(self, report: StepReport) -> None:
         """Record a training step."""
@@ -96,6 +109,12 @@ class RunRecorder:
         self.valid_losses[name] = loss
         if self.log is not None:
             self.log.evaluation(step, name, loss)
+
+    def checkpoints(self, reports: Sequence[SaveReport]) -> None:
+        """Record saves that have ended."""
+        if self.log is not None:
+            for report in reports:
+                self.log.checkpoint(report)
 
     def timeline(self, step: int, spans: Sequence[Span]) -> None:
         """Gather the measured spans of all stages, keep them as JSON, and draw them beside the simulation."""
@@ -144,10 +163,20 @@ class RunRecorder:
         if self.log is not None:
             self.log.close()
 
-    def _start_directory(self) -> None:
+    def _start_directory(self, start: Start) -> list[str]:
+        """Make the run's folder ready; return what to say of it."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        set_aside_earlier_run(self.directory)
+        said = []
+        if start.continues(self.plan.checkpoints):
+            clean(self.plan.checkpoints)
+            aside = next_aside(self.directory) / "checkpoints"
+            if moved := set_aside_later(self.plan.checkpoints, start.step, aside):
+                said.append(f"set aside: {', '.join(moved)}, to {aside}")
+            keep_metrics_until(self.directory / "metrics.jsonl", start.step)
+        else:
+            set_aside_earlier_run(self.directory)
         write_whole(self.directory / "config.yaml", self.config.to_yaml().encode())
+        return said
 
     def _measure_peak(self, dtype: torch.dtype) -> Peak:
         dist.barrier()
@@ -162,8 +191,25 @@ def set_aside_earlier_run(directory: Path) -> None:
     left = [path for name in RUN_FILES for path in sorted(directory.glob(name))]
     if not left:
         return
-    numbers = [int(path.name) for path in (directory / "earlier").glob("*") if path.name.isdigit()]
-    aside = directory / "earlier" / str(max(numbers, default=0) + 1)
+    aside = next_aside(directory)
     aside.mkdir(parents=True)
     for path in left:
         path.rename(aside / path.name)
+
+
+def next_aside(directory: Path) -> Path:
+    """Return the folder below ``earlier`` that comes next."""
+    numbers = [int(path.name) for path in (directory / "earlier").glob("*") if path.name.isdigit()]
+    return directory / "earlier" / str(max(numbers, default=0) + 1)
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Take out of a run's metrics what comes after `step`, and a last line that a crash tore."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        with suppress(json.JSONDecodeError, KeyError):
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_whole(path, b"".join(kept))

@@ -2,21 +2,27 @@
 
 import datetime
 import os
+import signal
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from math import prod
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint.weights import Weights, WeightSource
+from megalite.checkpointer import Checkpointer
 from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, local_device, process_grid
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
+from megalite.model.loading import load_stage
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.pipeline.executor import Microbatch, PipelineExecutor, StepResult
@@ -25,7 +31,9 @@ from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
 from megalite.recorder import RunRecorder, StepReport
+from megalite.resume import find_start
 from megalite.zero import ZeroEngine
+from megalite.zero_state import ZeroState
 
 
 def train(plan: Plan, environment: LaunchEnvironment) -> None:
@@ -34,6 +42,7 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     Raises UserError for what the user can mend, FloatingPointError where training diverges to no number.
     """
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
+        plan.check_start()
         plan.check_data()
     timeout = datetime.timedelta(seconds=plan.config.train.timeout_seconds)
     device = local_device(environment.local_rank)
@@ -41,16 +50,38 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     with process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
         trainer = Trainer(plan, grid, open_datasets(plan.config))
-        trainer.run()
+        with stop_signals():
+            trainer.run()
         trainer.close()
 
 
 class Trainer:
     """One rank of a run: its stage, engine, executor and data. Collective: every rank builds and calls it alike."""
 
-    def __init__(self, plan: Plan, grid: ProcessGrid, datasets: Datasets) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        grid: ProcessGrid,
+        datasets: Datasets,
+        *,
+        reached: Callable[[str], None] = lambda point: None,
+    ) -> None:
+        """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says."""
         self.plan, self.config, self.grid = plan, plan.config, grid
-        self.engine = ZeroEngine({grid.coordinate.pipeline: build_stage(plan, grid)}, self.config, grid)
+        self.start = find_start(plan, grid)
+        stage = build_stage(plan, grid, self.start.weights)
+        self.engine = ZeroEngine({grid.coordinate.pipeline: stage}, self.config, grid)
+        self.state = ZeroState(self.engine)
+        self._restore()
+        self.checkpointer = Checkpointer(
+            self.config.checkpoint,
+            plan.checkpoints,
+            self.state,
+            grid,
+            total_elements=sum(map(prod, plan.expectation.shapes.values())),
+            files=plan.companion_files(),
+            reached=reached,
+        )
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
@@ -76,12 +107,12 @@ class Trainer:
         }
 
     def run(self) -> None:
-        """Train to the last step, or to `train.stop_after`, with evaluations and records on the way."""
+        """Train to the last step, or to `train.stop_after`, with evaluations, checkpoints and records on the way."""
         train = self.config.train
         last = train.stop_after or train.steps
-        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets)
-        with closing(recorder):
-            for step in range(1, last + 1):
+        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start)
+        with closing(recorder), self._settled_when_stopped():
+            for step in range(self.start.step + 1, last + 1):
                 record = step in train.trace_steps
                 report, spans = self._timed_step(step, record=record)
                 recorder.step(report)
@@ -90,7 +121,50 @@ class Trainer:
                 if train.eval_every and (step % train.eval_every == 0 or step == last):
                     for name in self.valid_readers:
                         recorder.evaluation(step, name, self.evaluate(name))
-            recorder.finish(complete=last == train.steps)
+                if self.checkpointer.due(step, last):
+                    self.save(step)
+                recorder.checkpoints(self.checkpointer.take_reports())
+            self.checkpointer.wait()
+            recorder.checkpoints(self.checkpointer.take_reports())
+            recorder.finish(complete=max(last, self.start.step) == train.steps)
+
+    def save(self, step: int) -> None:
+        """Save a checkpoint of the state after `step`; raise UserError where that fails."""
+        self.checkpointer.save(self.plan.manifest(step), self._progress(step))
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        consumed = self.schedule.consumed(step)
+        return {
+            "step": step,
+            "consumed_samples": consumed,
+            "consumed_tokens": consumed * self.config.data.sequence_length,
+            "seed": self.config.run.seed,
+            "data": {
+                "order": self.config.data.order,
+                "order_sha256": self.plan.order_digest,
+                "sources": [
+                    {"prefix": str(source.prefix), "samples": count}
+                    for source, count in zip(self.config.data.train, self.datasets.counts(consumed), strict=True)
+                ],
+            },
+            "optimizer": self.state.numbers(),
+        }
+
+    def _restore(self) -> None:
+        start = self.start
+        if start.reader is not None:
+            self.state.restore(start.reader, start.reader.state["optimizer"])
+        elif start.weights is not None:
+            self.state.restore_weights(WeightSource(start.weights))
+
+    @contextmanager
+    def _settled_when_stopped(self) -> Iterator[None]:
+        """A rank that is told to stop leaves no checkpoint half written that it could finish."""
+        try:
+            yield
+        except SystemExit:
+            self.checkpointer.settle()
+            raise
 
     def step(self, step: int) -> StepReport:
         """Run training step number `step`, from 1, and return what came of it."""
@@ -104,6 +178,7 @@ class Trainer:
         with self.engine.accumulate():
             result = self._run_stream(self._train_stream(len(batch)), batch, self._counted(batch), record=record)
         rate = self._learning_rate(step)
+        self.checkpointer.before_update()
         outcome = self.engine.step(rate)
         loss = self._mean_loss(result)
         report = StepReport(
@@ -133,6 +208,7 @@ class Trainer:
 
     def close(self) -> None:
         self.batches.close()
+        self.checkpointer.close()
         self.engine.close()
 
     def _reader(self, samples: Samples, rules: SampleRules) -> BatchReader:
@@ -204,8 +280,8 @@ class Trainer:
         return float(total) / self.plan.layout.data
 
 
-def build_stage(plan: Plan, grid: ProcessGrid) -> Stage:
-    """Build this rank's stage with the weights that (seed, name) give it."""
+def build_stage(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> Stage:
+    """Build this rank's stage with the given weights, or with those that (seed, name) give it."""
     index = grid.coordinate.pipeline
     stage = Stage(
         plan.config.model,
@@ -214,5 +290,23 @@ def build_stage(plan: Plan, grid: ProcessGrid) -> Stage:
         num_stages=plan.layout.pipeline,
         group=grid.tensor,
     )
-    stage.initialise(plan.config.run.seed)
+    if weights is None:
+        stage.initialise(plan.config.run.seed)
+    else:
+        load_stage(stage, weights)
     return stage
+
+
+@contextmanager
+def stop_signals() -> Iterator[None]:
+    """Turn the signals that ask a rank to stop into SystemExit, so that what it has begun is brought to an end."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

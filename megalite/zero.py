@@ -22,7 +22,6 @@ from megalite.config import OptimizerSection, RunConfig
 from megalite.distributed import ModelParallelUnit, ProcessGrid
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
-from megalite.tensor_parallel.sharding import ShardSpec
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -42,21 +41,6 @@ class StepOutcome:
     grad_norm: float
     skipped: bool
     loss_scale: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """What this rank updates of one local parameter: elements `start` and on of it, laid flat.
-
-    `tensors` are flat fp32 views that may be written to: ``weight``, the master copy, and once there is state the
-    optimizer's by its names, ``exp_avg`` and ``exp_avg_sq``. Ranks of the data axis have each their own at ZeRO 1, 2
-    and 3, and all the whole parameter at stage 0; ranks of the tensor axis repeat what is not divided among them.
-    """
-
-    shards: tuple[ShardSpec, ...]
-    local_shape: tuple[int, ...]
-    start: int
-    tensors: Mapping[str, Tensor]
 
 
 class _Stages(nn.Module):
@@ -145,7 +129,7 @@ class ZeroEngine:
         if self.zero_stage > 0:
             # DeepSpeed: ZeRO starts its count of gradient hooks anew at a forward, not at a backward; in a pipeline
             # several backwards follow one forward.
-            self._zero_optimizer.clear_backward_seen_flag()
+            self.zero_optimizer.clear_backward_seen_flag()
         # The last stage has divided by the number of microbatches already.
         self.engine.backward(scalar, scale_wrt_gas=False)
 
@@ -173,7 +157,7 @@ class ZeroEngine:
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-        scale = float(self._zero_optimizer.loss_scale) if self.dtype == torch.float16 else None
+        scale = float(self.zero_optimizer.loss_scale) if self.dtype == torch.float16 else None
         norm = self._clip_at_stage_0() if self.zero_stage == 0 else None
         self.engine.step()
         self.engine.set_gradient_accumulation_boundary(False)
@@ -187,62 +171,18 @@ class ZeroEngine:
         return StepOutcome(norm, skipped, scale)
 
     @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's ZeRO optimizer around AdamW; at stage 0 AdamW itself."""
+        return self.engine.optimizer
+
+    @property
     def learning_rate(self) -> float:
         """The rate that the next step applies, or that the last one did."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def fragments(self) -> Iterator[Fragment]:
-        """Yield what this rank updates of the parameters of its stages; the second copy of a tied table is left out."""
-        for stage in self.stages.values():
-            copy = stage.tied_copy if not self.grid.is_first_stage else None
-            for _, parameter, shards in stage.named_shards():
-                if parameter is not copy:
-                    yield from self._fragment(parameter, shards)
-
-    def _fragment(self, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
-        if self.zero_stage == 0:
-            state = self.optimizer.state.get(parameter, {})
-            flat = {name: value.view(-1) for name, value in state.items() if value.shape == parameter.shape}
-            yield Fragment(shards, tuple(parameter.shape), 0, {"weight": parameter.detach().view(-1), **flat})
-        elif self.zero_stage == 3:
-            yield from self._partition(cast(Any, parameter), shards)
-        else:
-            held = cast(Any, parameter)._hp_mapping
-            if held is not None:
-                # DeepSpeed: it links the optimizer's state to parameters after the first group has stepped, and so the
-                # state of the other groups never.
-                master = self._zero_optimizer.single_partition_of_fp32_groups[held.param_group_index]
-                at = held.hp_fragment_address
-                whole = {"weight": master, **self.optimizer.state.get(master, {})}
-                tensors = {
-                    name: value.detach().narrow(0, at.start, at.numel)
-                    for name, value in whole.items()
-                    if value.shape == master.shape
-                }
-                yield Fragment(shards, tuple(parameter.shape), held.lp_fragment_address.start, tensors)
-
-    def _partition(self, parameter: Any, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
-        """ZeRO-3 divides every parameter evenly over the data axis, the last share padded."""
-        share = parameter.partition_numel()
-        start = self.grid.coordinate.data * share
-        length = min(share, parameter.ds_numel - start)
-        if length <= 0:
-            return
-        zero = self._zero_optimizer
-        tensors = {"weight": zero.get_local_fp32_param(parameter).detach()[:length]}
-        group, *_ = zero.grad_position[zero.get_param_id(parameter)]
-        state = zero.optimizer.state.get(zero.fp32_partitioned_groups_flat[group], {})
-        for name in (name for name, value in state.items() if value.ndim):
-            tensors[name] = zero.get_local_fp32_param(parameter, name)[:length]
-        yield Fragment(shards, tuple(parameter.ds_shape), start, tensors)
-
     def close(self) -> None:
         """Take DeepSpeed's hooks off the modules."""
         self.engine.destroy()
-
-    @property
-    def _zero_optimizer(self) -> Any:
-        return self.engine.optimizer
 
     def _reduce_tied_gradient(self) -> None:
         if self.grid.embedding is None:

@@ -330,7 +330,8 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "our own field",
         {"origin": 1},
-        "run.yaml: origin is not a key; allowed: checkpoint, data, deepspeed, model, parallel, resume, run, train",
+        "run.yaml: origin is not a key; allowed: checkpoint, data, deepspeed, init_from, model, parallel, "
+        "resume, run, train",
     ),
     ("key like a family", {"run.llama": 1}, "run.yaml: run.llama is not a key; allowed: dir, seed"),
     (
@@ -447,22 +448,24 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         {"parallel.sequence_parallel": True},
         "run.yaml: parallel.sequence_parallel=true is not available yet; write false",
     ),
-    (
-        "checkpoints",
-        {"checkpoint": {"every": 100}},
-        "run.yaml: checkpoint.every=100 asks for checkpoints, which cannot be written yet; write 0",
-    ),
-    (
-        "background checkpoints",
-        {"checkpoint": {"async": True}},
-        "run.yaml: checkpoint.async=true is not available yet; write false",
-    ),
-    (
-        "resume",
-        {"resume": "runs/old"},
-        "run.yaml: resume='runs/old' asks for a checkpoint, which cannot be read yet; write 'auto' or 'never'",
-    ),
     # within a section
+    (
+        "kept in any case, where all are",
+        {"checkpoint": {"keep_every": 4}},
+        "run.yaml: checkpoint.keep_every=4 stands without checkpoint.keep_last, and all are kept; give both, or "
+        "neither",
+    ),
+    (
+        "kept and never written",
+        {"checkpoint": {"every": 100, "keep_last": 2, "keep_every": 250}},
+        "run.yaml: checkpoint.keep_every=250 is no multiple of checkpoint.every=100; use 200 or 300",
+    ),
+    (
+        "two starts",
+        {"resume": "runs/old/checkpoints/step_5", "init_from": "llama"},
+        "run.yaml: init_from='llama' stands beside resume='runs/old/checkpoints/step_5', which has weights too; keep "
+        "one of them",
+    ),
     ("no source", {"data.train": []}, "run.yaml: data.train has no source; write one: [{prefix: PATH}]"),
     (
         "sets of one name",
@@ -864,7 +867,7 @@ TEXTS: list[tuple[str, str, str]] = [
         "list",
         "[1, 2]",
         "run.yaml: the file holds [1, 2]; write sections: run, model, data, parallel, train, checkpoint, resume, "
-        "deepspeed",
+        "init_from, deepspeed",
     ),
     ("two documents", "a: 1\n---\nb: 2\n", "run.yaml: line 2, column 1: but found another document"),
     ("control character", "a: \x01", "run.yaml: unacceptable character #x0001: special characters are not allowed"),
@@ -872,7 +875,7 @@ TEXTS: list[tuple[str, str, str]] = [
         "circle",
         "&a [*a]",
         "run.yaml: the file holds [[...]]; write sections: run, model, data, parallel, train, checkpoint, resume, "
-        "deepspeed",
+        "init_from, deepspeed",
     ),
     ("depth", "[" * 2000 + "]" * 2000, "run.yaml: the file nests too deeply to be read"),
 ]

@@ -9,8 +9,7 @@ import torch
 from harness import run_distributed
 from training import build_trainer
 
-from megalite.checkpoint.boxes import global_boxes
-from megalite.tensor_parallel.sharding import place
+from megalite.zero_state import ZeroState
 
 STEPS = 3
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
@@ -22,12 +21,10 @@ def state_after_training(path: str, overrides: list[str]) -> list[tuple[str, str
     for step in range(1, STEPS + 1):
         trainer.step(step)
     held = []
-    for fragment in trainer.engine.fragments():
-        placed = list(place(fragment.shards, trainer.grid.tensor.rank, trainer.grid.tensor.size))
+    for fragment in ZeroState(trainer.engine).fragments():
         for kind, flat in fragment.tensors.items():
             assert flat.dtype == torch.float32
-            stop = fragment.start + flat.numel()
-            for part in global_boxes(placed, fragment.local_shape, fragment.start, stop):
+            for part in fragment.boxes(0, fragment.numel):
                 elements = flat[part.start : part.start + part.box.numel].view(part.box.shape)
                 held.append((kind, part.name, part.box, elements.numpy().copy()))
     trainer.close()

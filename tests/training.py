@@ -1,6 +1,6 @@
 """Runs for tests: steps of a run file on real ranks, and the same steps in one process of plain torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,8 +40,13 @@ class Trace:
             assert abs(norm / norm_expected - 1) <= relative, f"step {step}: norm {norm} is not {norm_expected}"
 
 
-def build_trainer(path: str | Path, overrides: Sequence[str]) -> "Trainer":
-    """Build this rank's trainer of a run file, inside the process group that the test formed."""
+def build_trainer(
+    path: str | Path, overrides: Sequence[str], reached: Callable[[str], None] = lambda point: None
+) -> "Trainer":
+    """Build this rank's trainer of a run file, inside the process group that the test formed.
+
+    `reached` hears of the points that a save passes.
+    """
     from megalite.data.datasets import open_datasets
     from megalite.distributed import build_grid, local_device
     from megalite.plan import prepare
@@ -50,7 +55,7 @@ def build_trainer(path: str | Path, overrides: Sequence[str]) -> "Trainer":
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan = prepare(Path(path), overrides, world_size)
     grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
-    return Trainer(plan, grid, open_datasets(plan.config))
+    return Trainer(plan, grid, open_datasets(plan.config), reached=reached)
 
 
 def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:

@@ -76,20 +76,6 @@ class CheckpointReader:
         return found
 
 
-def differences(manifest: Manifest, expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """Return how a checkpoint's tensors differ from the expected names and shapes, a line each."""
-    lines = []
-    for name in sorted({*expected, *manifest.tensors}):
-        wanted, held = expected.get(name), manifest.tensors.get(name)
-        if held is None:
-            lines.append(f"{name}: {wanted} wanted, not in the checkpoint")
-        elif wanted is None:
-            lines.append(f"{name}: {held.shape} in the checkpoint, not wanted")
-        elif held.shape != wanted:
-            lines.append(f"{name}: {wanted} wanted, {held.shape} in the checkpoint")
-    return lines
-
-
 def checkpoints(root: Path) -> Sequence[tuple[int, Path]]:
     """Return the steps and folders of a run's checkpoints, the newest first."""
     found = []

@@ -79,6 +79,17 @@ class CheckpointWeights:
         self._reader.read(WEIGHT + name, box, out)
 
 
+class WeightSource:
+    """Weights under the names that they have in a checkpoint."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+        """Fill `out` with a box of a weight; the name begins with `WEIGHT`."""
+        self._weights.read(name.removeprefix(WEIGHT), box, out)
+
+
 def open_weights(path: Path) -> Weights:
     """Open a checkpoint, or the newest one of a run's folder.
 

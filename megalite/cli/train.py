@@ -54,6 +54,7 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     from megalite.plan import prepare
 
     plan = prepare(run, overrides, None)
+    plan.check_start()
     if dry_run:
         datasets = plan.check_data(keep_index=False)
         _show(plan)

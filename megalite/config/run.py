@@ -7,10 +7,9 @@ from typing import Annotated
 import yaml
 from pydantic import Field, InstanceOf
 
-from megalite.config.base import Section, divisors
+from megalite.config.base import FilePath, Section, divisors
 from megalite.config.data import DataSection
 from megalite.config.sections import (
-    RESUME,
     CheckpointSection,
     Model,
     ModelConfig,
@@ -22,7 +21,7 @@ from megalite.config.sections import (
 )
 from megalite.config.yaml12 import Dumper
 from megalite.deepspeed_json import DeepSpeedSettings, Precision
-from megalite.faults import Fault, Origin, alternatives, report, show
+from megalite.faults import TEXT, Fault, Origin, alternatives, report, show
 from megalite.layout import ParallelLayout
 
 
@@ -35,7 +34,10 @@ class RunConfig(Section, frozen=True):
     parallel: ParallelSection = ParallelSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
-    resume: Annotated[str, RESUME] = "auto"
+    resume: Annotated[str, TEXT] = "auto"
+    """``auto``: from the newest whole checkpoint of `run.dir`, if there is one; ``never``; or a checkpoint's path."""
+    init_from: FilePath | None = None
+    """The weights to begin with: a checkpoint, a run's folder, or a Hugging Face folder."""
     deepspeed: InstanceOf[DeepSpeedSettings] = DeepSpeedSettings()
     origin: InstanceOf[Origin] = Field(default=Origin(), exclude=True, repr=False)
 
@@ -47,6 +49,9 @@ class RunConfig(Section, frozen=True):
         if self.train.eval_every and not self.data.has_validation:
             text = f"={self.train.eval_every} has nothing to evaluate on; give data.valid or data.split"
             yield Fault(("train", "eval_every"), text)
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            text = f"={show(str(self.init_from))} stands beside resume={show(self.resume)}, which has weights too"
+            yield Fault(("init_from",), f"{text}; keep one of them")
         schedule = self.train.schedule
         if schedule is not None and schedule.min_lr > self.optimizer.lr:
             text = f"={show(schedule.min_lr)} is above the learning rate {show(self.optimizer.lr)}; use at most that"

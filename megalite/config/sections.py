@@ -9,7 +9,6 @@ from megalite.config.base import (
     COUNT,
     COUNT_OR_AUTO,
     COUNTS,
-    INDEX,
     Count,
     FilePath,
     Flag,
@@ -21,12 +20,11 @@ from megalite.config.base import (
     only,
 )
 from megalite.deepspeed_json import AdamW
-from megalite.faults import BETAS, FLAG, TEXT, Fault, alternatives, choice
+from megalite.faults import BETAS, FLAG, Fault, alternatives, choice
 
 SCHEDULE = only(choice("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"), "1f1b", "gpipe")
 CURVE = choice("cosine", "linear", "constant", "wsd")
-CHECKPOINT_EVERY = only(INDEX, 0, reason="asks for checkpoints, which cannot be written yet")
-RESUME = only(TEXT, "auto", "never", reason="asks for a checkpoint, which cannot be read yet")
+ON_ERROR = choice("stop", "continue")
 
 _ADAMW = AdamW()
 
@@ -192,11 +190,28 @@ class TrainSection(Section, frozen=True):
 
 
 class CheckpointSection(Section, frozen=True):
-    """Checkpoints, which cannot be written yet."""
+    """When checkpoints are written, into ``checkpoints/`` of the run's folder, and which are kept."""
 
-    every: Annotated[int, CHECKPOINT_EVERY] = 0
+    every: Index = 0
+    """Steps between checkpoints; the last step has one too. 0 means none at all."""
     keep_last: Count | None = None
-    asynchronous: Annotated[bool, only(FLAG, False)] = Field(default=False, alias="async")
+    """How many of the newest are kept; all unless given."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that this divides are kept in any case."""
+    asynchronous: Flag = Field(default=False, alias="async")
+    """Training goes on while the checkpoint is written, for a copy of the state in host memory."""
+    on_error: Annotated[Literal["stop", "continue"], ON_ERROR] = "stop"
+    """What a checkpoint that cannot be written does to the run."""
+
+    def faults(self) -> Iterator[Fault]:
+        if self.keep_every is not None and self.keep_last is None:
+            text = f"={self.keep_every} stands without checkpoint.keep_last, and all are kept; give both, or neither"
+            yield Fault(("keep_every",), text)
+        elif self.keep_every is not None and self.every and self.keep_every % self.every:
+            text = f"={self.keep_every} is no multiple of checkpoint.every={self.every}; use"
+            near = self.keep_every // self.every * self.every
+            fix = alternatives(step for step in (near, near + self.every) if step)
+            yield Fault(("keep_every",), f"{text} {fix}")
 
 
 Model = Annotated[LlamaConfig | GPT2Config, Field(discriminator="architecture")]

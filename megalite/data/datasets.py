@@ -40,6 +40,10 @@ class Datasets:
     unigram_entropy: float | None = None
     max_epochs: float = float("inf")
 
+    def counts(self, num_samples: int) -> tuple[int, ...]:
+        """Return how many of the first samples to train on are of each source."""
+        return tuple(self.train.counts(num_samples)) if isinstance(self.train, BlendedSamples) else (num_samples,)
+
     def describe(self) -> list[str]:
         """Return a line for each source, and one for each that is read more often than it should be."""
         total = sum(use.samples for use in self.uses)

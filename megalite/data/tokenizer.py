@@ -84,7 +84,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises UserError where there is none or the file is broken.
     """
-    file = _tokenizer_file(path)
+    file = tokenizer_file(path)
     data = file.read_bytes()
     try:
         if file.suffix == ".json":
@@ -102,7 +102,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from error
 
 
-def _tokenizer_file(path: Path) -> Path:
+def standard_name(file: Path) -> str:
+    """Return the name under which a folder's tokenizer is looked for, of a tokenizer's file of any name."""
+    if file.suffix == tiktoken_tokenizer.SUFFIX:  # whose name says which encoding it is
+        return file.name
+    return "tokenizer.json" if file.suffix == ".json" else "tokenizer.model"
+
+
+def tokenizer_file(path: Path) -> Path:
+    """Return the file of a tokenizer that is named by its file or its folder; raise UserError where there is none."""
     if path.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():

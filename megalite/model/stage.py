@@ -88,6 +88,8 @@ class Stage(nn.Module):
         self._std = config.initializer_range
         # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+        # Now, while every parameter has its shape: ZeRO-3 takes it away.
+        self._shards = tuple(parameter_shards(self))
 
     def forward(
         self,
@@ -122,7 +124,7 @@ class Stage(nn.Module):
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
         """Yield (local name, parameter, shards with global names) of each parameter; a tied head bears the table's."""
-        for local, parameter, shards in parameter_shards(self):
+        for local, parameter, shards in self._shards:
             if self.tied and local == "head.weight":
                 shards = (ShardSpec(TOKEN_TABLE, shards[0].global_shape, 0, shards[0].padded_size),)
             yield local, parameter, shards
@@ -154,3 +156,10 @@ def _volume(region: tuple[slice, ...]) -> int:
 def _vocab_size(config: ModelConfig) -> int:
     assert config.vocab_size is not None  # resolved from the tokenizer before any model is built
     return config.vocab_size
+
+
+def global_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the global shape of every tensor of a model, by its global name; no memory is taken."""
+    with torch.device("meta"):
+        whole = Stage(config, range(config.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
+    return {spec.name: spec.global_shape for _, _, shards in whole.named_shards() for spec in shards}

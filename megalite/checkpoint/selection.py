@@ -1,0 +1,105 @@
+"""Which checkpoint a run goes on from, and whether it is one of that run's model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megalite.checkpoint.manifest import MANIFEST
+from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.checkpoint.weights import Weights
+from megalite.config import ModelConfig, RunConfig, read_model
+from megalite.errors import UserError, nearest
+
+CHECKPOINTS = "checkpoints"
+_SHOWN_DIFFERENCES = 30
+_NOT_OF_THE_FUNCTION = ("initializer_range",)
+
+
+def candidates(config: RunConfig) -> list[Path]:
+    """Return the folders that `resume` allows, the best first; none where the run begins anew."""
+    if config.resume == "never":
+        return []
+    if config.resume == "auto":
+        return [folder for _, folder in checkpoints(config.run.dir / CHECKPOINTS)]
+    folder = Path(config.resume)
+    if not (folder / MANIFEST).is_file():
+        found = [path for root in (folder, folder / CHECKPOINTS, folder.parent) for _, path in checkpoints(root)]
+        raise UserError(f"resume={folder}: no checkpoint, it has no {MANIFEST}{nearest(str(folder), map(str, found))}")
+    return [folder]
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a run asks of a checkpoint: its model, the global shapes of its weights, its tokenizer."""
+
+    model: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    tokenizer_sha256: str | None
+
+    def require_resumable(self, reader: CheckpointReader) -> None:
+        """Raise UserError, with a table of the differences, where a checkpoint is not one of this run."""
+        rows = list(self._model_rows(dict(reader.manifest.model)))
+        held = {name: tensor.shape for name, tensor in reader.manifest.tensors.items()}
+        kinds = ("weight", "exp_avg", "exp_avg_sq")
+        rows += _shape_rows({f"{kind}/{name}": shape for kind in kinds for name, shape in self.shapes.items()}, held)
+        theirs = reader.manifest.tokenizer_sha256
+        if theirs is not None and self.tokenizer_sha256 not in (None, theirs):
+            rows.append(("tokenizer (SHA-256)", str(self.tokenizer_sha256)[:12], theirs[:12]))
+        if rows:
+            raise UserError(
+                f"{reader.folder}: is of another run:\n{_table(rows)}"
+                "resume from another checkpoint, take its weights alone with init_from, or begin anew with resume=never"
+            )
+
+    def require_weights(self, weights: Weights) -> None:
+        """Raise UserError, with a table of the differences, where weights are not of this run's shapes."""
+        rows = _shape_rows(self.shapes, weights.shapes)
+        if rows:
+            raise UserError(
+                f"init_from={weights.origin}: holds the weights of another model:\n{_table(rows)}"
+                "write its sizes into the section model, or name other weights"
+            )
+
+    def differing_settings(self, weights: Weights) -> list[str]:
+        """Return the settings of the model in which weights of the right shapes were not trained, a line each."""
+        rows = self._model_rows(weights.model.model_dump(mode="json"))
+        return [f"{name}={wanted} here, {held} where the weights are from" for name, wanted, held in rows]
+
+    def _model_rows(self, theirs: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:
+        ours = self.model.model_dump(mode="json")
+        with suppress(ValueError):  # the settings of a version that knew more or less
+            theirs = read_model(theirs).model_dump(mode="json")
+        for key in sorted({*ours, *theirs} - set(_NOT_OF_THE_FUNCTION)):
+            if key in ours and key in theirs and ours[key] == theirs[key]:
+                continue
+            yield f"model.{key}", _shown(ours, key), _shown(theirs, key)
+
+
+def _shown(settings: Mapping[str, object], key: str) -> str:
+    return str(settings[key]) if key in settings else "-"
+
+
+def _shape_rows(
+    wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, str, str]]:
+    def shown(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+        return " x ".join(map(str, shapes[name])) if name in shapes else "missing"
+
+    names = sorted(name for name in {*wanted, *held} if wanted.get(name) != held.get(name))
+    return [(name, shown(wanted, name), shown(held, name)) for name in names]
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    table = Table("", "the run file asks", "it holds", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for row in rows[:_SHOWN_DIFFERENCES]:
+        table.add_row(*row)
+    if len(rows) > _SHOWN_DIFFERENCES:
+        table.add_row(f"and {len(rows) - _SHOWN_DIFFERENCES:,} more", "", "")
+    console = Console(width=160, force_terminal=False, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())

@@ -1,0 +1,270 @@
+"""When and how a run saves: every rank its share, in a thread, and one rank the whole.
+
+A save is the same with and without ``checkpoint.async``: without it the ranks wait for its end at once. With it, the
+thread first copies what this rank holds to host memory, for which only the next update of the weights has to wait.
+"""
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megalite.checkpoint import store
+from megalite.checkpoint.fragments import parts
+from megalite.checkpoint.manifest import Manifest
+from megalite.checkpoint.retention import prune
+from megalite.checkpoint.store import Part
+from megalite.config.sections import CheckpointSection
+from megalite.distributed import ProcessGrid, gather_json
+from megalite.errors import UserError
+from megalite.files import write_whole
+from megalite.zero_state import ZeroState
+
+LATEST = "LATEST"
+
+
+@dataclass(slots=True)
+class SaveReport:
+    """One save: its size in bytes over all ranks, the seconds that training waited for it on this rank, and those
+    until it was on the disk. `failure` says why there is no checkpoint."""
+
+    step: int
+    folder: Path
+    bytes: int = 0
+    blocked_seconds: float = 0.0
+    durable_seconds: float = 0.0
+    failure: str | None = None
+    told: bool = False
+
+
+@dataclass(slots=True)
+class _Save:
+    """A save under way on this rank."""
+
+    report: SaveReport
+    began: float
+    written: Future[int] = field(default_factory=Future)
+    copied: threading.Event = field(default_factory=threading.Event)
+    others_failed: threading.Event = field(default_factory=threading.Event)
+    finished: Future[Path] | None = None
+
+
+class Checkpointer:
+    """Writes ``step_N`` folders below `root`. Collective where it says so; one save at a time.
+
+    `reached` is called with the name of each point of a save that is passed, so that a test can stop there.
+    """
+
+    def __init__(
+        self,
+        settings: CheckpointSection,
+        root: Path,
+        state: ZeroState,
+        grid: ProcessGrid,
+        *,
+        total_elements: int,
+        files: Mapping[str, bytes],
+        reached: Callable[[str], None] = lambda point: None,
+    ) -> None:
+        self._settings, self._root, self._state, self._grid = settings, root, state, grid
+        self._needed, self._files, self._reached = 12 * total_elements, files, reached
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._buffer: torch.Tensor | None = None
+        self._under_way: _Save | None = None
+        self._untold: list[SaveReport] = []
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether `step` ends with a save."""
+        every = self._settings.every
+        return bool(every) and (step % every == 0 or step == last)
+
+    def save(self, manifest: Manifest, state: Mapping[str, Any]) -> None:
+        """Save, once the save before is done. Collective.
+
+        Raises UserError where either failed, unless ``checkpoint.on_error`` is ``continue``.
+        """
+        self.wait()
+        began = time.perf_counter()
+        report = SaveReport(manifest.step, self._root / f"step_{manifest.step}")
+        report.failure = self._begin(report.folder)
+        if report.failure is not None:
+            self._judge(report)
+            return
+        save = self._under_way = _Save(report, began)
+        if self._grid.device.type == "cuda":
+            torch.cuda.synchronize(self._grid.device)
+        mine = list(parts(self._state.fragments()))
+        self._thread.submit(self._write, save, mine)
+        if self._grid.rank == 0:
+            save.finished = self._thread.submit(self._finish, save, manifest, dict(state))
+        report.blocked_seconds = time.perf_counter() - began
+        if not self._settings.asynchronous:
+            self.wait()
+
+    def before_update(self) -> None:
+        """Wait until the state that is being saved may change."""
+        if self._under_way is not None:
+            with self._blocking(self._under_way.report):
+                self._under_way.copied.wait()
+
+    def take_reports(self) -> list[SaveReport]:
+        """Return the saves that ended since the last call, as far as this rank knows: rank 0 knows first.
+
+        Raises UserError where this rank's part of a save failed, unless ``checkpoint.on_error`` is ``continue``.
+        """
+        save = self._under_way
+        if save is not None and save.written.done():
+            failure = save.written.exception()
+            if failure is not None and self._settings.on_error == "stop":
+                save.report.failure = self._on_this_rank(failure)
+                self._judge(save.report)
+            if save.finished is not None and save.finished.done() and save.finished.exception() is None:
+                self._tell(save.report)
+        reports, self._untold = self._untold, []
+        return reports
+
+    def wait(self) -> None:
+        """Wait for the save under way, if there is one. Collective.
+
+        Raises UserError where it failed, unless ``checkpoint.on_error`` is ``continue``.
+        """
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        report = save.report
+        with self._blocking(report):
+            failures = [told for told in gather_json(self._failure(save.written), self._grid) if told is not None]
+            if failures:
+                save.others_failed.set()
+            finished = self._failure(save.finished) if save.finished is not None else None
+            report.failure = next(iter(failures), gather_json(finished, self._grid)[0])
+        if report.failure is not None and self._grid.rank == 0:
+            store.discard(report.folder)
+        self._judge(report)
+
+    def close(self) -> None:
+        """End the thread, without waiting for the other ranks."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def settle(self) -> None:
+        """Wait for this rank's part of a save under way; for a rank that is told to stop, on its own."""
+        if self._under_way is not None:
+            self._under_way.written.exception()
+            if self._under_way.finished is not None:
+                self._under_way.finished.exception()
+
+    def _begin(self, folder: Path) -> str | None:
+        """Make room on the disk; return why there is none, the same on every rank."""
+        failure = None
+        if self._grid.rank == 0:
+            try:
+                self._root.mkdir(parents=True, exist_ok=True)
+                free = shutil.disk_usage(self._root).free
+                if free < self._needed:
+                    failure = f"needs {self._needed:,} bytes, and {free:,} are free there"
+                else:
+                    store.begin(folder)
+            except OSError as error:
+                failure = self._on_this_rank(error)
+            self._reached("begun")
+        return gather_json(failure, self._grid)[0]
+
+    def _write(self, save: _Save, mine: Sequence[Part]) -> None:
+        try:
+            if self._settings.asynchronous:
+                mine = self._copy(mine)
+            save.copied.set()
+            written = store.write_rank(save.report.folder, self._grid.rank, mine)
+            self._reached("written")
+            save.written.set_result(written)
+        except BaseException as error:
+            save.written.set_exception(error)
+        finally:
+            save.copied.set()
+
+    def _copy(self, mine: Sequence[Part]) -> list[Part]:
+        """Copy the parts into one buffer, which stays: memory that is new costs more than the copy."""
+        sizes = [part.box.numel for part in mine]
+        if self._buffer is None or self._buffer.numel() < sum(sizes):
+            pin = self._grid.device.type == "cuda"
+            self._buffer = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=pin)
+        copies, start = [], 0
+        for part, size in zip(mine, sizes, strict=True):
+            room = self._buffer[start : start + size].numpy().reshape(part.box.shape)
+            np.copyto(room, part.load())
+            copies.append(Part(part.name, part.global_shape, part.box, _Held(room)))
+            start += size
+        return copies
+
+    def _finish(self, save: _Save, manifest: Manifest, state: Mapping[str, Any]) -> Path:
+        def alive() -> None:
+            if save.others_failed.is_set():
+                raise UserError("another rank failed")
+
+        ranks = self._grid.layout.world_size
+        folder = store.finish(
+            save.report.folder,
+            ranks=ranks,
+            manifest=manifest,
+            state=state,
+            files=self._files,
+            alive=alive,
+            reached=self._reached,
+        )
+        save.report.durable_seconds = time.perf_counter() - save.began
+        save.report.bytes = sum(file.stat().st_size for file in folder.iterdir())
+        self._reached("published")
+        write_whole(self._root / LATEST, f"{folder.name}\n".encode())
+        self._reached("latest")
+        prune(self._root, self._settings.keep_last, self._settings.keep_every)
+        self._reached("pruned")
+        return folder
+
+    def _failure(self, future: Future[Any]) -> str | None:
+        """Wait for a future; return how it failed."""
+        failure = future.exception()
+        return None if failure is None else self._on_this_rank(failure)
+
+    def _on_this_rank(self, failure: BaseException) -> str:
+        reason = failure.strerror if isinstance(failure, OSError) else None
+        return f"rank {self._grid.rank} on {socket.gethostname()}: {reason or failure}"
+
+    def _judge(self, report: SaveReport) -> None:
+        self._tell(report)
+        if report.failure is not None and self._settings.on_error == "stop":
+            raise UserError(
+                f"{report.folder}: not written: {report.failure}; earlier checkpoints are as they were; make room, "
+                "lower checkpoint.keep_last, or go on without with checkpoint.on_error=continue"
+            )
+
+    def _tell(self, report: SaveReport) -> None:
+        if not report.told:
+            report.told = True
+            self._untold.append(report)
+
+    @contextmanager
+    def _blocking(self, report: SaveReport) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            report.blocked_seconds += time.perf_counter() - began
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Calls for an array that is in memory."""
+
+    array: np.ndarray
+
+    def __call__(self) -> np.ndarray:
+        return self.array

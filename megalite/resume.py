@@ -1,0 +1,96 @@
+"""Where training begins: with a checkpoint of this run, with other weights, or anew. The ranks decide together."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite.checkpoint.reader import CheckpointReader
+from megalite.checkpoint.selection import candidates
+from megalite.checkpoint.weights import CheckpointWeights, Weights, open_weights
+from megalite.data.batches import BatchSchedule
+from megalite.distributed import ProcessGrid, gather_json
+from megalite.errors import UserError
+from megalite.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The beginning of a run: after step `step`, with `weights`, None where they are drawn; `reader` has the rest of
+    the state. `notes` are what the user should hear of it."""
+
+    step: int = 0
+    weights: Weights | None = None
+    reader: CheckpointReader | None = None
+    notes: tuple[str, ...] = ()
+
+    def continues(self, checkpoints: Path) -> bool:
+        """Whether a run goes on whose checkpoints are in that folder."""
+        return self.reader is not None and self.reader.folder.resolve().parent == checkpoints.resolve()
+
+
+def find_start(plan: Plan, grid: ProcessGrid) -> Start:
+    """Return where the run file's `resume` and `init_from` let training begin. Collective.
+
+    Raises UserError where a checkpoint that is named is not whole, where none of several is, or where it does not fit.
+    """
+    passed_over: list[str] = []
+    for folder in candidates(plan.config):
+        faults = _faults(folder, grid)
+        if not faults:
+            return _resumed(plan, CheckpointReader(folder), passed_over)
+        passed_over.append(f"{folder}: {'; '.join(faults)}")
+        if plan.config.resume != "auto":
+            raise UserError(f"resume={passed_over[0]}; the checkpoint is damaged, name another")
+    if passed_over:
+        raise UserError(
+            "\n".join([*passed_over, "resume=auto: no checkpoint is whole; write resume=never to begin anew"])
+        )
+    if plan.config.init_from is None:
+        return Start()
+    weights = open_weights(plan.config.init_from)
+    plan.expectation.require_weights(weights)
+    notes = (
+        f"weights: {weights.origin}",
+        *(f"warning: {line}" for line in plan.expectation.differing_settings(weights)),
+    )
+    return Start(weights=weights, notes=notes)
+
+
+def _faults(folder: Path, grid: ProcessGrid) -> Sequence[str]:
+    """What is wrong with a checkpoint, the same on every rank: each reads its share of the files for their digests."""
+    try:
+        reader = CheckpointReader(folder)
+        mine = sorted(reader.manifest.files)[grid.rank :: grid.layout.world_size]
+        found = reader.faults(mine)
+        if not found and grid.rank == 0:
+            _ = reader.state
+    except UserError as error:
+        found = [str(error)]
+    return list(dict.fromkeys(fault for faults in gather_json(found, grid) for fault in faults))
+
+
+def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str]) -> Start:
+    plan.expectation.require_resumable(reader)
+    state = reader.state
+    step, consumed = int(state["step"]), int(state["consumed_samples"])
+    here = BatchSchedule(plan.config.train).consumed(step)
+    if here != consumed:
+        raise UserError(
+            f"{reader.folder}: stands at sample {consumed:,} after step {step:,}, where this run file's batches would "
+            f"stand at {here:,}; keep train.global_batch_size and its ramp-up, or take the weights alone with init_from"
+        )
+    notes = [f"warning: passed over {line}" for line in passed_over]
+    notes.append(
+        f"resumed: {reader.folder}, step {step:,}, {consumed:,} samples; it was saved at {reader.manifest.layout}"
+    )
+    notes += _order_notes(plan, state)
+    return Start(step, CheckpointWeights(reader), reader, tuple(notes))
+
+
+def _order_notes(plan: Plan, state: dict[str, Any]) -> Iterator[str]:
+    if state["data"]["order_sha256"] != plan.order_digest:
+        yield (
+            "warning: the data, their order or the seed are other than the checkpoint's: what follows is the new "
+            "order from its sample of that number on, and some text may be seen twice"
+        )

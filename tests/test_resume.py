@@ -1,0 +1,373 @@
+"""A run that stops and goes on is the run that did not: bit for bit on its layout, within tolerance on any other."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import RankError, run_distributed
+from training import build_trainer
+
+from megalite.checkpoint.reader import CheckpointReader
+from megalite.checkpoint.retention import kept
+from megalite.zero_state import ZeroState
+
+Layout = tuple[int, int, int]
+LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
+SMALL = ("model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=3")
+BF16, FP16 = "deepspeed.bf16={enabled: true}", "deepspeed.fp16={enabled: true, initial_scale_power: 24, hysteresis: 1}"
+
+
+def at(layout: Layout, stage: int) -> list[str]:
+    axes = zip(("tensor", "pipeline", "data"), layout, strict=True)
+    return [*(f"parallel.{axis}={n}" for axis, n in axes), f"deepspeed.zero_optimization.stage={stage}"]
+
+
+def size(layout: Layout) -> int:
+    return int(np.prod(layout))
+
+
+class KillAt:
+    """Kills this rank with signal 9 where a save passes a point for the `count`th time."""
+
+    def __init__(self, point: str, count: int, rank: int) -> None:
+        self.point, self.count, self.rank = point, count, rank
+
+    def __call__(self, point: str) -> None:
+        self.count -= point == self.point
+        if point == self.point and self.count == 0 and int(os.environ["RANK"]) == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_on_rank(path: str, overrides: Sequence[str], kill: tuple[str, int, int] | None = None) -> tuple[int, list[str]]:
+    """Run as ``megalite train`` does; return the step that it began after, and what it had to say of that."""
+    trainer = build_trainer(path, overrides, KillAt(*kill) if kill else lambda point: None)
+    trainer.run()
+    trainer.close()
+    return trainer.start.step, list(trainer.start.notes)
+
+
+def run(
+    path: Path, folder: Path, layout: Layout, *overrides: str, kill: tuple[str, int, int] | None = None
+) -> tuple[int, list[str]]:
+    given = [*SMALL, f"run.dir={folder}", *overrides]
+    return run_distributed(run_on_rank, size(layout), str(path), given, kill)[0]
+
+
+def trained(folder: Path) -> list[tuple[int, str, str, Any]]:
+    """Step, loss, norm and scale of every step in a run's metrics, to the last bit."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(m["step"], m["loss"].hex(), m["grad_norm"].hex(), m["loss_scale"]) for m in lines if "loss" in m]
+
+
+def tensors(checkpoint: Path) -> dict[str, str]:
+    """A digest of the elements of each file of tensors."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.glob("*.safetensors")}
+
+
+def assert_same_run(folder: Path, expected: Path) -> None:
+    assert trained(folder) == trained(expected)
+    assert tensors(folder / "checkpoints/step_6") == tensors(expected / "checkpoints/step_6")
+    state, other = ((at / "checkpoints/step_6/state.json").read_text() for at in (folder, expected))
+    assert state == other
+
+
+STOPPED = [
+    ((1, 1, 2), 0, []),
+    ((2, 1, 2), 1, []),
+    ((1, 2, 2), 2, []),
+    ((1, 2, 2), 3, []),
+    ((2, 2, 1), 1, [BF16]),
+    ((1, 1, 2), 2, [BF16, "checkpoint.async=true"]),
+    ((1, 2, 1), 3, [BF16]),
+    ((1, 1, 2), 1, [FP16]),
+    ((2, 1, 1), 3, [FP16, "checkpoint.async=true"]),
+]
+
+
+@pytest.mark.parametrize(("layout", "stage", "more"), STOPPED, ids=lambda x: str(x).replace(" ", ""))
+def test_a_resumed_run_is_the_uninterrupted_one(
+    run_file: Path, tmp_path: Path, layout: Layout, stage: int, more: list[str]
+) -> None:
+    overrides = [*at(layout, stage), *more]
+    run(run_file, tmp_path / "whole", layout, *overrides)
+    run(run_file, tmp_path / "cut", layout, *overrides, "train.stop_after=3")
+    step, notes = run(run_file, tmp_path / "cut", layout, *overrides)
+    assert step == 3
+    assert any("resumed: " in note for note in notes)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    if FP16 in more:
+        scales = [scale for *_, scale in trained(tmp_path / "whole")]
+        assert len(set(scales)) > 1, "the loss scale never moved"
+
+
+def test_deepspeeds_scheduler_goes_on_where_it_was(run_file: Path, tmp_path: Path) -> None:
+    warm = "deepspeed.scheduler={type: WarmupDecayLR, params: {warmup_num_steps: 2, total_num_steps: 6, " + (
+        "warmup_max_lr: 5.0e-4, warmup_min_lr: 0.0}}"
+    )
+    overrides = [*at((1, 1, 2), 1), warm, "train.schedule=null"]
+    run(run_file, tmp_path / "whole", (1, 1, 2), *overrides)
+    run(run_file, tmp_path / "cut", (1, 1, 2), *overrides, "train.stop_after=3")
+    assert run(run_file, tmp_path / "cut", (1, 1, 2), *overrides)[0] == 3
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_blend_goes_on_in_mid_epoch(run_file: Path, corpus: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{corpus}{suffix}", f"{other}{suffix}")
+    blend = f"data.train=[{{prefix: {corpus}, weight: 3}}, {{prefix: {other}, weight: 1}}]"
+    layout, overrides = (1, 1, 2), [*at((1, 1, 2), 2), blend, "data.sequence_length=64"]
+    run(run_file, tmp_path / "whole", layout, *overrides)
+    run(run_file, tmp_path / "cut", layout, *overrides, "train.stop_after=3")
+    assert run(run_file, tmp_path / "cut", layout, *overrides)[0] == 3
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    state = CheckpointReader(tmp_path / "cut/checkpoints/step_6").state
+    assert [source["samples"] for source in state["data"]["sources"]] == [18, 6]
+
+
+# ------------------------------------------------------------------------------------------------- from any layout
+
+
+def save_on_rank(path: str, overrides: Sequence[str]) -> list[float]:
+    """Three steps, a checkpoint, and the loss of the step after it."""
+    trainer = build_trainer(path, overrides)
+    for step in range(1, 4):
+        trainer.step(step)
+    trainer.save(3)
+    report = trainer.step(4)
+    trainer.close()
+    return [report.loss, report.outcome.grad_norm]
+
+
+def load_on_rank(path: str, overrides: Sequence[str], folders: Sequence[str]) -> list[list[float]]:
+    """For each checkpoint: take it over, find every element of it as it was, and train a step."""
+    traces = []
+    for folder in folders:
+        trainer = build_trainer(path, [*overrides, f"resume={folder}"])
+        reader = CheckpointReader(Path(folder))
+        for fragment in ZeroState(trainer.engine).fragments(tied_copy=True):
+            boxes = list(fragment.boxes(0, fragment.numel))
+            assert boxes, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
+            for box in boxes:
+                for kind, flat in fragment.tensors.items():
+                    saved = np.empty(box.box.shape, np.float32)
+                    reader.read(f"{kind}/{box.name}", box.box, saved)
+                    held = flat[box.start : box.start + box.box.numel].detach().numpy().reshape(box.box.shape)
+                    assert np.array_equal(held, saved), f"{kind}/{box.name} at {box.box.offset}"
+        report = trainer.step(4)
+        trainer.close()
+        traces.append([report.loss, report.outcome.grad_norm])
+    return traces
+
+
+def exchange(path: Path, tmp_path: Path, saving: list[tuple[Layout, int]], loading: list[tuple[Layout, int]]) -> None:
+    """Save at each of some layouts, and load each of these checkpoints at each of others."""
+    folders = {}
+    for layout, stage in saving:
+        folder = tmp_path / f"saved_{'x'.join(map(str, layout))}_{stage}"
+        given = [*SMALL, *at(layout, stage), f"run.dir={folder}"]
+        trace = run_distributed(save_on_rank, size(layout), str(path), given)[0]
+        folders[str(folder / "checkpoints/step_3")] = trace
+    for layout, stage in loading:
+        given = [*SMALL, *at(layout, stage), f"run.dir={tmp_path / 'loaded'}"]
+        found = run_distributed(load_on_rank, size(layout), str(path), given, list(folders), timeout=280)[0]
+        for folder, trace in zip(folders, found, strict=True):
+            np.testing.assert_allclose(trace, folders[folder], rtol=1e-5, err_msg=f"{folder} at {layout}, {stage}")
+
+
+def test_a_checkpoint_of_one_layout_is_taken_over_by_another(run_file: Path, tmp_path: Path) -> None:
+    exchange(run_file, tmp_path, [((1, 2, 2), 2), ((2, 1, 1), 3)], [((2, 2, 1), 1), ((1, 1, 2), 3), ((1, 1, 1), 0)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
+def test_every_layout_takes_over_every_other(run_file: Path, tmp_path: Path, layout: Layout, stage: int) -> None:
+    everywhere = [(layout, stage) for layout in LAYOUTS for stage in (1, 2, 3)]
+    exchange(run_file, tmp_path, [(layout, stage)], everywhere)
+
+
+@pytest.mark.parametrize(("before", "after"), [([], [BF16]), ([BF16], []), ([BF16], [FP16]), ([FP16], [BF16])])
+def test_a_checkpoint_goes_on_in_another_precision(
+    run_file: Path, tmp_path: Path, before: list[str], after: list[str]
+) -> None:
+    run(run_file, tmp_path / "run", (1, 1, 2), *at((1, 1, 2), 2), *before, "train.stop_after=3")
+    assert run(run_file, tmp_path / "run", (1, 2, 1), *at((1, 2, 1), 1), *after)[0] == 3
+    losses = [float.fromhex(loss) for _, loss, *_ in trained(tmp_path / "run")]
+    assert len(losses) == 6
+    run(run_file, tmp_path / "fp32", (1, 1, 1), *at((1, 1, 1), 1))
+    expected = [float.fromhex(loss) for _, loss, *_ in trained(tmp_path / "fp32")]
+    np.testing.assert_allclose(losses, expected, rtol=2e-2)
+
+
+def test_the_micro_batch_may_change(run_file: Path, tmp_path: Path) -> None:
+    run(run_file, tmp_path / "whole", (1, 1, 1), *at((1, 1, 1), 1))
+    run(run_file, tmp_path / "cut", (1, 1, 1), *at((1, 1, 1), 1), "train.stop_after=3")
+    assert run(run_file, tmp_path / "cut", (1, 1, 1), *at((1, 1, 1), 1), "train.micro_batch_size=2")[0] == 3
+    losses, expected = ([float.fromhex(x) for _, x, *_ in trained(tmp_path / name)] for name in ("cut", "whole"))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ killed in a save
+
+POINTS = ["begun", "written", "recorded", "described", "published", "latest", "pruned"]
+PAIR: Layout = (1, 1, 2)
+KEPT = [*at(PAIR, 1), "checkpoint.every=2", "checkpoint.keep_last=1"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("point", [*POINTS, "written on the other rank"])
+def test_a_run_killed_in_a_save_goes_on_from_a_whole_checkpoint(
+    run_file: Path, tmp_path: Path, point: str, asynchronous: bool
+) -> None:
+    overrides = [*KEPT, f"checkpoint.async={str(asynchronous).lower()}"]
+    folder, rank = tmp_path / "run", int("other" in point)
+    with pytest.raises(RankError, match="was killed by signal SIGKILL"):
+        run(run_file, folder, PAIR, *overrides, kill=(point.split()[0], 2, rank))
+    step, _ = run(run_file, folder, PAIR, *overrides)
+    if "other" in point:  # rank 0 may still make a whole of what that rank has written
+        assert step in (2, 4)
+    else:
+        assert step == (4 if point in ("published", "latest", "pruned") else 2)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["LATEST", "step_6"]
+    run(run_file, tmp_path / "whole", PAIR, *overrides)
+    assert_same_run(folder, tmp_path / "whole")
+
+
+# -------------------------------------------------------------------------------------------- damaged, or another's
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = [
+    (flip, "rank_00001.safetensors", "has another SHA-256"),
+    (truncate, "rank_00000.safetensors", "bytes, not"),
+    (Path.unlink, "rank_00001.safetensors", "is missing"),
+    (flip, "state.json", "has another SHA-256"),
+    (truncate, "manifest.json", "the checkpoint is broken"),
+    (Path.unlink, "manifest.json", "no checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("damage", "file", "fault"), DAMAGE)
+def test_damage_is_passed_over_by_auto_and_refused_by_path(
+    run_file: Path, tmp_path: Path, damage: Callable[[Path], object], file: str, fault: str
+) -> None:
+    overrides = [*at(PAIR, 1), "checkpoint.every=2", "train.stop_after=4"]
+    folder = tmp_path / "run"
+    run(run_file, folder, PAIR, *overrides)
+    damage(folder / "checkpoints/step_4" / file)
+    with pytest.raises(RankError, match=fault) as refused:
+        run(run_file, tmp_path / "other", PAIR, *overrides, f"resume={folder}/checkpoints/step_4")
+    assert "UserError" in str(refused.value)
+    step, notes = run(run_file, folder, PAIR, *overrides)
+    assert step == 2
+    assert fault in notes[0]
+    assert notes[0].startswith("warning: passed over ")
+    assert (folder / "earlier/1/checkpoints/step_4").is_dir()
+    assert CheckpointReader(folder / "checkpoints/step_4").faults() == []
+
+
+def test_no_whole_checkpoint_is_no_reason_to_begin_anew(run_file: Path, tmp_path: Path) -> None:
+    overrides = [*at((1, 1, 1), 1), "train.stop_after=3"]
+    run(run_file, tmp_path / "run", (1, 1, 1), *overrides)
+    flip(tmp_path / "run/checkpoints/step_3/rank_00000.safetensors")
+    with pytest.raises(RankError, match="no checkpoint is whole; write resume=never to begin anew"):
+        run(run_file, tmp_path / "run", (1, 1, 1), *overrides)
+    assert run(run_file, tmp_path / "run", (1, 1, 1), *overrides, "resume=never")[0] == 0
+    assert (tmp_path / "run/earlier/1/checkpoints/step_3").is_dir()
+
+
+OTHERS = [
+    ("model.hidden_size=128", r"model.hidden_size +128 +256"),
+    ("model.num_hidden_layers=3", r"weight/layers.2.mlp.up.weight +688 x 256 +missing"),
+    ("model.rope_theta=5.0e5", r"model.rope_theta +500000.0 +10000.0"),
+    ("train.global_batch_size=8", "keep train.global_batch_size"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), OTHERS)
+def test_another_runs_checkpoint_is_refused(run_file: Path, tmp_path: Path, override: str, message: str) -> None:
+    run(run_file, tmp_path / "run", (1, 1, 1), *at((1, 1, 1), 1), "train.stop_after=3")
+    with pytest.raises(RankError, match=message):
+        run(run_file, tmp_path / "run", (1, 1, 1), *at((1, 1, 1), 1), override)
+    assert (tmp_path / "run/checkpoints/step_3").is_dir()
+
+
+# ------------------------------------------------------------------------------------------- failures and retention
+
+
+def fail_on_rank(path: str, overrides: Sequence[str], limit: int) -> list[tuple[int, str | None]]:
+    """Run where no file may be longer than `limit`; return what came of each save."""
+    import resource
+
+    trainer = build_trainer(path, overrides)
+    trainer.step(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for step in (2, 3):
+        trainer.step(step)
+        trainer.save(step)
+    trainer.checkpointer.wait()
+    trainer.close()
+    return [(report.step, report.failure) for report in trainer.checkpointer.take_reports()]
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_save_that_fails_stops_the_run_or_is_told(run_file: Path, tmp_path: Path, asynchronous: str) -> None:
+    given = [*SMALL, *at(PAIR, 1), f"run.dir={tmp_path}", f"checkpoint.async={asynchronous}"]
+    with pytest.raises(RankError, match="step_2: not written: rank . on .*: File too large; earlier checkpoints"):
+        run_distributed(fail_on_rank, 2, str(run_file), given, 100_000)
+    told = run_distributed(fail_on_rank, 2, str(run_file), [*given, "checkpoint.on_error=continue"], 100_000)[0]
+    assert [step for step, _ in told] == [2, 3]
+    assert all("File too large" in str(failure) for _, failure in told)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def save_on_a_full_disk(path: str, overrides: Sequence[str]) -> None:
+    trainer = build_trainer(path, overrides)
+    trainer.step(1)
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)  # type: ignore[attr-defined]
+    shutil.disk_usage = lambda path: usage
+    trainer.save(1)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(run_file: Path, tmp_path: Path) -> None:
+    given = [*SMALL, *at(PAIR, 1), f"run.dir={tmp_path}"]
+    with pytest.raises(RankError, match=r"not written: needs [\d,]+ bytes, and 1,000 are free there; earlier"):
+        run_distributed(save_on_a_full_disk, 2, str(run_file), given)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "stay"),
+    [(None, None, {10, 20, 30, 40}), (1, None, {40}), (2, 20, {20, 30, 40}), (9, None, {10, 20, 30, 40})],
+)
+def test_retention(keep_last: int | None, keep_every: int | None, stay: set[int]) -> None:
+    assert kept([10, 20, 30, 40], keep_last, keep_every) == stay
+
+
+def test_weights_alone_begin_another_run(run_file: Path, tmp_path: Path) -> None:
+    run(run_file, tmp_path / "run", (1, 1, 2), *at((1, 1, 2), 1), "train.stop_after=3")
+    start = [*at((2, 1, 1), 1), f"init_from={tmp_path}/run", "model.rope_theta=2.0e4", "train.stop_after=1"]
+    step, notes = run(run_file, tmp_path / "tuned", (2, 1, 1), *start, "checkpoint.every=1")
+    assert step == 0
+    assert notes[1] == "warning: model.rope_theta=20000.0 here, 10000.0 where the weights are from"
+    fresh = float.fromhex(trained(tmp_path / "run")[0][1])
+    assert float.fromhex(trained(tmp_path / "tuned")[0][1]) < fresh - 0.1
+    with pytest.raises(RankError, match="holds the weights of another model"):
+        run(run_file, tmp_path / "third", (2, 1, 1), *start, "model.vocab_size=400", "resume=never")
