@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from megalite.files import write_whole
 from megalite.zero_state import ZeroState
 
 LATEST = "LATEST"
+SETTLE_SECONDS = 8.0
+"""How long a rank that is told to stop waits for the others' parts; launchers kill after ten seconds and more."""
 
 
 @dataclass(slots=True)
@@ -157,10 +159,12 @@ class Checkpointer:
 
     def settle(self) -> None:
         """Wait for this rank's part of a save under way; for a rank that is told to stop, on its own."""
-        if self._under_way is not None:
-            self._under_way.written.exception()
-            if self._under_way.finished is not None:
-                self._under_way.finished.exception()
+        save = self._under_way
+        if save is not None:
+            save.written.exception()
+            if save.finished is not None:
+                with suppress(TimeoutError):  # a peer may have been stopped before it began to write
+                    save.finished.exception(SETTLE_SECONDS)
 
     def _begin(self, folder: Path) -> str | None:
         """Make room on the disk; return why there is none, the same on every rank."""

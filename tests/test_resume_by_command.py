@@ -1,0 +1,62 @@
+"""Checkpoints from the command line: a run that is stopped by a signal, gone on with, and started again when done."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from test_train import TINY, megalite
+
+from megalite.checkpoint.reader import CheckpointReader, checkpoints
+
+GIVEN = (*TINY, "parallel.data=2", "checkpoint.every=1", "checkpoint.keep_last=3", "checkpoint.async=true")
+
+
+def steps(run: Path) -> list[int]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "megalite", "train", str(run_file), *GIVEN, "train.steps=100000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        while len(checkpoints(folder / "checkpoints")) < 2:
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        _, said = running.communicate(timeout=30)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert said == "megalite: stopped by signal SIGTERM\n"
+    found = checkpoints(folder / "checkpoints")
+    assert all(CheckpointReader(path).faults() == [] for _, path in found)
+
+    last = found[0][0] + 3
+    done = megalite("train", str(run_file), *GIVEN, f"train.steps={last}").stdout
+    assert f"resumed: {folder}/checkpoints/step_{last - 3}, step {last - 3}, " in done
+    assert f"step {last}/{last} | checkpoint step_{last} | " in done
+    assert steps(folder) == list(range(1, last + 1))
+    assert [step for step, _ in checkpoints(folder / "checkpoints")] == [last, last - 1, last - 2]
+    assert (folder / "checkpoints/LATEST").read_text() == f"step_{last}\n"
+    assert (folder / "DONE.json").is_file()
+
+    again = megalite("train", str(run_file), *GIVEN, f"train.steps={last}").stdout
+    assert f"nothing is left to train: step {last} of {last} is done" in again
+    assert steps(folder) == list(range(1, last + 1))
+
+
+def test_another_models_checkpoint_is_refused_before_any_rank_starts(run_file: Path, tmp_path: Path) -> None:
+    given = [*TINY, "train.steps=6", "checkpoint.every=2", "train.stop_after=2"]
+    megalite("train", str(run_file), *given)
+    refused = megalite("train", str(run_file), *given, "model.intermediate_size=64", status=2).stderr
+    lines = refused.splitlines()
+    assert lines[0] == f"megalite: error: {tmp_path}/run/checkpoints/step_2: is of another run:"
+    assert any(line.split()[2:] == ["model.intermediate_size", "64", "48"] for line in lines)
+    assert "or begin anew with resume=never" in lines[-1]
+    wrong = megalite("train", str(run_file), *given, f"resume={tmp_path}/run/checkpoints/step_3", status=2).stderr
+    assert "step_3: no checkpoint, it has no manifest.json; did you mean" in wrong
+    anew = megalite("train", str(run_file), *given, "resume=never").stdout
+    assert "resumed" not in anew
+    assert (tmp_path / "run/earlier/1/checkpoints/step_2/manifest.json").is_file()
