@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from training import build_trainer
 
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.retention import kept
+from megalite.checkpoint.store import Part
 from megalite.zero_state import ZeroState
 
 Layout = tuple[int, int, int]
@@ -325,6 +327,37 @@ def fail_on_rank(path: str, overrides: Sequence[str], limit: int) -> list[tuple[
     trainer.checkpointer.wait()
     trainer.close()
     return [(report.step, report.failure) for report in trainer.checkpointer.take_reports()]
+
+
+def save_slowly_on_rank(path: str, overrides: Sequence[str]) -> None:
+    """Save while the copy takes its time and the next step is already on its way."""
+    from dataclasses import replace
+
+    from megalite import checkpointer
+
+    def slow(part: Part) -> Part:
+        def load() -> np.ndarray:
+            time.sleep(0.02)
+            return part.load()
+
+        return replace(part, load=load)
+
+    plain = checkpointer.parts
+    checkpointer.parts = lambda fragments: map(slow, plain(fragments))
+    trainer = build_trainer(path, overrides)
+    for step in range(1, 4):
+        trainer.step(step)
+    trainer.save(3)
+    trainer.step(4)
+    trainer.checkpointer.wait()
+    trainer.close()
+
+
+def test_what_is_saved_in_the_background_is_the_state_at_the_save(run_file: Path, tmp_path: Path) -> None:
+    for name in ("false", "true"):
+        given = [*SMALL, *at(PAIR, 2), f"run.dir={tmp_path / name}", f"checkpoint.async={name}"]
+        run_distributed(save_slowly_on_rank, 2, str(run_file), given)
+    assert tensors(tmp_path / "true/checkpoints/step_3") == tensors(tmp_path / "false/checkpoints/step_3")
 
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])

@@ -1,5 +1,5 @@
 #!/bin/sh
-# From text to a trained model and its pictures. `make quickstart` runs this; every line works by hand as well.
+# From text to a trained model, its pictures and its first words. `make quickstart` runs this; every line works by hand as well.
 set -eu
 
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
@@ -19,3 +19,6 @@ say megalite train examples/quickstart/run.yaml --dry-run
 
 # 5. Train on four processes. Each is one rank of tensor 2 x pipeline 2.
 say megalite train examples/quickstart/run.yaml
+
+# 6. What the model has learned to say. A temperature of 0 takes the likeliest token each time.
+say megalite generate runs/quickstart --prompt "Return the" --max-new-tokens 40 --temperature 0
