@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megalite.config import LlamaConfig, RunConfig, TrainSection, load_run_config
+from megalite.config import GPTNeoXConfig, LlamaConfig, RunConfig, TrainSection, load_run_config, read_model
 from megalite.errors import UserError
 from megalite.layout import ParallelLayout
 
@@ -98,6 +98,9 @@ def test_a_model_fills_in_what_follows(write: Callable[..., Path]) -> None:
     assert (llama.num_key_value_heads, llama.head_dim, llama.tie_word_embeddings) == (8, 32, False)
     gpt2 = load_run_config(write({"model.architecture": "gpt2", "model.intermediate_size": ABSENT})).model
     assert (gpt2.intermediate_size, gpt2.tie_word_embeddings) == (1024, True)
+    neox = load_run_config(write({"model.architecture": "gpt_neox", "model.intermediate_size": ABSENT})).model
+    assert isinstance(neox, GPTNeoXConfig)
+    assert (neox.intermediate_size, neox.tie_word_embeddings, neox.rotary_dim) == (1024, False, 8)
 
 
 def test_fewer_key_value_heads_than_tensor_ranks_are_allowed(write: Callable[..., Path]) -> None:
@@ -262,6 +265,19 @@ def test_a_resolved_run_states_everything_and_loads_back_equal(write: Callable[.
     assert document["deepspeed"]["optimizer"]["params"]["lr"] == 3e-4
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model.qk_norm": True, "model.rope_scaling": {"rope_type": "linear", "factor": 2}},
+        {"model.architecture": "gpt_neox", "model.rotary_pct": 0.5, "model.hidden_act": "gelu_tanh"},
+    ],
+)
+def test_every_family_loads_back_equal(write: Callable[..., Path], tmp_path: Path, model: dict[str, Any]) -> None:
+    resolved = load_run_config(write(model)).resolve(world_size=8, vocab_size=8192)
+    assert round_trip(resolved, tmp_path) == resolved
+    assert read_model(resolved.model.model_dump(mode="json")) == resolved.model
+
+
 def test_a_config_can_be_sent_to_another_process(write: Callable[..., Path]) -> None:
     config = load_run_config(write(), ["train.steps=7"]).resolve(world_size=4, vocab_size=64)
     again = copy.deepcopy(config)
@@ -339,7 +355,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         {"model.gpt2": 1},
         "run.yaml: model.gpt2 is not a key; allowed: architecture, attention_bias, head_dim, hidden_size, "
         "initializer_range, intermediate_size, max_position_embeddings, num_attention_heads, num_hidden_layers, "
-        "num_key_value_heads, rms_norm_eps, rope_theta, tie_word_embeddings, vocab_size",
+        "num_key_value_heads, qk_norm, rms_norm_eps, rope_scaling, rope_theta, tie_word_embeddings, vocab_size",
     ),
     # missing
     ("missing section", {"run": ABSENT}, "run.yaml: run is missing; write a section {dir, seed}"),
@@ -362,7 +378,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "missing architecture",
         {"model.architecture": ABSENT},
-        "run.yaml: model.architecture is missing; write 'llama' or 'gpt2'",
+        "run.yaml: model.architecture is missing; write 'llama', 'gpt2' or 'gpt_neox'",
     ),
     # types and ranges
     ("zero", {"train.steps": 0}, f"run.yaml: train.steps=0 {INTEGER}"),
@@ -394,7 +410,11 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         {"train.schedule": {"name": "cosin"}},
         "run.yaml: train.schedule.name='cosin' is not 'cosine', 'linear', 'constant' or 'wsd'",
     ),
-    ("family", {"model.architecture": "bert"}, "run.yaml: model.architecture='bert' is not 'llama' or 'gpt2'"),
+    (
+        "family",
+        {"model.architecture": "bert"},
+        "run.yaml: model.architecture='bert' is not 'llama', 'gpt2' or 'gpt_neox'",
+    ),
     ("replicas", {"parallel.data": "all"}, "run.yaml: parallel.data='all' is not an integer of at least 1, or 'auto'"),
     (
         "trace",
@@ -515,6 +535,84 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         {"model.architecture": "gpt2", "model.num_key_value_heads": 4},
         "run.yaml: model.num_key_value_heads=4 is not model.num_attention_heads=8; gpt2 groups no queries: "
         "leave it out, or use llama",
+    ),
+    (
+        "gpt_neox groups",
+        {"model.architecture": "gpt_neox", "model.num_key_value_heads": 4},
+        "run.yaml: model.num_key_value_heads=4 is not model.num_attention_heads=8; gpt_neox groups no queries: "
+        "leave it out, or use llama",
+    ),
+    (
+        "odd turning dims",
+        {"model.architecture": "gpt_neox", "model.rotary_pct": 0.4, "model.head_dim": 8},
+        "run.yaml: model.rotary_pct=0.4 turns 3 of model.head_dim=8, and rotary positions turn pairs; use 0.25 or 0.5",
+    ),
+    (
+        "no turning dims",
+        {"model.architecture": "gpt_neox", "model.rotary_pct": 0.01, "model.head_dim": 12},
+        "run.yaml: model.rotary_pct=0.01 turns 0 of model.head_dim=12, and rotary positions turn pairs; use 0.1667",
+    ),
+    (
+        "turning dims beyond the head",
+        {"model.architecture": "gpt_neox", "model.rotary_pct": 1.25},
+        "run.yaml: model.rotary_pct=1.25 is not a number from 0 to 1",
+    ),
+    (
+        "activation",
+        {"model.architecture": "gpt_neox", "model.hidden_act": "relu"},
+        "run.yaml: model.hidden_act='relu' is not 'gelu' or 'gelu_tanh'",
+    ),
+    (
+        "scaling without a type",
+        {"model.rope_scaling": {"factor": 2}},
+        "run.yaml: model.rope_scaling.rope_type is missing; write 'linear' or 'llama3'",
+    ),
+    (
+        "scaling of another type",
+        {"model.rope_scaling": {"rope_type": "yarn", "factor": 2}},
+        "run.yaml: model.rope_scaling.rope_type='yarn' is not 'linear' or 'llama3'",
+    ),
+    (
+        "scaling that is faster",
+        {"model.rope_scaling": {"rope_type": "linear", "factor": 0.5}},
+        "run.yaml: model.rope_scaling.factor=0.5 is not a number of at least 1",
+    ),
+    (
+        "scaling with strange keys",
+        {"model.rope_scaling": {"rope_type": "linear", "factr": 2, "factor": 2}},
+        "run.yaml: model.rope_scaling.factr is not a key; did you mean 'factor'?",
+    ),
+    (
+        "scaling of llama 3 without its bounds",
+        {"model.rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}},
+        "run.yaml: model.rope_scaling.high_freq_factor is missing; llama3 needs it: a number above 0\n"
+        "run.yaml: model.rope_scaling.original_max_position_embeddings is missing; llama3 needs it: an integer of at "
+        "least 1",
+    ),
+    (
+        "linear scaling with bounds",
+        {"model.rope_scaling": {"rope_type": "linear", "factor": 8, "low_freq_factor": 1}},
+        "run.yaml: model.rope_scaling.low_freq_factor=1.0 belongs to llama3, not to linear; leave it out",
+    ),
+    (
+        "scaling with bounds the wrong way round",
+        {
+            "model.rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8,
+                "low_freq_factor": 4,
+                "high_freq_factor": 1,
+                "original_max_position_embeddings": 8192,
+            }
+        },
+        "run.yaml: model.rope_scaling.high_freq_factor=1.0 is not above model.rope_scaling.low_freq_factor=4.0; use "
+        "more, as Llama 3.1 has 4 above 1",
+    ),
+    (
+        "value for a scaling",
+        {"model.rope_scaling": 2},
+        "run.yaml: model.rope_scaling=2 is not a section {rope_type, factor, low_freq_factor, high_freq_factor, "
+        "original_max_position_embeddings}",
     ),
     (
         "two validations",

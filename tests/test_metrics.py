@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from megalite.config import GPT2Config, LlamaConfig
+from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig
 from megalite.metrics import MetricsLog, StepMetrics, device_peak, flops_per_token, peak_memory
 from megalite.model.stage import Stage
 from megalite.tensor_parallel.collectives import TensorGroup
@@ -25,6 +25,8 @@ SHAPE = {
 def test_flops_are_six_for_every_weight_that_multiplies_and_attention() -> None:
     for config in (
         LlamaConfig.model_validate({"architecture": "llama", "num_key_value_heads": 2, **SHAPE}),
+        LlamaConfig.model_validate({"architecture": "llama", "qk_norm": True, **SHAPE}),
+        GPTNeoXConfig.model_validate({"architecture": "gpt_neox", **SHAPE}),
         GPT2Config.model_validate({"architecture": "gpt2", "tie_word_embeddings": False, **SHAPE}),
     ):
         stage = Stage(config, range(3), index=0, num_stages=1, group=TensorGroup())

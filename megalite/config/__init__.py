@@ -7,14 +7,17 @@ allowed, the nearest fix*. Nothing here imports torch.
 """
 
 from megalite.config.data import DataSection, DataSource, ValidationSet
-from megalite.config.run import RunConfig
+from megalite.config.run import RunConfig, tensor_size_fault
 from megalite.config.run_file import load_run_config
 from megalite.config.sections import (
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     ModelConfig,
     OptimizerSection,
     RampupSection,
+    RopeScaling,
+    RotaryConfig,
     ScheduleSection,
     TrainSection,
     read_model,
@@ -24,14 +27,18 @@ __all__ = [
     "DataSection",
     "DataSource",
     "GPT2Config",
+    "GPTNeoXConfig",
     "LlamaConfig",
     "ModelConfig",
     "OptimizerSection",
     "RampupSection",
+    "RopeScaling",
+    "RotaryConfig",
     "RunConfig",
     "ScheduleSection",
     "TrainSection",
     "ValidationSet",
     "load_run_config",
     "read_model",
+    "tensor_size_fault",
 ]

@@ -1,6 +1,7 @@
 """The sections of the run file: what each key may hold, and what is wrong between the keys of one section."""
 
 from collections.abc import Iterator, Mapping
+from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
@@ -16,15 +17,17 @@ from megalite.config.base import (
     Number,
     PositiveNumber,
     Section,
+    Share,
     divisors,
     only,
 )
 from megalite.deepspeed_json import AdamW
-from megalite.faults import BETAS, FLAG, Fault, alternatives, choice
+from megalite.faults import BETAS, FLAG, POSITIVE, Fault, alternatives, choice, number, show
 
 SCHEDULE = only(choice("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"), "1f1b", "gpipe")
 CURVE = choice("cosine", "linear", "constant", "wsd")
 ON_ERROR = choice("stop", "continue")
+ROPE_TYPE = choice("linear", "llama3")
 
 _ADAMW = AdamW()
 
@@ -63,14 +66,61 @@ class ModelConfig(Section, frozen=True):
             yield Fault(("num_key_value_heads",), text)
 
 
-class LlamaConfig(ModelConfig, frozen=True):
+class RopeScaling(Section, frozen=True):
+    """Slower rotary positions, for sequences longer than those that a model was first trained on.
+
+    ``linear`` turns by a `factor` less everywhere (arXiv:2306.15595). ``llama3`` does so where a pair of dims turns
+    less than `low_freq_factor` times over the original positions, leaves those alone that turn more than
+    `high_freq_factor` times, and blends in between (arXiv:2407.21783).
+    """
+
+    rope_type: Annotated[Literal["linear", "llama3"], ROPE_TYPE]
+    factor: Annotated[float, number(1)]
+    low_freq_factor: PositiveNumber | None = None
+    high_freq_factor: PositiveNumber | None = None
+    original_max_position_embeddings: Count | None = None
+    """The positions that the model was first trained on."""
+
+    def faults(self) -> Iterator[Fault]:
+        llama3 = {
+            "low_freq_factor": POSITIVE.words,
+            "high_freq_factor": POSITIVE.words,
+            "original_max_position_embeddings": COUNT.words,
+        }
+        for name, words in llama3.items():
+            value = getattr(self, name)
+            if self.rope_type == "llama3" and value is None:
+                yield Fault((name,), f" is missing; llama3 needs it: {words}")
+            if self.rope_type == "linear" and value is not None:
+                yield Fault((name,), f"={show(value)} belongs to llama3, not to linear; leave it out")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.rope_type == "llama3" and low is not None and high is not None and low >= high:
+            text = f"={show(high)} is not above model.rope_scaling.low_freq_factor={show(low)}"
+            yield Fault(("high_freq_factor",), f"{text}; use more, as Llama 3.1 has 4 above 1")
+
+
+class RotaryConfig(ModelConfig, frozen=True):
+    """What an architecture with rotary positions has (arXiv:2104.09864)."""
+
+    rope_theta: PositiveNumber = 10000.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dims of a head turn with the position, in pairs; its first ones."""
+        return self.head_dim
+
+
+class LlamaConfig(RotaryConfig, frozen=True):
     """The Llama family: RMSNorm, rotary positions, SwiGLU, grouped-query attention (arXiv 2302.13971)."""
 
     architecture: Literal["llama"]
     rms_norm_eps: PositiveNumber = 1e-5
-    rope_theta: PositiveNumber = 10000.0
+    rope_scaling: RopeScaling | None = None
+    """Rotary positions stretched over longer sequences, as in Llama 3.1."""
     attention_bias: Flag = False
     """A bias on q, k and v, as in Qwen2; the output projection never has one."""
+    qk_norm: Flag = False
+    """An RMSNorm over each head of q and k before they turn, as in Qwen3 (arXiv:2505.09388)."""
 
     def faults(self) -> Iterator[Fault]:
         found = list(super().faults())
@@ -90,9 +140,49 @@ class GPT2Config(ModelConfig, frozen=True):
 
     def faults(self) -> Iterator[Fault]:
         yield from super().faults()
-        if self.num_key_value_heads != self.num_attention_heads:
-            text = f"={self.num_key_value_heads} is not model.num_attention_heads={self.num_attention_heads}"
-            yield Fault(("num_key_value_heads",), f"{text}; gpt2 groups no queries: leave it out, or use llama")
+        yield from _grouping_faults(self)
+
+
+class GPTNeoXConfig(RotaryConfig, frozen=True):
+    """The GPT-NeoX family, Pythia too: LayerNorm, partly rotary heads, GELU, biases, a parallel residual.
+
+    arXiv:2204.06745.
+    """
+
+    architecture: Literal["gpt_neox"]
+    intermediate_size: Count = Field(default_factory=lambda given: 4 * given["hidden_size"])
+    layer_norm_eps: PositiveNumber = 1e-5
+    rotary_pct: Share = 0.25
+    """The share of a head's dims that turn with the position; the others know none."""
+    use_parallel_residual: Flag = True
+    """Attention and MLP read the same residual stream; if false, the MLP reads it after attention."""
+    hidden_act: Annotated[Literal["gelu", "gelu_tanh"], choice("gelu", "gelu_tanh")] = "gelu"
+    """GELU in its exact form, or with tanh in the place of the error function (arXiv:1606.08415)."""
+    attention_bias: Flag = True
+    """A bias on q, k, v and the output projection."""
+
+    @property
+    def rotary_dim(self) -> int:
+        return int(self.head_dim * self.rotary_pct)
+
+    def faults(self) -> Iterator[Fault]:
+        found = [*super().faults(), *_grouping_faults(self)]
+        yield from found
+        turned, width = self.rotary_dim, self.head_dim
+        if (turned % 2 or not turned) and not found:
+            even = [dims for dims in (turned - 1, turned + 1 + (not turned)) if 0 < dims <= width]
+            # Rounded up: the dims are rounded down.
+            fix = alternatives(ceil(dims / width * 1e4) / 1e4 for dims in even) or "an even model.head_dim"
+            text = f"={show(self.rotary_pct)} turns {turned} of model.head_dim={width}, and rotary positions turn pairs"
+            yield Fault(("rotary_pct",), f"{text}; use {fix}")
+
+
+def _grouping_faults(model: ModelConfig) -> Iterator[Fault]:
+    """Find the grouped queries of an architecture that has none."""
+    if model.num_key_value_heads != model.num_attention_heads:
+        text = f"={model.num_key_value_heads} is not model.num_attention_heads={model.num_attention_heads}"
+        text += f"; {model.architecture} groups no queries: leave it out, or use llama"
+        yield Fault(("num_key_value_heads",), text)
 
 
 class ParallelSection(Section, frozen=True):
@@ -214,8 +304,8 @@ class CheckpointSection(Section, frozen=True):
             yield Fault(("keep_every",), f"{text} {fix}")
 
 
-Model = Annotated[LlamaConfig | GPT2Config, Field(discriminator="architecture")]
-ARCHITECTURES: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "gpt2": GPT2Config}
+Model = Annotated[LlamaConfig | GPT2Config | GPTNeoXConfig, Field(discriminator="architecture")]
+ARCHITECTURES: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig}
 
 
 def read_model(section: Mapping[str, object]) -> ModelConfig:

@@ -7,7 +7,7 @@ import torch
 from reference_model import ReferenceModel
 from torch import Tensor
 
-from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.config import ModelConfig, read_model
 from megalite.model.stage import Stage
 from megalite.pipeline.partition import partition
 from megalite.tensor_parallel.collectives import TensorGroup
@@ -24,10 +24,20 @@ SHAPE = {
 }
 LLAMA: dict[str, Any] = {"architecture": "llama", **SHAPE}
 GPT2: dict[str, Any] = {"architecture": "gpt2", **SHAPE}
+NEOX: dict[str, Any] = {"architecture": "gpt_neox", **SHAPE, "rotary_pct": 0.5}
+QK_NORM: dict[str, Any] = LLAMA | {"qk_norm": True, "head_dim": 16}
+# Of the rates 1, 0.1, 0.01 and 0.001 the first stays, the second is between, the others are slowed.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 
 
 def model_config(fields: dict[str, Any]) -> ModelConfig:
-    return (LlamaConfig if fields["architecture"] == "llama" else GPT2Config)(**fields)
+    return read_model(fields)
 
 
 def whole_weights(config: ModelConfig) -> dict[str, Tensor]:

@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cut_stages import GPT2, LLAMA, SHAPE, assert_gradients_agree, cut_stages, model_config, whole_weights
+from cut_stages import (
+    GPT2,
+    LLAMA,
+    LLAMA3,
+    NEOX,
+    QK_NORM,
+    SHAPE,
+    assert_gradients_agree,
+    cut_stages,
+    model_config,
+    whole_weights,
+)
 from harness import run_distributed
 from reference_model import ReferenceModel
 from torch import Tensor
@@ -23,7 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama, 2 kv heads": LLAMA | {"num_key_value_heads": 2},
     "llama, 1 kv head": LLAMA | {"num_key_value_heads": 1},
+    "llama 3 positions, normed heads": QK_NORM | {"rope_scaling": LLAMA3},
     "gpt2": GPT2,
+    "gpt_neox": NEOX,
 }
 
 

@@ -4,13 +4,25 @@ from typing import Any
 
 import pytest
 import torch
-from cut_stages import GPT2, LLAMA, SHAPE, assert_gradients_agree, cut_stages, model_config, whole_weights
+from cut_stages import (
+    GPT2,
+    LLAMA,
+    LLAMA3,
+    NEOX,
+    QK_NORM,
+    SHAPE,
+    assert_gradients_agree,
+    cut_stages,
+    model_config,
+    whole_weights,
+)
 from harness import run_distributed
-from reference_model import ReferenceModel
+from reference_model import ReferenceModel, stage_shapes
 from torch import Tensor
 
 from megalite.model.stage import Stage
 from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.tensor_parallel.sharding import ShardSpec
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -18,8 +30,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama, 2 kv heads, biases": LLAMA | {"num_key_value_heads": 2, "attention_bias": True},
     "llama, 1 kv head": LLAMA | {"num_key_value_heads": 1},
     "llama, wide heads": LLAMA | {"head_dim": 16, "num_key_value_heads": 2},
+    "llama, normed heads": QK_NORM,
+    "llama, normed heads, 2 kv heads, biases": QK_NORM | {"num_key_value_heads": 2, "attention_bias": True},
+    "llama, normed heads, 1 kv head": QK_NORM | {"num_key_value_heads": 1},
+    "llama, positions over 4": LLAMA | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama 3 positions": LLAMA | {"rope_scaling": LLAMA3, "num_key_value_heads": 2},
     "gpt2": GPT2,
     "gpt2, untied": GPT2 | {"tie_word_embeddings": False},
+    "gpt_neox": NEOX,
+    "gpt_neox, in turn": NEOX | {"use_parallel_residual": False, "hidden_act": "gelu_tanh"},
+    "gpt_neox, plain attention, tied": NEOX | {"attention_bias": False, "tie_word_embeddings": True},
+    "gpt_neox, whole heads": NEOX | {"rotary_pct": 1.0},
 }
 
 
@@ -51,6 +72,34 @@ def test_loss_and_gradients_agree_with_the_plain_model(
     fields: dict[str, Any], world_size: int, num_stages: int
 ) -> None:
     run_distributed(compare, world_size, fields, num_stages)
+
+
+LINEAR_OF_ATTENTION = ("query", "key", "value", "output")
+BIASES = {
+    "llama": (LLAMA, ()),
+    "llama, biases": (LLAMA | {"attention_bias": True}, ("query", "key", "value")),
+    "gpt2": (GPT2, LINEAR_OF_ATTENTION),
+    "gpt_neox": (NEOX, LINEAR_OF_ATTENTION),
+    "gpt_neox, plain attention": (NEOX | {"attention_bias": False}, ()),
+}
+
+
+@pytest.mark.parametrize(("fields", "biased"), BIASES.values(), ids=BIASES.keys())
+def test_attention_has_the_biases_of_its_family(fields: dict[str, Any], biased: tuple[str, ...]) -> None:
+    names = stage_shapes(model_config(fields))
+    assert [part for part in LINEAR_OF_ATTENTION if f"layers.0.attention.{part}.bias" in names] == list(biased)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_norms_of_queries_and_keys_are_two_whole_tensors_of_ones(kv_heads: int) -> None:
+    config = model_config(QK_NORM | {"num_key_value_heads": kv_heads})
+    stage = Stage(config, range(3), index=0, num_stages=1, group=TensorGroup(1, 2))
+    stage.initialise(seed=1)
+    held = {local: (p, shards) for local, p, shards in stage.named_shards()}
+    parameter, shards = held["layers.2.attention.query_key_norm.weight"]
+    names = [f"layers.2.attention.{part}_norm.weight" for part in ("query", "key")]
+    assert shards == tuple(ShardSpec(name, (16,), None) for name in names)
+    assert torch.equal(parameter, torch.ones(32))
 
 
 def test_parameters_are_counted_without_padding() -> None:
