@@ -1,19 +1,44 @@
-"""The two families written the plainest way, to compare megalite's against: one process, nn.Linear by nn.Linear."""
+"""The families written the plainest way, to compare megalite's against: one process, nn.Linear by nn.Linear."""
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig, ModelConfig, RopeScaling, RotaryConfig
+from megalite.model.stage import Stage
+from megalite.tensor_parallel.collectives import TensorGroup
 
 
-def turn(x: Tensor, theta: float, positions: Tensor) -> Tensor:
+def turn(x: Tensor, config: RotaryConfig, positions: Tensor) -> Tensor:
     """Rotary embedding of ``[B, heads, S, D]`` at positions ``[B, S]``, as complex numbers."""
-    half = x.shape[-1] // 2
-    rates = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = positions[:, None, :, None].double() * rates
-    turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.exp(1j * angles)
-    return torch.cat((turned.real, turned.imag), dim=-1).to(x.dtype)
+    width = int(x.shape[-1] * config.rotary_pct) if isinstance(config, GPTNeoXConfig) else x.shape[-1]
+    scaling = config.rope_scaling if isinstance(config, LlamaConfig) else None
+    half = width // 2
+    rates = [slowed(config.rope_theta ** (-pair / half), scaling) for pair in range(half)]
+    angles = positions[:, None, :, None].double() * torch.tensor(rates, dtype=torch.float64)
+    turned = torch.complex(x[..., :half].double(), x[..., half:width].double()) * torch.exp(1j * angles)
+    return torch.cat((turned.real, turned.imag, x[..., width:]), dim=-1).to(x.dtype)
+
+
+def slowed(rate: float, scaling: RopeScaling | None) -> float:
+    """One rate, case by case: in Llama 3.1 by its wavelength, as published."""
+    if scaling is None:
+        return rate
+    if scaling.rope_type == "linear":
+        return rate / scaling.factor
+    low, high, positions = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    assert low is not None
+    assert high is not None
+    assert positions is not None
+    wavelength = 2 * math.pi / rate
+    if wavelength < positions / high:
+        return rate
+    if wavelength > positions / low:
+        return rate / scaling.factor
+    share = (positions / wavelength - low) / (high - low)
+    return (1 - share) * rate / scaling.factor + share * rate
 
 
 class ReferenceModel(nn.Module):
@@ -38,8 +63,8 @@ class ReferenceModel(nn.Module):
         weight = self.w(f"{name}.weight")
         if isinstance(self.config, LlamaConfig):
             return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps) * weight
-        assert isinstance(self.config, GPT2Config)
-        return F.layer_norm(x, weight.shape, weight, self.w(f"{name}.bias"), self.config.layer_norm_epsilon)
+        eps = {"gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}[self.config.architecture]
+        return F.layer_norm(x, weight.shape, weight, self.w(f"{name}.bias"), getattr(self.config, eps))
 
     def attention(self, name: str, x: Tensor, positions: Tensor, documents: Tensor) -> Tensor:
         config = self.config
@@ -48,8 +73,10 @@ class ReferenceModel(nn.Module):
             self.linear(f"{name}.{part}", x).unflatten(-1, (n, -1)).transpose(1, 2)
             for part, n in (("query", heads), ("key", kv_heads), ("value", kv_heads))
         )
-        if isinstance(config, LlamaConfig):
-            q, k = (turn(t, config.rope_theta, positions) for t in (q, k))
+        if isinstance(config, LlamaConfig) and config.qk_norm:
+            q, k = self.norm(f"{name}.query_norm", q), self.norm(f"{name}.key_norm", k)
+        if isinstance(config, RotaryConfig):
+            q, k = (turn(t, config, positions) for t in (q, k))
         k, v = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (k, v))
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
@@ -61,7 +88,10 @@ class ReferenceModel(nn.Module):
         if isinstance(self.config, LlamaConfig):
             gate = self.linear(f"{name}.gate", x)
             return self.linear(f"{name}.down", gate * gate.sigmoid() * self.linear(f"{name}.up", x))
-        return self.linear(f"{name}.down", F.gelu(self.linear(f"{name}.up", x), approximate="tanh"))
+        inner = self.linear(f"{name}.up", x)
+        if isinstance(self.config, GPTNeoXConfig) and self.config.hidden_act == "gelu":
+            return self.linear(f"{name}.down", inner * 0.5 * (1 + torch.erf(inner / 2**0.5)))
+        return self.linear(f"{name}.down", F.gelu(inner, approximate="tanh"))
 
     def forward(
         self, ids: Tensor, targets: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
@@ -79,8 +109,17 @@ class ReferenceModel(nn.Module):
             x = x + F.embedding(positions, self.w("embedding.positions.weight"))
         for layer in range(self.config.num_hidden_layers):
             name = f"layers.{layer}"
+            before = x
             x = x + self.attention(f"{name}.attention", self.norm(f"{name}.attention_norm", x), positions, documents)
-            x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", x))
+            parallel = isinstance(self.config, GPTNeoXConfig) and self.config.use_parallel_residual
+            x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", before if parallel else x))
         head = "embedding.tokens.weight" if self.config.tie_word_embeddings else "head.weight"
         logits = self.norm("final_norm", x) @ self.w(head).T
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+
+def stage_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The global shape of every tensor of a model, as its modules declare it."""
+    with torch.device("meta"):
+        whole = Stage(config, range(config.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
+    return {spec.name: spec.global_shape for _, _, shards in whole.named_shards() for spec in shards}

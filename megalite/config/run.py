@@ -167,10 +167,15 @@ def _vocabulary_faults(model: ModelConfig, vocab_size: int | None) -> Iterator[F
 
 
 def _tensor_faults(model: ModelConfig, tensor: int) -> Iterator[Fault]:
-    """Find the first rule that the tensor axis breaks; the sizes offered instead break none."""
+    if fault := tensor_size_fault(model, tensor):
+        yield Fault(("parallel", "tensor"), fault)
+
+
+def tensor_size_fault(model: ModelConfig, tensor: int) -> str | None:
+    """Return the first rule that a tensor axis of this size breaks, with sizes that break none; None where it fits."""
     allowed = [size for size in divisors(model.num_attention_heads) if _tensor_rule(model, size) is None]
-    if broken := _tensor_rule(model, tensor):
-        yield Fault(("parallel", "tensor"), f"={tensor} {broken}; use {alternatives(allowed)}")
+    broken = _tensor_rule(model, tensor)
+    return f"={tensor} {broken}; use {alternatives(allowed)}" if broken else None
 
 
 def _tensor_rule(model: ModelConfig, tensor: int) -> str | None:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.config import GPT2Config, ModelConfig, RotaryConfig
+from megalite.model.cache import KeyValueCache
 from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group
+from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group, gather_from_group
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalite.tensor_parallel.initialisation import initialise_parameter
 from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
@@ -57,11 +58,18 @@ class Head(ShardedModule):
         self.weight = table.weight if tied is None else tied
 
     def forward(self, x_BSH: Tensor, targets_BS: Tensor, weights_BS: Tensor | None = None) -> Tensor:
-        logits_BSV = nn.functional.linear(copy_to_group(x_BSH, self.group), self.weight)
+        logits_BSV = self._local_logits(x_BSH)
         losses_BS = vocab_parallel_cross_entropy(
             logits_BSV, targets_BS, first_id=self.first_id, vocab_size=self.vocab_size, group=self.group
         )
         return losses_BS.mean() if weights_BS is None else (losses_BS * weights_BS).sum()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits ``[..., V]`` of hidden states ``[..., H]``, fp32, of the whole vocabulary on every rank."""
+        return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
+
+    def _local_logits(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(copy_to_group(x, self.group), self.weight)
 
 
 class Stage(nn.Module):
@@ -79,7 +87,7 @@ class Stage(nn.Module):
         self.index, self.num_stages, self.group = index, num_stages, group
         first, last = index == 0, index == num_stages - 1
         self.embedding = Embedding(config, group) if first else None
-        rotary = Rotary(config) if isinstance(config, LlamaConfig) else None
+        rotary = Rotary(config) if isinstance(config, RotaryConfig) else None
         self.layers = nn.ModuleDict({str(layer): Block(config, group, rotary) for layer in layers})
         self.final_norm = make_norm(config) if last else None
         self.tied = config.tie_word_embeddings
@@ -107,6 +115,21 @@ class Stage(nn.Module):
             return x
         assert targets is not None
         return self.head(self.final_norm(x), targets, loss_weights)
+
+    def next_logits(self, ids_BS: Tensor, cache: KeyValueCache) -> Tensor:
+        """Read tokens ``[B, S]`` after those in the cache; return the logits ``[B, V]`` of each row's next, fp32.
+
+        For the stage that is the whole model.
+        """
+        assert self.embedding is not None
+        assert self.head is not None
+        assert self.final_norm is not None
+        x_BSH = self.embedding(ids_BS, cache.positions_BS)
+        for block, layer in zip(self.layers.values(), cache.layers, strict=True):
+            x_BSH = block(x_BSH, cache=layer)
+        last_BH = cache.last_tokens(x_BSH)
+        cache.advance()
+        return self.head.logits(self.final_norm(last_BH))
 
     @property
     def activation_dtype(self) -> torch.dtype:
@@ -156,10 +179,3 @@ def _volume(region: tuple[slice, ...]) -> int:
 def _vocab_size(config: ModelConfig) -> int:
     assert config.vocab_size is not None  # resolved from the tokenizer before any model is built
     return config.vocab_size
-
-
-def global_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the global shape of every tensor of a model, by its global name; no memory is taken."""
-    with torch.device("meta"):
-        whole = Stage(config, range(config.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
-    return {spec.name: spec.global_shape for _, _, shards in whole.named_shards() for spec in shards}

@@ -1,25 +1,31 @@
-"""A decoder-only Transformer block, in the manner of Llama (arXiv:2307.09288) or of GPT-2.
+"""A decoder-only Transformer block: that of Llama (arXiv:2307.09288), of GPT-2 or of GPT-NeoX (arXiv:2204.06745).
 
-|            | llama                    | gpt2                    |
-|------------|--------------------------|-------------------------|
-| norm       | RMSNorm (arXiv:1910.07467) | LayerNorm             |
-| positions  | rotary (arXiv:2104.09864)  | learned, at the embedding |
-| MLP        | SwiGLU (arXiv:2002.05202)  | GELU, tanh form       |
-| heads      | grouped-query (arXiv:2305.13245) | multi-head      |
-| biases     | none, or on q, k, v      | everywhere              |
+|             | llama                            | gpt2                      | gpt_neox                        |
+|-------------|----------------------------------|---------------------------|---------------------------------|
+| norm        | RMSNorm (arXiv:1910.07467)       | LayerNorm                 | LayerNorm                       |
+| positions   | rotary (arXiv:2104.09864)        | learned, at the embedding | rotary, on a part of each head  |
+| heads       | grouped-query (arXiv:2305.13245) | multi-head                | multi-head                      |
+| q and k     | plain, or normed (Qwen3)         | plain                     | plain                           |
+| MLP         | SwiGLU (arXiv:2002.05202)        | GELU, tanh form           | GELU, exact or tanh form        |
+| biases      | none, or on q, k, v (Qwen2)      | everywhere                | everywhere, or not in attention |
+| MLP reads   | what attention leaves            | what attention leaves     | the same as attention, or that  |
 
 Query, key and value are one product, gate and up another, whatever their names in checkpoints. Legend for shapes:
-B microbatch, S sequence, H hidden, N local query heads, K local key-value heads, D head dim.
+B microbatch, S sequence, H hidden, N local query heads, K local key-value heads, D head dim, R dims of it that turn.
 """
+
+from math import pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.config import GPT2Config, LlamaConfig, ModelConfig
+from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig, ModelConfig, RopeScaling, RotaryConfig
+from megalite.model.cache import LayerCache
 from megalite.model.packing import PackedDocuments
-from megalite.tensor_parallel.collectives import TensorGroup
-from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear
+from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group
+from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear, ShardedModule
+from megalite.tensor_parallel.sharding import ShardSpec
 
 
 def head_dim(config: ModelConfig) -> int:
@@ -31,20 +37,26 @@ def make_norm(config: ModelConfig) -> nn.Module:
     """Return the family's norm over the hidden dim: whole, the same on every tensor rank."""
     if isinstance(config, LlamaConfig):
         return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    assert isinstance(config, GPT2Config)
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+    assert isinstance(config, GPT2Config | GPTNeoXConfig)
+    eps = config.layer_norm_epsilon if isinstance(config, GPT2Config) else config.layer_norm_eps
+    return nn.LayerNorm(config.hidden_size, eps=eps)
 
 
 class Rotary:
-    """Rotary position embedding: head dims (i, i + D/2) turn together by ``position * theta ** (-2i / D)``.
+    """Rotary position embedding: head dims (i, i + R/2) turn together by ``position * theta ** (-2i / R)``.
+
+    R is D, or less where only a head's first R dims turn; with scaling the angles are smaller.
 
     The tables are no buffers: a module cast to bf16 would cast its buffers, and angles of thousands need fp32. They
     are made in fp32 and only cosine and sine are rounded, once for each device and precision.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
-        dim = head_dim(config)
+    def __init__(self, config: RotaryConfig) -> None:
+        dim, still = config.rotary_dim, config.head_dim - config.rotary_dim
+        self._parts = [dim // 2, dim // 2] + [still] * (still > 0)
         rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        if isinstance(config, LlamaConfig) and config.rope_scaling is not None:
+            rates = scaled_rates(rates, config.rope_scaling)
         angles = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None] * rates
         self._tables = (angles.cos().float(), angles.sin().float())
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -57,23 +69,62 @@ class Rotary:
             self._cache[key] = (cos.to(*key).unsqueeze(1), sin.to(*key).unsqueeze(1))
         places = slice(x_BSND.shape[1]) if positions_BS is None else positions_BS
         cos, sin = (table[places] for table in self._cache[key])
-        first, second = x_BSND.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        first, second, *still = x_BSND.split(self._parts, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, *still), dim=-1)
+
+
+def scaled_rates(rates: Tensor, scaling: RopeScaling) -> Tensor:
+    """Return rotary rates, in radians a position, that are slowed for longer sequences.
+
+    By one factor (arXiv:2306.15595), or with Llama 3.1 (arXiv:2407.21783) by how often each turns over the positions of
+    the first training: the slow by the factor, the fast not at all, those between in proportion.
+    """
+    slowed = rates / scaling.factor
+    if scaling.rope_type == "linear":
+        return slowed
+    low, high, positions = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    assert low is not None
+    assert high is not None
+    assert positions is not None
+    turns = rates * positions / (2 * pi)
+    return slowed.lerp(rates, ((turns - low) / (high - low)).clamp(0, 1))
+
+
+class QueryKeyNorm(ShardedModule):
+    """RMSNorm over each head of queries and keys, as in Qwen3: a weight ``[D]`` for all query heads, one for all keys.
+
+    Takes and returns ``[B, S, N + K, D]``. The weights are whole on every rank, and each rank sees its own heads only:
+    the gradients are summed over the group. That is right for a key head that several ranks compute, too, since each
+    has the gradient of its own queries alone.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, width: int, *, eps: float, group: TensorGroup) -> None:
+        super().__init__()
+        self.group, self.heads, self.kv_heads, self.eps, self.fused = group, heads, kv_heads, eps, True
+        self.shard_specs = {
+            "weight": tuple(ShardSpec(f"{part}_norm.weight", (width,), None) for part in ("query", "key"))
+        }
+        self.weight = nn.Parameter(torch.empty(2 * width))
+
+    def forward(self, x_BSND: Tensor) -> Tensor:
+        query_D, key_D = copy_to_group(self.weight, self.group).chunk(2)
+        weight_ND = torch.cat((query_D.expand(self.heads, -1), key_D.expand(self.kv_heads, -1)))
+        return F.rms_norm(x_BSND, x_BSND.shape[-1:], eps=self.eps) * weight_ND
 
 
 class Attention(nn.Module):
     """Causal self-attention, within documents where they are packed, with its heads divided over the tensor group.
 
-    Takes and returns ``[B, S, H]``, the same on every rank. Where there are fewer key-value heads than ranks, the
-    ranks that share a head each compute it, from a weight that all hold whole.
+    Takes and returns ``[B, S, H]``, the same on every rank; with a `cache` the tokens follow those in it. Where there
+    are fewer key-value heads than ranks, the ranks that share a head each compute it, from a weight that all hold
+    whole.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None) -> None:
         super().__init__()
         hidden, self.head_dim = config.hidden_size, head_dim(config)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
-        is_gpt2 = isinstance(config, GPT2Config)
-        bias = is_gpt2 or (isinstance(config, LlamaConfig) and config.attention_bias)
+        bias, output_bias = _attention_biases(config)
         self.rotary = rotary
         self.heads = heads // group.size
         self.kv_heads = max(1, kv_heads // group.size)
@@ -86,20 +137,41 @@ class Attention(nn.Module):
             self.key_value = HeadSliceLinear(hidden, {"key": kv_width, "value": kv_width}, rows, group=group, bias=bias)
             parts = {"query": width}
         self.qkv = ColumnParallelLinear(hidden, sum(parts.values()), group=group, bias=bias, parts=parts)
-        self.output = RowParallelLinear(width, hidden, group=group, bias=is_gpt2)
+        self.query_key_norm: QueryKeyNorm | None = None
+        if isinstance(config, LlamaConfig) and config.qk_norm:
+            self.query_key_norm = QueryKeyNorm(
+                self.heads, self.kv_heads, self.head_dim, eps=config.rms_norm_eps, group=group
+            )
+        self.output = RowParallelLinear(width, hidden, group=group, bias=output_bias)
 
-    def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None) -> Tensor:
+    def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None, cache: LayerCache | None = None) -> Tensor:
         qkv = self.qkv(x_BSH)
         if self.key_value is not None:
             qkv = torch.cat((qkv, self.key_value(x_BSH)), dim=-1)
         qkv = qkv.unflatten(-1, (-1, self.head_dim))
         # Queries and keys turn together, as one tensor.
         turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        if self.query_key_norm is not None:
+            turned = self.query_key_norm(turned)
         if self.rotary is not None:
-            turned = self.rotary(turned, packing.positions_BS if packing else None)
+            places = packing or cache
+            turned = self.rotary(turned, places.positions_BS if places else None)
         query, key = turned.split((self.heads, self.kv_heads), dim=2)
-        attended = causal_attention(query, key, value, packing.spans if packing else None)
+        if cache is not None:
+            cache.append(key, value)
+        if cache is None or cache.first_read:
+            attended = causal_attention(query, key, value, packing.spans if packing else None)
+        else:
+            attended = cache.attend(query)
         return self.output(attended.flatten(2))
+
+
+def _attention_biases(config: ModelConfig) -> tuple[bool, bool]:
+    """Whether query, key and value have biases, and whether the output projection has one."""
+    if isinstance(config, LlamaConfig):
+        return config.attention_bias, False
+    on = not isinstance(config, GPTNeoXConfig) or config.attention_bias
+    return on, on
 
 
 def causal_attention(
@@ -170,20 +242,27 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """``down(gelu(up(x)))`` with biases, its inner width divided over the group; ``[B, S, H]`` in and out."""
+    """``down(gelu(up(x)))`` with biases, its inner width divided over the group; ``[B, S, H]`` in and out.
+
+    GELU has its exact form or that with tanh (arXiv:1606.08415).
+    """
 
     def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, _inner_size(config)
+        exact = isinstance(config, GPTNeoXConfig) and config.hidden_act == "gelu"
+        self.approximate = "none" if exact else "tanh"
         self.up = ColumnParallelLinear(hidden, inner, group=group, bias=True)
         self.down = RowParallelLinear(inner, hidden, group=group, bias=True)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BSH), approximate="tanh"))
+        return self.down(F.gelu(self.up(x_BSH), approximate=self.approximate))
 
 
 class Block(nn.Module):
     """One pre-norm layer: attention and MLP, each added to the residual stream ``[B, S, H]``.
+
+    The MLP reads the stream after attention or, in GPT-NeoX's parallel form, beside it.
 
     `rotary` is shared by the blocks of a stage; None where positions are learned.
     """
@@ -194,10 +273,11 @@ class Block(nn.Module):
         self.attention = Attention(config, group, rotary)
         self.mlp_norm = make_norm(config)
         self.mlp = SwiGLU(config, group) if isinstance(config, LlamaConfig) else GeluMLP(config, group)
+        self.parallel = isinstance(config, GPTNeoXConfig) and config.use_parallel_residual
 
-    def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None) -> Tensor:
-        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), packing)
-        return x_BSH + self.mlp(self.mlp_norm(x_BSH))
+    def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None, cache: LayerCache | None = None) -> Tensor:
+        attended_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), packing, cache)
+        return attended_BSH + self.mlp(self.mlp_norm(x_BSH if self.parallel else attended_BSH))
 
 
 def _inner_size(config: ModelConfig) -> int:
