@@ -7,21 +7,16 @@ from typing import Protocol
 import numpy as np
 
 from megalite.checkpoint.boxes import Box
+from megalite.checkpoint.companions import companions_among
+from megalite.checkpoint.huggingface.reader import HuggingFaceWeights, is_hugging_face
+from megalite.checkpoint.megatron.collection import checkpoint_folder
+from megalite.checkpoint.megatron.weights import MegatronWeights
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
 from megalite.config import ModelConfig, read_model
 from megalite.errors import UserError
 
 WEIGHT = "weight/"
 """How the names of weights begin in a checkpoint; optimizer state has the optimizer's names for it."""
-
-COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-)
-"""Small files that go with weights wherever these go."""
 
 
 class Weights(Protocol):
@@ -49,7 +44,7 @@ class Weights(Protocol):
 
     @property
     def companions(self) -> Mapping[str, Path]:
-        """The files beside the weights that go with them, by their names in `COMPANIONS`."""
+        """The files beside the weights that go with them, by their names."""
         ...
 
     def read(self, name: str, box: Box, out: np.ndarray) -> None:
@@ -73,7 +68,7 @@ class CheckpointWeights:
 
     @property
     def companions(self) -> Mapping[str, Path]:
-        return {name: self.origin / name for name in COMPANIONS if name in self._reader.manifest.files}
+        return companions_among(self.origin, self._reader.manifest.files)
 
     def read(self, name: str, box: Box, out: np.ndarray) -> None:
         self._reader.read(WEIGHT + name, box, out)
@@ -91,12 +86,16 @@ class WeightSource:
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a checkpoint, or the newest one of a run's folder.
+    """Open a checkpoint, the newest one of a run's folder, a Hugging Face folder, or a checkpoint of Megatron's.
 
     Raises UserError where there is none.
     """
+    if is_hugging_face(path):
+        return HuggingFaceWeights(path)
     for folder in (path, path / "checkpoints"):
         newest = checkpoints(folder)
         if newest:
             return CheckpointWeights(CheckpointReader(newest[0][1]))
+    if checkpoint_folder(path) is not None:
+        return MegatronWeights(path)
     return CheckpointWeights(CheckpointReader(path))
