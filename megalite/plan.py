@@ -18,6 +18,7 @@ from rich.table import Table
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.selection import CHECKPOINTS, Expectation, candidates
+from megalite.checkpoint.shapes import weight_shapes
 from megalite.checkpoint.weights import open_weights
 from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.data.batches import BatchSchedule
@@ -64,9 +65,7 @@ class Plan:
     @cached_property
     def expectation(self) -> Expectation:
         """What a checkpoint must hold for this run."""
-        from megalite.model.stage import global_shapes
-
-        return Expectation(self.config.model, global_shapes(self.config.model), self.tokenizer_digest)
+        return Expectation(self.config.model, weight_shapes(self.config.model), self.tokenizer_digest)
 
     @property
     def order_digest(self) -> str:

@@ -4,6 +4,8 @@ What DeepSpeed does otherwise than one would think is said beside the code that 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -24,19 +26,19 @@ class ZeroState:
         self._engine, self._grid = engine, engine.grid
         self._optimizer, self._zero = engine.optimizer, engine.zero_optimizer
 
-    def fragments(self, *, tied_copy: bool = False) -> Iterator[Fragment]:
-        """Yield what this rank updates of its stages' parameters, the last stage's copy of a tied table on demand."""
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank updates of its stages' parameters."""
         self._require_moments()
         for stage in self._engine.stages.values():
-            copy = stage.tied_copy if not self._grid.is_first_stage else None
             for _, parameter, shards in stage.named_shards():
-                if tied_copy or parameter is not copy:
-                    yield from self._fragment(parameter, shards)
+                window = self._half(shards) if parameter is stage.tied_copy else None
+                for fragment in self._fragment(parameter, shards):
+                    yield replace(fragment, window=window)
 
     def restore(self, source: Source, numbers: Mapping[str, Any]) -> None:
         """Take over a checkpoint's master weights, moments and numbers."""
         self._set_updates(int(numbers["updates"]))
-        fill(self.fragments(tied_copy=True), source, ("weight", *MOMENTS))
+        fill(self.fragments(), source, ("weight", *MOMENTS))
         if self._has_loss_scale and numbers["loss_scale"] is not None:
             for name, value in numbers["loss_scale"].items():
                 setattr(self._zero.loss_scaler, name, value)
@@ -48,7 +50,7 @@ class ZeroState:
 
     def restore_weights(self, source: Source) -> None:
         """Take over master weights alone."""
-        fill(self.fragments(tied_copy=True), source, ("weight",))
+        fill(self.fragments(), source, ("weight",))
 
     def numbers(self) -> dict[str, Any]:
         """Return the state that is no tensor, for JSON: AdamW's count of updates, loss scale, DeepSpeed's scheduler."""
@@ -95,6 +97,11 @@ class ZeroState:
         counted = [group["step"] for group in self._optimizer.param_groups if "step" in group]
         counted += [state["step"] for state in self._optimizer.state.values() if "step" in state]
         return int(max(counted, default=0))
+
+    def _half(self, shards: tuple[ShardSpec, ...]) -> tuple[int, int]:
+        """The elements that this stage saves of a table that the first and the last stage hold alike."""
+        size = prod(shards[0].local_shape(self._grid.tensor.size))
+        return (0, size // 2) if self._grid.is_first_stage else (size // 2, size)
 
     def _fragment(self, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
         tensor, data = self._grid.tensor, self._grid.layout.data

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "launch": ("launch",),
     "files": (),
     "data": ("config", "data", "files"),
-    "checkpoint": ("checkpoint", "config", "files", "tensor_parallel.sharding"),
+    "checkpoint": ("checkpoint", "config", "faults", "files", "tensor_parallel.sharding"),
     "tensor_parallel.sharding": (),
     "tensor_parallel": ("tensor_parallel",),
     "allocator": (),
@@ -48,6 +48,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "zero_state": ("checkpoint.fragments", "tensor_parallel.sharding", "zero"),
     "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "provenance": ("data", "plan"),
+    "generation": (
+        "checkpoint.companions",
+        "checkpoint.weights",
+        "config",
+        "data.tokenizer",
+        "distributed",
+        "generation",
+        "launch",
+        "layout",
+        "model",
+        "tensor_parallel.collectives",
+    ),
     "recorder": (
         "checkpoint.retention",
         "checkpointer",
@@ -77,7 +89,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "zero",
         "zero_state",
     ),
-    "cli": ("cli", "data", "files", "launch", "plan", "plots", "provenance", "train"),
+    "verification": ("checkpoint.weights", "config", "model", "tensor_parallel.collectives"),
+    "cli": (
+        *("checkpoint", "cli", "data", "files", "generation", "launch", "plan", "plots", "provenance", "train"),
+        "verification",
+    ),
     "__main__": ("cli",),
 }
 
@@ -87,6 +103,7 @@ LIGHT = (
     "tensor_parallel.sharding",
     *PURE_PIPELINE,
 )
+TORCH_FILES = "checkpoint.megatron.torch_file"
 PICKLES = ("pickle", "cloudpickle", "dill", "shelve", "marshal")
 
 
@@ -188,7 +205,17 @@ def test_nobody_imports_pickle(package: str) -> None:
 
 
 def test_nobody_calls_what_pickles_evaluates_or_prints() -> None:
-    assert callers_of("torch.save", "torch.load", "eval", "exec", "os.system", "print") == []
+    assert callers_of("torch.save", "eval", "exec", "os.system", "print") == []
+
+
+def test_one_module_reads_torchs_files_and_by_the_restricted_reader() -> None:
+    assert callers_of("torch.load", "load", "torch.serialization.load") == [TORCH_FILES]
+    calls = [node for node in ast.walk(sources()[TORCH_FILES]) if isinstance(node, ast.Call)]
+    (load,) = [call for call in calls if ast.unparse(call.func) == "torch.load"]
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in load.keywords}
+    assert given.get("weights_only") == "True"
+    assert None not in given, "**settings hide what torch.load is given"
+    assert "pickle_module" not in given
 
 
 @pytest.mark.parametrize("module", PURE_PIPELINE)

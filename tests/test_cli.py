@@ -11,6 +11,7 @@ import pytest
 from megalite.cli import main
 from megalite.errors import UserError
 
+VERBS = "convert, generate, inspect, preprocess, tokenizer, train"
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
@@ -37,7 +38,7 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
     code = f"import atexit, sys; atexit.register(lambda: sys.stderr.write(str({heavy} & set(sys.modules))))"
     shown = run("--help", code=code)
     assert (shown.returncode, shown.stderr) == (0, "set()")
-    assert all(f" {verb} " in shown.stdout for verb in ("train", "tokenizer", "preprocess"))
+    assert all(f" {verb} " in shown.stdout for verb in ("train", "tokenizer", "preprocess", "generate"))
 
 
 def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +50,7 @@ def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "message"),
     [
         (["trian"], "megalite: error: there is no verb 'trian'; did you mean 'train'?\n"),
-        (["zzz"], "megalite: error: there is no verb 'zzz'; allowed: inspect, preprocess, tokenizer, train\n"),
+        (["zzz"], f"megalite: error: there is no verb 'zzz'; allowed: {VERBS}\n"),
         (["train"], "megalite: error: Missing argument 'RUN.yaml'; see megalite train --help\n"),
     ],
 )

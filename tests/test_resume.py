@@ -7,8 +7,9 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.retention import kept
 from megalite.checkpoint.store import Part
 from megalite.zero_state import ZeroState
+
+if TYPE_CHECKING:
+    from megalite.train import Trainer
 
 Layout = tuple[int, int, int]
 LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
@@ -148,21 +152,26 @@ def save_on_rank(path: str, overrides: Sequence[str]) -> list[float]:
     return [report.loss, report.outcome.grad_norm]
 
 
+def assert_holds(trainer: "Trainer", checkpoint: Path, kinds: Sequence[str]) -> None:
+    """Every element that this rank updates is the checkpoint's, to the last bit."""
+    reader = CheckpointReader(checkpoint)
+    for fragment in ZeroState(trainer.engine).fragments():
+        boxes = list(fragment.boxes(0, fragment.numel))
+        assert boxes, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
+        for box, kind in product(boxes, kinds):
+            saved = np.empty(box.box.shape, np.float32)
+            reader.read(f"{kind}/{box.name}", box.box, saved)
+            elements = fragment.tensors[kind][box.start : box.start + box.box.numel]
+            held = elements.detach().numpy().reshape(box.box.shape)
+            assert np.array_equal(held, saved), f"{kind}/{box.name} at {box.box.offset}"
+
+
 def load_on_rank(path: str, overrides: Sequence[str], folders: Sequence[str]) -> list[list[float]]:
     """For each checkpoint: take it over, find every element of it as it was, and train a step."""
     traces = []
     for folder in folders:
         trainer = build_trainer(path, [*overrides, f"resume={folder}"])
-        reader = CheckpointReader(Path(folder))
-        for fragment in ZeroState(trainer.engine).fragments(tied_copy=True):
-            boxes = list(fragment.boxes(0, fragment.numel))
-            assert boxes, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
-            for box in boxes:
-                for kind, flat in fragment.tensors.items():
-                    saved = np.empty(box.box.shape, np.float32)
-                    reader.read(f"{kind}/{box.name}", box.box, saved)
-                    held = flat[box.start : box.start + box.box.numel].detach().numpy().reshape(box.box.shape)
-                    assert np.array_equal(held, saved), f"{kind}/{box.name} at {box.box.offset}"
+        assert_holds(trainer, Path(folder), ("weight", "exp_avg", "exp_avg_sq"))
         report = trainer.step(4)
         trainer.close()
         traces.append([report.loss, report.outcome.grad_norm])
@@ -277,8 +286,10 @@ def test_damage_is_passed_over_by_auto_and_refused_by_path(
     with pytest.raises(RankError, match=fault) as refused:
         run(run_file, tmp_path / "other", PAIR, *overrides, f"resume={folder}/checkpoints/step_4")
     assert "UserError" in str(refused.value)
+    (folder / "checkpoints/step_9.tmp").mkdir()
     step, notes = run(run_file, folder, PAIR, *overrides)
     assert step == 2
+    assert not (folder / "checkpoints/step_9.tmp").exists()
     assert fault in notes[0]
     assert notes[0].startswith("warning: passed over ")
     assert (folder / "earlier/1/checkpoints/step_4").is_dir()
@@ -392,6 +403,21 @@ def test_a_full_disk_is_seen_before_anything_is_written(run_file: Path, tmp_path
 )
 def test_retention(keep_last: int | None, keep_every: int | None, stay: set[int]) -> None:
     assert kept([10, 20, 30, 40], keep_last, keep_every) == stay
+
+
+def begin_on_rank(path: str, overrides: Sequence[str], checkpoint: str) -> None:
+    trainer = build_trainer(path, overrides)
+    assert_holds(trainer, Path(checkpoint), ("weight",))
+    assert ZeroState(trainer.engine).numbers()["updates"] == 0
+    trainer.close()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_master_weights_are_not_rounded_at_the_start(run_file: Path, tmp_path: Path, stage: int) -> None:
+    run(run_file, tmp_path / "run", (1, 1, 1), *at((1, 1, 1), 1), "train.stop_after=3")
+    checkpoint = str(tmp_path / "run/checkpoints/step_3")
+    given = [*SMALL, *at((1, 2, 1), stage), BF16, f"init_from={checkpoint}", f"run.dir={tmp_path / 'tuned'}"]
+    run_distributed(begin_on_rank, 2, str(run_file), given, checkpoint)
 
 
 def test_weights_alone_begin_another_run(run_file: Path, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ class Fragment:
     """What this rank updates of one local parameter: elements `start` and on of it, laid flat.
 
     `tensors` are flat fp32 views that may be written to: ``weight``, the master copy, and the optimizer's state by its
-    names, ``exp_avg`` and ``exp_avg_sq``. `copies` ranks hold the same fragment, of which this is number `copy`.
+    names, ``exp_avg`` and ``exp_avg_sq``. `copies` ranks hold the same fragment, of which this is number `copy`. Of a
+    parameter that two stages hold, each is to save the elements in its `window`; None: all.
     """
 
     shards: tuple[PlacedShard, ...]
@@ -31,6 +32,7 @@ class Fragment:
     tensors: Mapping[str, "Tensor"]
     copy: int = 0
     copies: int = 1
+    window: tuple[int, int] | None = None
 
     @property
     def numel(self) -> int:
@@ -43,10 +45,15 @@ class Fragment:
             yield FlatBox(found.name, found.global_shape, found.box, start + found.start)
 
     def share(self, number: int) -> tuple[int, int]:
-        """Return the elements that this copy writes, `number` telling small fragments apart."""
-        if self.numel < SPLIT_ELEMENTS:
-            return (0, self.numel) if number % self.copies == self.copy else (0, 0)
-        return self.numel * self.copy // self.copies, self.numel * (self.copy + 1) // self.copies
+        """Return the elements of the fragment that this rank saves, `number` telling small fragments apart."""
+        first, last = self.window or (0, self.start + self.numel)
+        first, last = max(0, first - self.start), min(self.numel, last - self.start)
+        length = last - first
+        if length <= 0:
+            return 0, 0
+        if length < SPLIT_ELEMENTS:
+            return (first, last) if number % self.copies == self.copy else (0, 0)
+        return first + length * self.copy // self.copies, first + length * (self.copy + 1) // self.copies
 
 
 class Source(Protocol):

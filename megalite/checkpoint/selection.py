@@ -5,9 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
+from megalite.checkpoint.differences import difference_table, shape_differences
 from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
 from megalite.checkpoint.weights import Weights
@@ -15,7 +13,7 @@ from megalite.config import ModelConfig, RunConfig, read_model
 from megalite.errors import UserError, nearest
 
 CHECKPOINTS = "checkpoints"
-_SHOWN_DIFFERENCES = 30
+_HEADINGS = "the run file asks", "it holds"
 _NOT_OF_THE_FUNCTION = ("initializer_range",)
 
 
@@ -45,22 +43,24 @@ class Expectation:
         rows = list(self._model_rows(dict(reader.manifest.model)))
         held = {name: tensor.shape for name, tensor in reader.manifest.tensors.items()}
         kinds = ("weight", "exp_avg", "exp_avg_sq")
-        rows += _shape_rows({f"{kind}/{name}": shape for kind in kinds for name, shape in self.shapes.items()}, held)
+        rows += shape_differences(
+            {f"{kind}/{name}": shape for kind in kinds for name, shape in self.shapes.items()}, held
+        )
         theirs = reader.manifest.tokenizer_sha256
         if theirs is not None and self.tokenizer_sha256 not in (None, theirs):
             rows.append(("tokenizer (SHA-256)", str(self.tokenizer_sha256)[:12], theirs[:12]))
         if rows:
             raise UserError(
-                f"{reader.folder}: is of another run:\n{_table(rows)}"
+                f"{reader.folder}: is of another run:\n{difference_table(rows, *_HEADINGS)}"
                 "resume from another checkpoint, take its weights alone with init_from, or begin anew with resume=never"
             )
 
     def require_weights(self, weights: Weights) -> None:
         """Raise UserError, with a table of the differences, where weights are not of this run's shapes."""
-        rows = _shape_rows(self.shapes, weights.shapes)
+        rows = shape_differences(self.shapes, weights.shapes)
         if rows:
             raise UserError(
-                f"init_from={weights.origin}: holds the weights of another model:\n{_table(rows)}"
+                f"init_from={weights.origin}: holds the weights of another model:\n{difference_table(rows, *_HEADINGS)}"
                 "write its sizes into the section model, or name other weights"
             )
 
@@ -81,25 +81,3 @@ class Expectation:
 
 def _shown(settings: Mapping[str, object], key: str) -> str:
     return str(settings[key]) if key in settings else "-"
-
-
-def _shape_rows(
-    wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]
-) -> list[tuple[str, str, str]]:
-    def shown(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-        return " x ".join(map(str, shapes[name])) if name in shapes else "missing"
-
-    names = sorted(name for name in {*wanted, *held} if wanted.get(name) != held.get(name))
-    return [(name, shown(wanted, name), shown(held, name)) for name in names]
-
-
-def _table(rows: list[tuple[str, str, str]]) -> str:
-    table = Table("", "the run file asks", "it holds", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows[:_SHOWN_DIFFERENCES]:
-        table.add_row(*row)
-    if len(rows) > _SHOWN_DIFFERENCES:
-        table.add_row(f"and {len(rows) - _SHOWN_DIFFERENCES:,} more", "", "")
-    console = Console(width=160, force_terminal=False, color_system=None)
-    with console.capture() as captured:
-        console.print(table)
-    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megalite.cli import inspect, preprocess, tokenizer, train
+from megalite.cli import convert, generate, inspect, preprocess, tokenizer, train
 from megalite.cli.failure import leave, say_failure, say_user_error
 from megalite.errors import USER_ERROR_STATUS, UserError, nearest
 from megalite.launch import LaunchEnvironment, launch_environment
@@ -40,7 +40,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_megalite)
-    for verbs in (tokenizer, preprocess, train, inspect):
+    for verbs in (tokenizer, preprocess, train, inspect, generate, convert):
         verbs.register(app)
     return app
 
@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, _UsageError) as error:
         say_user_error(_message(error), rank)
         status = USER_ERROR_STATUS
+    except SystemExit as ended:  # of a rank that was told to stop
+        if rank is None:
+            raise
+        status = ended.code if isinstance(ended.code, int) else 1
     except Exception:
         if rank is None:
             raise
