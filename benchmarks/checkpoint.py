@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint.py [--rounds 5] [--folder DIR]
 
-Two ranks, data parallel, ZeRO-1: master weights and both moments, half on each. All ways save the same tensors in turn,
-and what is timed ends when every byte is on the disk (fsync). Loading is from the disk, the page cache dropped, and
-digests are checked where there are any.
+ZeRO-1 on one rank, and on two that are data parallel: master weights and both moments. All ways save the same tensors
+in turn, and what is timed ends when every byte is on the disk (fsync). Loading is from the disk, the page cache
+dropped, and digests are checked where there are any.
 """
 
 import argparse
@@ -223,14 +223,14 @@ def run_rank(number: int, port: int, folder: str, rounds: int, layout: str, resu
     """Measure on one rank; rank 0 puts the seconds into `results`."""
     os.environ |= {
         "RANK": str(number),
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(LAYOUTS[layout].world_size),
         "LOCAL_RANK": str(number),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
     rank = Rank(number, port, Path(folder), layout)
-    if layout == "dp2":
+    if layout != "tp2":
         measured = list(measure(rank, rounds))
     else:
         measured = []
@@ -249,51 +249,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write; the system's temporary folder unless given")
     arguments = parser.parse_args()
-    seconds: dict[str, list[float]] = defaultdict(list)
+    seconds: dict[str, dict[str, list[float]]] = {"one": defaultdict(list), "dp2": defaultdict(list)}
     size = 0
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        for layout in ("dp2", "tp2"):
-            results = get_context("spawn").SimpleQueue()
-            given = (free_port(), folder, arguments.rounds, layout, results)
-            team = spawn(run_rank, given, nprocs=2, join=False)
-            assert team is not None
-            size, measured = results.get()
-            team.join()
-            for what, value in measured:
-                seconds[what].append(value)
-    report(size, {what: median(values) for what, values in seconds.items()}, arguments.rounds)
+    for layout, found in seconds.items():
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            for loaded_at in (layout, "tp2") if layout == "dp2" else (layout,):
+                results = get_context("spawn").SimpleQueue()
+                given = (free_port(), folder, arguments.rounds, loaded_at, results)
+                team = spawn(run_rank, given, nprocs=LAYOUTS[layout].world_size, join=False)
+                assert team is not None
+                size, measured = results.get()
+                team.join()
+                for what, value in measured:
+                    found[what].append(value)
+    medians = {layout: {what: median(v) for what, v in found.items()} for layout, found in seconds.items()}
+    report(size, medians, arguments.rounds)
 
 
-def report(size: int, seconds: dict[str, float], rounds: int) -> None:
+HEADINGS = {"one": "One rank: a core for the digest", "dp2": "Two ranks: both cores busy with both"}
+
+
+def report(size: int, medians: dict[str, dict[str, float]], rounds: int) -> None:
     """Print the tables and write them."""
-    rows = [["way", "save, s", "MB/s to the disk", "save, ratio", "load, s", "MB/s loaded", "load, ratio"]]
-    for way in ("megalite", *WAYS):
-        save, load = seconds[f"{way} save"], seconds[f"{way} load"]
-        ratios = seconds["safetensors save"] / save, seconds["safetensors load"] / load
-        rates = f"{size / save / 1e6:,.0f}", f"{size / load / 1e6:,.0f}"
-        rows.append(
-            [TITLES[way], f"{save:.2f}", rates[0], f"{ratios[0]:.2f}", f"{load:.2f}", rates[1], f"{ratios[1]:.2f}"]
-        )
-    reshard = seconds["megalite reshard"]
-    rate = f"{size / reshard / 1e6:,.0f}"
-    rows.append(["megalite, saved at data 2, loaded at tensor 2", "", "", "", f"{reshard:.2f}", rate, ""])
-    blocked = [["asynchronous save", "blocked, s", "durable after, s", "blocked / durable"]]
-    for what, title in (("training", "while a step trains"), ("update", "an update at once: the copy alone")):
-        stop, whole = seconds[f"async {what} blocked"], seconds[f"async {what} durable"]
-        blocked.append([title, f"{stop:.3f}", f"{whole:.2f}", f"{stop / whole:.3f}"])
-    show(rows, "saving and loading")
-    show(blocked, "asynchronous")
     lines = [
         "# Saving and loading a checkpoint",
         "",
         f"`python benchmarks/checkpoint.py --rounds {rounds}`",
         "",
         describe().markdown()
-        + f"- {size / 1e6:,.0f} MB: fp32 weights and moments of {size // 12 / 1e6:,.1f} M parameters; 2 ranks, ZeRO-1",
-        "",
-        *markdown(rows),
-        "",
-        *markdown(blocked),
+        + f"- {size / 1e6:,.0f} MB: fp32 weights and both moments of {size // 12 / 1e6:,.1f} M parameters, ZeRO-1",
         "",
         f"Medians of {rounds} rounds after one to warm up, every way once a round, one after the other on an otherwise",
         "idle disk. A save ends when it is on the disk, megalite's with its digests, manifest and rename; a load is",
@@ -301,7 +285,37 @@ def report(size: int, seconds: dict[str, float], rounds: int) -> None:
         "beside bare safetensors, which checks and describes nothing.",
         "",
     ]
+    for layout, seconds in medians.items():
+        tables = speeds(size, seconds), asynchronous(seconds)
+        lines += [f"## {HEADINGS[layout]}", ""]
+        for table in tables:
+            show(table, HEADINGS[layout])
+            lines += [*markdown(table), ""]
     RESULT.write_text("\n".join(lines), encoding="utf-8")
+
+
+def speeds(size: int, seconds: dict[str, float]) -> list[list[str]]:
+    """Return the rows for saving and loading."""
+    rows = [["way", "save, s", "MB/s to the disk", "save, ratio", "load, s", "MB/s loaded", "load, ratio"]]
+    for way in ("megalite", *WAYS):
+        cells = []
+        for what in ("save", "load"):
+            took, bare = seconds[f"{way} {what}"], seconds[f"safetensors {what}"]
+            cells += [f"{took:.2f}", f"{size / took / 1e6:,.0f}", f"{bare / took:.2f}"]
+        rows.append([TITLES[way], *cells])
+    if reshard := seconds.get("megalite reshard"):
+        rate = f"{size / reshard / 1e6:,.0f}"
+        rows.append(["megalite, saved at data 2, loaded at tensor 2", "", "", "", f"{reshard:.2f}", rate, ""])
+    return rows
+
+
+def asynchronous(seconds: dict[str, float]) -> list[list[str]]:
+    """Return the rows for saves in the background."""
+    rows = [["asynchronous save", "blocked, s", "durable after, s", "blocked / durable"]]
+    for what, title in (("training", "while a step trains"), ("update", "an update at once: the copy alone")):
+        stop, whole = seconds[f"async {what} blocked"], seconds[f"async {what} durable"]
+        rows.append([title, f"{stop:.3f}", f"{whole:.2f}", f"{stop / whole:.3f}"])
+    return rows
 
 
 def show(rows: list[list[str]], title: str) -> None:

@@ -20,6 +20,8 @@ import numpy as np
 
 _PART = 1 << 22
 """Elements that are hashed and written at a time."""
+_READ = 1 << 21
+"""Bytes that are read and hashed at a time."""
 _HASHED_BEHIND = 16
 """So many parts, which are held in memory, may be written before they are hashed."""
 
@@ -118,7 +120,7 @@ def _parts(shapes: Iterable[tuple[int, ...]], arrays: Iterable[np.ndarray], enco
 
 
 class SafetensorsFile:
-    """A safetensors file whose tensors are read as fp32; what is read stays in no mapping of this process.
+    """A safetensors file whose tensors are read as fp32; a mapping lives as long as what was read from it.
 
     The library checks the file when it is opened, but knows no bf16 for numpy, and keeps the file mapped, all that was
     read of it included. Raises SafetensorError or OSError for a file that is none.
@@ -145,11 +147,19 @@ class SafetensorsFile:
         if not prod(shape):
             return np.empty(shape, np.float32)[box]
         stored = np.memmap(self._path, encoding.stored, "r", self._starts[name], shape)
-        return encoding.decode(np.array(stored[box]))
+        return encoding.decode(np.asarray(stored[box]))
 
 
 def file_record(path: Path) -> FileRecord:
-    """Read a file and return its record."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return FileRecord(file.tell(), digest.hexdigest())
+    """Read a file and return its record; a thread hashes one part while the next is read."""
+    digest, total = hashlib.sha256(), 0
+    buffers = [memoryview(bytearray(_READ)) for _ in range(2)]
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
+        before: Future[None] | None = None
+        while count := file.readinto(buffers[0]):
+            if before is not None:
+                before.result()
+            before = hashing.submit(digest.update, buffers[0][:count])
+            buffers.reverse()
+            total += count
+    return FileRecord(total, digest.hexdigest())
