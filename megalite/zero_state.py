@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from megalite.checkpoint.fragments import Fragment, Source, fill
+from megalite.checkpoint.manifest import KINDS, MOMENTS
 from megalite.tensor_parallel.sharding import PlacedShard, ShardSpec, place
 from megalite.zero import ZeroEngine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -38,7 +38,7 @@ class ZeroState:
     def restore(self, source: Source, numbers: Mapping[str, Any]) -> None:
         """Take over a checkpoint's master weights, moments and numbers."""
         self._set_updates(int(numbers["updates"]))
-        fill(self.fragments(), source, ("weight", *MOMENTS))
+        fill(self.fragments(), source, KINDS)
         if self._has_loss_scale and numbers["loss_scale"] is not None:
             for name, value in numbers["loss_scale"].items():
                 setattr(self._zero.loss_scaler, name, value)

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "zero": ("config", "distributed", "model", "tensor_parallel.sharding"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
     "resume": ("checkpoint", "data.batches", "distributed", "plan"),
-    "zero_state": ("checkpoint.fragments", "tensor_parallel.sharding", "zero"),
+    "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
     "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "provenance": ("data", "plan"),
     "generation": (

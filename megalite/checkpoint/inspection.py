@@ -12,7 +12,7 @@ import numpy as np
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.differences import shape_differences
-from megalite.checkpoint.manifest import MANIFEST
+from megalite.checkpoint.manifest import KINDS, MANIFEST
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
 from megalite.checkpoint.store import TEMPORARY
 from megalite.errors import UserError
@@ -20,7 +20,6 @@ from megalite.errors import UserError
 BOX_ELEMENTS = 1 << 23
 """The largest box that is read at a time, 32 MiB of fp32."""
 
-_KINDS = ("weight", "exp_avg", "exp_avg_sq")
 _MODULES = (
     *("embedding", "tokens", "positions", "layers"),
     *("attention_norm", "attention", "query", "key", "value", "query_norm", "key_norm", "output"),
@@ -100,7 +99,7 @@ def in_order(names: Mapping[str, Any] | set[str]) -> list[str]:
     def place(name: str) -> tuple[Any, ...]:
         kind, _, rest = name.rpartition("/")
         words = [(int(word), "") if word.isdigit() else (_rank(_MODULES, word), word) for word in rest.split(".")]
-        return _rank(_KINDS, kind), kind, words
+        return _rank(KINDS, kind), kind, words
 
     return sorted(names, key=place)
 
@@ -138,7 +137,7 @@ class TensorNorms:
 def kinds(reader: CheckpointReader) -> list[str]:
     """Return what a checkpoint holds for its tensors: ``weight``, ``exp_avg``, ``exp_avg_sq``."""
     found = {name.rpartition("/")[0] for name in reader.manifest.tensors}
-    return sorted(found, key=lambda kind: (_rank(_KINDS, kind), kind))
+    return sorted(found, key=lambda kind: (_rank(KINDS, kind), kind))
 
 
 def norms(reader: CheckpointReader, progress: Progress) -> Iterator[TensorNorms]:

@@ -19,6 +19,10 @@ FORMAT = "megalite checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+"""What is stored of a parameter: a tensor is named ``KIND/NAME``."""
+MOMENTS = KINDS[1:]
+"""Adam's, under the optimizer's names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalite.checkpoint.differences import difference_table, shape_differences
-from megalite.checkpoint.manifest import MANIFEST
+from megalite.checkpoint.manifest import MANIFEST, MOMENTS
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
-from megalite.checkpoint.weights import Weights
+from megalite.checkpoint.weights import WEIGHT, Weights
 from megalite.config import ModelConfig, RunConfig, read_model
 from megalite.errors import UserError, nearest
 
@@ -41,11 +41,11 @@ class Expectation:
     def require_resumable(self, reader: CheckpointReader) -> None:
         """Raise UserError, with a table of the differences, where a checkpoint is not one of this run."""
         rows = list(self._model_rows(dict(reader.manifest.model)))
+        # What is wrong with the weights is wrong with their moments too, and is said once.
         held = {name: tensor.shape for name, tensor in reader.manifest.tensors.items()}
-        kinds = ("weight", "exp_avg", "exp_avg_sq")
-        rows += shape_differences(
-            {f"{kind}/{name}": shape for kind in kinds for name, shape in self.shapes.items()}, held
-        )
+        weights = {name: shape for name, shape in held.items() if name.startswith(WEIGHT)}
+        others = {name: shape for name, shape in held.items() if name not in weights}
+        rows += self._shape_rows(weights, WEIGHT) or self._shape_rows(others, *(f"{kind}/" for kind in MOMENTS))
         theirs = reader.manifest.tokenizer_sha256
         if theirs is not None and self.tokenizer_sha256 not in (None, theirs):
             rows.append(("tokenizer (SHA-256)", str(self.tokenizer_sha256)[:12], theirs[:12]))
@@ -68,6 +68,11 @@ class Expectation:
         """Return the settings of the model in which weights of the right shapes were not trained, a line each."""
         rows = self._model_rows(weights.model.model_dump(mode="json"))
         return [f"{name}={wanted} here, {held} where the weights are from" for name, wanted, held in rows]
+
+    def _shape_rows(self, held: Mapping[str, tuple[int, ...]], *prefixes: str) -> list[tuple[str, str, str]]:
+        return shape_differences(
+            {prefix + name: self.shapes[name] for prefix in prefixes for name in self.shapes}, held
+        )
 
     def _model_rows(self, theirs: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:
         ours = self.model.model_dump(mode="json")
