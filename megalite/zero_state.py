@@ -40,8 +40,8 @@ class ZeroState:
         self._set_updates(int(numbers["updates"]))
         fill(self.fragments(), source, KINDS)
         if self._has_loss_scale and numbers["loss_scale"] is not None:
-            for name, value in numbers["loss_scale"].items():
-                setattr(self._zero.loss_scaler, name, value)
+            for name in numbers["loss_scale"].keys() & set(_SCALER_COUNTERS):
+                setattr(self._zero.loss_scaler, name, numbers["loss_scale"][name])
         scheduler = self._engine.engine.lr_scheduler
         if scheduler is not None:
             # DeepSpeed: a scheduler sets the rate of the next step at the end of a step, and not when it is loaded.
