@@ -13,9 +13,10 @@ from megalite.data.writer import IndexedDatasetWriter
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _interrupts_reach_what_tests_start() -> None:
-    """A shell starts a job in the background with SIGINT ignored, and every process below it inherits that."""
+def _signals_reach_what_tests_start() -> None:
+    """A shell starts a job in the background with SIGINT ignored, nohup with SIGHUP; every process below inherits it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
