@@ -1,11 +1,15 @@
 """Files that are there whole or not at all."""
 
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megalite.errors import UserError
+
+LOCK = ".lock"
 
 
 def require_writable_folder(folder: Path, what: str, fix: str) -> None:
@@ -27,6 +31,28 @@ def writing(path: Path, fix: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(f"{path}: cannot be written: {error.filename or path}: {reason}; {fix}") from error
+
+
+@contextmanager
+def sole_user(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes that ask for it out of a folder, which is made; the system lets go when this process ends.
+
+    Raises UserError where one is in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"{what} is in use by {lock.read().strip() or 'another run'}; wait for its end, or set another"
+            ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        yield
 
 
 def partial_path(path: Path) -> Path:

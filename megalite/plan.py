@@ -100,13 +100,12 @@ class Plan:
             files[standard_name(tokenizer)] = tokenizer.read_bytes()
         return files
 
-    def check_start(self) -> None:
-        """Raise UserError where the checkpoint or the weights to begin with are not of this run's model.
+    def check_start(self) -> str:
+        """Return a line on where the run will begin; raise UserError where that is not of this run's model.
 
-        Whether their files are whole the ranks look at together.
+        Whether the files are whole the ranks look at together.
         """
-        found = candidates(self.config)
-        for folder in found:
+        for folder in candidates(self.config):
             try:
                 reader = CheckpointReader(folder)
             except UserError:
@@ -114,9 +113,11 @@ class Plan:
                     raise
                 continue
             self.expectation.require_resumable(reader)
-            return
-        if not found and self.config.init_from is not None:
-            self.expectation.require_weights(open_weights(self.config.init_from))
+            return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole"
+        if self.config.init_from is None:
+            return "start: anew"
+        self.expectation.require_weights(open_weights(self.config.init_from))
+        return f"start: with the weights of {self.config.init_from}"
 
     def describe(self) -> RenderableType:
         """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""

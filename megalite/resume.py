@@ -1,9 +1,11 @@
 """Where training begins: with a checkpoint of this run, with other weights, or anew. The ranks decide together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.selection import candidates
@@ -39,7 +41,7 @@ def find_start(plan: Plan, grid: ProcessGrid) -> Start:
         faults = _faults(folder, grid)
         if not faults:
             return _resumed(plan, CheckpointReader(folder), passed_over)
-        passed_over.append(f"{folder}: {'; '.join(faults)}")
+        passed_over.append(f"{folder}: {'; '.join(fault.removeprefix(f'{folder}: ') for fault in faults)}")
         if plan.config.resume != "auto":
             raise UserError(f"resume={passed_over[0]}; the checkpoint is damaged, name another")
     if passed_over:
@@ -50,6 +52,8 @@ def find_start(plan: Plan, grid: ProcessGrid) -> Start:
         return Start()
     weights = open_weights(plan.config.init_from)
     plan.expectation.require_weights(weights)
+    if isinstance(weights, CheckpointWeights) and (faults := _faults(weights.origin, grid)):
+        raise UserError(f"init_from={weights.origin}: {'; '.join(faults)}; the checkpoint is damaged, name another")
     notes = (
         f"weights: {weights.origin}",
         *(f"warning: {line}" for line in plan.expectation.differing_settings(weights)),
@@ -72,8 +76,8 @@ def _faults(folder: Path, grid: ProcessGrid) -> Sequence[str]:
 
 def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str]) -> Start:
     plan.expectation.require_resumable(reader)
-    state = reader.state
-    step, consumed = int(state["step"]), int(state["consumed_samples"])
+    state = _progress(reader)
+    step, consumed = state.step, state.consumed_samples
     here = BatchSchedule(plan.config.train).consumed(step)
     if here != consumed:
         raise UserError(
@@ -84,13 +88,49 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str]) -
     notes.append(
         f"resumed: {reader.folder}, step {step:,}, {consumed:,} samples; it was saved at {reader.manifest.layout}"
     )
-    notes += _order_notes(plan, state)
-    return Start(step, CheckpointWeights(reader), reader, tuple(notes))
-
-
-def _order_notes(plan: Plan, state: dict[str, Any]) -> Iterator[str]:
-    if state["data"]["order_sha256"] != plan.order_digest:
-        yield (
+    last = plan.config.train.stop_after or plan.config.train.steps
+    if step > last:
+        notes.append(f"warning: the checkpoint is past the last step that is asked for, {last:,}")
+    if state.data.order_sha256 != plan.order_digest:
+        notes.append(
             "warning: the data, their order or the seed are other than the checkpoint's: what follows is the new "
             "order from its sample of that number on, and some text may be seen twice"
         )
+    return Start(step, CheckpointWeights(reader), reader, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Data:
+    order_sha256: str
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    updates: Annotated[int, Field(ge=0)]
+    loss_scale: dict[str, float] | None
+    scheduler: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """What of a checkpoint's state the run goes on with."""
+
+    step: Annotated[int, Field(ge=0)]
+    consumed_samples: Annotated[int, Field(ge=0)]
+    data: _Data
+    optimizer: _Optimizer
+
+
+def _progress(reader: CheckpointReader) -> _Progress:
+    try:
+        progress = TypeAdapter(_Progress).validate_python(reader.state)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{reader.folder}: state.json: {where}: {first['msg']}; use another checkpoint") from error
+    if progress.step != reader.manifest.step:
+        raise UserError(
+            f"{reader.folder}: state.json is of step {progress.step:,}, the manifest of step {reader.manifest.step:,}; "
+            "use another checkpoint"
+        )
+    return progress

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from math import prod
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleM
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, local_device, process_grid
+from megalite.files import sole_user
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
 from megalite.model.loading import load_stage
@@ -48,7 +49,10 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    with process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
+    folder, stack = plan.config.run.dir, ExitStack()
+    if environment.rank == 0:
+        stack.enter_context(sole_user(folder, f"run.dir={folder}"))
+    with stack, process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
         trainer = Trainer(plan, grid, open_datasets(plan.config))
         with stop_signals():
             trainer.run()

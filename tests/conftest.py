@@ -14,7 +14,7 @@ from megalite.data.writer import IndexedDatasetWriter
 
 @pytest.fixture(scope="session", autouse=True)
 def _signals_reach_what_tests_start() -> None:
-    """A shell starts a job in the background with SIGINT ignored, nohup with SIGHUP; every process below inherits it."""
+    """A shell starts jobs in the background with SIGINT ignored, nohup with SIGHUP, and what is below inherits it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

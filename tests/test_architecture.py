@@ -79,6 +79,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "config",
         "data",
         "distributed",
+        "files",
         "launch",
         "learning_rate",
         "model",

@@ -430,3 +430,29 @@ def test_weights_alone_begin_another_run(run_file: Path, tmp_path: Path) -> None
     assert float.fromhex(trained(tmp_path / "tuned")[0][1]) < fresh - 0.1
     with pytest.raises(RankError, match="holds the weights of another model"):
         run(run_file, tmp_path / "third", (2, 1, 1), *start, "model.vocab_size=400", "resume=never")
+    flip(tmp_path / "run/checkpoints/step_3/rank_00000.safetensors")
+    with pytest.raises(RankError, match="init_from=.*has another SHA-256.*the checkpoint is damaged, name another"):
+        run(run_file, tmp_path / "third", (2, 1, 1), *start, "resume=never")
+
+
+BROKEN_STATES = [
+    (lambda state: state.pop("step"), "state.json: step: Field required"),
+    (lambda state: state["optimizer"].update(updates="x"), "state.json: optimizer.updates: "),
+    (lambda state: state.update(step=2), "state.json is of step 2, the manifest of step 3"),
+]
+
+
+@pytest.mark.parametrize(("edit", "problem"), BROKEN_STATES)
+def test_a_state_that_is_none_is_refused(
+    run_file: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], object], problem: str
+) -> None:
+    run(run_file, tmp_path / "run", (1, 1, 1), *at((1, 1, 1), 1), "train.stop_after=3")
+    folder = tmp_path / "run/checkpoints/step_3"
+    state, manifest = (json.loads((folder / name).read_text()) for name in ("state.json", "manifest.json"))
+    edit(state)
+    content = json.dumps(state).encode()
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "state.json").write_bytes(content)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RankError, match=problem):
+        run(run_file, tmp_path / "run", (1, 1, 1), *at((1, 1, 1), 1))

@@ -26,6 +26,8 @@ def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> No
         while len(checkpoints(folder / "checkpoints")) < 2:
             assert running.poll() is None
             time.sleep(0.05)
+        second = megalite("train", str(run_file), *GIVEN, "train.steps=100000", status=2).stderr
+        assert f"run.dir={folder} is in use by process " in second
         running.send_signal(signal.SIGTERM)
         _, said = running.communicate(timeout=30)
     assert running.returncode == 128 + signal.SIGTERM
@@ -56,7 +58,11 @@ def test_another_models_checkpoint_is_refused_before_any_rank_starts(run_file: P
     assert any(line.split()[2:] == ["model.intermediate_size", "64", "48"] for line in lines)
     assert "or begin anew with resume=never" in lines[-1]
     wrong = megalite("train", str(run_file), *given, f"resume={tmp_path}/run/checkpoints/step_3", status=2).stderr
-    assert "step_3: no checkpoint, it has no manifest.json; did you mean" in wrong
+    assert "step_3: is no checkpoint; did you mean" in wrong
+    wrong = megalite("train", str(run_file), *given, f"resume={tmp_path}/run", status=2).stderr
+    assert wrong.endswith(f"is no checkpoint; the newest there is {tmp_path}/run/checkpoints/step_2\n")
+    dry = megalite("train", str(run_file), *given, "--dry-run").stdout
+    assert dry.endswith(f"start: from {tmp_path}/run/checkpoints/step_2, step 2, if it is whole\n")
     anew = megalite("train", str(run_file), *given, "resume=never").stdout
     assert "resumed" not in anew
     assert (tmp_path / "run/earlier/1/checkpoints/step_2/manifest.json").is_file()

@@ -5,11 +5,12 @@ Nothing here tells of the ranks that wrote it, but for `layout`, which is for pe
 """
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.safetensors_file import FileRecord
@@ -19,6 +20,8 @@ FORMAT = "megalite checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+PRECISIONS = ("fp32", "bf16", "fp16")
+_LONGEST_NAME = 200
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter: a tensor is named ``KIND/NAME``."""
 MOMENTS = KINDS[1:]
@@ -45,7 +48,7 @@ class StoredTensor:
     """A global tensor; `dtype` is safetensors' name for it."""
 
     shape: tuple[int, ...]
-    dtype: str
+    dtype: Literal["F32"]
     chunks: tuple[Chunk, ...]
 
 
@@ -53,7 +56,7 @@ class StoredTensor:
 class Manifest:
     """All that a checkpoint holds."""
 
-    step: int
+    step: Annotated[int, Field(ge=0, lt=1 << 63)]
     tensors: dict[str, StoredTensor]
     files: dict[str, FileRecord]
     versions: dict[str, str] = field(default_factory=dict)
@@ -82,31 +85,55 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            manifest = TypeAdapter(cls).validate_json(path.read_bytes())
+            told = json.loads(path.read_bytes())
+            form = (told.get("format"), told.get("version")) if isinstance(told, dict) else (None, None)
+            if form != (FORMAT, VERSION):
+                raise UserError(f"{path}: {form[0]!r} version {form[1]!r}; {FORMAT!r} version {VERSION} is read")
+            manifest = TypeAdapter(cls).validate_python(told)
         except FileNotFoundError:
             raise UserError(f"{folder}: no checkpoint, it has no {MANIFEST}; give a folder step_N") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise UserError(f"{path}: {where}: {first['msg']}; the checkpoint is broken, use another") from error
+            raise UserError(f"{path}: cannot be read: {error.strerror}; give a folder step_N") from error
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, ValidationError):
+                raise UserError(_validation_message(path, error)) from error
+            raise UserError(f"{path}: is no JSON: {error}; the checkpoint is broken, use another") from error
         manifest._check(path)
         return manifest
 
     def _check(self, path: Path) -> None:
-        if (self.format, self.version) != (FORMAT, VERSION):
-            raise UserError(f"{path}: {self.format!r} version {self.version}; {FORMAT!r} version {VERSION} is read")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"{path}: precision={self.precision!r} is none of {', '.join(PRECISIONS)}; use another")
         for name in self.files:
-            leaves = PurePosixPath(name).name != name or name in ("", "..") or "\\" in name
+            leaves = PurePosixPath(name).name != name or name in ("", "..") or "\\" in name or len(name) > _LONGEST_NAME
             if leaves or (path.parent / name).is_symlink():
                 raise UserError(f"{path}: names the file {name!r}; a checkpoint's files lie in its own folder")
+        if STATE not in self.files:
+            raise UserError(f"{path}: lists no {STATE}; the checkpoint is broken, use another")
         for name, tensor in self.tensors.items():
             _check_tensor(path, name, tensor, self.files)
+        held = Counter[str]()
+        for tensor in self.tensors.values():
+            for chunk in tensor.chunks:
+                held[chunk.file] += chunk.box.numel
+        for name, elements in held.items():
+            if 4 * elements > self.files[name].bytes:
+                raise UserError(
+                    f"{path}: the chunks in {name} hold {elements:,} elements, more than there are in its "
+                    f"{self.files[name].bytes:,} bytes; the checkpoint is broken, use another"
+                )
+
+
+def _validation_message(path: Path, error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"])) or "the file"
+    return f"{path}: {where}: {first['msg']}; the checkpoint is broken, use another"
 
 
 def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, FileRecord]) -> None:
     whole = Box((0,) * len(tensor.shape), tensor.shape)
+    if not name.isprintable():
+        raise UserError(f"{path}: {name!r} is no name of a tensor; the checkpoint is broken, use another")
     covered = 0
     for chunk in tensor.chunks:
         if chunk.file not in files:
@@ -117,3 +144,17 @@ def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, 
         covered += chunk.box.numel
     if covered != whole.numel:
         raise UserError(f"{path}: the chunks of {name} hold {covered} of its {whole.numel} elements; use another")
+    if overlap := _overlap([chunk.box for chunk in tensor.chunks]):
+        raise UserError(f"{path}: {name} has two chunks that overlap, at {overlap[0].offset} and {overlap[1].offset}")
+
+
+def _overlap(boxes: list[Box]) -> tuple[Box, Box] | None:
+    """Return two boxes that overlap, if there are any; boxes of disjoint rows are not held against each other."""
+    reaching: list[Box] = []
+    for box in sorted(boxes, key=lambda one: one.offset):
+        reaching = [one for one in reaching if not box.shape or one.offset[0] + one.shape[0] > box.offset[0]]
+        for one in reaching:
+            if one.intersect(box) is not None:
+                return one, box
+        reaching.append(box)
+    return None

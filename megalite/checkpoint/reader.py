@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from megalite.checkpoint.boxes import Box
-from megalite.checkpoint.manifest import STATE, Manifest
+from megalite.checkpoint.manifest import STATE, Chunk, Manifest
 from megalite.checkpoint.safetensors_file import SafetensorsFile, file_record
 from megalite.errors import UserError
 
@@ -29,9 +29,12 @@ class CheckpointReader:
     def state(self) -> dict[str, Any]:
         """What `state.json` holds."""
         try:
-            return orjson.loads((self.folder / STATE).read_bytes())
+            state = orjson.loads((self.folder / STATE).read_bytes())
         except (OSError, orjson.JSONDecodeError) as error:
             raise UserError(f"{self.folder / STATE}: cannot be read: {error}; use another checkpoint") from error
+        if not isinstance(state, dict):
+            raise UserError(f"{self.folder / STATE}: holds no object; use another checkpoint")
+        return state
 
     def read(self, name: str, box: Box, out: np.ndarray) -> None:
         """Fill `out`, of the box's shape, with a box of a tensor.
@@ -41,41 +44,49 @@ class CheckpointReader:
         tensor = self.manifest.tensors.get(name)
         if tensor is None:
             raise UserError(f"{self.folder}: holds no tensor {name}")
-        filled = 0
         for chunk in tensor.chunks:
             common = chunk.box.intersect(box)
             if common is not None:
-                part = self._slice(chunk.file, chunk.key, common.relative_to(chunk.offset))
-                out[common.relative_to(box.offset).slices] = part
-                filled += common.numel
-        if filled != box.numel:  # chunks that overlap leave a hole somewhere
-            raise UserError(
-                f"{self.folder}: {box.numel - filled} elements of {name} lie in no chunk; use another checkpoint"
-            )
+                out[common.relative_to(box.offset).slices] = self._slice(chunk, common.relative_to(chunk.offset))
 
-    def _slice(self, file: str, key: str, box: Box) -> np.ndarray:
+    def _slice(self, chunk: Chunk, box: Box) -> np.ndarray:
         from safetensors import SafetensorError
 
+        file, key = chunk.file, chunk.key
         try:
             if file not in self._open:
                 self._open[file] = SafetensorsFile(self.folder / file)
+            if self._open[file].shapes.get(key) != chunk.shape:
+                raise ValueError(f"it is of {self._open[file].shapes.get(key)}, not {chunk.shape}")
             return self._open[file].read(key, box.slices)
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{self.folder / file}: {key} cannot be read: {error}; use another checkpoint") from error
 
-    def faults(self, files: Iterable[str] | None = None, progress: Callable[[int], None] | None = None) -> list[str]:
-        """Compare files, by default all, with the manifest's sizes and digests; return what is wrong, a line each."""
-        found = []
-        for name in self.manifest.files if files is None else files:
-            told, path = self.manifest.files[name], self.folder / name
+    def require_whole(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Raise UserError, with all that is wrong, where the files are not those of which the manifest tells."""
+        if found := self.faults(progress=progress):
+            raise UserError(f"{self.folder}: {'; '.join(found)}; the checkpoint is damaged, use another")
+
+    def faults(
+        self, files: Iterable[str] | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> list[str]:
+        """Compare files, by default all, with the manifest's sizes and digests; return what is wrong, a line each.
+
+        `progress` is told the bytes done and in all.
+        """
+        records = {name: self.manifest.files[name] for name in (self.manifest.files if files is None else files)}
+        found, done, total = [], 0, sum(record.bytes for record in records.values())
+        for name, told in records.items():
+            path = self.folder / name
             if not path.is_file():
                 found.append(f"{name} is missing")
             elif path.stat().st_size != told.bytes:
                 found.append(f"{name} has {path.stat().st_size:,} bytes, not {told.bytes:,}")
             elif file_record(path) != told:
                 found.append(f"{name} has another SHA-256 than the manifest says")
+            done += told.bytes
             if progress:
-                progress(told.bytes)
+                progress(done, total)
         return found
 
 

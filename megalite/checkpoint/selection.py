@@ -8,7 +8,8 @@ from pathlib import Path
 from megalite.checkpoint.differences import difference_table, shape_differences
 from megalite.checkpoint.manifest import MANIFEST, MOMENTS
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
-from megalite.checkpoint.weights import WEIGHT, Weights
+from megalite.checkpoint.store import TEMPORARY
+from megalite.checkpoint.weights import WEIGHT, CheckpointWeights, Weights
 from megalite.config import ModelConfig, RunConfig, read_model
 from megalite.errors import UserError, nearest
 
@@ -24,10 +25,19 @@ def candidates(config: RunConfig) -> list[Path]:
     if config.resume == "auto":
         return [folder for _, folder in checkpoints(config.run.dir / CHECKPOINTS)]
     folder = Path(config.resume)
-    if not (folder / MANIFEST).is_file():
-        found = [path for root in (folder, folder / CHECKPOINTS, folder.parent) for _, path in checkpoints(root)]
-        raise UserError(f"resume={folder}: no checkpoint, it has no {MANIFEST}{nearest(str(folder), map(str, found))}")
+    if not (folder / MANIFEST).is_file() or folder.name.endswith(TEMPORARY):
+        raise UserError(f"resume={folder}: is no checkpoint; {_nearest(config, folder)}")
     return [folder]
+
+
+def _nearest(config: RunConfig, folder: Path) -> str:
+    """What may have been meant: the newest of a folder of checkpoints, or one of a name that is close."""
+    for root in (folder, folder / CHECKPOINTS):
+        if newest := checkpoints(root):
+            return f"the newest there is {newest[0][1]}"
+    beside = [str(path) for root in (folder.parent, config.run.dir / CHECKPOINTS) for _, path in checkpoints(root)]
+    close = nearest(str(folder), ["auto", "never", *beside]).removeprefix("; ")
+    return close if close.startswith("did you mean") else "write auto, never, or the path of a folder step_N"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +50,10 @@ class Expectation:
 
     def require_resumable(self, reader: CheckpointReader) -> None:
         """Raise UserError, with a table of the differences, where a checkpoint is not one of this run."""
+        if not any(name.startswith(MOMENTS) for name in reader.manifest.tensors):
+            raise UserError(
+                f"{reader.folder}: holds weights alone, with which no run goes on; begin with init_from={reader.folder}"
+            )
         rows = list(self._model_rows(dict(reader.manifest.model)))
         # What is wrong with the weights is wrong with their moments too, and is said once.
         held = {name: tensor.shape for name, tensor in reader.manifest.tensors.items()}
@@ -57,8 +71,8 @@ class Expectation:
 
     def require_weights(self, weights: Weights) -> None:
         """Raise UserError, with a table of the differences, where weights are not of this run's shapes."""
-        rows = shape_differences(self.shapes, weights.shapes)
-        if rows:
+        if rows := shape_differences(self.shapes, weights.shapes):
+            rows = [*self._model_rows(weights.model.model_dump(mode="json")), *rows]
             raise UserError(
                 f"init_from={weights.origin}: holds the weights of another model:\n{difference_table(rows, *_HEADINGS)}"
                 "write its sizes into the section model, or name other weights"
@@ -67,7 +81,11 @@ class Expectation:
     def differing_settings(self, weights: Weights) -> list[str]:
         """Return the settings of the model in which weights of the right shapes were not trained, a line each."""
         rows = self._model_rows(weights.model.model_dump(mode="json"))
-        return [f"{name}={wanted} here, {held} where the weights are from" for name, wanted, held in rows]
+        told = [f"{name}={wanted} here, {held} where the weights are from" for name, wanted, held in rows]
+        theirs = weights.reader.manifest.tokenizer_sha256 if isinstance(weights, CheckpointWeights) else None
+        if theirs is not None and self.tokenizer_sha256 not in (None, theirs):
+            told.append("data.tokenizer is another than that of the weights: their rows stand for other tokens")
+        return told
 
     def _shape_rows(self, held: Mapping[str, tuple[int, ...]], *prefixes: str) -> list[tuple[str, str, str]]:
         return shape_differences(

@@ -8,15 +8,21 @@ import numpy as np
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.companions import companions_among
+from megalite.checkpoint.differences import difference_table, shape_differences
 from megalite.checkpoint.huggingface.reader import HuggingFaceWeights, is_hugging_face
+from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.megatron.collection import checkpoint_folder
 from megalite.checkpoint.megatron.weights import MegatronWeights
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.checkpoint.shapes import weight_shapes
 from megalite.config import ModelConfig, read_model
 from megalite.errors import UserError
 
 WEIGHT = "weight/"
 """How the names of weights begin in a checkpoint; optimizer state has the optimizer's names for it."""
+
+
+_OTHERS = "a Hugging Face or Megatron folder on this machine"
 
 
 class Weights(Protocol):
@@ -56,22 +62,28 @@ class CheckpointWeights:
     """The weights of a megalite checkpoint."""
 
     def __init__(self, reader: CheckpointReader) -> None:
-        self._reader = reader
+        self.reader = reader
         self.origin = reader.folder
         self.precision = reader.manifest.precision
         try:
             self.model = read_model(reader.manifest.model)
         except ValueError as error:
-            raise UserError(f"{self.origin}: its manifest names no model that megalite knows: {error}") from error
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{self.origin}: its manifest names no model that megalite knows: {reason}") from error
         tensors = reader.manifest.tensors.items()
         self.shapes = {name.removeprefix(WEIGHT): tensor.shape for name, tensor in tensors if name.startswith(WEIGHT)}
+        if rows := shape_differences(weight_shapes(self.model), self.shapes):
+            table = difference_table(rows, "its model asks", "it holds")
+            raise UserError(
+                f"{self.origin}: the tensors are not those of its own model:\n{table}use another checkpoint"
+            )
 
     @property
     def companions(self) -> Mapping[str, Path]:
-        return companions_among(self.origin, self._reader.manifest.files)
+        return companions_among(self.origin, self.reader.manifest.files)
 
     def read(self, name: str, box: Box, out: np.ndarray) -> None:
-        self._reader.read(WEIGHT + name, box, out)
+        self.reader.read(WEIGHT + name, box, out)
 
 
 class WeightSource:
@@ -98,4 +110,18 @@ def open_weights(path: Path) -> Weights:
             return CheckpointWeights(CheckpointReader(newest[0][1]))
     if checkpoint_folder(path) is not None:
         return MegatronWeights(path)
+    if not path.is_dir() or not (path / MANIFEST).exists():
+        raise UserError(f"{path}: {_what_it_is(path)}; give a checkpoint step_N, a run's folder, or {_OTHERS}")
     return CheckpointWeights(CheckpointReader(path))
+
+
+def _what_it_is(path: Path) -> str:
+    if not path.exists():
+        return "there is no such folder"
+    if not path.is_dir():
+        return "is a file, not a folder"
+    if (path / "config.json").exists():
+        return "its config.json is no object with a model_type"
+    if any(path.glob("*.safetensors")):
+        return "has safetensors, but no config.json beside them"
+    return "holds no model"

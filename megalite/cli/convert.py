@@ -79,6 +79,9 @@ def convert(
     precision = dtype.value if dtype else weights.precision
     if verify:
         _require_verifiable(weights, target)
+    if isinstance(weights, CheckpointWeights):
+        with byte_progress("checking") as progress:
+            weights.reader.require_whole(progress)
     companions = weights.companions if tokenizer is None else _with_tokenizer(weights.companions, tokenizer)
     needed = size_of(weights, precision if target is Target.hf else "fp32")
     with writing(output, "give another OUTPUT, or make room"), growing(output, needed) as unfinished:

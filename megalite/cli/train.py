@@ -54,11 +54,11 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     from megalite.plan import prepare
 
     plan = prepare(run, overrides, None)
-    plan.check_start()
+    start = plan.check_start()
     if dry_run:
         datasets = plan.check_data(keep_index=False)
         _show(plan)
-        for line in datasets.describe():
+        for line in (*datasets.describe(), start):
             typer.echo(line)
         return
     plan.check_data()

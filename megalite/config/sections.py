@@ -22,10 +22,11 @@ from megalite.config.base import (
     only,
 )
 from megalite.deepspeed_json import AdamW
-from megalite.faults import BETAS, FLAG, POSITIVE, Fault, alternatives, choice, number, show
+from megalite.faults import BETAS, FLAG, POSITIVE, Fault, alternatives, choice, number, show, whole
 
 SCHEDULE = only(choice("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"), "1f1b", "gpipe")
 CURVE = choice("cosine", "linear", "constant", "wsd")
+LAYERS = whole(1, 10_000)
 ON_ERROR = choice("stop", "continue")
 ROPE_TYPE = choice("linear", "llama3")
 
@@ -46,7 +47,7 @@ class ModelConfig(Section, frozen=True):
     vocab_size: Count | None = None
     """Taken from the tokenizer unless given; padding to the tensor axis is internal."""
     hidden_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Annotated[int, LAYERS]
     num_attention_heads: Count
     num_key_value_heads: Count = Field(default_factory=lambda given: given["num_attention_heads"])
     """Heads of keys and values; fewer than the query heads is grouped-query attention (arXiv 2305.13245)."""

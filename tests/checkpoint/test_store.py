@@ -125,6 +125,18 @@ def test_damage_is_named(saved: Path, damage: Callable[[Path], object], fault: s
     assert found.startswith(fault)
 
 
+def overlap(manifest: dict) -> None:
+    """Rows 0 to 3 and 3 to 5: as many elements as there are rows, and the last row is a hole."""
+    tensor = manifest["tensors"]["weight"]
+    rows = [(0, 2), (2, 2), (3, 3)]
+    tensor["chunks"] = [{**tensor["chunks"][0], "offset": [at, 0], "shape": [n, 5]} for at, n in rows]
+
+
+def enlarge(manifest: dict) -> None:
+    tensor = manifest["tensors"]["steps"]
+    tensor["shape"] = tensor["chunks"][0]["shape"] = [10**30]
+
+
 def edited(saved: Path, edit: Callable[[dict], None]) -> str:
     path = saved / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -143,6 +155,16 @@ def test_a_name_that_leaves_the_folder_is_refused(saved: Path, name: str) -> Non
     assert f"names the file {name!r}" in edited(saved, edit)
 
 
+def test_an_array_of_another_shape_is_refused(saved: Path) -> None:
+    path = saved / "manifest.json"
+    manifest = json.loads(path.read_text())
+    chunk = manifest["tensors"]["steps"]["chunks"][0]
+    chunk.update(file="rank_00000.safetensors", key="weight@0,0")
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"it is of \(3, 5\), not \(3,\)"):
+        CheckpointReader(saved).read("steps", Box((0,), (3,)), np.empty(3, np.float32))
+
+
 def test_a_link_out_of_the_folder_is_refused(saved: Path) -> None:
     (saved / "state.json").unlink()
     (saved / "state.json").symlink_to("/etc/hostname")
@@ -158,6 +180,15 @@ def test_a_link_out_of_the_folder_is_refused(saved: Path) -> None:
         (lambda m: m["tensors"]["weight"]["chunks"][0].update(offset=[5, 0]), "outside it"),
         (lambda m: m["tensors"]["weight"]["chunks"][0].update(file="other"), "a file that is not listed"),
         (lambda m: m.pop("tensors"), "tensors: Field required"),
+        (lambda m: m.pop("format"), "version 1 is read"),
+        (lambda m: m["files"].pop("state.json"), "lists no state.json"),
+        (lambda m: m.update(precision="int4"), "precision='int4' is none of fp32, bf16, fp16"),
+        (lambda m: m.update(step=-1), "step: "),
+        (lambda m: m["tensors"]["weight"].update(dtype="BF16"), "dtype: "),
+        (lambda m: m["files"].update({"x" * 300: m["files"]["state.json"]}), "names the file"),
+        (lambda m: m["tensors"].update({"\x1b[31m": m["tensors"]["steps"]}), "is no name of a tensor"),
+        (overlap, "weight has two chunks that overlap, at (2, 0) and (3, 0)"),
+        (enlarge, "more than there are in its"),
     ],
 )
 def test_a_manifest_that_does_not_hold_together_is_refused(

@@ -179,7 +179,7 @@ def test_what_belongs_to_one_kind_of_source(source: Path, tmp_path: Path, capsys
     held, out = tmp_path / "held", tmp_path / "out"
     assert "belongs to Hugging Face folders" in error_of(capsys, held, out, "--max-positions", "8")
     assert "--verify: compares with transformers" in error_of(capsys, held, out, "--to", "megalite", "--verify")
-    assert "no checkpoint" in error_of(capsys, tmp_path / "nothing", out)
+    assert "nothing: there is no such folder; give" in error_of(capsys, tmp_path / "nothing", out)
 
 
 def test_a_shorter_longest_sequence(source: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def is_hugging_face(folder: Path) -> bool:
         config = orjson.loads((folder / CONFIG).read_bytes())
     except (OSError, orjson.JSONDecodeError):
         return False
-    return isinstance(config, dict) and "model_type" in config
+    return isinstance(config, dict) and isinstance(config.get("model_type"), str)
 
 
 class HuggingFaceWeights:

@@ -52,15 +52,9 @@ def verify_checkpoint(path: Path) -> None:
 
     reader = CheckpointReader(path)
     files = reader.manifest.files
-    total, done = sum(record.bytes for record in files.values()), 0
+    total = sum(record.bytes for record in files.values())
     with byte_progress("verifying") as progress:
-
-        def tell(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, total)
-
-        faults = reader.faults(progress=tell)
+        faults = reader.faults(progress=progress)
     if faults:
         raise UserError("\n".join(f"{path}: {fault}; use another checkpoint" for fault in faults))
     typer.echo(f"{path}: all {len(files)} files, {total / 1e6:,.1f} MB, are as they were written")
