@@ -1,5 +1,6 @@
 """Files that are there whole or not at all."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -37,7 +38,7 @@ def writing(path: Path, fix: str) -> Iterator[None]:
 def sole_user(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes that ask for it out of a folder, which is made; the system lets go when this process ends.
 
-    Raises UserError where one is in.
+    Raises UserError where one is in. A file system that knows no locks keeps nobody out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+", encoding="utf-8") as lock:
@@ -48,6 +49,9 @@ def sole_user(folder: Path, what: str) -> Iterator[None]:
             raise UserError(
                 f"{what} is in use by {lock.read().strip() or 'another run'}; wait for its end, or set another"
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
         lock.seek(0)
         lock.truncate()
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -19,7 +20,8 @@ from megalite.checkpointer import Checkpointer
 from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.samples import Samples
-from megalite.distributed import ProcessGrid, local_device, process_grid
+from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
+from megalite.errors import UserError
 from megalite.files import sole_user
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
@@ -49,10 +51,8 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    folder, stack = plan.config.run.dir, ExitStack()
-    if environment.rank == 0:
-        stack.enter_context(sole_user(folder, f"run.dir={folder}"))
-    with stack, process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
+    with ExitStack() as stack, process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
+        claim_folder(plan.config.run.dir, grid, stack)
         trainer = Trainer(plan, grid, open_datasets(plan.config))
         with stop_signals():
             trainer.run()
@@ -299,6 +299,18 @@ def build_stage(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -
     else:
         load_stage(stage, weights)
     return stage
+
+
+def claim_folder(folder: Path, grid: ProcessGrid, until: ExitStack) -> None:
+    """Keep other runs out of a run's folder; raise UserError on every rank where one is in. Collective."""
+    refusal = None
+    if grid.rank == 0:
+        try:
+            until.enter_context(sole_user(folder, f"run.dir={folder}"))
+        except UserError as error:
+            refusal = str(error)
+    if refusal := gather_json(refusal, grid)[0]:
+        raise UserError(refusal)
 
 
 @contextmanager

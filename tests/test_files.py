@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from megalite.files import partial_path, publish, write_whole
+from megalite.files import partial_path, publish, sole_user, write_whole
 
 
 def test_write_whole_makes_the_folder_and_leaves_nothing_else(tmp_path):
@@ -30,3 +35,19 @@ def test_publish_replaces(tmp_path):
     publish(partial, target)
     assert target.read_bytes() == b"new"
     assert not partial.exists()
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from megalite.files import sole_user\n" + (
+        "with sole_user(Path(sys.argv[1]), 'run.dir=here'): sys.exit(0)"
+    )
+
+    def enter() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        )
+
+    with sole_user(tmp_path, "run.dir=here"):
+        refused = enter()
+    assert f"UserError: run.dir=here is in use by process {os.getpid()} on " in refused.stderr
+    assert enter().returncode == 0

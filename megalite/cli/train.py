@@ -51,6 +51,7 @@ def _train(
 
 
 def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
+    from megalite.files import sole_user
     from megalite.plan import prepare
 
     plan = prepare(run, overrides, None)
@@ -62,7 +63,10 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
             typer.echo(line)
         return
     plan.check_data()
-    status = launch_local(["train", str(run), *overrides], plan.layout.world_size, plan.config.run.dir / "logs")
+    folder = plan.config.run.dir
+    with sole_user(folder, f"run.dir={folder}"):
+        pass  # rank 0 takes it for the run; this ends a second run before its ranks start
+    status = launch_local(["train", str(run), *overrides], plan.layout.world_size, folder / "logs")
     raise typer.Exit(status)
 
 
