@@ -31,7 +31,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"--temperature={self.temperature}: a number of 0 or more is allowed; 0 is --greedy")
+            raise UserError(f"--temperature={self.temperature}: a finite number of 0 or more is allowed; 0 is --greedy")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top-k={self.top_k}: a whole number of 1 or more is allowed; 1 is --greedy")
         if self.top_p is not None and not 0 < self.top_p <= 1:
