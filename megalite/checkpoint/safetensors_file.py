@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import struct
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ _PART = 1 << 22
 """Elements that are hashed and written at a time."""
 _READ = 1 << 21
 """Bytes that are read and hashed at a time."""
-_HASHED_BEHIND = 16
-"""So many parts, which are held in memory, may be written before they are hashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +92,15 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     digest, written = hashlib.sha256(), 0
-    # hashlib lets go of the interpreter's lock: a thread hashes parts while this one writes, and waits for the disk.
+    # hashlib lets go of the interpreter's lock: a thread hashes a part while this one writes it.
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        behind: deque[Future[None]] = deque()
         for part in chain((memoryview(head),), _parts(shapes.values(), arrays, encoding)):
-            behind.append(hashing.submit(digest.update, part))
+            hashed = hashing.submit(digest.update, part)
             rest = part
             while rest:
                 rest = rest[file.write(rest) :]
+            hashed.result()
             written += len(part)
-            if len(behind) > _HASHED_BEHIND:
-                behind.popleft().result()
         os.fsync(file.fileno())
     return FileRecord(written, digest.hexdigest())
 
