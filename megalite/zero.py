@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from megalite.config import OptimizerSection, RunConfig
 from megalite.distributed import ModelParallelUnit, ProcessGrid
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
+from megalite.tensor_parallel.deferral import DeferredProducts
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -76,7 +77,7 @@ class ZeroEngine:
         _quieten_deepspeed()
         _adapt_deepspeed(grid)
         self.optimizer = make_adamw(stages, config.optimizer, device=grid.device)
-        local_elements = sum(p.numel() for stage in stages.values() for p in stage.parameters())
+        local_elements = sum(parameter.numel() for parameter in _parameters(stages))
         engine, *_ = deepspeed.initialize(
             model=_Stages(stages),
             optimizer=self.optimizer,
@@ -132,6 +133,14 @@ class ZeroEngine:
             self.zero_optimizer.clear_backward_seen_flag()
         # The last stage has divided by the number of microbatches already.
         self.engine.backward(scalar, scale_wrt_gas=False)
+
+    def deferring(self, stage: int) -> AbstractContextManager[DeferredProducts]:
+        """While it is open, a backward of the stage puts the products for its weights' gradients off."""
+        return self.stages[stage].weight_gradients.collecting()
+
+    def run_deferred(self, products: DeferredProducts) -> None:
+        """Compute weight gradients that were put off, and add them to the others."""
+        products.run(self.accumulate_gradient)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -194,12 +203,8 @@ class ZeroEngine:
                 dist.all_reduce(copy.grad, group=self.grid.embedding)
 
     def _clip_at_stage_0(self) -> float:
-        counted = [
-            parameter.grad
-            for stage in self.stages.values()
-            for parameter in stage.parameters()
-            if parameter.grad is not None and _counts(parameter)
-        ]
+        gradients = {parameter: parameter.grad for parameter in _parameters(self.stages) if parameter.grad is not None}
+        counted = [gradient for parameter, gradient in gradients.items() if _counts(parameter)]
         square = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         for gradient in counted:
             # Row by row, then in double: over millions of elements at once, fp32 on a CPU is off by 1e-4.
@@ -209,9 +214,8 @@ class ZeroEngine:
         if not math.isfinite(norm):
             raise FloatingPointError("the gradient's norm is no finite number")
         if self._clip > 0 and norm + 1e-6 > self._clip:
-            everything = [p.grad for stage in self.stages.values() for p in stage.parameters() if p.grad is not None]
             scale = self._clip / (norm + 1e-6)
-            for gradient in everything:
+            for gradient in gradients.values():
                 gradient.mul_(scale)
         return norm
 
@@ -226,9 +230,8 @@ def make_adamw(
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for stage in stages.values():
-        for parameter in stage.parameters():
-            (decayed if parameter.ndim > 1 else kept).append(parameter)
+    for parameter in _parameters(stages):
+        (decayed if parameter.ndim > 1 else kept).append(parameter)
     assert decayed
     assert kept
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
@@ -246,13 +249,18 @@ def _apex_fused_adam() -> Any:
     return FusedAdam
 
 
+def _parameters(stages: Mapping[int, Stage]) -> list[nn.Parameter]:
+    """Each once, though the first and the last stage share a tied table where one rank has both."""
+    return list(dict.fromkeys(parameter for stage in stages.values() for parameter in stage.parameters()))
+
+
 def _mark_for_norm(stage: Stage, grid: ProcessGrid) -> None:
     """Mark which ranks count each parameter in the gradient's norm: exactly one for every element of the model.
 
     DeepSpeed: without a mark, only model-parallel rank 0 counts what is whole on every rank, and so the norms and
     biases of every stage but the first are lost.
     """
-    copy = stage.tied_copy if not grid.is_first_stage else None
+    copy = None if grid.has_first_stage else stage.tied_copy
     for _, parameter, shards in stage.named_shards():
         is_copy = parameter is copy
         sharded = shards[0].dim is not None
