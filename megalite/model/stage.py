@@ -12,10 +12,12 @@ from megalite.config import GPT2Config, ModelConfig, RotaryConfig
 from megalite.model.cache import KeyValueCache
 from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group, gather_from_group
+from megalite.tensor_parallel.collectives import TensorGroup, gather_from_group
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megalite.tensor_parallel.deferral import WeightGradients
 from megalite.tensor_parallel.initialisation import initialise_parameter
 from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
+from megalite.tensor_parallel.linear import linear
 from megalite.tensor_parallel.sharding import ShardSpec, place
 
 TOKEN_TABLE = "embedding.tokens.weight"
@@ -69,7 +71,7 @@ class Head(ShardedModule):
         return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
 
     def _local_logits(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(copy_to_group(x, self.group), self.weight)
+        return linear(x, self.weight, entered=self.group, weight_gradients=self.weight_gradients)
 
 
 class Stage(nn.Module):
@@ -81,6 +83,8 @@ class Stage(nn.Module):
 
     Where one rank holds the first stage and the last, `table` is the first one's `tied_table`, for the last to share;
     it stays a parameter of the first.
+
+    A backward inside ``weight_gradients.collecting()`` leaves the gradients of the linear layers' weights for later.
     """
 
     def __init__(
@@ -103,6 +107,10 @@ class Stage(nn.Module):
         self.tied = config.tie_word_embeddings
         shared = table if self.tied_table is None else self.tied_table
         self.head = Head(config, group, tied=shared) if last else None
+        self.weight_gradients = WeightGradients()
+        for module in self.modules():
+            if isinstance(module, ShardedModule):
+                module.weight_gradients = self.weight_gradients
         self._std = config.initializer_range
         # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
