@@ -15,7 +15,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megalite"
 
 PURE_PIPELINE = tuple(
-    f"pipeline.{name}" for name in ("instructions", "timeline", "schedule", "partition", "simulate", "plot")
+    f"pipeline.{name}"
+    for name in ("placement", "instructions", "timeline", "schedule", "partition", "simulate", "plot", "trace")
 )
 
 # A room is a module or a package, and the longest name that fits a module is its room. `errors` is open to all.
@@ -36,7 +37,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model": ("config", "model", "tensor_parallel"),
     "model.loading": ("checkpoint.boxes", "checkpoint.weights", "model.stage", "tensor_parallel.sharding"),
     **dict.fromkeys(PURE_PIPELINE, PURE_PIPELINE),
-    "pipeline.instructions": (),
+    "pipeline.placement": (),
+    "pipeline.instructions": ("pipeline.placement",),
     "pipeline": ("distributed", "model.packing", "pipeline"),
     "model.packing": (),
     "learning_rate": ("config",),
