@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "megalite"
 
 PURE_PIPELINE = tuple(
     f"pipeline.{name}"
-    for name in ("instructions", "placement", "timeline", "schedule", "partition", "simulate", "plot", "trace")
+    for name in ("placement", "instructions", "timeline", "schedule", "partition", "simulate", "plot", "trace")
 )
 
 # A room is a module or a package, and the longest name that fits a module is its room. `errors` is open to all.
@@ -40,8 +40,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model": ("config", "model", "tensor_parallel"),
     "model.loading": ("checkpoint.boxes", "checkpoint.weights", "model.stage", "tensor_parallel.sharding"),
     **dict.fromkeys(PURE_PIPELINE, PURE_PIPELINE),
-    "pipeline.instructions": (),
-    "pipeline": ("distributed", "model.packing", "pipeline", "tensor_parallel.deferral"),
+    "pipeline.placement": (),
+    "pipeline.instructions": ("pipeline.placement",),
+    "pipeline": ("distributed", "model.packing", "pipeline"),
     "model.packing": (),
     "learning_rate": ("config",),
     "metrics": ("checkpointer", "config"),
