@@ -61,9 +61,7 @@ class Megalite(Contender):
         os.environ["LOCAL_RANK"] = str(rank)
         self.stack = ExitStack()
         grid = self.stack.enter_context(
-            process_grid(
-                plan.layout, rank, device=local_device(rank), timeout=TIMEOUT, placement=plan.placement
-            )
+            process_grid(plan.layout, rank, device=local_device(rank), timeout=TIMEOUT, placement=plan.placement)
         )
         self.trainer = Trainer(plan, grid, Datasets(train=JobSamples(self.job)))
         self.steps = 0

@@ -23,6 +23,7 @@ from megalite.pipeline.instructions import Kind
 from megalite.pipeline.placement import Placement
 from megalite.tensor_parallel.collectives import TensorGroup
 
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """A one-way connection between this rank and `peer`, a global rank, on a communicator of its own."""

@@ -51,9 +51,10 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    with ExitStack() as stack, process_grid(
-        plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement
-    ) as grid:
+    with (
+        ExitStack() as stack,
+        process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid,
+    ):
         claim_folder(plan.config.run.dir, grid, stack)
         trainer = Trainer(plan, grid, open_datasets(plan.config))
         with stop_signals():

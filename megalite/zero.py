@@ -142,6 +142,21 @@ class ZeroEngine:
         """Compute weight gradients that were put off, and add them to the others."""
         products.run(self.accumulate_gradient)
 
+    def accumulate_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add `gradient`, of the parameter's whole shape on this rank, to what autograd has accumulated for it.
+
+        For gradients that are computed outside of a backward (arXiv:2401.10241). The tensor is taken over.
+        """
+        if parameter.grad is not None:
+            parameter.grad.add_(gradient)
+            return
+        partitioned = parameter.data
+        # DeepSpeed: at stage 3 a parameter that is not in use has no elements, and torch takes a gradient of the
+        # parameter's own shape alone; one element, repeated, has that shape and costs nothing.
+        parameter.data = partitioned.new_empty(1).expand(gradient.shape)
+        parameter.grad = gradient
+        parameter.data = partitioned
+
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Gather the gradients of one step; reduce them once, at the end, over tied copies and the data axis."""

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(PURE_PIPELINE, PURE_PIPELINE),
     "pipeline.placement": (),
     "pipeline.instructions": ("pipeline.placement",),
-    "pipeline": ("distributed", "model.packing", "pipeline"),
+    "pipeline": ("distributed", "model.packing", "pipeline", "tensor_parallel.deferral"),
     "model.packing": (),
     "learning_rate": ("config",),
     "metrics": ("checkpointer", "config"),

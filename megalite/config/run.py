@@ -224,7 +224,8 @@ def _schedule_faults(config: "RunConfig") -> Iterator[Fault]:
     for size in sizes:
         microbatches = size // (train.micro_batch_size * config.layout.data)
         if found := refusal(parallel.schedule, parallel.pipeline, parallel.virtual_stages, microbatches):
-            yield Fault(("parallel", "schedule"), f"={found}")
+            key, _, rest = found.partition("=")
+            yield Fault(tuple(key.split(".")), f"={rest}")
             return
 
 

@@ -154,7 +154,8 @@ class _Run:
                 self._execute(instruction)
         for channel in self.executor.outgoing.values():
             channel.flush()
-        assert not (self.receiving or self.passed_on or self.inputs or self.outputs or self.deferred)
+        left = (self.receiving, self.passed_on, self.inputs, self.outputs, self.deferred)
+        assert not any(left), left
         loss = torch.stack(self.losses).sum() if self.losses else None
         return StepResult(loss, tuple(self.spans))
 
