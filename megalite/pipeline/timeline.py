@@ -42,6 +42,14 @@ class Timeline:
         """Number of pipeline ranks, counted up to the highest that has a span."""
         return 1 + max((span.rank for span in self.spans), default=-1)
 
+    @cached_property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The stages of each rank, ascending, as far as they compute."""
+        stages: list[set[int]] = [set() for _ in range(self.num_ranks)]
+        for span in self.compute:
+            stages[span.rank].add(span.instruction.stage)
+        return tuple(tuple(sorted(of_rank)) for of_rank in stages)
+
     @property
     def start(self) -> float:
         """When the first forward or backward starts."""
@@ -78,8 +86,8 @@ class Timeline:
     @property
     def peak_microbatches(self) -> tuple[float, ...]:
         """`peak_in_flight` in microbatches through all of a rank's layers, its stages being of one size."""
-        stages = [{span.instruction.stage for span in self.compute if span.rank == r} for r in range(self.num_ranks)]
-        return tuple(peak / max(len(held), 1) for peak, held in zip(self.peak_in_flight, stages, strict=True))
+        peaks = zip(self.peak_in_flight, self.stages, strict=True)
+        return tuple(peak / max(len(stages), 1) for peak, stages in peaks)
 
     def to_json(self) -> str:
         """Return the timeline as one line of JSON: ``{"unit": ..., "spans": [[rank, "2F0", start, end], ...]}``."""
