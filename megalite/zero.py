@@ -32,6 +32,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 NEVER = 10**12
+_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class ZeroEngine:
 
     def __init__(self, stages: Mapping[int, Stage], config: RunConfig, grid: ProcessGrid) -> None:
         self.grid, self.zero_stage = grid, config.zero_stage
+        self._gradient_precision = config.deepspeed.gradient_precision
         self._clip = config.gradient_clipping
         self.stages = dict(stages)
         for stage in stages.values():
@@ -90,6 +92,18 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(False)
         if self.zero_stage == 0:
             self.engine.enable_backward_allreduce = False
+        if self.gradient_dtype != self.dtype:
+            self._widen_gradients()
+
+    def _widen_gradients(self) -> None:
+        """Have autograd, and DeepSpeed's reduction after it, add gradients up in `gradient_dtype`."""
+        for stage in self.stages.values():
+            for parameter in stage.parameters():
+                parameter.grad_dtype = self.gradient_dtype  # pyright: ignore[reportAttributeAccessIssue]
+        if self.zero_stage < 3:
+            # DeepSpeed: ZeRO-2 rounds the gradients to the parameters' precision on their way into its bucket,
+            # whatever they are accumulated and reduced in.
+            self.zero_optimizer._gradient_reduction_buffer_dtype = lambda: self.gradient_dtype
 
     def _engine_config(self, config: RunConfig, local_elements: int) -> dict[str, Any]:
         settings = config.deepspeed.engine_config(
@@ -104,6 +118,14 @@ class ZeroEngine:
         # DeepSpeed: the buffer that gradients are reduced in is as large as the bucket, not as the gradients, and is
         # allocated anew every step; at the default it is 2 GB for a model of any size.
         zero.setdefault("reduce_bucket_size", min(500_000_000, max(1, local_elements)))
+        if config.precision != "fp32" and config.deepspeed.gradient_precision == "fp32":
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+            # DeepSpeed: gradients travel in the parameters' precision, unless it is told so beside.
+            settings.setdefault("communication_data_type", "fp32")
+            if self.zero_stage == 1:
+                # DeepSpeed: with bf16 this means BF16_Optimizer at stage 1, which cannot reduce once a step and whose
+                # norm is wrong under a pipeline. Where one reduction a step is asked for, stage 2 is stage 1.
+                zero["stage"] = 2
         if self.zero_stage == 0:
             # DeepSpeed: at stage 0 it clips without telling the norm, and takes a norm that is no number in silence.
             settings["gradient_clipping"] = 0.0
@@ -113,6 +135,11 @@ class ZeroEngine:
     def dtype(self) -> torch.dtype:
         """Precision of parameters and activations."""
         return next(iter(self.stages.values())).activation_dtype
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Precision in which the gradients of a step are added up, over microbatches and over ranks."""
+        return _DTYPES[self._gradient_precision]
 
     def forward(
         self,
@@ -154,7 +181,7 @@ class ZeroEngine:
         # DeepSpeed: at stage 3 a parameter that is not in use has no elements, and torch takes a gradient of the
         # parameter's own shape alone; one element, repeated, has that shape and costs nothing.
         parameter.data = partitioned.new_empty(1).expand(gradient.shape)
-        parameter.grad = gradient
+        parameter.grad = gradient.to(self.gradient_dtype)
         parameter.data = partitioned
 
     @contextmanager
