@@ -203,11 +203,16 @@ def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Pla
     config = load_run_config(path, overrides)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     config = config.resolve(world_size=world_size, vocab_size=tokenizer.vocab_size if tokenizer else None)
+    return plan_of(config, tokenizer.digest if tokenizer else None)
+
+
+def plan_of(config: RunConfig, tokenizer_digest: str | None) -> Plan:
+    """Return the plan of a configuration that `RunConfig.resolve` has completed and checked."""
     stages = config.placement
     return Plan(
         config=config,
         layout=config.layout,
         placement=stages,
         stage_layers=partition(config.model.num_hidden_layers, stages.num_stages, config.parallel.stage_layers),
-        tokenizer_digest=tokenizer.digest if tokenizer else None,
+        tokenizer_digest=tokenizer_digest,
     )

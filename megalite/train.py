@@ -172,11 +172,16 @@ class Trainer:
             self.checkpointer.settle()
             raise
 
-    def step(self, step: int) -> StepReport:
-        """Run training step number `step`, from 1, and return what came of it."""
-        return self._timed_step(step, record=False)[0]
+    def step(self, step: int, *, before_update: Callable[[], None] = lambda: None) -> StepReport:
+        """Run training step number `step`, from 1, and return what came of it.
 
-    def _timed_step(self, step: int, *, record: bool) -> tuple[StepReport, tuple[Span, ...]]:
+        `before_update` is called once the gradients are whole, before they are clipped and applied.
+        """
+        return self._timed_step(step, record=False, before_update=before_update)[0]
+
+    def _timed_step(
+        self, step: int, *, record: bool, before_update: Callable[[], None] = lambda: None
+    ) -> tuple[StepReport, tuple[Span, ...]]:
         if record:
             dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
@@ -185,6 +190,7 @@ class Trainer:
             result = self._run_stream(self._train_stream(len(batch)), batch, self._counted(batch), record=record)
         rate = self._learning_rate(step)
         self.checkpointer.before_update()
+        before_update()
         outcome = self.engine.step(rate)
         loss = self._mean_loss(result)
         report = StepReport(

@@ -28,13 +28,26 @@ class ZeroState:
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank updates of its stages' parameters."""
+        for _, fragment in self._updated():
+            yield fragment
+
+    def gradients(self) -> Iterator[Fragment]:
+        """Yield the same fragments with their ``gradient``, reduced and not yet clipped, in place of the state.
+
+        It stands between the end of `ZeroEngine.accumulate` and the step, and has the loss scale in it.
+        """
+        for parameter, fragment in self._updated():
+            gradient = self._gradient(cast(Any, parameter)).reshape(-1).narrow(0, 0, fragment.numel)
+            yield replace(fragment, tensors={"gradient": gradient})
+
+    def _updated(self) -> Iterator[tuple[nn.Parameter, Fragment]]:
         self._require_moments()
         for stage in self._engine.stages.values():
             for _, parameter, shards in stage.named_shards():
                 both = self._grid.embedding is not None and parameter is stage.tied_copy
                 window = self._half(shards) if both else None
                 for fragment in self._fragment(parameter, shards):
-                    yield replace(fragment, window=window)
+                    yield parameter, replace(fragment, window=window)
 
     def restore(self, source: Source, numbers: Mapping[str, Any]) -> None:
         """Take over a checkpoint's master weights, moments and numbers."""
@@ -135,6 +148,14 @@ class ZeroState:
             group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
             held = self._narrowed(self._zero.fp32_partitioned_groups_flat[group], int(offset), length)
             yield Fragment(placed, tuple(parameter.ds_shape), start, held, copy, copies)
+
+    def _gradient(self, parameter: Any) -> Tensor:
+        if self._engine.zero_stage == 0:
+            return parameter.grad
+        if self._engine.zero_stage == 3:
+            return self._zero.get_local_fp32_grad_for_param(parameter)
+        # DeepSpeed: with the optimizer offloaded its link leads to the gradient's place on the host.
+        return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
     def _narrowed(self, master: Tensor, start: int, length: int) -> dict[str, Tensor]:
         whole = {"weight": master.detach(), **self._moments_of(master)}

@@ -96,9 +96,18 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "zero_state",
     ),
     "verification": ("checkpoint.weights", "config", "model", "tensor_parallel.collectives"),
+    "parity": ("parity",),
+    "parity.cases": ("config", "deepspeed_json", "layout", "plan"),
+    "parity.scale": ("config", "deepspeed_json", "layout"),
+    "parity.reference": ("checkpoint.weights", "data", "model", "plan", "tensor_parallel"),
+    "parity.comparison": (
+        *("checkpoint.boxes", "checkpoint.fragments", "data.datasets", "distributed", "launch", "parity", "plan"),
+        "train",
+    ),
+    "parity.table": ("layout", "parity.finding"),
     "cli": (
-        *("checkpoint", "cli", "data", "files", "generation", "launch", "plan", "plots", "provenance", "train"),
-        "verification",
+        *("checkpoint", "cli", "data", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
+        *("provenance", "train", "verification"),
     ),
     "__main__": ("cli",),
 }
@@ -106,6 +115,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
     *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
+    *("parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,
 )
@@ -199,10 +209,9 @@ def test_only_zero_imports_deepspeed() -> None:
     assert importers_of("deepspeed") == ["zero"]
 
 
-def test_only_the_command_line_knows_train() -> None:
+def test_only_the_command_line_and_the_comparison_of_a_step_know_train() -> None:
     knowing = importers_of("megalite.train")
-    assert knowing
-    assert [module for module in knowing if not is_in(module, "cli")] == []
+    assert [module for module in knowing if not is_in(module, "cli")] == ["parity.comparison"]
 
 
 @pytest.mark.parametrize("package", PICKLES)

@@ -22,8 +22,8 @@ class Fragment:
     """What this rank updates of one local parameter: elements `start` and on of it, laid flat.
 
     `tensors` are flat fp32 views that may be written to: ``weight``, the master copy, and the optimizer's state by its
-    names, ``exp_avg`` and ``exp_avg_sq``. `copies` ranks hold the same fragment, of which this is number `copy`. Of a
-    parameter that two stages hold, each is to save the elements in its `window`; None: all.
+    names, ``exp_avg`` and ``exp_avg_sq``; or ``gradient`` alone. `copies` ranks hold the same fragment, of which this
+    is number `copy`. Of a parameter that two stages hold, each is to save the elements in its `window`; None: all.
     """
 
     shards: tuple[PlacedShard, ...]
@@ -37,7 +37,7 @@ class Fragment:
     @property
     def numel(self) -> int:
         """Elements in the fragment, padding included."""
-        return self.tensors["weight"].numel()
+        return next(iter(self.tensors.values())).numel()
 
     def boxes(self, start: int, stop: int) -> Iterator[FlatBox]:
         """Return where elements `start` to `stop` of the fragment stand; `FlatBox.start` counts from its beginning."""

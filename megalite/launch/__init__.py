@@ -2,6 +2,7 @@
 
 - `launch_environment`: which rank this process is, under deepspeed, torchrun, srun or mpirun; None by hand.
 - `launch_local`: start the ranks on this machine, and take them all down when one of them dies.
+- `run_stand_in`: a fresh process in a rank's place.
 - `die_with_parent`: tie a rank's life to its launcher's, whichever it is.
 
 The standard library alone: a launcher has no use for torch.
@@ -10,5 +11,13 @@ The standard library alone: a launcher has no use for torch.
 from megalite.launch.environment import LaunchEnvironment, launch_environment
 from megalite.launch.lifeline import die_with_parent
 from megalite.launch.local import USER_ERROR_PREFIX, launch_local
+from megalite.launch.stand_in import run_stand_in
 
-__all__ = ["USER_ERROR_PREFIX", "LaunchEnvironment", "die_with_parent", "launch_environment", "launch_local"]
+__all__ = [
+    "USER_ERROR_PREFIX",
+    "LaunchEnvironment",
+    "die_with_parent",
+    "launch_environment",
+    "launch_local",
+    "run_stand_in",
+]

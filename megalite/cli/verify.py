@@ -1,0 +1,187 @@
+"""``megalite verify``: one step of a run's layout beside the same step in one process, before a month of training."""
+
+import faulthandler
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megalite.errors import USER_ERROR_STATUS
+from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_stand_in
+
+if TYPE_CHECKING:
+    from megalite.layout import ParallelLayout
+    from megalite.parity.table import Outcome
+    from megalite.plan import Plan
+
+_STOPPED = 128
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("verify")(_verify)
+
+
+def _verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
+    ] = None,
+    scale: Annotated[
+        bool, typer.Option("--scale", help="A smaller model of the same shape: seconds on a laptop.")
+    ] = False,
+    layouts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TxPxD,...",
+            help="Tensor x pipeline x data of what is compared; unless given, each axis alone and then the whole.",
+        ),
+    ] = None,
+    rank_into: Annotated[
+        Path | None, typer.Option(hidden=True, help="Be a rank of the one layout; write what is found there.")
+    ] = None,
+) -> None:
+    """Check that a run's layout trains as one process of plain torch does.
+
+    One step in fp32, with the run's own model, data, layout and ZeRO stage: the loss, every parameter's gradient, the
+    global norm and the weights after the step. Ends with status 1 where something differs, and says what.
+
+    Started by hand, it launches the ranks on this machine, layout by layout. Started by a launcher, as for
+    `megalite train`, it uses the launcher's ranks.
+    """
+    environment = launch_environment(os.environ)
+    if environment is not None:
+        # Before the imports, which take seconds in which the launcher may be killed.
+        die_with_parent()
+        faulthandler.enable()
+    words = [*(overrides or []), *(["--scale"] if scale else [])]
+    if rank_into is not None:
+        assert environment is not None
+        assert layouts is not None
+        _be_a_rank(run, overrides or [], scale, layouts, rank_into, environment)
+        return
+    world_size = None if environment is None else environment.world_size
+    plan, notes = _prepare(run, overrides or [], scale, world_size)
+    chosen = _layouts(plan, layouts, world_size)
+    speaks = environment is None or environment.rank == 0
+    if speaks:
+        _introduce(plan, notes)
+    # The ranks of a case do not know how many the launcher started.
+    outcomes = _run_cases(
+        ["verify", str(run), *words, f"parallel.data={plan.layout.data}"], chosen, environment, speaks=speaks
+    )
+    if speaks:
+        raise typer.Exit(_conclude(outcomes))
+
+
+def _prepare(
+    run: Path, overrides: Sequence[str], scale: bool, world_size: int | None
+) -> "tuple[Plan, tuple[str, ...]]":
+    from megalite.parity.scale import scale_down
+    from megalite.plan import plan_of, prepare
+
+    plan = prepare(run, overrides, world_size)
+    if not scale:
+        return plan, ()
+    config, notes = scale_down(plan.config)
+    return plan_of(config, plan.tokenizer_digest), notes
+
+
+def _layouts(plan: "Plan", given: str | None, world_size: int | None) -> "tuple[ParallelLayout, ...]":
+    """Return the layouts to compare, each of which can run; raise UserError where one cannot."""
+    from megalite.parity.cases import case_plan, layouts_of, read_layouts, require_ranks
+
+    chosen = layouts_of(plan.layout) if given is None else read_layouts(given)
+    if world_size is not None:
+        require_ranks(chosen, world_size)
+    plans = [case_plan(plan, layout, plan.config.run.dir) for layout in chosen]
+    plans[-1].check_start()
+    plans[-1].check_data(keep_index=False)
+    return chosen
+
+
+def _introduce(plan: "Plan", notes: Sequence[str]) -> None:
+    config = plan.config
+    typer.echo(
+        f"{config.source.name}: {config.model.architecture}, {plan.layout}, ZeRO-{config.zero_stage}, in fp32; "
+        f"{config.train.global_batch_size:,} sequences x {config.data.sequence_length:,} tokens"
+    )
+    for note in notes:
+        typer.echo(f"--scale: {note}")
+
+
+def _run_cases(
+    words: Sequence[str],
+    layouts: "Sequence[ParallelLayout]",
+    environment: LaunchEnvironment | None,
+    *,
+    speaks: bool,
+) -> "list[Outcome]":
+    """Compare one layout after the other, each in fresh processes: DeepSpeed's engine is one a process."""
+    from megalite.parity.cases import write_layout
+    from megalite.parity.finding import Finding
+    from megalite.parity.table import Outcome
+
+    outcomes = []
+    folder = Path(tempfile.mkdtemp(prefix="megalite-verify-"))
+    for number, layout in enumerate(layouts, start=1):
+        here = folder / write_layout(layout)
+        here.mkdir()
+        if environment is not None and environment.rank >= layout.world_size:
+            continue
+        if speaks:
+            typer.echo(f"{layout}, {layout.world_size} ranks: ", nl=False)
+        argv = [*words, f"--layouts={write_layout(layout)}", f"--rank-into={here}"]
+        started = time.perf_counter()
+        if environment is None:
+            status = launch_local(argv, layout.world_size, here / "logs")
+        else:
+            status = run_stand_in(argv, environment, world_size=layout.world_size, number=number)
+        finding = Finding.read(here / "finding.json") if status == 0 else None
+        outcome = Outcome(layout, finding, time.perf_counter() - started)
+        if speaks:
+            typer.echo(f"{outcome.verdict}, {outcome.seconds:.1f} s")
+        if status == USER_ERROR_STATUS or status >= _STOPPED or (status != 0 and environment is not None):
+            raise typer.Exit(status if status > 0 else _STOPPED - status)
+        outcomes.append(outcome)
+    if all(outcome.finding is not None for outcome in outcomes) or not speaks:  # else the lines above name the logs
+        shutil.rmtree(folder, ignore_errors=True)
+    return outcomes
+
+
+def _conclude(outcomes: "Sequence[Outcome]") -> int:
+    """Show the table and what differs; return the exit status."""
+    from rich.console import Console
+
+    from megalite.parity.table import diagnosis, table
+
+    Console().print(table(outcomes))
+    for outcome in outcomes:
+        if not outcome.agrees:
+            for line in diagnosis(outcome):
+                typer.echo(line)
+    if all(outcome.agrees for outcome in outcomes):
+        typer.echo("verified: every layout trains as one process does")
+        return 0
+    typer.echo("not verified")
+    return 1
+
+
+def _be_a_rank(
+    run: Path, overrides: Sequence[str], scale: bool, layout: str, folder: Path, environment: LaunchEnvironment
+) -> None:
+    os.environ.update(environment.variables())
+    from megalite.parity.cases import case_plan, read_layouts
+    from megalite.parity.comparison import verify_layout
+
+    target, _ = _prepare(run, overrides, scale, None)
+    (size,) = read_layouts(layout)
+    finding = verify_layout(case_plan(target, size, folder / "run"), environment)
+    if environment.rank == 0:
+        finding.write(folder / "finding.json")
