@@ -85,7 +85,7 @@ class Trainer:
             self.state,
             grid,
             total_elements=sum(map(prod, plan.expectation.shapes.values())),
-            files=plan.companion_files(),
+            files=plan.companion_files() if grid.rank == 0 else {},
             reached=reached,
         )
         train = self.config.train
