@@ -92,7 +92,7 @@ class Trainer:
             grid.links,
             rank=grid.coordinate.pipeline,
             num_stages=plan.layout.pipeline,
-            activation_shape=(train.micro_batch_size, self.config.data.sequence_length, self.config.model.hidden_size),
+            activation_shape=stage.activation_shape(train.micro_batch_size, self.config.data.sequence_length),
             dtype=self.engine.dtype,
             device=grid.device,
         )
@@ -292,7 +292,8 @@ def build_stage(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -
         plan.stage_layers[index],
         index=index,
         num_stages=plan.layout.pipeline,
-        group=grid.tensor,
+        group=replace(grid.tensor, sequence_parallel=plan.config.parallel.sequence_parallel),
+        rows=plan.config.train.micro_batch_size,
     )
     if weights is None:
         stage.initialise(plan.config.run.seed)

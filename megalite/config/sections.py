@@ -22,7 +22,7 @@ from megalite.config.base import (
     only,
 )
 from megalite.deepspeed_json import AdamW
-from megalite.faults import BETAS, FLAG, POSITIVE, Fault, alternatives, choice, number, show, whole
+from megalite.faults import BETAS, POSITIVE, Fault, alternatives, choice, number, show, whole
 
 SCHEDULE = only(choice("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"), "1f1b", "gpipe")
 CURVE = choice("cosine", "linear", "constant", "wsd")
@@ -195,7 +195,8 @@ class ParallelSection(Section, frozen=True):
     """"auto": as many replicas as the ranks allow."""
     schedule: Annotated[Literal["gpipe", "1f1b"], SCHEDULE] = "1f1b"
     virtual_stages: Annotated[int, only(COUNT, 1)] = 1
-    sequence_parallel: Annotated[bool, only(FLAG, False)] = False
+    sequence_parallel: Flag = False
+    """Between sharded layers each tensor rank holds a share of the tokens (arXiv:2205.05198)."""
     stage_layers: Annotated[tuple[int, ...], COUNTS] | None = None
     """Layers of each pipeline stage; evenly shared unless given."""
 
