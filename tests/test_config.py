@@ -454,9 +454,9 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     ),
     # not available yet
     (
-        "sequence parallel",
-        {"parallel.sequence_parallel": True},
-        "run.yaml: parallel.sequence_parallel=true is not available yet; write false",
+        "sequence parallel, no flag",
+        {"parallel.sequence_parallel": 2},
+        "run.yaml: parallel.sequence_parallel=2 is not true or false",
     ),
     # within a section
     (
@@ -804,6 +804,13 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         "run.yaml: data.sequence_length=513 is longer than model.max_position_embeddings=512; use at most 512",
     ),
     (
+        "uneven shares of tokens",
+        {"parallel.sequence_parallel": True, "parallel.tensor": 8, "data.sequence_length": 255},
+        None,
+        "run.yaml: parallel.sequence_parallel=true divides the 1020 tokens of a microbatch over parallel.tensor=8 "
+        "ranks, which is not even; use a data.sequence_length of 254 or 256, or a train.micro_batch_size of 8",
+    ),
+    (
         "bf16 at stage 0",
         {"deepspeed.zero_optimization": {"stage": 0}},
         None,
@@ -879,6 +886,13 @@ def test_sections_that_do_not_fit(
     with pytest.raises(UserError) as raised:
         config.resolve(world_size=world_size, vocab_size=8192)
     assert str(raised.value) == expected
+
+
+def test_tokens_are_divided_where_they_divide(write: Callable[..., Path]) -> None:
+    for tensor, length in ((1, 255), (4, 255), (8, 256)):
+        edits = {"parallel.sequence_parallel": True, "parallel.tensor": tensor, "data.sequence_length": length}
+        config = load_run_config(write(edits)).resolve(world_size=None, vocab_size=None)
+        assert config.parallel.sequence_parallel
 
 
 def test_a_vocabulary_must_come_from_somewhere(write: Callable[..., Path]) -> None:
