@@ -143,11 +143,11 @@ def verify(
 
 def assert_agrees(finding: Finding) -> None:
     assert list(finding.faults()) == []
-    # A tenth of the tolerance: what rounding makes of right code stays well away from it.
+    # A fifth of the tolerance: what rounding makes of right code stays well away from it.
     assert finding.gradients.worst is not None
     assert finding.update.worst is not None
-    assert finding.gradients.worst.relative < GRADIENT_TOLERANCE / 10
-    assert finding.update.worst.relative < UPDATE_TOLERANCE / 10
+    assert finding.gradients.worst.relative < GRADIENT_TOLERANCE / 5
+    assert finding.update.worst.relative < UPDATE_TOLERANCE / 5
 
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
@@ -233,7 +233,7 @@ def test_norms_counted_twice_are_named(run_file: Path, stage: int, sabotage: Any
 
 def test_a_wrong_send_is_caught(run_file: Path) -> None:
     found = verify(run_file, (1, 2, 1), stage=1, sabotage=send_another_microbatch)
-    assert found.agreeing() == ["weights before the step"]
+    assert found.agreeing() == ["weights before the step", "the update by the gradients as found"]
 
 
 def test_a_shard_from_another_slice_is_named(run_file: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_shard_from_another_slice_is_named(run_file: Path) -> None:
     assert (found.start.first.name, found.start.first.rank) == ("layers.2.mlp.down.weight", 1)
     assert len(found.start.differing) == 1
     assert next(found.faults()).startswith(
-        "weights before the step differ: 1 of 38 parameters, the first is layers.2.mlp.down.weight on stage 0, rank 1"
+        "weights before the step of layers.2.mlp.down.weight on stage 0, rank 1 differ by "
     )
 
 
