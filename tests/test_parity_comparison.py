@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from harness import run_distributed
 from torch import Tensor
+from training import build_trainer
 
+from megalite.checkpoint.fragments import Fragment
 from megalite.distributed import ProcessGrid, build_grid
 from megalite.layout import ParallelLayout
 from megalite.model.stage import Stage
@@ -81,6 +83,17 @@ def decay_twice(grid: ProcessGrid, trainer: Any) -> None:
     """An optimizer that decays twice as much: nothing but the weights after the step shows it."""
     for group in trainer.engine.optimizer.param_groups:
         group["weight_decay"] *= 2
+
+
+def lose_a_parameter(grid: ProcessGrid, trainer: Any) -> None:
+    """An optimizer that was never given one of them."""
+    fragments, gradients = trainer.state.fragments, trainer.state.gradients
+    trainer.state.fragments = lambda: (each for each in fragments() if not is_final_norm(each))
+    trainer.state.gradients = lambda: (each for each in gradients() if not is_final_norm(each))
+
+
+def is_final_norm(fragment: Fragment) -> bool:
+    return fragment.shards[0].spec.name == "final_norm.weight"
 
 
 def initialise_from_another_slice(stage: Stage, seed: int) -> None:
@@ -257,3 +270,22 @@ def test_an_optimizer_of_another_kind_is_caught(run_file: Path) -> None:
     found = verify(run_file, (1, 1, 2), stage=1, sabotage=decay_twice)
     assert found.agreeing() == ["weights before the step", "loss", "gradients", "global norm"]
     assert found.update.differing
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_parameter_that_nobody_updates_is_missed(run_file: Path, stage: int) -> None:
+    found = verify(run_file, (1, 2, 1), stage=stage, sabotage=lose_a_parameter)
+    assert list(found.faults()) == ["the ranks update 32 elements fewer than the model has"]
+
+
+def save_at_once(path: str, overrides: tuple[str, ...]) -> None:
+    trainer = build_trainer(path, overrides)
+    trainer.step(1)
+    trainer.save(1)
+    trainer.close()
+
+
+def test_right_code_agrees_from_weights_that_are_read(run_file: Path, tmp_path: Path) -> None:
+    run_distributed(save_at_once, 1, str(run_file), (*TINY, "checkpoint.every=1"))
+    saved = f"init_from={tmp_path / 'run' / 'checkpoints' / 'step_1'}"
+    assert_agrees(verify(run_file, (1, 2, 1), saved, stage=1))
