@@ -60,7 +60,9 @@ class Megalite(Contender):
             plan = prepare(path, [], world_size)
         os.environ["LOCAL_RANK"] = str(rank)
         self.stack = ExitStack()
-        grid = self.stack.enter_context(process_grid(plan.layout, rank, device=local_device(rank), timeout=TIMEOUT))
+        grid = self.stack.enter_context(
+            process_grid(plan.layout, rank, device=local_device(rank), timeout=TIMEOUT, placement=plan.placement)
+        )
         self.trainer = Trainer(plan, grid, Datasets(train=JobSamples(self.job)))
         self.steps = 0
         torch.distributed.barrier()

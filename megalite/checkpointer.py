@@ -54,7 +54,7 @@ class _Save:
 
     report: SaveReport
     began: float
-    written: Future[int] = field(default_factory=Future)
+    written: Future[None] = field(default_factory=Future)
     copied: threading.Event = field(default_factory=threading.Event)
     others_failed: threading.Event = field(default_factory=threading.Event)
     finished: Future[Path] | None = None
@@ -187,9 +187,9 @@ class Checkpointer:
             if self._settings.asynchronous:
                 mine = self._copy(mine)
             save.copied.set()
-            written = store.write_rank(save.report.folder, self._grid.rank, mine)
+            store.write_rank(save.report.folder, self._grid.rank, mine)
             self._reached("written")
-            save.written.set_result(written)
+            save.written.set_result(None)
         except BaseException as error:
             save.written.set_exception(error)
         finally:

@@ -344,10 +344,7 @@ TABLE: dict[str, Rule] = {
         _ONE_PRECISION, "write bf16: {enabled: true}", _known("enabled dtype lower_precision_safe_modules")
     ),
     "data_types": {
-        "grad_accum_dtype": Refused(
-            "with fp32 DeepSpeed takes BF16_Optimizer at ZeRO stage 1, whose gradient norm is wrong under a pipeline",
-            "leave it out",
-        ),
+        "grad_accum_dtype": Honoured(choice("fp32", "bf16", "fp16")),
         "param_dtype": Refused(_ONE_PRECISION, "leave it out"),
         "buffer_dtype": Refused("buffers keep their own precision", "leave it out"),
         "keep_in_fp32_modules": Refused("buffers keep their own precision", "leave it out", ([],)),
@@ -565,6 +562,8 @@ def read_document(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]
     document = reader.section(TABLE, data, ())
     if reader.clean("bf16", "fp16"):
         reader.faults.extend(_precision_faults(document))
+    if reader.clean("bf16", "fp16", "data_types"):
+        reader.faults.extend(_accumulation_faults(document))
     if reader.clean("zero_optimization"):
         reader.faults.extend(_zero_faults(document))
     return _normalised(document), reader.faults
@@ -579,6 +578,16 @@ def _precision_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
             if value == "auto":
                 text = "='auto' has nothing to follow, since precision is stated here alone; write true or false"
                 yield Fault((name, "enabled"), text)
+
+
+def _accumulation_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
+    stated = document.get("data_types", {}).get("grad_accum_dtype", "fp32")
+    switches = {name: document.get(name, {}).get("enabled") for name in ("bf16", "fp16")}
+    if stated != "fp32" and switches[stated] is not True:
+        precision = next((name for name, enabled in switches.items() if enabled is True), "fp32")
+        allowed = alternatives(dict.fromkeys(("fp32", precision)))
+        text = f"='{stated}' does not go with parameters in {precision}; write {allowed}"
+        yield Fault(("data_types", "grad_accum_dtype"), text)
 
 
 def _zero_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
@@ -673,6 +682,11 @@ class DeepSpeedSettings:
         return "fp32"
 
     @property
+    def gradient_precision(self) -> Precision:
+        """The dtype in which the gradients of a step are added up; fp32 unless the JSON asks for less memory."""
+        return self.document.get("data_types", {}).get("grad_accum_dtype", "fp32")
+
+    @property
     def zero_stage(self) -> int:
         """The ZeRO stage, 0 to 3."""
         return self.document.get("zero_optimization", {}).get("stage", 0)
@@ -727,7 +741,7 @@ class DeepSpeedSettings:
     def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:
         """Return the JSON for ``deepspeed.initialize``, without the optimizer, which megalite builds itself."""
         config = copy.deepcopy(dict(self.document))
-        for name in ("optimizer", "pipeline", "vocabulary_size", "train_batch_size"):
+        for name in ("optimizer", "pipeline", "vocabulary_size", "train_batch_size", "data_types"):
             config.pop(name, None)
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
         config["gradient_accumulation_steps"] = gradient_accumulation_steps

@@ -7,10 +7,10 @@ tags, so messages of different directions or kinds must not share one.
 
 import datetime
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.allocator import keep_freed_memory
 from megalite.layout import Coordinate, ParallelLayout
+from megalite.pipeline.instructions import Kind
+from megalite.pipeline.placement import Placement
 from megalite.tensor_parallel.collectives import TensorGroup
-
-LinkKind = Literal["activation", "gradient"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +34,22 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The four ends of the pipeline at one rank; None at the pipeline's own ends."""
+    """The ends of links at one rank, by what they carry and by the pipeline rank at the other end."""
 
-    activation_in: Link | None = None
-    activation_out: Link | None = None
-    gradient_in: Link | None = None
-    gradient_out: Link | None = None
+    incoming: Mapping[tuple[Kind, int], Link]
+    outgoing: Mapping[tuple[Kind, int], Link]
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessGrid:
     """This rank's place in the grid and the process groups it is a member of.
 
-    `model` spans tensor x pipeline: the ranks that hold one copy of the model together. `embedding` joins the first
-    and the last stage, which both hold a tied token table; None on other stages and without a pipeline.
+    `model` spans tensor x pipeline: the ranks that hold one copy of the model together. `embedding` joins the ranks of
+    the first and the last stage, which both hold a tied token table; None on other ranks, and where one rank has both.
     """
 
     layout: ParallelLayout
+    placement: Placement
     rank: int
     device: torch.device
     mesh: DeviceMesh
@@ -66,12 +65,17 @@ class ProcessGrid:
         return self.layout.coordinate(self.rank)
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.coordinate.pipeline == 0
+    def stages(self) -> tuple[int, ...]:
+        """The pipeline stages that this rank holds."""
+        return self.placement.stages_of(self.coordinate.pipeline)
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.coordinate.pipeline == self.layout.pipeline - 1
+    def has_first_stage(self) -> bool:
+        return 0 in self.stages
+
+    @property
+    def has_last_stage(self) -> bool:
+        return self.placement.num_stages - 1 in self.stages
 
 
 def local_device(local_rank: int) -> torch.device:
@@ -83,7 +87,12 @@ def local_device(local_rank: int) -> torch.device:
 
 @contextmanager
 def process_grid(
-    layout: ParallelLayout, rank: int, *, device: torch.device, timeout: datetime.timedelta
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    device: torch.device,
+    timeout: datetime.timedelta,
+    placement: Placement | None = None,
 ) -> Iterator[ProcessGrid]:
     """Join the ranks of `layout` (MASTER_ADDR and MASTER_PORT say where) and leave them at the end.
 
@@ -97,13 +106,24 @@ def process_grid(
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=layout.world_size, timeout=timeout
     )
-    yield build_grid(layout, rank, device=device, timeout=timeout)
+    yield build_grid(layout, rank, device=device, timeout=timeout, placement=placement)
     # Not where an exception passes: closed sockets would kill the peers first, and they would be blamed.
     dist.destroy_process_group()
 
 
-def build_grid(layout: ParallelLayout, rank: int, *, device: torch.device, timeout: datetime.timedelta) -> ProcessGrid:
-    """Form the groups of a layout inside an initialised process group. Collective: every rank calls it."""
+def build_grid(
+    layout: ParallelLayout,
+    rank: int,
+    *,
+    device: torch.device,
+    timeout: datetime.timedelta,
+    placement: Placement | None = None,
+) -> ProcessGrid:
+    """Form the groups of a layout inside an initialised process group. Collective: every rank calls it.
+
+    `placement` says which pipeline rank holds which stages; one stage a rank unless given.
+    """
+    placement = placement or Placement(layout.pipeline)
     mesh = init_device_mesh(
         device.type,
         (layout.pipeline, layout.data, layout.tensor),
@@ -112,6 +132,7 @@ def build_grid(layout: ParallelLayout, rank: int, *, device: torch.device, timeo
     at = layout.coordinate(rank)
     return ProcessGrid(
         layout=layout,
+        placement=placement,
         rank=rank,
         device=device,
         mesh=mesh,
@@ -119,33 +140,46 @@ def build_grid(layout: ParallelLayout, rank: int, *, device: torch.device, timeo
         data=mesh.get_group("data"),
         pipeline=mesh.get_group("pipeline"),
         model=mesh["pipeline", "tensor"]._flatten("model").get_group(),
-        embedding=_embedding_group(layout, rank, timeout),
-        links=_stage_links(layout, rank, timeout),
+        embedding=_embedding_group(layout, placement, rank, timeout),
+        links=_stage_links(layout, placement, rank, timeout),
     )
 
 
-def _embedding_group(layout: ParallelLayout, rank: int, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
-    if layout.pipeline == 1:
+def _embedding_group(
+    layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta
+) -> dist.ProcessGroup | None:
+    first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
+    if first == last:
         return None
     mine = None
     for ranks in layout.groups("pipeline"):
-        mine = _new_group([ranks[0], ranks[-1]], rank, timeout, "embedding") or mine
+        mine = _new_group([ranks[first], ranks[last]], rank, timeout, "embedding") or mine
     return mine
 
 
-def _stage_links(layout: ParallelLayout, rank: int, timeout: datetime.timedelta) -> Links:
-    ends: dict[str, Link] = {}
-    kinds: tuple[tuple[LinkKind, bool], ...] = (("activation", False), ("gradient", True))
+def _stage_links(layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta) -> Links:
+    incoming: dict[tuple[Kind, int], Link] = {}
+    outgoing: dict[tuple[Kind, int], Link] = {}
     for ranks in layout.groups("pipeline"):
-        for lower, upper in zip(ranks, ranks[1:], strict=False):
-            for kind, backward in kinds:
-                source, target = (upper, lower) if backward else (lower, upper)
-                group = _new_group([source, target], rank, timeout, f"{kind} {source}>{target}")
-                if group is not None and rank == source:
-                    ends[f"{kind}_out"] = Link(target, group)
-                elif group is not None:
-                    ends[f"{kind}_in"] = Link(source, group)
-    return Links(**ends)
+        for source, target, kind in _hops(placement):
+            name = f"{kind} {ranks[source]}>{ranks[target]}"
+            group = _new_group([ranks[source], ranks[target]], rank, timeout, name)
+            if group is not None and rank == ranks[source]:
+                outgoing[kind, target] = Link(ranks[target], group)
+            elif group is not None:
+                incoming[kind, source] = Link(ranks[source], group)
+    return Links(incoming, outgoing)
+
+
+def _hops(placement: Placement) -> list[tuple[int, int, Kind]]:
+    """What goes from one pipeline rank to another, each pair once, in an order that all ranks share."""
+    hops: dict[tuple[int, int, Kind], None] = {}
+    for stage in range(placement.num_stages - 1):
+        lower, upper = placement.rank_of(stage), placement.rank_of(stage + 1)
+        if lower != upper:
+            hops[lower, upper, "activation"] = None
+            hops[upper, lower, "gradient"] = None
+    return list(hops)
 
 
 def _new_group(ranks: list[int], rank: int, timeout: datetime.timedelta, name: str) -> dist.ProcessGroup | None:

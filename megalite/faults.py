@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 from megalite.errors import UserError, nearest
@@ -84,6 +84,19 @@ def report(lines: Sequence[str]) -> None:
     """Raise a UserError of one line a fault, each said once; return where there is none."""
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def validation_lines(error: ValidationError, *, below: int = 0, whole: str = "the file") -> list[str]:
+    """Return ``where: what is wrong`` for each error that pydantic found, in its order.
+
+    `below` is how many of the first parts of a place the user did not write; `whole` names the place that has no parts.
+    """
+    lines = []
+    for found in error.errors(include_url=False):
+        where = ".".join(map(str, found["loc"][below:])) or whole
+        raised = found.get("ctx", {}).get("error") if found["type"] == "value_error" else None
+        lines.append(": ".join(filter(None, (where, str(raised or found["msg"])))))
+    return lines
 
 
 # -------------------------------------------------------------------------------------------------- kinds of values

@@ -29,6 +29,7 @@ from megalite.errors import UserError
 from megalite.files import require_writable_folder
 from megalite.layout import Coordinate, ParallelLayout
 from megalite.pipeline.partition import partition
+from megalite.pipeline.placement import Placement
 from megalite.pipeline.schedule import SCHEDULES, all_streams
 from megalite.pipeline.simulate import simulate
 
@@ -42,7 +43,9 @@ class Plan:
 
     config: RunConfig
     layout: ParallelLayout
+    placement: Placement
     stage_layers: tuple[range, ...]
+    """The layers of every stage."""
     tokenizer_digest: str | None = None
 
     def check_data(self, *, keep_index: bool = True) -> Datasets:
@@ -138,13 +141,15 @@ class Plan:
 
     def _rank_map(self) -> Table:
         table = Table(title="ranks", title_justify="left")
-        for column in ("stage", "layers", "tensor", "ranks (data 0, 1, ...)", "parameters a rank"):
+        counted = "parameters a rank" if self.placement.virtual_stages == 1 else "parameters of the stage"
+        for column in ("stage", "layers", "tensor", "ranks (data 0, 1, ...)", counted):
             table.add_column(column, justify="right")
         total = 0
         for stage, layers in enumerate(self.stage_layers):
             for tensor in range(self.layout.tensor):
+                pipeline = self.placement.rank_of(stage)
                 ranks = [
-                    self.layout.rank(Coordinate(pipeline=stage, data=data, tensor=tensor))
+                    self.layout.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
                     for data in range(self.layout.data)
                 ]
                 shown = ", ".join(map(str, ranks if len(ranks) <= 8 else [*ranks[:4], "...", ranks[-1]]))
@@ -159,17 +164,20 @@ class Plan:
         return table
 
     def parameters(self, stage: int, tensor: int) -> int:
-        """Number of parameters that one rank holds, before ZeRO divides them."""
+        """Number of parameters that one rank holds of a stage, before ZeRO divides them."""
         size, layers = (tensor, self.layout.tensor), self.stage_layers[stage]
-        return _num_parameters(self.config.model, layers, stage, self.layout.pipeline, size)
+        return _num_parameters(self.config.model, layers, stage, self.placement.num_stages, size)
 
     def _pipeline(self) -> str:
         schedule, microbatches = self.config.parallel.schedule, self.config.gradient_accumulation_steps
         if self.layout.pipeline == 1:
             return "no pipeline: every rank runs all layers"
-        timeline = simulate(all_streams(SCHEDULES[schedule], self.layout.pipeline, microbatches))
+        timeline = simulate(all_streams(SCHEDULES[schedule], self.placement, microbatches))
+        stages = f"{self.placement.num_stages} stages"
+        if self.placement.virtual_stages > 1:
+            stages += f", {self.placement.virtual_stages} a rank"
         return (
-            f"pipeline {schedule}: {self.layout.pipeline} stages, {microbatches} microbatches, simulated bubble "
+            f"pipeline {schedule}: {stages}, {microbatches} microbatches, simulated bubble "
             f"{timeline.bubble_fraction:.1%}, at most {max(timeline.peak_in_flight)} microbatches in flight"
         )
 
@@ -200,9 +208,11 @@ def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Pla
 
 def plan_of(config: RunConfig, tokenizer_digest: str | None) -> Plan:
     """Return the plan of a configuration that `RunConfig.resolve` has completed and checked."""
+    stages = config.placement
     return Plan(
         config=config,
         layout=config.layout,
-        stage_layers=partition(config.model.num_hidden_layers, config.parallel.pipeline, config.parallel.stage_layers),
+        placement=stages,
+        stage_layers=partition(config.model.num_hidden_layers, stages.num_stages, config.parallel.stage_layers),
         tokenizer_digest=tokenizer_digest,
     )

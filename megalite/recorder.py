@@ -19,6 +19,7 @@ from megalite.pipeline.instructions import parse
 from megalite.pipeline.schedule import SCHEDULES, all_streams
 from megalite.pipeline.simulate import measured_cost, simulate
 from megalite.pipeline.timeline import Span, Timeline
+from megalite.pipeline.trace import chrome_trace
 from megalite.plan import Plan
 from megalite.resume import Start
 from megalite.zero import StepOutcome
@@ -128,13 +129,21 @@ class RunRecorder:
         measured = Timeline(
             tuple(Span(rank, parse(code), start, end) for part in gathered for rank, code, start, end in part)
         )
-        schedule = SCHEDULES[self.config.parallel.schedule]
-        streams = all_streams(schedule, self.plan.layout.pipeline, self.config.gradient_accumulation_steps)
+        # Counted, since the batch may still be growing.
+        microbatches = 1 + max(span.instruction.microbatch for span in measured.spans)
+        streams = all_streams(SCHEDULES[self.config.parallel.schedule], self.plan.placement, microbatches)
         simulated = simulate(streams, measured_cost(measured))
-        (self.directory / f"timeline_step_{step}.json").write_text(measured.to_json() + "\n", encoding="utf-8")
+        timelines = {"measured": measured, "simulated with the measured times": simulated}
+        file = self.directory / f"timeline_step_{step}"
+        write_whole(file.with_suffix(".json"), measured.to_json().encode() + b"\n")
+        write_whole(file.with_suffix(".trace.json"), chrome_trace(timelines).encode())
         title = f"step {step}: {self.config.parallel.schedule}, {self.plan.layout}"
-        self.picture = self.directory / f"timeline_step_{step}.png"
-        plot_timelines({"measured": measured, "simulated with the measured times": simulated}, self.picture, title)
+        self.picture = file.with_suffix(".png")
+        plot_timelines(timelines, self.picture, title)
+        self.log.say(
+            f"step {step}: pipeline bubble {measured.bubble_fraction:.1%} measured, "
+            f"{simulated.bubble_fraction:.1%} simulated with the measured times"
+        )
 
     def finish(self, *, complete: bool) -> None:
         """Draw the curves; leave DONE.json where the run went to its last step."""

@@ -13,6 +13,7 @@ from megalite.checkpoint.weights import CheckpointWeights, Weights, open_weights
 from megalite.data.batches import BatchSchedule
 from megalite.distributed import ProcessGrid, gather_json
 from megalite.errors import UserError
+from megalite.faults import validation_lines
 from megalite.plan import Plan
 
 
@@ -38,9 +39,9 @@ def find_start(plan: Plan, grid: ProcessGrid) -> Start:
     """
     passed_over: list[str] = []
     for folder in candidates(plan.config):
-        faults = _faults(folder, grid)
-        if not faults:
-            return _resumed(plan, CheckpointReader(folder), passed_over)
+        reader, faults = _checked(folder, grid)
+        if reader is not None and not faults:
+            return _resumed(plan, reader, passed_over)
         passed_over.append(f"{folder}: {'; '.join(fault.removeprefix(f'{folder}: ') for fault in faults)}")
         if plan.config.resume != "auto":
             raise UserError(f"resume={passed_over[0]}; the checkpoint is damaged, name another")
@@ -52,7 +53,7 @@ def find_start(plan: Plan, grid: ProcessGrid) -> Start:
         return Start()
     weights = open_weights(plan.config.init_from)
     plan.expectation.require_weights(weights)
-    if isinstance(weights, CheckpointWeights) and (faults := _faults(weights.origin, grid)):
+    if isinstance(weights, CheckpointWeights) and (faults := _faults(weights.reader, grid)):
         raise UserError(f"init_from={weights.origin}: {'; '.join(faults)}; the checkpoint is damaged, name another")
     notes = (
         f"weights: {weights.origin}",
@@ -61,17 +62,29 @@ def find_start(plan: Plan, grid: ProcessGrid) -> Start:
     return Start(weights=weights, notes=notes)
 
 
-def _faults(folder: Path, grid: ProcessGrid) -> Sequence[str]:
-    """What is wrong with a checkpoint, the same on every rank: each reads its share of the files for their digests."""
+def _checked(folder: Path, grid: ProcessGrid) -> tuple[CheckpointReader | None, Sequence[str]]:
+    """Open a checkpoint, and say what is wrong with it, the same on every rank; no reader where it cannot be opened."""
     try:
         reader = CheckpointReader(folder)
+    except UserError as error:
+        return None, _together([str(error)], grid)
+    return reader, _faults(reader, grid)
+
+
+def _faults(reader: CheckpointReader, grid: ProcessGrid) -> Sequence[str]:
+    """What is wrong with a checkpoint, the same on every rank: each reads its share of the files for their digests."""
+    try:
         mine = sorted(reader.manifest.files)[grid.rank :: grid.layout.world_size]
         found = reader.faults(mine)
         if not found and grid.rank == 0:
             _ = reader.state
     except UserError as error:
         found = [str(error)]
-    return list(dict.fromkeys(fault for faults in gather_json(found, grid) for fault in faults))
+    return _together(found, grid)
+
+
+def _together(found: Sequence[str], grid: ProcessGrid) -> Sequence[str]:
+    return list(dict.fromkeys(fault for faults in gather_json(list(found), grid) for fault in faults))
 
 
 def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str]) -> Start:
@@ -125,9 +138,8 @@ def _progress(reader: CheckpointReader) -> _Progress:
     try:
         progress = TypeAdapter(_Progress).validate_python(reader.state)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{reader.folder}: state.json: {where}: {first['msg']}; use another checkpoint") from error
+        told = validation_lines(error)[0]
+        raise UserError(f"{reader.folder}: state.json: {told}; use another checkpoint") from error
     if progress.step != reader.manifest.step:
         raise UserError(
             f"{reader.folder}: state.json is of step {progress.step:,}, the manifest of step {reader.manifest.step:,}; "

@@ -51,7 +51,10 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    with ExitStack() as stack, process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
+    with (
+        ExitStack() as stack,
+        process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid,
+    ):
         claim_folder(plan.config.run.dir, grid, stack)
         trainer = Trainer(plan, grid, open_datasets(plan.config))
         with stop_signals():
@@ -73,8 +76,7 @@ class Trainer:
         """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says."""
         self.plan, self.config, self.grid = plan, plan.config, grid
         self.start = find_start(plan, grid)
-        stage = build_stage(plan, grid, self.start.weights)
-        self.engine = ZeroEngine({grid.coordinate.pipeline: stage}, self.config, grid)
+        self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
         self.state = ZeroState(self.engine)
         self._restore()
         self.checkpointer = Checkpointer(
@@ -83,15 +85,15 @@ class Trainer:
             self.state,
             grid,
             total_elements=sum(map(prod, plan.expectation.shapes.values())),
-            files=plan.companion_files(),
+            files=plan.companion_files() if grid.rank == 0 else {},
             reached=reached,
         )
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
             grid.links,
+            placement=plan.placement,
             rank=grid.coordinate.pipeline,
-            num_stages=plan.layout.pipeline,
             activation_shape=(train.micro_batch_size, self.config.data.sequence_length, self.config.model.hidden_size),
             dtype=self.engine.dtype,
             device=grid.device,
@@ -232,10 +234,10 @@ class Trainer:
 
     def _train_stream(self, microbatches: int) -> tuple[Instruction, ...]:
         schedule = SCHEDULES[self.config.parallel.schedule]
-        return schedule(self.grid.coordinate.pipeline, self.plan.layout.pipeline, microbatches)
+        return schedule(self.grid.coordinate.pipeline, self.plan.placement, microbatches)
 
     def _eval_stream(self, microbatches: int) -> tuple[Instruction, ...]:
-        return forward_only(self.grid.coordinate.pipeline, self.plan.layout.pipeline, microbatches)
+        return forward_only(self.grid.coordinate.pipeline, self.plan.placement, microbatches)
 
     def _counted(self, batch: Sequence[SampleMicrobatch]) -> float | None:
         """Return how many targets of the global batch count; None where all do. Collective over the data axis."""
@@ -262,13 +264,13 @@ class Trainer:
         if read.document_lengths is not None or read.positions is not None:
             positions = None if read.positions is None else self._to_device(read.positions)
             packing = PackedDocuments(read.document_lengths, positions)
-        if read.counts is not None and counted is not None and self.grid.is_last_stage:
+        if read.counts is not None and counted is not None and self.grid.has_last_stage:
             # The gradients of the data axis are averaged, and a mean over all that counts is asked for.
             weight = self.plan.layout.data / max(counted, 1.0)
             weights = self._to_device(read.counts).to(torch.float32) * weight
         return Microbatch(
-            ids=self._to_device(read.ids) if self.grid.is_first_stage else None,
-            targets=self._to_device(read.targets) if self.grid.is_last_stage else None,
+            ids=self._to_device(read.ids) if self.grid.has_first_stage else None,
+            targets=self._to_device(read.targets) if self.grid.has_last_stage else None,
             packing=packing,
             loss_weights=weights,
         )
@@ -290,21 +292,23 @@ class Trainer:
         return float(total) / self.plan.layout.data
 
 
-def build_stage(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> Stage:
-    """Build this rank's stage with the given weights, or with those that (seed, name) give it."""
-    index = grid.coordinate.pipeline
-    stage = Stage(
-        plan.config.model,
-        plan.stage_layers[index],
-        index=index,
-        num_stages=plan.layout.pipeline,
-        group=grid.tensor,
-    )
-    if weights is None:
-        stage.initialise(plan.config.run.seed)
-    else:
-        load_stage(stage, weights)
-    return stage
+def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> dict[int, Stage]:
+    """Build this rank's stages with the given weights, or with those that (seed, name) give them."""
+    stages: dict[int, Stage] = {}
+    for index in grid.stages:
+        stage = stages[index] = Stage(
+            plan.config.model,
+            plan.stage_layers[index],
+            index=index,
+            num_stages=plan.placement.num_stages,
+            group=grid.tensor,
+            table=stages[0].tied_table if 0 in stages else None,
+        )
+        if weights is None:
+            stage.initialise(plan.config.run.seed)
+        else:
+            load_stage(stage, weights)
+    return stages
 
 
 def claim_folder(folder: Path, grid: ProcessGrid, until: ExitStack) -> None:

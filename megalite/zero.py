@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from megalite.config import OptimizerSection, RunConfig
 from megalite.distributed import ModelParallelUnit, ProcessGrid
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
+from megalite.tensor_parallel.deferral import DeferredProducts
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -31,6 +32,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 NEVER = 10**12
+_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class ZeroEngine:
 
     def __init__(self, stages: Mapping[int, Stage], config: RunConfig, grid: ProcessGrid) -> None:
         self.grid, self.zero_stage = grid, config.zero_stage
+        self._gradient_precision = config.deepspeed.gradient_precision
         self._clip = config.gradient_clipping
         self.stages = dict(stages)
         for stage in stages.values():
@@ -76,7 +79,7 @@ class ZeroEngine:
         _quieten_deepspeed()
         _adapt_deepspeed(grid)
         self.optimizer = make_adamw(stages, config.optimizer, device=grid.device)
-        local_elements = sum(p.numel() for stage in stages.values() for p in stage.parameters())
+        local_elements = sum(parameter.numel() for parameter in _parameters(stages))
         engine, *_ = deepspeed.initialize(
             model=_Stages(stages),
             optimizer=self.optimizer,
@@ -89,6 +92,18 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(False)
         if self.zero_stage == 0:
             self.engine.enable_backward_allreduce = False
+        if self.gradient_dtype != self.dtype:
+            self._widen_gradients()
+
+    def _widen_gradients(self) -> None:
+        """Have autograd, and DeepSpeed's reduction after it, add gradients up in `gradient_dtype`."""
+        for stage in self.stages.values():
+            for parameter in stage.parameters():
+                parameter.grad_dtype = self.gradient_dtype  # pyright: ignore[reportAttributeAccessIssue]
+        if self.zero_stage < 3:
+            # DeepSpeed: ZeRO-2 rounds the gradients to the parameters' precision on their way into its bucket,
+            # whatever they are accumulated and reduced in.
+            self.zero_optimizer._gradient_reduction_buffer_dtype = lambda: self.gradient_dtype
 
     def _engine_config(self, config: RunConfig, local_elements: int) -> dict[str, Any]:
         settings = config.deepspeed.engine_config(
@@ -103,6 +118,14 @@ class ZeroEngine:
         # DeepSpeed: the buffer that gradients are reduced in is as large as the bucket, not as the gradients, and is
         # allocated anew every step; at the default it is 2 GB for a model of any size.
         zero.setdefault("reduce_bucket_size", min(500_000_000, max(1, local_elements)))
+        if config.precision != "fp32" and config.deepspeed.gradient_precision == "fp32":
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+            # DeepSpeed: gradients travel in the parameters' precision, unless it is told so beside.
+            settings.setdefault("communication_data_type", "fp32")
+            if self.zero_stage == 1:
+                # DeepSpeed: with bf16 this means BF16_Optimizer at stage 1, which cannot reduce once a step and whose
+                # norm is wrong under a pipeline. Where one reduction a step is asked for, stage 2 is stage 1.
+                zero["stage"] = 2
         if self.zero_stage == 0:
             # DeepSpeed: at stage 0 it clips without telling the norm, and takes a norm that is no number in silence.
             settings["gradient_clipping"] = 0.0
@@ -112,6 +135,11 @@ class ZeroEngine:
     def dtype(self) -> torch.dtype:
         """Precision of parameters and activations."""
         return next(iter(self.stages.values())).activation_dtype
+
+    @property
+    def gradient_dtype(self) -> torch.dtype:
+        """Precision in which the gradients of a step are added up, over microbatches and over ranks."""
+        return _DTYPES[self._gradient_precision]
 
     def forward(
         self,
@@ -132,6 +160,29 @@ class ZeroEngine:
             self.zero_optimizer.clear_backward_seen_flag()
         # The last stage has divided by the number of microbatches already.
         self.engine.backward(scalar, scale_wrt_gas=False)
+
+    def deferring(self, stage: int) -> AbstractContextManager[DeferredProducts]:
+        """While it is open, a backward of the stage puts the products for its weights' gradients off."""
+        return self.stages[stage].weight_gradients.collecting()
+
+    def run_deferred(self, products: DeferredProducts) -> None:
+        """Compute weight gradients that were put off, and add them to the others."""
+        products.run(self.accumulate_gradient)
+
+    def accumulate_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Add `gradient`, of the parameter's whole shape on this rank, to what autograd has accumulated for it.
+
+        For gradients that are computed outside of a backward (arXiv:2401.10241). The tensor is taken over.
+        """
+        if parameter.grad is not None:
+            parameter.grad.add_(gradient)
+            return
+        partitioned = parameter.data
+        # DeepSpeed: at stage 3 a parameter that is not in use has no elements, and torch takes a gradient of the
+        # parameter's own shape alone; one element, repeated, has that shape and costs nothing.
+        parameter.data = partitioned.new_empty(1).expand(gradient.shape)
+        parameter.grad = gradient.to(self.gradient_dtype)
+        parameter.data = partitioned
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -194,12 +245,8 @@ class ZeroEngine:
                 dist.all_reduce(copy.grad, group=self.grid.embedding)
 
     def _clip_at_stage_0(self) -> float:
-        counted = [
-            parameter.grad
-            for stage in self.stages.values()
-            for parameter in stage.parameters()
-            if parameter.grad is not None and _counts(parameter)
-        ]
+        gradients = {parameter: parameter.grad for parameter in _parameters(self.stages) if parameter.grad is not None}
+        counted = [gradient for parameter, gradient in gradients.items() if _counts(parameter)]
         square = torch.zeros((), dtype=torch.float64, device=self.grid.device)
         for gradient in counted:
             # Row by row, then in double: over millions of elements at once, fp32 on a CPU is off by 1e-4.
@@ -209,9 +256,8 @@ class ZeroEngine:
         if not math.isfinite(norm):
             raise FloatingPointError("the gradient's norm is no finite number")
         if self._clip > 0 and norm + 1e-6 > self._clip:
-            everything = [p.grad for stage in self.stages.values() for p in stage.parameters() if p.grad is not None]
             scale = self._clip / (norm + 1e-6)
-            for gradient in everything:
+            for gradient in gradients.values():
                 gradient.mul_(scale)
         return norm
 
@@ -226,9 +272,8 @@ def make_adamw(
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for stage in stages.values():
-        for parameter in stage.parameters():
-            (decayed if parameter.ndim > 1 else kept).append(parameter)
+    for parameter in _parameters(stages):
+        (decayed if parameter.ndim > 1 else kept).append(parameter)
     assert decayed
     assert kept
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
@@ -246,13 +291,18 @@ def _apex_fused_adam() -> Any:
     return FusedAdam
 
 
+def _parameters(stages: Mapping[int, Stage]) -> list[nn.Parameter]:
+    """Each once, though the first and the last stage share a tied table where one rank has both."""
+    return list(dict.fromkeys(parameter for stage in stages.values() for parameter in stage.parameters()))
+
+
 def _mark_for_norm(stage: Stage, grid: ProcessGrid) -> None:
     """Mark which ranks count each parameter in the gradient's norm: exactly one for every element of the model.
 
     DeepSpeed: without a mark, only model-parallel rank 0 counts what is whole on every rank, and so the norms and
     biases of every stage but the first are lost.
     """
-    copy = stage.tied_copy if not grid.is_first_stage else None
+    copy = None if grid.has_first_stage else stage.tied_copy
     for _, parameter, shards in stage.named_shards():
         is_copy = parameter is copy
         sharded = shards[0].dim is not None

@@ -44,7 +44,8 @@ class ZeroState:
         self._require_moments()
         for stage in self._engine.stages.values():
             for _, parameter, shards in stage.named_shards():
-                window = self._half(shards) if parameter is stage.tied_copy else None
+                both = self._grid.embedding is not None and parameter is stage.tied_copy
+                window = self._half(shards) if both else None
                 for fragment in self._fragment(parameter, shards):
                     yield parameter, replace(fragment, window=window)
 
@@ -114,7 +115,7 @@ class ZeroState:
     def _half(self, shards: tuple[ShardSpec, ...]) -> tuple[int, int]:
         """The elements that this stage saves of a table that the first and the last stage hold alike."""
         size = prod(shards[0].local_shape(self._grid.tensor.size))
-        return (0, size // 2) if self._grid.is_first_stage else (size // 2, size)
+        return (0, size // 2) if self._grid.has_first_stage else (size // 2, size)
 
     def _fragment(self, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
         tensor, data = self._grid.tensor, self._grid.layout.data

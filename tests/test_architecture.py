@@ -15,7 +15,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "megalite"
 
 PURE_PIPELINE = tuple(
-    f"pipeline.{name}" for name in ("instructions", "timeline", "schedule", "partition", "simulate", "plot")
+    f"pipeline.{name}"
+    for name in ("placement", "instructions", "timeline", "schedule", "partition", "simulate", "plot", "trace")
 )
 
 # A room is a module or a package, and the longest name that fits a module is its room. `errors` is open to all.
@@ -24,32 +25,37 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "layout": (),
     "faults": (),
     "deepspeed_json": ("faults",),
-    "config": ("config", "deepspeed_json", "faults", "layout"),
+    "config": ("config", "deepspeed_json", "faults", "layout", "pipeline.placement", "pipeline.schedule"),
     "launch": ("launch",),
     "files": (),
-    "data": ("config", "data", "files"),
+    "data": ("config", "data", "faults", "files"),
     "checkpoint": ("checkpoint", "config", "faults", "files", "tensor_parallel.sharding"),
     "tensor_parallel.sharding": (),
     "tensor_parallel": ("tensor_parallel",),
     "allocator": (),
-    "distributed": ("allocator", "layout", "tensor_parallel.collectives"),
+    "distributed": (
+        *("allocator", "layout", "pipeline.instructions", "pipeline.placement"),
+        "tensor_parallel.collectives",
+    ),
     "model": ("config", "model", "tensor_parallel"),
     "model.loading": ("checkpoint.boxes", "checkpoint.weights", "model.stage", "tensor_parallel.sharding"),
     **dict.fromkeys(PURE_PIPELINE, PURE_PIPELINE),
-    "pipeline.instructions": (),
-    "pipeline": ("distributed", "model.packing", "pipeline"),
+    "pipeline.placement": (),
+    "pipeline.instructions": ("pipeline.placement",),
+    "pipeline": ("distributed", "model.packing", "pipeline", "tensor_parallel.deferral"),
     "model.packing": (),
     "learning_rate": ("config",),
     "metrics": ("checkpointer", "config"),
     "plots": (),
-    "zero": ("config", "distributed", "model", "tensor_parallel.sharding"),
+    "zero": ("config", "distributed", "model", "tensor_parallel.deferral", "tensor_parallel.sharding"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
-    "resume": ("checkpoint", "data.batches", "distributed", "plan"),
+    "resume": ("checkpoint", "data.batches", "distributed", "faults", "plan"),
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
     "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "provenance": ("data", "plan"),
     "generation": (
         "checkpoint.companions",
+        "checkpoint.manifest",
         "checkpoint.weights",
         "config",
         "data.tokenizer",

@@ -447,22 +447,12 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         "run.yaml: data.fim_tokens=['<P>', '<M>'] is not three tokens: prefix, middle, suffix",
     ),
     ("json", {"deepspeed": [1]}, "run.yaml: deepspeed=[1] is neither a path nor a section"),
-    # not available yet
-    (
-        "schedule",
-        {"parallel.schedule": "interleaved_1f1b"},
-        "run.yaml: parallel.schedule='interleaved_1f1b' is not available yet; write '1f1b' or 'gpipe'",
-    ),
     (
         "schedule typo",
         {"parallel.schedule": "1fb1"},
-        "run.yaml: parallel.schedule='1fb1' is not '1f1b' or 'gpipe'",
+        "run.yaml: parallel.schedule='1fb1' is not 'gpipe', '1f1b', 'interleaved_1f1b', 'zb_h1' or 'zb_v'",
     ),
-    (
-        "virtual stages",
-        {"parallel.virtual_stages": 2},
-        "run.yaml: parallel.virtual_stages=2 is not available yet; write 1",
-    ),
+    # not available yet
     (
         "sequence parallel",
         {"parallel.sequence_parallel": True},
@@ -733,6 +723,45 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         None,
         "run.yaml: parallel.stage_layers=[4] is 1 stages of 4 layers; "
         "write parallel.pipeline=2 numbers that sum to model.num_hidden_layers=4",
+    ),
+    (
+        "virtual stages",
+        {"parallel.schedule": "interleaved_1f1b", "parallel.virtual_stages": 3},
+        None,
+        "run.yaml: parallel.virtual_stages=3 x parallel.pipeline=2 is 6 stages, more than model.num_hidden_layers=4; "
+        "use at most 2",
+    ),
+    (
+        "layers of virtual stages",
+        {"parallel.schedule": "zb_v", "parallel.virtual_stages": 2, "parallel.stage_layers": [2, 2]},
+        None,
+        "run.yaml: parallel.stage_layers=[2, 2] is 2 stages of 4 layers; "
+        "write parallel.pipeline x parallel.virtual_stages=4 numbers that sum to model.num_hidden_layers=4",
+    ),
+    (
+        "schedule of one stage a rank",
+        {"parallel.virtual_stages": 2},
+        None,
+        "run.yaml: parallel.virtual_stages=2 does not go with parallel.schedule=1f1b, which runs one stage a rank; "
+        "use parallel.virtual_stages=1, or parallel.schedule=interleaved_1f1b",
+    ),
+    (
+        "groups of microbatches",
+        {"parallel.schedule": "interleaved_1f1b", "parallel.virtual_stages": 2, "train.global_batch_size": 12},
+        None,
+        "run.yaml: parallel.schedule=interleaved_1f1b runs groups of parallel.pipeline=2 microbatches, and 3 are not "
+        "whole groups; use 2 or 4 microbatches",
+    ),
+    (
+        "groups of microbatches in a ramp-up",
+        {
+            "parallel.schedule": "interleaved_1f1b",
+            "parallel.virtual_stages": 2,
+            "train.batch_size_rampup": {"start": 8, "increment": 4, "samples": 100},
+        },
+        None,
+        "run.yaml: parallel.schedule=interleaved_1f1b runs groups of parallel.pipeline=2 microbatches, and 3 are not "
+        "whole groups; use 2 or 4 microbatches",
     ),
     (
         "world of no layout",

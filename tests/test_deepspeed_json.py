@@ -168,6 +168,21 @@ def test_every_auto_of_a_hugging_face_json_is_resolved() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("data", "precision"),
+    [
+        ({}, "fp32"),
+        (BF16_ON, "fp32"),
+        ({"data_types": {"grad_accum_dtype": "auto"}, **BF16_ON}, "fp32"),
+        ({"data_types": {"grad_accum_dtype": "fp32"}, **BF16_ON}, "fp32"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}, **BF16_ON}, "bf16"),
+        ({"data_types": {"grad_accum_dtype": "fp16"}, "fp16": {"enabled": True}}, "fp16"),
+    ],
+)
+def test_gradients_are_added_up_in_fp32_unless_told_otherwise(data: dict[str, Any], precision: str) -> None:
+    assert parse(data).gradient_precision == precision
+
+
 def test_a_document_reads_back_as_itself() -> None:
     document, faults = read_document(HUGGING_FACE)
     assert faults == []
@@ -267,9 +282,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "amp is refused: DeepSpeed 0.19 has no Apex AMP any more; write bf16: {enabled: true} or fp16: {enabled: true}",
     ),
     (
-        {"data_types": {"grad_accum_dtype": "fp32"}},
-        "data_types.grad_accum_dtype='fp32' is refused: with fp32 DeepSpeed takes BF16_Optimizer at ZeRO stage 1, "
-        "whose gradient norm is wrong under a pipeline; leave it out",
+        {"data_types": {"grad_accum_dtype": "bf16"}},
+        "data_types.grad_accum_dtype='bf16' does not go with parameters in fp32; write 'fp32'",
+    ),
+    (
+        {"data_types": {"grad_accum_dtype": "fp16"}, **BF16_ON},
+        "data_types.grad_accum_dtype='fp16' does not go with parameters in bf16; write 'fp32' or 'bf16'",
     ),
     (
         {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},

@@ -10,12 +10,15 @@ from harness import run_distributed
 from megalite.distributed import Link, ModelParallelUnit, build_grid, gather_json
 from megalite.layout import Axis, ParallelLayout
 from megalite.pipeline.p2p import Channel
+from megalite.pipeline.placement import Placement
 
 CPU = torch.device("cpu")
 
 
-def group_members(layout: ParallelLayout) -> dict[str, list[int] | None]:
-    grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
+def group_members(layout: ParallelLayout, placement: Placement | None = None) -> dict[str, list[int] | None]:
+    """The members of every group by its name, and of every link by what it carries and where its other end is."""
+    timeout = timedelta(seconds=60)
+    grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timeout, placement=placement)
     unit = ModelParallelUnit(grid)
     assert unit.get_data_parallel_rank() == grid.coordinate.data
     assert unit.get_model_parallel_world_size() == layout.tensor * layout.pipeline
@@ -27,11 +30,8 @@ def group_members(layout: ParallelLayout) -> dict[str, list[int] | None]:
         "model": grid.model,
         "embedding": grid.embedding,
     }
-    links = {
-        end: link.group
-        for end in ("activation_in", "activation_out", "gradient_in", "gradient_out")
-        if (link := getattr(grid.links, end))
-    }
+    links = {f"{kind} from {peer}": link.group for (kind, peer), link in grid.links.incoming.items()}
+    links |= {f"{kind} to {peer}": link.group for (kind, peer), link in grid.links.outgoing.items()}
     assert len({id(group) for group in links.values()}) == len(links), "two directions share a communicator"
     return {name: group and dist.get_process_group_ranks(group) for name, group in (members | links).items()}
 
@@ -53,8 +53,30 @@ def test_groups_are_those_of_the_layout(layout: ParallelLayout) -> None:
         ends = [pipeline[0], pipeline[-1]]
         assert found["embedding"] == (ends if rank in ends else None)
         place = pipeline.index(rank)
-        assert found.get("activation_in") == (list(pipeline[place - 1 : place + 1]) if place else None)
-        assert found.get("gradient_in") == (list(pipeline[place : place + 2]) if rank != pipeline[-1] else None)
+        before, after = pipeline[place - 1 : place + 1], pipeline[place : place + 2]
+        expected = {f"activation from {place - 1}": before, f"gradient to {place - 1}": before} if place else {}
+        if rank != pipeline[-1]:
+            expected |= {f"activation to {place + 1}": after, f"gradient from {place + 1}": after}
+        assert {name: tuple(ranks or ()) for name, ranks in found.items() if " " in name} == expected
+
+
+def test_a_loop_links_its_ends_and_a_v_turns_on_the_last_rank() -> None:
+    layout = ParallelLayout(tensor=1, pipeline=3, data=1)
+    loop = run_distributed(group_members, 3, layout, Placement(3, 2))
+    assert [ranks["embedding"] for ranks in loop] == [[0, 2], None, [0, 2]]
+    v = run_distributed(group_members, 3, layout, Placement(3, 2, "v"))
+    assert [ranks["embedding"] for ranks in v] == [None, None, None], "one rank holds the first stage and the last"
+
+    def links(ranks: dict[str, list[int] | None]) -> list[str]:
+        return sorted(name for name in ranks if " " in name)
+
+    both_ways = ["activation from {0}", "activation to {0}", "gradient from {0}", "gradient to {0}"]
+    assert links(v[0]) == [name.format(1) for name in both_ways]
+    assert links(v[2]) == [name.format(1) for name in both_ways]
+    assert links(v[1]) == sorted(name.format(peer) for name in both_ways for peer in (0, 2))
+    onwards = ["activation from {0}", "activation to {1}", "gradient from {1}", "gradient to {0}"]
+    for rank, ranks in enumerate(loop):
+        assert links(ranks) == sorted(name.format((rank - 1) % 3, (rank + 1) % 3) for name in onwards)
 
 
 def exchange() -> list[float]:
@@ -62,12 +84,12 @@ def exchange() -> list[float]:
     grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
     shape, links = (2, 3), grid.links
 
-    def channel(link: Link | None) -> Channel:
-        assert link is not None
+    def channel(link: Link) -> Channel:
         return Channel(link, shape, torch.float32, CPU)
 
-    incoming = channel(links.gradient_in if grid.is_first_stage else links.activation_in)
-    outgoing = channel(links.activation_out if grid.is_first_stage else links.gradient_out)
+    first = grid.has_first_stage
+    incoming = channel(links.incoming["gradient" if first else "activation", 1 - grid.rank])
+    outgoing = channel(links.outgoing["activation" if first else "gradient", 1 - grid.rank])
     receives = [incoming.receive() for _ in range(4)]
     for number in range(4):
         outgoing.send(torch.full(shape, 10.0 * grid.rank + number))

@@ -61,6 +61,29 @@ def test_gpipe_trains_like_one_process(run_file: Path, corpus: Path, layout: tup
     check(run_file, corpus, layout, "parallel.schedule=gpipe", tied=True)
 
 
+SCHEDULES = {
+    "interleaved": ("parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"),
+    "zb_h1": ("parallel.schedule=zb_h1",),
+    "zb_v": ("parallel.schedule=zb_v", "parallel.virtual_stages=2"),
+}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_every_schedule_trains_like_one_process(
+    run_file: Path, corpus: Path, schedule: tuple[str, ...], tied: bool, stage: int
+) -> None:
+    check(run_file, corpus, (1, 2, 1), f"deepspeed.zero_optimization.stage={stage}", *schedule, tied=tied)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_every_schedule_composes_with_tensor_and_data_parallelism(
+    run_file: Path, corpus: Path, schedule: tuple[str, ...]
+) -> None:
+    check(run_file, corpus, (2, 2, 2), "deepspeed.zero_optimization.stage=3", *schedule, tied=True)
+
+
 def test_uneven_stages_train_like_one_process(run_file: Path, corpus: Path) -> None:
     check(run_file, corpus, (1, 2, 1), "parallel.stage_layers=[3, 1]", tied=True)
 

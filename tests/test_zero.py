@@ -31,17 +31,18 @@ Update = tuple[str, tuple[slice, ...], torch.Tensor]
 
 def norm_and_updates(path: str, overrides: tuple[str, ...]) -> tuple[float, list[Update]]:
     """One step through the engine: the norm it tells, and by how much it moved which slice of which tensor."""
-    from megalite.train import build_stage
+    from megalite.train import build_stages
 
     trainer = build_trainer(path, overrides)
-    before = build_stage(trainer.plan, trainer.grid)
+    before = build_stages(trainer.plan, trainer.grid)
     tensor = trainer.grid.tensor
     norm = trainer.step(1).outcome.grad_norm
     updates: list[Update] = []
-    (stage,) = trainer.engine.stages.values()
-    for (_, after, shards), (_, start, _) in zip(stage.named_shards(), before.named_shards(), strict=True):
-        for shard in place(shards, tensor.rank, tensor.size):
-            updates.append((shard.spec.name, shard.source, (after.detach() - start.detach())[shard.target].clone()))
+    for index, stage in trainer.engine.stages.items():
+        pairs = zip(stage.named_shards(), before[index].named_shards(), strict=True)
+        for (_, after, shards), (_, start, _) in pairs:
+            for shard in place(shards, tensor.rank, tensor.size):
+                updates.append((shard.spec.name, shard.source, (after.detach() - start.detach())[shard.target].clone()))
     return norm, updates
 
 

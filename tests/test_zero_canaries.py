@@ -186,3 +186,54 @@ def norm(path: str, marked: bool) -> float:
 def test_without_marks_stage_3_loses_the_later_stages_from_the_norm(run_file: Path) -> None:
     right, wrong = (run_distributed(norm, 2, str(run_file), marked)[0] for marked in (True, False))
     assert wrong < 0.99 * right
+
+
+WIDE: dict[str, Any] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def optimizer_of_wide_gradients(stage: int) -> str:
+    engine, _ = initialise(stage, **WIDE)
+    return type(engine.optimizer).__name__
+
+
+def test_gradients_in_fp32_at_stage_1_in_bf16_mean_another_optimizer() -> None:
+    """Which cannot coalesce, and whose norm is wrong under a pipeline: `ZeroEngine` runs stage 2 there."""
+    assert run_distributed(optimizer_of_wide_gradients, 1, 1) == ["BF16_Optimizer"]
+    assert run_distributed(optimizer_of_wide_gradients, 1, 2) == ["DeepSpeedZeroOptimizer"]
+
+
+def dtypes_on_the_way(stage: int) -> list[torch.dtype]:
+    engine, _ = initialise(stage, **WIDE)
+    ways = [engine.communication_data_type, *engine.optimizer.ipg_buckets]
+    return ways if stage == 3 else [*ways, engine.optimizer._gradient_reduction_buffer_dtype()]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_in_fp32_travel_in_the_parameters_precision(stage: int) -> None:
+    assert set(run_distributed(dtypes_on_the_way, 1, stage)[0]) == {torch.bfloat16}
+
+
+def bucket_of_wide_gradients() -> torch.dtype:
+    engine, _ = initialise(2, communication_data_type="fp32", **WIDE)
+    return engine.optimizer._gradient_reduction_buffer_dtype()
+
+
+def test_stage_2_rounds_gradients_in_its_bucket_even_where_they_travel_in_fp32() -> None:
+    assert run_distributed(bucket_of_wide_gradients, 1) == [torch.bfloat16]
+
+
+def gradient_of_a_parameter_at_rest() -> str:
+    # The smallest are never taken apart, unless told so.
+    _, model = initialise(3, zero={"stage3_param_persistence_threshold": 0})
+    weight = cast(Any, next(model.parameters()))
+    try:
+        weight.grad = torch.ones(weight.ds_shape)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_parameter_at_rest_at_stage_3_takes_no_gradient_of_its_shape() -> None:
+    assert (
+        "gradient of size '[8, 8]' to a tensor of size '[0]'" in run_distributed(gradient_of_a_parameter_at_rest, 2)[0]
+    )

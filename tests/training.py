@@ -54,7 +54,9 @@ def build_trainer(
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan = prepare(Path(path), overrides, world_size)
-    grid = build_grid(plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60))
+    grid = build_grid(
+        plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60), placement=plan.placement
+    )
     return Trainer(plan, grid, open_datasets(plan.config), reached=reached)
 
 

@@ -13,14 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megalite.checkpoint.boxes import Box
-from megalite.checkpoint.safetensors_file import FileRecord
+from megalite.checkpoint.safetensors_file import ENCODINGS, FileRecord
 from megalite.errors import UserError
+from megalite.faults import validation_lines
 
 FORMAT = "megalite checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = tuple(ENCODINGS)
 _LONGEST_NAME = 200
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 """What is stored of a parameter: a tensor is named ``KIND/NAME``."""
@@ -96,7 +97,8 @@ class Manifest:
             raise UserError(f"{path}: cannot be read: {error.strerror}; give a folder step_N") from error
         except (ValueError, RecursionError) as error:
             if isinstance(error, ValidationError):
-                raise UserError(_validation_message(path, error)) from error
+                told = validation_lines(error)[0]
+                raise UserError(f"{path}: {told}; the checkpoint is broken, use another") from error
             raise UserError(f"{path}: is no JSON: {error}; the checkpoint is broken, use another") from error
         manifest._check(path)
         return manifest
@@ -122,12 +124,6 @@ class Manifest:
                     f"{path}: the chunks in {name} hold {elements:,} elements, more than there are in its "
                     f"{self.files[name].bytes:,} bytes; the checkpoint is broken, use another"
                 )
-
-
-def _validation_message(path: Path, error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(map(str, first["loc"])) or "the file"
-    return f"{path}: {where}: {first['msg']}; the checkpoint is broken, use another"
 
 
 def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, FileRecord]) -> None:

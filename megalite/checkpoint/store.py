@@ -63,8 +63,8 @@ def discard(folder: Path) -> None:
         shutil.rmtree(temporary(folder))
 
 
-def write_rank(folder: Path, rank: int, parts: Sequence[Part]) -> int:
-    """Write this rank's parts and, once they are on the disk, the record that says so; return the bytes written."""
+def write_rank(folder: Path, rank: int, parts: Sequence[Part]) -> None:
+    """Write this rank's parts and, once they are on the disk, the record that says so."""
     growing, file = temporary(folder), f"rank_{rank:05d}.safetensors"
     keys = [f"{part.name}@{','.join(map(str, part.box.offset))}" for part in parts]
     shapes = {key: part.box.shape for key, part in zip(keys, parts, strict=True)}
@@ -77,7 +77,6 @@ def write_rank(folder: Path, rank: int, parts: Sequence[Part]) -> int:
         tensors[part.name] = StoredTensor(part.global_shape, "F32", chunks)
     told = _Record(file, record, tensors)
     write_whole(growing / f"rank_{rank:05d}.json", json.dumps(asdict(told)).encode())
-    return record.bytes
 
 
 def finish(

@@ -10,7 +10,7 @@ from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.companions import companions_among
 from megalite.checkpoint.differences import difference_table, shape_differences
 from megalite.checkpoint.huggingface.reader import HuggingFaceWeights, is_hugging_face
-from megalite.checkpoint.manifest import MANIFEST
+from megalite.checkpoint.manifest import KINDS, MANIFEST
 from megalite.checkpoint.megatron.collection import checkpoint_folder
 from megalite.checkpoint.megatron.weights import MegatronWeights
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
@@ -18,7 +18,7 @@ from megalite.checkpoint.shapes import weight_shapes
 from megalite.config import ModelConfig, read_model
 from megalite.errors import UserError
 
-WEIGHT = "weight/"
+WEIGHT = f"{KINDS[0]}/"
 """How the names of weights begin in a checkpoint; optimizer state has the optimizer's names for it."""
 
 

@@ -23,6 +23,8 @@ from megalite.config.yaml12 import Dumper
 from megalite.deepspeed_json import DeepSpeedSettings, Precision
 from megalite.faults import TEXT, Fault, Origin, alternatives, report, show
 from megalite.layout import ParallelLayout
+from megalite.pipeline.placement import Placement
+from megalite.pipeline.schedule import placement, refusal
 
 
 class RunConfig(Section, frozen=True):
@@ -66,6 +68,11 @@ class RunConfig(Section, frozen=True):
     def layout(self) -> ParallelLayout:
         """The grid of ranks."""
         return ParallelLayout(self.parallel.tensor, self.parallel.pipeline, self._data_size)
+
+    @property
+    def placement(self) -> Placement:
+        """Which pipeline rank holds which stages."""
+        return placement(self.parallel.schedule, self.parallel.pipeline, self.parallel.virtual_stages)
 
     @property
     def gradient_accumulation_steps(self) -> int:
@@ -148,10 +155,8 @@ def _fit_faults(config: RunConfig, world_size: int | None, vocab_size: int | Non
     yield from _vocabulary_faults(config.model, vocab_size)
     yield from _tensor_faults(config.model, config.parallel.tensor)
     yield from _pipeline_faults(config.model, config.parallel)
-    if found := list(_world_faults(config.layout, world_size)):
-        yield from found
-    else:
-        yield from _batch_faults(config.train, config.layout.data)
+    found = list(_world_faults(config.layout, world_size)) or list(_batch_faults(config.train, config.layout.data))
+    yield from found or _schedule_faults(config)
     if config.data.sequence_length > config.model.max_position_embeddings:
         positions = config.model.max_position_embeddings
         text = f"={config.data.sequence_length} is longer than model.max_position_embeddings={positions}"
@@ -192,16 +197,36 @@ def _tensor_rule(model: ModelConfig, tensor: int) -> str | None:
 
 
 def _pipeline_faults(model: ModelConfig, parallel: ParallelSection) -> Iterator[Fault]:
-    layers, stages = model.num_hidden_layers, parallel.pipeline
-    if stages > layers:
-        text = f"={stages} is more than model.num_hidden_layers={layers}; use at most {layers}"
+    layers, stages = model.num_hidden_layers, parallel.pipeline * parallel.virtual_stages
+    product = "parallel.pipeline" if parallel.virtual_stages == 1 else "parallel.pipeline x parallel.virtual_stages"
+    if parallel.pipeline > layers:
+        text = f"={parallel.pipeline} is more than model.num_hidden_layers={layers}; use at most {layers}"
         yield Fault(("parallel", "pipeline"), text)
+    elif stages > layers:
+        most = layers // parallel.pipeline
+        text = f"={parallel.virtual_stages} x parallel.pipeline={parallel.pipeline} is {stages} stages, more than"
+        yield Fault(("parallel", "virtual_stages"), f"{text} model.num_hidden_layers={layers}; use at most {most}")
     elif parallel.stage_layers is not None:
         given = parallel.stage_layers
         if len(given) != stages or sum(given) != layers:
             text = f"={show(given)} is {len(given)} stages of {sum(given)} layers"
-            allowed = f"write parallel.pipeline={stages} numbers that sum to model.num_hidden_layers={layers}"
+            allowed = f"write {product}={stages} numbers that sum to model.num_hidden_layers={layers}"
             yield Fault(("parallel", "stage_layers"), f"{text}; {allowed}")
+
+
+def _schedule_faults(config: "RunConfig") -> Iterator[Fault]:
+    """Find batches, those of a ramp-up too, whose microbatches the schedule cannot run."""
+    parallel, train = config.parallel, config.train
+    ramp = train.batch_size_rampup
+    sizes = range(train.global_batch_size, train.global_batch_size + 1)
+    if ramp is not None:
+        sizes = range(ramp.start, train.global_batch_size + 1, ramp.increment)
+    for size in sizes:
+        microbatches = size // (train.micro_batch_size * config.layout.data)
+        if found := refusal(parallel.schedule, parallel.pipeline, parallel.virtual_stages, microbatches):
+            key, _, rest = found.partition("=")
+            yield Fault(tuple(key.split(".")), f"={rest}")
+            return
 
 
 def _world_faults(layout: ParallelLayout, world_size: int | None) -> Iterator[Fault]:

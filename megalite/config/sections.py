@@ -23,8 +23,9 @@ from megalite.config.base import (
 )
 from megalite.deepspeed_json import AdamW
 from megalite.faults import BETAS, FLAG, POSITIVE, Fault, alternatives, choice, number, show, whole
+from megalite.pipeline.schedule import SCHEDULES
 
-SCHEDULE = only(choice("1f1b", "gpipe", "interleaved_1f1b", "zb_h1"), "1f1b", "gpipe")
+SCHEDULE = choice(*SCHEDULES)
 CURVE = choice("cosine", "linear", "constant", "wsd")
 LAYERS = whole(1, 10_000)
 ON_ERROR = choice("stop", "continue")
@@ -193,11 +194,12 @@ class ParallelSection(Section, frozen=True):
     pipeline: Count = 1
     data: Annotated[int | Literal["auto"], COUNT_OR_AUTO] = "auto"
     """"auto": as many replicas as the ranks allow."""
-    schedule: Annotated[Literal["gpipe", "1f1b"], SCHEDULE] = "1f1b"
-    virtual_stages: Annotated[int, only(COUNT, 1)] = 1
+    schedule: Annotated[str, SCHEDULE] = "1f1b"
+    virtual_stages: Count = 1
+    """Stages that a pipeline rank holds: 2 or more for interleaved_1f1b, 2 for zb_v, else 1."""
     sequence_parallel: Annotated[bool, only(FLAG, False)] = False
     stage_layers: Annotated[tuple[int, ...], COUNTS] | None = None
-    """Layers of each pipeline stage; evenly shared unless given."""
+    """Layers of each pipeline stage, virtual ones too, in the model's order; evenly shared unless given."""
 
 
 class OptimizerSection(Section, frozen=True):

@@ -225,12 +225,15 @@ class IndexedDataset:
         path = with_suffix(self.prefix, ".json")
         if not path.is_file():
             return None
-        from pydantic import TypeAdapter, ValidationError  # not before a sidecar is read: preprocess reads none
+        # Not before a sidecar is read: preprocess reads none.
+        from pydantic import TypeAdapter, ValidationError
+
+        from megalite.faults import validation_lines
 
         try:
             sidecar = TypeAdapter(DatasetSidecar).validate_json(path.read_bytes())
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the file'}: {e['msg']}" for e in error.errors())
+            wrong = "; ".join(validation_lines(error))
             raise UserError(f"{path}: {wrong}; remove it, or preprocess again") from error
         if (sidecar.num_tokens, sidecar.num_documents) != (self.num_tokens, self.num_documents):
             raise UserError(

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 
+from megalite.checkpoint.manifest import PRECISIONS
 from megalite.checkpoint.weights import Weights, open_weights
 from megalite.config import tensor_size_fault
 from megalite.errors import UserError
 from megalite.generation.prompts import Prompt
 from megalite.generation.vocabulary import Vocabulary, open_vocabulary
-
-PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, slots=True)

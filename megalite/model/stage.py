@@ -12,10 +12,12 @@ from megalite.config import GPT2Config, ModelConfig, RotaryConfig
 from megalite.model.cache import KeyValueCache
 from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group, gather_from_group
+from megalite.tensor_parallel.collectives import TensorGroup, gather_from_group
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megalite.tensor_parallel.deferral import WeightGradients
 from megalite.tensor_parallel.initialisation import initialise_parameter
 from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
+from megalite.tensor_parallel.linear import linear
 from megalite.tensor_parallel.sharding import ShardSpec, place
 
 TOKEN_TABLE = "embedding.tokens.weight"
@@ -69,7 +71,7 @@ class Head(ShardedModule):
         return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
 
     def _local_logits(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(copy_to_group(x, self.group), self.weight)
+        return linear(x, self.weight, entered=self.group, weight_gradients=self.weight_gradients)
 
 
 class Stage(nn.Module):
@@ -78,10 +80,22 @@ class Stage(nn.Module):
     ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``;
     on the last it takes the targets too and returns the mean loss, or with `loss_weights` ``[B, S]``, fp32, the sum of
     the losses, each times its weight. `packing` goes to every stage.
+
+    Where one rank holds the first stage and the last, `table` is the first one's `tied_table`, for the last to share;
+    it stays a parameter of the first.
+
+    A backward inside ``weight_gradients.collecting()`` leaves the gradients of the linear layers' weights for later.
     """
 
     def __init__(
-        self, config: ModelConfig, layers: Sequence[int], *, index: int, num_stages: int, group: TensorGroup
+        self,
+        config: ModelConfig,
+        layers: Sequence[int],
+        *,
+        index: int,
+        num_stages: int,
+        group: TensorGroup,
+        table: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.index, self.num_stages, self.group = index, num_stages, group
@@ -91,13 +105,17 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict({str(layer): Block(config, group, rotary) for layer in layers})
         self.final_norm = make_norm(config) if last else None
         self.tied = config.tie_word_embeddings
-        shared = self.embedding.tokens.weight if self.embedding is not None and self.tied else None
+        shared = table if self.tied_table is None else self.tied_table
         self.head = Head(config, group, tied=shared) if last else None
+        self.weight_gradients = WeightGradients()
+        for module in self.modules():
+            if isinstance(module, ShardedModule):
+                module.weight_gradients = self.weight_gradients
         self._std = config.initializer_range
         # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
         # Now, while every parameter has its shape: ZeRO-3 takes it away.
-        self._shards = tuple(parameter_shards(self))
+        self._shards = tuple(held for held in parameter_shards(self) if held[1] is not table)
 
     def forward(
         self,
@@ -137,13 +155,16 @@ class Stage(nn.Module):
         return next(self.parameters()).dtype
 
     @property
+    def tied_table(self) -> nn.Parameter | None:
+        """The embedding's token table where a head shares it."""
+        return self.embedding.tokens.weight if self.embedding is not None and self.tied else None
+
+    @property
     def tied_copy(self) -> nn.Parameter | None:
         """The token table that another stage holds too; None where there is none, or only one."""
         if not self.tied or self.num_stages == 1:
             return None
-        if self.embedding is not None:
-            return self.embedding.tokens.weight
-        return self.head.weight if self.head is not None else None
+        return self.head.weight if self.head is not None else self.tied_table
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
         """Yield (local name, parameter, shards with global names) of each parameter; a tied head bears the table's."""

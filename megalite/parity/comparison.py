@@ -47,7 +47,7 @@ def verify_layout(plan: Plan, environment: LaunchEnvironment) -> Finding:
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    with process_grid(plan.layout, environment.rank, device=device, timeout=timeout) as grid:
+    with process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid:
         datasets = open_datasets(plan.config)
         reference = Reference(plan, datasets, device) if grid.rank == 0 else None
         trainer = Trainer(plan, grid, datasets)

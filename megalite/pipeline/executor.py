@@ -1,7 +1,8 @@
 """Runs an instruction stream on one rank. It knows no schedule: what the stream says is what happens, in that order."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,15 +13,21 @@ from megalite.distributed import Links
 from megalite.model.packing import PackedDocuments
 from megalite.pipeline.instructions import (
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Instruction,
+    Receive,
     ReceiveActivation,
     ReceiveGradient,
+    Send,
     SendActivation,
     SendGradient,
 )
 from megalite.pipeline.p2p import Channel, PendingReceive
+from megalite.pipeline.placement import Placement
 from megalite.pipeline.timeline import Span
+from megalite.tensor_parallel.deferral import DeferredProducts
 
 
 class StageEngine(Protocol):
@@ -37,6 +44,14 @@ class StageEngine(Protocol):
 
     def backward(self, scalar: Tensor) -> None:
         """Differentiate a scalar, with the loss scale where there is one, into the parameters' gradients."""
+        ...
+
+    def deferring(self, stage: int) -> AbstractContextManager[DeferredProducts]:
+        """While it is open, a backward of the stage puts its weight gradients off."""
+        ...
+
+    def run_deferred(self, products: DeferredProducts) -> None:
+        """Compute weight gradients that were put off, and add them to the others."""
         ...
 
 
@@ -88,17 +103,16 @@ class PipelineExecutor:
         engine: StageEngine,
         links: Links,
         *,
+        placement: Placement,
         rank: int,
-        num_stages: int,
-        activation_shape: tuple[int, int, int],
+        activation_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.engine, self.rank, self.num_stages, self.device = engine, rank, num_stages, device
-        ends = ("activation_in", "activation_out", "gradient_in", "gradient_out")
-        self._channels = {
-            end: Channel(link, activation_shape, dtype, device) for end in ends if (link := getattr(links, end))
-        }
+        """Build the executor of pipeline rank `rank`."""
+        self.engine, self.placement, self.rank, self.device = engine, placement, rank, device
+        self.incoming = {end: Channel(link, activation_shape, dtype, device) for end, link in links.incoming.items()}
+        self.outgoing = {end: Channel(link, activation_shape, dtype, device) for end, link in links.outgoing.items()}
 
     def run(
         self, stream: Sequence[Instruction], microbatches: Sequence[Microbatch], *, record: bool = False
@@ -110,86 +124,125 @@ class PipelineExecutor:
         return _Run(self, microbatches, record).execute(stream)
 
 
+Key = tuple[int, int]
+"""A stage and a microbatch."""
+
+
 class _Run:
     """The state of one stream under way: what was received and computed and is not used up yet."""
 
     def __init__(self, executor: PipelineExecutor, microbatches: Sequence[Microbatch], record: bool) -> None:
         self.executor, self.microbatches, self.record = executor, microbatches, record
-        self.channels: Mapping[str, Channel] = executor._channels
-        self.receiving: dict[tuple[type[Instruction], int, int], PendingReceive] = {}
-        self.inputs: dict[tuple[int, int], Tensor] = {}
-        self.outputs: dict[tuple[int, int], Tensor] = {}
+        self.placement = executor.placement
+        self.last_stage = executor.placement.num_stages - 1
+        self.receiving: dict[Receive, PendingReceive] = {}
+        self.passed_on: dict[Key, Tensor] = {}
+        """Outputs that the next stage has not got yet."""
+        self.inputs: dict[Key, Tensor] = {}
+        """Inputs whose gradient the stage before has not got yet."""
+        self.outputs: dict[Key, Tensor] = {}
+        """Outputs, with their graph, that wait for their backward."""
+        self.deferred: dict[Key, DeferredProducts] = {}
         self.losses: list[Tensor] = []
         self.spans: list[Span] = []
         self.began = time.perf_counter()
 
     def execute(self, stream: Sequence[Instruction]) -> StepResult:
-        trains = any(isinstance(instruction, Backward) for instruction in stream)
+        trains = any(isinstance(instruction, Backward | BackwardInput) for instruction in stream)
         with torch.set_grad_enabled(trains):
             for instruction in stream:
                 self._execute(instruction)
-        for channel in self.channels.values():
+        for channel in self.executor.outgoing.values():
             channel.flush()
-        assert not self.receiving
+        left = (self.receiving, self.passed_on, self.inputs, self.outputs, self.deferred)
+        assert not any(left), left
         loss = torch.stack(self.losses).sum() if self.losses else None
         return StepResult(loss, tuple(self.spans))
 
     def _execute(self, instruction: Instruction) -> None:
         key = (instruction.stage, instruction.microbatch)
         match instruction:
-            case ReceiveActivation():
-                self.receiving[ReceiveActivation, *key] = self.channels["activation_in"].receive()
-            case ReceiveGradient():
-                self.receiving[ReceiveGradient, *key] = self.channels["gradient_in"].receive()
+            case Receive():
+                self.receiving[instruction] = self._channel(instruction).receive()
+            case SendActivation():
+                self._channel(instruction).send(self.passed_on.pop(key))
+            case SendGradient():
+                self._channel(instruction).send(self._input_gradient(key))
             case Forward():
                 self._forward(instruction)
-            case SendActivation():
-                output = self.outputs[key]
-                self.channels["activation_out"].send(output)
-                if not output.requires_grad:  # evaluation: nothing comes back for it
-                    del self.outputs[key]
-            case Backward():
+            case Backward() | BackwardInput():
                 self._backward(instruction)
-            case SendGradient():
-                gradient = self.inputs.pop(key).grad
-                assert gradient is not None
-                self.channels["gradient_out"].send(gradient)
+            case BackwardWeight():
+                started = self._clock()
+                self.executor.engine.run_deferred(self.deferred.pop(key))
+                self._note(instruction, started)
             case _:
                 raise NotImplementedError(f"no way to execute {instruction}")
 
+    def _channel(self, message: Send | Receive) -> Channel:
+        ends = self.executor.outgoing if isinstance(message, Send) else self.executor.incoming
+        return ends[message.kind, self.placement.rank_of(message.counterpart.stage)]
+
     def _forward(self, at: Forward) -> None:
         key, batch = (at.stage, at.microbatch), self.microbatches[at.microbatch]
-        if at.stage == 0:
-            assert batch.ids is not None
-            inputs = batch.ids
-        else:
-            inputs = self.receiving.pop((ReceiveActivation, *key)).wait()
-            if torch.is_grad_enabled():
-                self.inputs[key] = inputs.requires_grad_()
+        inputs = self._stage_input(key)
         started = self._clock()
         output = self.executor.engine.forward(at.stage, inputs, batch.targets, batch.packing, batch.loss_weights)
-        if at.stage == self.executor.num_stages - 1:
+        if at.stage < self.last_stage:
+            self.passed_on[key] = output.detach()
+        else:
             if batch.loss_weights is None:
                 output = output / len(self.microbatches)
             self.losses.append(output.detach())
-            if not output.requires_grad:
-                self._note(at, started)
-                return
-        self.outputs[key] = output
+        if torch.is_grad_enabled():
+            self.outputs[key] = output
         self._note(at, started)
 
-    def _backward(self, at: Backward) -> None:
-        key = (at.stage, at.microbatch)
-        output = self.outputs.pop(key)
-        if at.stage == self.executor.num_stages - 1:
-            started = self._clock()
-            self.executor.engine.backward(output)
+    def _stage_input(self, key: Key) -> Tensor:
+        """Return what a stage reads: tokens, or what the stage before made, here or on another rank."""
+        stage, microbatch = key
+        if stage == 0:
+            ids = self.microbatches[microbatch].ids
+            assert ids is not None
+            return ids
+        if self._is_here(stage - 1):
+            inputs = self.passed_on.pop((stage - 1, microbatch))
         else:
-            gradient = self.receiving.pop((ReceiveGradient, *key)).wait()
+            inputs = self.receiving.pop(ReceiveActivation(*key)).wait()
+        if torch.is_grad_enabled():
+            self.inputs[key] = inputs.requires_grad_()
+        return inputs
+
+    def _backward(self, at: Backward | BackwardInput) -> None:
+        key, engine = (at.stage, at.microbatch), self.executor.engine
+        scalar = self.outputs.pop(key)
+        if at.stage < self.last_stage:
+            gradient = self._output_gradient(key)
             started = self._clock()
-            scalar: Tensor = _BackwardFrom.apply(output, gradient)  # pyright: ignore[reportAssignmentType]
-            self.executor.engine.backward(scalar)
+            scalar: Tensor = _BackwardFrom.apply(scalar, gradient)  # pyright: ignore[reportAssignmentType]
+        else:
+            started = self._clock()
+        if isinstance(at, Backward):
+            engine.backward(scalar)
+        else:
+            with engine.deferring(at.stage) as self.deferred[key]:
+                engine.backward(scalar)
         self._note(at, started)
+
+    def _output_gradient(self, key: Key) -> Tensor:
+        """Return the gradient of a stage's output: what the stage after found for its input."""
+        stage, microbatch = key
+        if self._is_here(stage + 1):
+            return self._input_gradient((stage + 1, microbatch))
+        return self.receiving.pop(ReceiveGradient(*key)).wait()
+
+    def _input_gradient(self, key: Key) -> Tensor:
+        gradient = self.inputs.pop(key).grad
+        assert gradient is not None
+        return gradient
+
+    def _is_here(self, stage: int) -> bool:
+        return self.placement.rank_of(stage) == self.executor.rank
 
     def _clock(self) -> float:
         if not self.record:

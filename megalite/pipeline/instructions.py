@@ -4,12 +4,15 @@ An instruction names its stage and its microbatch and nothing else: no buffers, 
 stage, code, microbatch (``2F0``: stage 2 runs the forward of microbatch 0) and `parse` reads that back.
 
 Messages carry no tags either. The k-th send from one rank to another meets the k-th receive posted there, activations
-and gradients counted apart, so the order of a stream is the whole protocol.
+and gradients counted apart, so the order of a stream is the whole protocol. Between two neighbouring stages of one rank
+there is no message: the rank hands the tensor over to itself.
 """
 
 import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+from megalite.pipeline.placement import Placement
 
 Kind = Literal["activation", "gradient"]
 
@@ -34,13 +37,28 @@ class Instruction:
 class Compute(Instruction):
     """An instruction that keeps the device busy."""
 
-    def receive(self, num_stages: int) -> "Receive | None":
-        """Return the receive this waits for, or None where the stage needs nothing from a neighbour."""
+    def takes(self, num_stages: int) -> "Receive | None":
+        """Return what this needs from the neighbouring stage, named as its receive; None where it needs nothing."""
         raise NotImplementedError
 
-    def send(self, num_stages: int) -> "Send | None":
-        """Return the send that passes the result on, or None where it stays on the stage."""
+    def makes(self, num_stages: int) -> "Send | None":
+        """Return what this makes for the neighbouring stage, named as its send; None where the result stays."""
         raise NotImplementedError
+
+    def receive(self, placement: Placement) -> "Receive | None":
+        """Return the receive this waits for; None where it needs nothing, or a neighbour on its own rank has it."""
+        needed = self.takes(placement.num_stages)
+        return needed if needed and placement.crosses(needed.stage, needed.counterpart.stage) else None
+
+    def send(self, placement: Placement) -> "Send | None":
+        """Return the send that passes the result on; None where it stays on the rank."""
+        made = self.makes(placement.num_stages)
+        return made if made and placement.crosses(made.stage, made.counterpart.stage) else None
+
+    def hand_over(self, placement: Placement) -> "Receive | None":
+        """Return the receive that the result stands in for on this rank; None unless the neighbour is on it too."""
+        made = self.makes(placement.num_stages)
+        return made.counterpart if made and self.send(placement) is None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +68,8 @@ class Send(Instruction):
     kind: ClassVar[Kind]
 
     @property
-    def source(self) -> Compute:
-        """The compute instruction that makes what is sent."""
+    def sources(self) -> tuple[Compute, ...]:
+        """The compute instructions of which any one makes what is sent."""
         raise NotImplementedError
 
     @property
@@ -78,22 +96,35 @@ class Forward(Compute):
 
     x = tokens[microbatch] if stage == 0 else wait(ReceiveActivation(stage, microbatch))
     y = layers(x)                              # the last stage: the loss, divided by the number of microbatches
-    keep x and y until Backward(stage, microbatch)
+    keep x and y until Backward or BackwardInput(stage, microbatch)
     """
 
     code: ClassVar[str] = "F"
 
-    def receive(self, num_stages: int) -> "ReceiveActivation | None":
-        """Return the receive of the stage's input; None on the first stage, which reads tokens."""
+    def takes(self, num_stages: int) -> "ReceiveActivation | None":
+        """Return the stage's input; None on the first stage, which reads tokens."""
         return ReceiveActivation(self.stage, self.microbatch) if self.stage > 0 else None
 
-    def send(self, num_stages: int) -> "SendActivation | None":
-        """Return the send of the stage's output; None on the last stage, which ends in the loss."""
+    def makes(self, num_stages: int) -> "SendActivation | None":
+        """Return the stage's output; None on the last stage, which ends in the loss."""
         return SendActivation(self.stage, self.microbatch) if self.stage < num_stages - 1 else None
 
 
 @dataclass(frozen=True, slots=True)
-class Backward(Compute):
+class _GivesInputGradient(Compute):
+    """What `Backward` and `BackwardInput` share: they take the output's gradient and make the input's."""
+
+    def takes(self, num_stages: int) -> "ReceiveGradient | None":
+        """Return the output's gradient; None on the last stage, which starts from the loss."""
+        return ReceiveGradient(self.stage, self.microbatch) if self.stage < num_stages - 1 else None
+
+    def makes(self, num_stages: int) -> "SendGradient | None":
+        """Return the input's gradient; None on the first stage, whose input is tokens."""
+        return SendGradient(self.stage, self.microbatch) if self.stage > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Backward(_GivesInputGradient):
     """Run the stage's layers backwards, for their weights and their input. Roughly::
 
     dy = 1 if stage is the last else wait(ReceiveGradient(stage, microbatch))
@@ -103,29 +134,51 @@ class Backward(Compute):
 
     code: ClassVar[str] = "B"
 
-    def receive(self, num_stages: int) -> "ReceiveGradient | None":
-        """Return the receive of the output's gradient; None on the last stage, which starts from the loss."""
-        return ReceiveGradient(self.stage, self.microbatch) if self.stage < num_stages - 1 else None
 
-    def send(self, num_stages: int) -> "SendGradient | None":
-        """Return the send of the input's gradient; None on the first stage, whose input is tokens."""
-        return SendGradient(self.stage, self.microbatch) if self.stage > 0 else None
+@dataclass(frozen=True, slots=True)
+class BackwardInput(_GivesInputGradient):
+    """Run the stage's layers backwards for their input alone: what the stage before waits for (arXiv:2401.10241).
+    Roughly::
+
+    dy = 1 if stage is the last else wait(ReceiveGradient(stage, microbatch))
+    y.backward(dy), each weight's product (its input, its output's gradient) put aside for BackwardWeight
+    keep x.grad for SendGradient(stage, microbatch); drop x and y
+    """
+
+    code: ClassVar[str] = "I"
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardWeight(Compute):
+    """Multiply out the weight gradients that `BackwardInput` put aside; nobody waits for them. Roughly::
+
+    for weight, input, dy in what BackwardInput(stage, microbatch) put aside:
+        weight.grad += dy.T @ input            # and drop both
+    """
+
+    code: ClassVar[str] = "W"
+
+    def takes(self, num_stages: int) -> None:
+        """Take nothing: all that is needed lies on the stage."""
+
+    def makes(self, num_stages: int) -> None:
+        """Make nothing for another stage: weight gradients stay."""
 
 
 @dataclass(frozen=True, slots=True)
 class SendActivation(Send):
     """Start sending the stage's output to the next stage. Roughly::
 
-    isend(y.detach(), to=stage + 1)            # over the link's activation communicator; y stays alive until sent
+    isend(y.detach(), to=rank_of(stage + 1))   # over the link's activation communicator; y stays alive until sent
     """
 
     code: ClassVar[str] = "SA"
     kind: ClassVar[Kind] = "activation"
 
     @property
-    def source(self) -> Forward:
+    def sources(self) -> tuple[Forward]:
         """The forward whose output is sent."""
-        return Forward(self.stage, self.microbatch)
+        return (Forward(self.stage, self.microbatch),)
 
     @property
     def counterpart(self) -> "ReceiveActivation":
@@ -138,7 +191,7 @@ class ReceiveActivation(Receive):
     """Post the receive of the stage's input from the previous stage. Roughly::
 
     x = empty(microbatch, sequence, hidden)
-    irecv(x, from=stage - 1)                   # over the link's activation communicator; no waiting here
+    irecv(x, from=rank_of(stage - 1))          # over the link's activation communicator; no waiting here
     """
 
     code: ClassVar[str] = "RA"
@@ -154,16 +207,16 @@ class ReceiveActivation(Receive):
 class SendGradient(Send):
     """Start sending the gradient of the stage's input to the previous stage. Roughly::
 
-    isend(x.grad, to=stage - 1)                # over the link's gradient communicator; x.grad stays alive until sent
+    isend(x.grad, to=rank_of(stage - 1))       # over the link's gradient communicator; x.grad stays alive until sent
     """
 
     code: ClassVar[str] = "SG"
     kind: ClassVar[Kind] = "gradient"
 
     @property
-    def source(self) -> Backward:
-        """The backward whose input gradient is sent."""
-        return Backward(self.stage, self.microbatch)
+    def sources(self) -> tuple[Backward, BackwardInput]:
+        """The backward, whole or of the input alone, whose input gradient is sent."""
+        return Backward(self.stage, self.microbatch), BackwardInput(self.stage, self.microbatch)
 
     @property
     def counterpart(self) -> "ReceiveGradient":
@@ -176,7 +229,7 @@ class ReceiveGradient(Receive):
     """Post the receive of the gradient of the stage's output from the next stage. Roughly::
 
     dy = empty_like(y)
-    irecv(dy, from=stage + 1)                  # over the link's gradient communicator; no waiting here
+    irecv(dy, from=rank_of(stage + 1))         # over the link's gradient communicator; no waiting here
     """
 
     code: ClassVar[str] = "RG"
@@ -189,7 +242,17 @@ class ReceiveGradient(Receive):
 
 
 _BY_CODE: dict[str, type[Instruction]] = {
-    kind.code: kind for kind in (Forward, Backward, SendActivation, ReceiveActivation, SendGradient, ReceiveGradient)
+    kind.code: kind
+    for kind in (
+        Forward,
+        Backward,
+        BackwardInput,
+        BackwardWeight,
+        SendActivation,
+        ReceiveActivation,
+        SendGradient,
+        ReceiveGradient,
+    )
 }
 _PATTERN = re.compile(rf"(0|[1-9][0-9]*)({'|'.join(_BY_CODE)})(0|[1-9][0-9]*)")
 

@@ -11,7 +11,17 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from megalite.pipeline.instructions import Backward, Compute, Forward, Instruction, Kind, Receive, Send
+from megalite.pipeline.instructions import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Compute,
+    Forward,
+    Instruction,
+    Kind,
+    Receive,
+    Send,
+)
 from megalite.pipeline.timeline import Span, Timeline, Unit
 
 
@@ -31,11 +41,13 @@ class CrossedMessages(ScheduleError):
 class Cost:
     """How long things take, in `unit`: one number for all stages, or a tuple with one for each.
 
-    The default is the textbook's: a forward takes 1, a backward 2, messages nothing.
+    The default is the textbook's: a forward takes 1, a backward 2, each of its halves 1, messages nothing.
     """
 
     forward: float | tuple[float, ...] = 1.0
     backward: float | tuple[float, ...] = 2.0
+    backward_input: float | tuple[float, ...] = 1.0
+    backward_weight: float | tuple[float, ...] = 1.0
     send: float | tuple[float, ...] = 0.0
     unit: Unit = "forward"
 
@@ -46,6 +58,10 @@ class Cost:
                 cost = self.forward
             case Backward():
                 cost = self.backward
+            case BackwardInput():
+                cost = self.backward_input
+            case BackwardWeight():
+                cost = self.backward_weight
             case Send():
                 cost = self.send
             case _:
@@ -54,7 +70,10 @@ class Cost:
 
 
 def measured_cost(timeline: Timeline) -> Cost:
-    """Return the median forward and backward of each stage of a measured timeline, with messages that take no time.
+    """Return the median time of each kind of compute on each stage of a measured timeline; messages take no time.
+
+    Where a stage ran its backwards only whole, or only in halves, the other is filled in: a whole is the sum of its
+    halves, and a half, which nothing tells apart, half of the whole.
 
     Simulated with it, the same schedule shows what its order and the uneven stages cost; whatever the measured step
     idles beyond that, it spent waiting for messages.
@@ -62,11 +81,18 @@ def measured_cost(timeline: Timeline) -> Cost:
     durations: dict[tuple[type[Instruction], int], list[float]] = defaultdict(list)
     for span in timeline.compute:
         durations[type(span.instruction), span.instruction.stage].append(span.end - span.start)
-    stages = range(1 + max((stage for _, stage in durations), default=-1))
-    forward, backward = (
-        tuple(median(durations.get((kind, stage), [0.0])) for stage in stages) for kind in (Forward, Backward)
+    known = {of: median(times) for of, times in durations.items()}
+    stages = range(1 + max((stage for _, stage in known), default=-1))
+    for stage in stages:
+        whole = known.get((Backward, stage))
+        for half in (BackwardInput, BackwardWeight):
+            known.setdefault((half, stage), 0.0 if whole is None else whole / 2)
+        known.setdefault((Backward, stage), known[BackwardInput, stage] + known[BackwardWeight, stage])
+    forward, backward, for_input, for_weight = (
+        tuple(known.get((kind, stage), 0.0) for stage in stages)
+        for kind in (Forward, Backward, BackwardInput, BackwardWeight)
     )
-    return Cost(forward, backward, unit=timeline.unit)
+    return Cost(forward, backward, for_input, for_weight, unit=timeline.unit)
 
 
 Communicator = Callable[[int, int, Kind], Hashable]
@@ -90,13 +116,17 @@ def simulate(
     A send starts once its instruction is reached, moves when both ends are posted and at the head of their
     communicator, and takes ``cost.send``. The rank goes on meanwhile, unless `rendezvous` is set: then every send
     blocks it until the message is across, which is the most that a backend may do. A forward or backward waits for
-    the receive that its stage needs.
+    the receive that its stage needs, or for the compute itself where the neighbouring stage is on the same rank.
 
     Raises ScheduleDeadlock where ranks wait for ever or a posted operation stays without its other end,
     CrossedMessages where a send meets the receive of another message, ScheduleError where the streams run an
     instruction twice or talk to a stage that no rank has.
     """
     return _Simulation(streams, cost or Cost(), rendezvous, communicator).run()
+
+
+_Choice = tuple[Instruction, ...]
+"""Instructions of which any one will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +173,11 @@ class _Simulation:
 
     def _finish(self, rank: int, instruction: Instruction) -> bool:
         """Do what an instruction asks for and return True, or return False where the rank has to wait."""
-        needed = self._waits_for(instruction)
-        if needed is not None and needed not in self.done:
+        if self._awaited(instruction):
             return False
         match instruction:
             case Compute():
-                start = max(self.clock[rank], self.done[needed] if needed is not None else 0.0)
+                start = max([self.clock[rank], *(self._when(choice) for choice in self._needs(instruction))])
                 self.clock[rank] = self.done[instruction] = start + self.cost.of(instruction)
                 self.spans.append(Span(rank, instruction, start, self.clock[rank]))
             case Send() | Receive():
@@ -158,15 +187,27 @@ class _Simulation:
                     return instruction in self.done
         return True
 
-    def _waits_for(self, instruction: Instruction) -> Instruction | None:
+    def _needs(self, instruction: Instruction) -> list[_Choice]:
+        """Return what must be done before an instruction; of each choice, any one."""
+        needs: list[_Choice] = []
         match instruction:
-            case Compute() if (receive := instruction.receive(self.num_stages)) is not None:
-                return receive
-            case Backward(stage, microbatch):
-                return Forward(stage, microbatch)
             case Send():
-                return instruction.source
-        return None
+                needs.append(instruction.sources)
+            case Backward(stage, microbatch) | BackwardInput(stage, microbatch):
+                needs.append((Forward(stage, microbatch),))
+            case BackwardWeight(stage, microbatch):
+                needs.append((BackwardInput(stage, microbatch),))
+        if isinstance(instruction, Compute) and (taken := instruction.takes(self.num_stages)) is not None:
+            here, there = self._ends(taken)
+            needs.append((taken,) if here != there else taken.counterpart.sources)
+        return needs
+
+    def _when(self, choice: _Choice) -> float:
+        return min(self.done[one] for one in choice if one in self.done)
+
+    def _awaited(self, instruction: Instruction) -> _Choice:
+        """Return the first thing that an instruction needs and that has not been done; empty where nothing is."""
+        return next((choice for choice in self._needs(instruction) if not self.done.keys() & set(choice)), ())
 
     def _post(self, rank: int, operation: Send | Receive) -> None:
         if operation in self.posted:
@@ -209,7 +250,7 @@ class _Simulation:
 
     def _who_waits_for_what(self) -> str:
         waits = [
-            f"rank {rank} stands at {instruction}, waiting for {self._awaited(instruction)}"
+            f"rank {rank} stands at {instruction}, waiting for {self._missing(instruction)}"
             for rank in range(len(self.streams))
             if (instruction := self._current(rank)) is not None
         ]
@@ -218,13 +259,14 @@ class _Simulation:
             waits.append("posted and not met: " + ", ".join(str(operation) for operation in standing))
         return "; ".join(waits)
 
-    def _awaited(self, instruction: Instruction) -> str:
-        awaited = self._waits_for(instruction)
+    def _missing(self, instruction: Instruction) -> str:
+        awaited = self._awaited(instruction)
         if isinstance(instruction, Send) and instruction in self.posted:
-            awaited = instruction.counterpart
-        if awaited is None or awaited in self.posted:
-            return str(awaited)
-        return f"{awaited}, which has not been {'run' if isinstance(awaited, Compute) else 'posted'}"
+            awaited = (instruction.counterpart,)
+        names = " or ".join(str(one) for one in awaited)
+        if self.posted.intersection(awaited):
+            return names
+        return f"{names}, which has not been {'posted' if isinstance(awaited[0], Receive) else 'run'}"
 
 
 def _rank_of_stage(streams: Sequence[Sequence[Instruction]]) -> dict[int, int]:

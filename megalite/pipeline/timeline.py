@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megalite.pipeline.instructions import Backward, Compute, Instruction, parse
+from megalite.pipeline.instructions import Backward, BackwardWeight, Compute, Forward, Instruction, parse
 
 Unit = Literal["forward", "seconds"]
 """What a time is counted in: the duration of one forward, or seconds."""
@@ -42,6 +42,14 @@ class Timeline:
         """Number of pipeline ranks, counted up to the highest that has a span."""
         return 1 + max((span.rank for span in self.spans), default=-1)
 
+    @cached_property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The stages of each rank, ascending, as far as they compute."""
+        stages: list[set[int]] = [set() for _ in range(self.num_ranks)]
+        for span in self.compute:
+            stages[span.rank].add(span.instruction.stage)
+        return tuple(tuple(sorted(of_rank)) for of_rank in stages)
+
     @property
     def start(self) -> float:
         """When the first forward or backward starts."""
@@ -61,15 +69,25 @@ class Timeline:
 
     @property
     def peak_in_flight(self) -> tuple[int, ...]:
-        """For each rank, the most microbatches at once whose activations wait for their backward."""
-        kept = {_microbatch(span) for span in self.compute if isinstance(span.instruction, Backward)}
+        """For each rank, the most activations of one microbatch on one stage that it holds at once.
+
+        They are held from the start of their forward to the end of their backward, of its weights' half where it is
+        split.
+        """
+        kept = {_microbatch(span) for span in self.compute if isinstance(span.instruction, Backward | BackwardWeight)}
         changes: list[list[tuple[float, int]]] = [[] for _ in range(self.num_ranks)]
         for span in self.compute:
-            if isinstance(span.instruction, Backward):
+            if isinstance(span.instruction, Backward | BackwardWeight):
                 changes[span.rank].append((span.end, -1))
-            elif _microbatch(span) in kept:
+            elif isinstance(span.instruction, Forward) and _microbatch(span) in kept:
                 changes[span.rank].append((span.start, 1))
         return tuple(_highest(change for _, change in sorted(of_rank)) for of_rank in changes)
+
+    @property
+    def peak_microbatches(self) -> tuple[float, ...]:
+        """`peak_in_flight` in microbatches through all of a rank's layers, its stages being of one size."""
+        peaks = zip(self.peak_in_flight, self.stages, strict=True)
+        return tuple(peak / max(len(stages), 1) for peak, stages in peaks)
 
     def to_json(self) -> str:
         """Return the timeline as one line of JSON: ``{"unit": ..., "spans": [[rank, "2F0", start, end], ...]}``."""

@@ -27,6 +27,26 @@ class TensorGroup:
     rank: int = 0
     size: int = 1
     process_group: dist.ProcessGroup | None = None
+    overlap: bool = False
+    """Sum the gradient of a sharded region's input while that of its weight is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A collective under way; None where there is nothing to wait for."""
+
+    work: dist.Work | None = None
+
+    def wait(self) -> None:
+        if self.work is not None:
+            self.work.wait()
+
+
+def start_all_reduce(x: Tensor, group: TensorGroup) -> Pending:
+    """Begin to sum `x`, which is contiguous, over the group in place."""
+    if group.size == 1:
+        return Pending()
+    return Pending(dist.all_reduce(x, group=group.process_group, async_op=True))
 
 
 class _CopyToGroup(torch.autograd.Function):

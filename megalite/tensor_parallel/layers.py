@@ -18,6 +18,8 @@ from megalite.tensor_parallel.collectives import (
     gather_from_group,
     reduce_from_group,
 )
+from megalite.tensor_parallel.deferral import WeightGradients
+from megalite.tensor_parallel.linear import linear
 from megalite.tensor_parallel.sharding import ShardSpec, padded_vocabulary
 
 
@@ -30,6 +32,8 @@ class ShardedModule(nn.Module):
 
     shard_specs: dict[str, tuple[ShardSpec, ...]]
     fused: bool = False
+    weight_gradients: WeightGradients | None = None
+    """When a linear layer computes its weight's gradient; None: always in the backward."""
 
 
 class ColumnParallelLinear(ShardedModule):
@@ -71,7 +75,7 @@ class ColumnParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(copy_to_group(x, self.group), self.weight, self.bias)
+        y = linear(x, self.weight, self.bias, entered=self.group, weight_gradients=self.weight_gradients)
         return gather_from_group(y, self.group) if self.gather_output else y
 
 
@@ -94,7 +98,7 @@ class RowParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = reduce_from_group(F.linear(x, self.weight), self.group)
+        y = reduce_from_group(linear(x, self.weight, weight_gradients=self.weight_gradients), self.group)
         return y if self.bias is None else y + self.bias
 
 

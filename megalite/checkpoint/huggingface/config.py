@@ -169,7 +169,8 @@ def _unknown(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
 def _first_line(error: ValueError) -> str:
     from pydantic import ValidationError
 
+    from megalite.faults import validation_lines
+
     if not isinstance(error, ValidationError):
         return str(error)
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}".lstrip(": ")
+    return validation_lines(error, below=1, whole="")[0]
