@@ -60,8 +60,8 @@ def count_every_norm_twice(grid: ProcessGrid, trainer: Any) -> None:
 
 
 def send_another_microbatch(grid: ProcessGrid, trainer: Any) -> None:
-    if grid.is_first_stage:
-        channel = trainer.executor._channels["activation_out"]
+    if grid.coordinate.pipeline == 0:
+        (channel,) = trainer.executor.outgoing.values()
         send, before = channel.send, []
 
         def send_the_one_before(tensor: Tensor) -> None:
@@ -125,7 +125,8 @@ def verified(
     target = prepare(Path(path), overrides, None)
     plan = case_plan(target, ParallelLayout(*layout), target.config.run.dir)
     rank = dist.get_rank()
-    grid = build_grid(plan.layout, rank, device=torch.device("cpu"), timeout=timedelta(seconds=60))
+    timeout = timedelta(seconds=60)
+    grid = build_grid(plan.layout, rank, device=torch.device("cpu"), timeout=timeout, placement=plan.placement)
     datasets = open_datasets(plan.config)
     reference = Reference(plan, datasets, grid.device) if rank == 0 else None
     if initialise is not None and rank == 1:
@@ -190,6 +191,9 @@ FAMILIES = {
     "biased keys": ("model.attention_bias=true", "model.qk_norm=true"),
     "packed": ("data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"),
     "gpipe, uneven": ("parallel.schedule=gpipe", "parallel.pipeline=2", "parallel.stage_layers=[3, 1]"),
+    "two stages a rank": ("parallel.schedule=interleaved_1f1b", "parallel.pipeline=2", "parallel.virtual_stages=2"),
+    "zero bubble": ("parallel.schedule=zb_h1", "parallel.pipeline=2"),
+    "both ends on a rank": ("parallel.schedule=zb_v", "parallel.pipeline=2", "parallel.virtual_stages=2"),
     "ramp-up": ("train.batch_size_rampup={start: 4, increment: 4, samples: 8}",),
     "offloaded": ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",),
     "bf16": ("deepspeed.bf16={enabled: true}",),
@@ -198,7 +202,8 @@ FAMILIES = {
 
 @pytest.mark.parametrize(
     ("family", "layout", "stage"),
-    [("gpt2", (2, 1, 1), 1), ("packed", (1, 2, 1), 2), ("offloaded", (1, 1, 2), 1), ("bf16", (2, 1, 1), 2)],
+    [("gpt2", (2, 1, 1), 1), ("packed", (1, 2, 1), 2), ("offloaded", (1, 1, 2), 1), ("bf16", (2, 1, 1), 2)]
+    + [("two stages a rank", (1, 2, 1), 1), ("both ends on a rank", (1, 2, 1), 3)],
 )
 def test_right_code_agrees_on_every_kind_of_run(
     run_file: Path, family: str, layout: tuple[int, int, int], stage: int
