@@ -891,7 +891,7 @@ def test_sections_that_do_not_fit(
 def test_tokens_are_divided_where_they_divide(write: Callable[..., Path]) -> None:
     for tensor, length in ((1, 255), (4, 255), (8, 256)):
         edits = {"parallel.sequence_parallel": True, "parallel.tensor": tensor, "data.sequence_length": length}
-        config = load_run_config(write(edits)).resolve(world_size=None, vocab_size=8192)
+        config = load_run_config(write(edits)).resolve(world_size=None, vocab_size=64)
         assert config.parallel.sequence_parallel
 
 

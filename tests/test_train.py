@@ -54,6 +54,29 @@ def test_a_run_leaves_its_metrics_its_pictures_and_done(run_file: Path, tmp_path
     assert not list(directory.glob("*.tmp"))
 
 
+def stream(path: str, overrides: list[str]) -> tuple[list[int], list[int], float]:
+    """The shapes that a layer and the pipeline see of the residual stream, and the loss of an evaluation."""
+    trainer = build_trainer(path, overrides)
+    stage = next(iter(trainer.engine.stages.values()))
+    seen: list[list[int]] = []
+    block = next(iter(stage.layers.values()))
+    block.register_forward_hook(lambda module, inputs, output: seen.append(list(output.shape)))
+    trainer.step(1)
+    loss = trainer.evaluate("valid")
+    trainer.close()
+    return seen[0], list(stage.activation_shape(2, 24)), loss
+
+
+def test_a_run_with_sequence_parallelism_divides_its_tokens(run_file: Path) -> None:
+    overrides = [*TINY, "train.micro_batch_size=2", "train.eval_every=1", "train.eval_batches=1", "parallel.tensor=2"]
+    whole = run_distributed(stream, 2, str(run_file), overrides)
+    divided = run_distributed(stream, 2, str(run_file), [*overrides, "parallel.sequence_parallel=true"])
+    for before, after in zip(whole, divided, strict=True):
+        assert before[:2] == ([2, 24, 32], [2, 24, 32])
+        assert after[:2] == ([1, 24, 32], [1, 24, 32])
+        assert after[2] == pytest.approx(before[2], rel=1e-6)
+
+
 def test_a_run_over_several_sources_says_what_it_reads(run_file: Path, corpus: Path, tmp_path: Path) -> None:
     overrides = [override for override in TINY if not override.startswith("data.split")]
     sources = f"data.train=[{{prefix: {corpus}, weight: 3}}, {{prefix: {corpus}, weight: 1}}]"
