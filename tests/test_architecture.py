@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "metrics": ("checkpointer", "config"),
     "plots": (),
     "zero": ("config", "distributed", "model", "tensor_parallel.sharding"),
+    "bad_steps": ("distributed", "model.stage"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
     "resume": ("checkpoint", "data.batches", "distributed", "plan"),
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
@@ -74,6 +75,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "zero",
     ),
     "train": (
+        "bad_steps",
         "checkpoint",
         "checkpointer",
         "config",
