@@ -198,7 +198,9 @@ FP16: dict[str, Rule] = {
 
 BF16: dict[str, Rule] = {
     "enabled": Honoured(FLAG, "resolved"),
-    "check_grad_overflow": Honoured(FLAG),
+    "check_grad_overflow": Refused(
+        "a step whose gradient is not finite is skipped in every precision", "write true", (True,)
+    ),
     "immediate_grad_update": Refused(
         "it belongs to BF16_Optimizer, whose norm is wrong under a pipeline", "write false", (False,)
     ),

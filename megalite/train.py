@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
 from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleMicrobatch, SampleRules
@@ -42,7 +43,7 @@ from megalite.zero_state import ZeroState
 def train(plan: Plan, environment: LaunchEnvironment) -> None:
     """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
 
-    Raises UserError for what the user can mend, FloatingPointError where training diverges to no number.
+    Raises UserError for what the user can mend, and where `train.max_bad_steps` steps in a row had to be skipped.
     """
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
         plan.check_start()
@@ -79,6 +80,7 @@ class Trainer:
         self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
         self.state = ZeroState(self.engine)
         self._restore()
+        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid)
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
             plan.checkpoints,
@@ -124,6 +126,7 @@ class Trainer:
                 record = step in train.trace_steps
                 report, spans = self._timed_step(step, record=record)
                 recorder.step(report)
+                self.bad_steps.count(step, skipped=report.outcome.skipped, loss_scale=report.outcome.loss_scale)
                 if record:
                     recorder.timeline(step, spans)
                 if train.eval_every and (step % train.eval_every == 0 or step == last):
@@ -167,10 +170,10 @@ class Trainer:
 
     @contextmanager
     def _settled_when_stopped(self) -> Iterator[None]:
-        """A rank that is told to stop leaves no checkpoint half written that it could finish."""
+        """A rank that has to stop leaves no checkpoint half written that it could finish."""
         try:
             yield
-        except SystemExit:
+        except (SystemExit, UserError):
             self.checkpointer.settle()
             raise
 
@@ -188,7 +191,7 @@ class Trainer:
             dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
         batch = self.batches.take(step)
-        with self.engine.accumulate():
+        with self.engine.accumulate(), self.bad_steps.watched():
             result = self._run_stream(self._train_stream(len(batch)), batch, self._counted(batch), record=record)
         rate = self._learning_rate(step)
         self.checkpointer.before_update()

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "metrics": ("checkpointer", "config"),
     "plots": (),
     "zero": ("config", "distributed", "model", "tensor_parallel.deferral", "tensor_parallel.sharding"),
+    "bad_steps": ("distributed", "model.stage"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
     "resume": ("checkpoint", "data.batches", "distributed", "faults", "plan"),
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
@@ -80,6 +81,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "zero",
     ),
     "train": (
+        "bad_steps",
         "checkpoint",
         "checkpointer",
         "config",

@@ -254,6 +254,8 @@ class TrainSection(Section, frozen=True):
     """End after this step, with the schedules still those of `steps`."""
     trace_steps: Annotated[tuple[int, ...], COUNTS] = ()
     """Steps whose pipeline timeline is recorded; the first step is 1."""
+    max_bad_steps: Count = 50
+    """A step whose gradient is not finite is skipped; so many in a row end the run."""
     timeout_seconds: Count = 1800
     """How long a rank waits for a lost peer."""
 
