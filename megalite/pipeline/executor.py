@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megalite.distributed import Links
+from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.pipeline.instructions import (
     Backward,
@@ -33,6 +34,7 @@ class StageEngine(Protocol):
         targets: Tensor | None,
         packing: PackedDocuments | None,
         loss_weights: Tensor | None,
+        dropout: DropoutStreams | None,
     ) -> Tensor: ...
 
     def backward(self, scalar: Tensor) -> None:
@@ -45,13 +47,14 @@ class Microbatch:
     """Token ids and targets ``[B, S]``, int64; each is needed at one end of the pipeline only, and None elsewhere.
 
     With `loss_weights` ``[B, S]``, fp32, the losses of a step are the sum over its tokens, each times its weight;
-    without, the mean. `packing` says on every stage where documents begin.
+    without, the mean. `packing` says on every stage where documents begin, and `dropout` what is dropped.
     """
 
     ids: Tensor | None
     targets: Tensor | None
     packing: PackedDocuments | None = None
     loss_weights: Tensor | None = None
+    dropout: DropoutStreams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,9 @@ class _Run:
             if torch.is_grad_enabled():
                 self.inputs[key] = inputs.requires_grad_()
         started = self._clock()
-        output = self.executor.engine.forward(at.stage, inputs, batch.targets, batch.packing, batch.loss_weights)
+        output = self.executor.engine.forward(
+            at.stage, inputs, batch.targets, batch.packing, batch.loss_weights, batch.dropout
+        )
         if at.stage == self.executor.num_stages - 1:
             if batch.loss_weights is None:
                 output = output / len(self.microbatches)

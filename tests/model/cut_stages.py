@@ -7,7 +7,7 @@ import torch
 from reference_model import ReferenceModel
 from torch import Tensor
 
-from megalite.config import ModelConfig, read_model
+from megalite.config import ModelConfig, Recompute, read_model
 from megalite.model.stage import Stage
 from megalite.pipeline.partition import partition
 from megalite.tensor_parallel.collectives import TensorGroup
@@ -55,13 +55,15 @@ def whole_weights(config: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
-def cut_stages(config: ModelConfig, weights: dict[str, Tensor], num_stages: int) -> list[Stage]:
+def cut_stages(
+    config: ModelConfig, weights: dict[str, Tensor], num_stages: int, recompute: Recompute | None = None
+) -> list[Stage]:
     """All stages of the pipeline, each with this rank's share of the weights over the world's tensor group."""
     dist = torch.distributed
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     stages = []
     for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
-        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group)
+        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group, recompute=recompute)
         with torch.no_grad():
             for _, parameter, shards in stage.named_shards():
                 parameter.zero_()
