@@ -94,6 +94,7 @@ STOPPED = [
     ((1, 2, 1), 3, [BF16]),
     ((1, 1, 2), 1, [FP16]),
     ((2, 1, 1), 3, [FP16, "checkpoint.async=true"]),
+    ((1, 2, 1), 1, ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "train.recompute=full"]),
 ]
 
 
