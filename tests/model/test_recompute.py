@@ -1,5 +1,6 @@
 """Recomputed activations: the same loss and gradients to the bit, and fewer bytes kept."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -84,16 +85,17 @@ def test_an_uneven_share_is_filled_up() -> None:
 
 
 class Storages(TorchDispatchMode):
-    """Every storage that an operation made, by a reference that does not keep it."""
+    """Every storage that an operation made, by a reference that does not keep it; views of `others` make none."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: Iterable[Tensor]) -> None:
         super().__init__()
+        self.others = {tensor.untyped_storage().data_ptr() for tensor in others}
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.others:
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)
                 self.made[reference.cdata] = (reference, storage.nbytes())
@@ -114,7 +116,7 @@ def kept_bytes(recompute: Recompute | None, group: TensorGroup) -> int:
     stage = Stage(model_config(fields), range(12), index=1, num_stages=3, group=group, recompute=recompute)
     stage.initialise(seed=1)
     x = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    with Storages() as storages:
+    with Storages(stage.parameters()) as storages:
         result = stage(x, dropout=DropoutStreams(1, (7,), 0.1, 0.1))
     kept = storages.alive() - HIDDEN
     result.sum().backward()
