@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megalite.config import OptimizerSection, RunConfig
 from megalite.distributed import ModelParallelUnit, ProcessGrid
+from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.tensor_parallel.deferral import DeferredProducts
@@ -59,8 +60,10 @@ class _Stages(nn.Module):
         targets: Tensor | None,
         packing: PackedDocuments | None,
         loss_weights: Tensor | None,
+        dropout: DropoutStreams | None,
     ) -> Tensor:
-        return self.stages[str(index)](inputs, targets, packing=packing, loss_weights=loss_weights)
+        stage = self.stages[str(index)]
+        return stage(inputs, targets, packing=packing, loss_weights=loss_weights, dropout=dropout)
 
 
 class ZeroEngine:
@@ -151,9 +154,10 @@ class ZeroEngine:
         targets: Tensor | None,
         packing: PackedDocuments | None = None,
         loss_weights: Tensor | None = None,
+        dropout: DropoutStreams | None = None,
     ) -> Tensor:
         """Run one stage on one microbatch; hidden states, or the loss on the last stage."""
-        return self.engine(stage, inputs, targets, packing, loss_weights)
+        return self.engine(stage, inputs, targets, packing, loss_weights, dropout)
 
     def backward(self, scalar: Tensor) -> None:
         """Differentiate one microbatch's scalar, times the loss scale, into gradients that stay on this rank."""

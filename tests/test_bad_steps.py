@@ -41,14 +41,14 @@ def layout_of(tensor: int, pipeline: int, data: int) -> tuple[str, ...]:
 
 def after_the_backwards(trainer: "Trainer", act: Callable[[], None]) -> None:
     """Have `act` called in every step when its gradients are whole and not reduced yet."""
-    run = trainer._run_stream  # pyright: ignore[reportPrivateUsage]
+    run = trainer.executor.run
 
     def and_act(*args: Any, **settings: Any) -> Any:
         result = run(*args, **settings)
         act()
         return result
 
-    trainer._run_stream = and_act  # type: ignore[method-assign]
+    trainer.executor.run = and_act  # type: ignore[method-assign]
 
 
 def state_of(trainer: "Trainer") -> list[Tensor]:

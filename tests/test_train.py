@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
+from harness import run_distributed
+from training import build_trainer
 
 TINY = (
     "model.vocab_size=256",
