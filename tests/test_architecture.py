@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "layout": (),
     "faults": (),
     "deepspeed_json": ("faults",),
+    "deepspeed_table": ("deepspeed_json", "faults"),
     "config": ("config", "deepspeed_json", "faults", "layout"),
     "launch": ("launch",),
     "files": (),
