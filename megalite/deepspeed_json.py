@@ -93,6 +93,8 @@ class ByType:
     """The parameters that have no default, by type."""
     others: Mapping[str, Any] = field(default_factory=dict)
     """Rules of the keys beside ``type`` and ``params``."""
+    refused: Mapping[str, Refused] = field(default_factory=dict)
+    """Types that DeepSpeed has and that cannot be had here, with the reason."""
 
 
 Rule = Honoured | Derived | Refused | Off | ByType | Mapping[str, Any]
@@ -118,7 +120,11 @@ def _monitor(keys: str) -> Off:
 
 _NOT_ADAMW = "AdamW is the only optimizer here"
 _OWN_ADAMW = "megalite takes the fastest right AdamW on each device"
-_ZERO_PP = "ZeRO++ is not measured under a pipeline"
+_ZERO_PP = "ZeRO++ quantises and regroups in CUDA kernels of DeepSpeed's over nccl, and gloo on CPUs has none of them"
+_SECOND_COPY = "ZeRO++'s second copy of the weights lies on ranks that stand side by side, here tensor neighbours"
+_ONE_BIT = "its compressed all-reduce is in DeepSpeed's nccl and mpi backends alone, and takes no ZeRO stage 2 or 3"
+_ULYSSES = "it belongs to Ulysses, which divides attention by heads on an axis of its own"
+_ULYSSES_INSTEAD = "write parallel.sequence_parallel, which divides the tokens over the tensor axis"
 _OWN_CHECKPOINTS = "megalite writes checkpoints of its own"
 _ONE_PRECISION = "bf16 and fp16 state the precision, and nothing else does"
 
@@ -175,7 +181,7 @@ ZERO: dict[str, Rule] = {
     "load_from_fp32_weights": Refused(_OWN_CHECKPOINTS, "leave it out", (True,)),
     "pipeline_loading_checkpoint": Refused(_OWN_CHECKPOINTS, "leave it out", (False,)),
     "legacy_stage1": Refused("DeepSpeed has no legacy stage 1 any more", "leave it out", (False,)),
-    "zero_hpz_partition_size": Refused(_ZERO_PP, "write 1", (0, 1)),
+    "zero_hpz_partition_size": Refused(_SECOND_COPY, "write 1", (0, 1)),
     "zero_quantized_weights": Refused(_ZERO_PP, "write false", (False,)),
     "zero_quantized_nontrainable_weights": Refused(_ZERO_PP, "write false", (False,)),
     "zero_quantized_gradients": Refused(_ZERO_PP, "write false", (False,)),
@@ -336,6 +342,7 @@ TABLE: dict[str, Rule] = {
     "optimizer": ByType(
         {"AdamW": ADAM_PARAMS, "Adam": ADAM_PARAMS},
         others={"legacy_fusion": Refused("it belongs to the fp16 optimizer of stage 0", "write false", (False,))},
+        refused={name: Refused(_ONE_BIT, "write 'AdamW'") for name in ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")},
     ),
     "scheduler": ByType(SCHEDULERS, REQUIRED_BY_SCHEDULER),
     "gradient_clipping": Honoured(NOT_NEGATIVE),
@@ -361,7 +368,7 @@ TABLE: dict[str, Rule] = {
     "gradient_predivide_factor": Honoured(POSITIVE),
     "gradient_allreduce_op": Refused("the loss is the mean over the global batch", "write 'mean'", ("mean",)),
     "disable_allgather": Refused("DeepSpeed reads it and does nothing with it", "leave it out", (False,)),
-    "seq_parallel_communication_data_type": Refused("there is no sequence parallelism yet", "leave it out"),
+    "seq_parallel_communication_data_type": Refused(_ULYSSES, _ULYSSES_INSTEAD),
     # Storage of what is offloaded.
     "aio": {
         "block_size": Honoured(whole(1)),
@@ -411,7 +418,7 @@ TABLE: dict[str, Rule] = {
     "tensor_parallel": Off(
         "megalite shards its own layers", "write parallel.tensor", _TENSOR_PARALLEL, "autotp_size", (None, 0, 1)
     ),
-    "sequence_parallel_size": Refused("there is no sequence axis", "write 1, and parallel.sequence_parallel", (1,)),
+    "sequence_parallel_size": Refused(_ULYSSES, _ULYSSES_INSTEAD, (1,)),
     "expert_parallel": Off("there is no mixture of experts", "leave it out", _EXPERT_PARALLEL),
     "use_data_before_expert_parallelism": Refused("there is no mixture of experts", "write false", (False,)),
     # What megalite does itself, or DeepSpeed no longer does.
@@ -532,8 +539,12 @@ class _Reader:
         given = value.get("type") if isinstance(value, Mapping) else None
         name = {name.lower(): name for name in rule.params}.get(str(given).lower(), "")
         if isinstance(value, Mapping) and not name:
-            words = " is missing; write " if given is None else f"={show(given)} is not "
-            self.fault((*key, "type"), words + alternatives(rule.params))
+            refused = {name.lower(): why for name, why in rule.refused.items()}.get(str(given).lower())
+            if refused is not None:
+                self.refused(refused, given, (*key, "type"))
+            else:
+                words = " is missing; write " if given is None else f"={show(given)} is not "
+                self.fault((*key, "type"), words + alternatives(rule.params))
             # Without a type no parameter can be judged.
             value = {other: item for other, item in value.items() if other not in ("type", "params")}
         rules = {"type": Honoured(TEXT), "params": rule.params.get(name, {}), **rule.others}
@@ -725,6 +736,12 @@ class DeepSpeedSettings:
             for key in keys
             if key in self.document.get(name, {})
         }
+
+    @property
+    def on_nvme(self) -> tuple[str, ...]:
+        """The sections of ``zero_optimization`` whose tensors lie on an NVMe device."""
+        zero = self.document.get("zero_optimization", {})
+        return tuple(s for s in ("offload_optimizer", "offload_param") if zero.get(s, {}).get("device") == "nvme")
 
     @property
     def gradient_clipping(self) -> float:

@@ -6,6 +6,7 @@ process group and needs no accelerator, so that mistakes end a run in a second.
 
 import json
 from collections.abc import Sequence
+from ctypes.util import find_library
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -106,8 +107,13 @@ class Plan:
     def check_start(self) -> str:
         """Return a line on where the run will begin; raise UserError where that is not of this run's model.
 
-        Whether the files are whole the ranks look at together.
+        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes.
         """
+        if (sections := self.config.deepspeed.on_nvme) and find_library("aio") is None:
+            raise UserError(
+                f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine has not; "
+                "install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
+            )
         for folder in candidates(self.config):
             try:
                 reader = CheckpointReader(folder)

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "layout": (),
     "faults": (),
     "deepspeed_json": ("faults",),
+    "deepspeed_table": ("deepspeed_json", "faults"),
     "config": ("config", "deepspeed_json", "faults", "layout", "pipeline.placement", "pipeline.schedule"),
     "launch": ("launch",),
     "files": (),

@@ -294,7 +294,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "bf16.bf16_master_weights_and_grads=true is refused: master weights are fp32; write false",
     ),
     # optimizer
-    ({"optimizer": {"type": "OneBitAdam"}}, NO_ADAMW.format("'OneBitAdam'")),
+    (
+        {"optimizer": {"type": "OneBitAdam"}},
+        "optimizer.type='OneBitAdam' is refused: its compressed all-reduce is in DeepSpeed's nccl and mpi backends "
+        "alone, and takes no ZeRO stage 2 or 3; write 'AdamW'",
+    ),
     ({"optimizer": {"type": "Lamb", "params": {"max_coeff": 1}}}, NO_ADAMW.format("'Lamb'")),
     ({"optimizer": {"params": {"lr": 1}}}, "optimizer.type is missing; write 'AdamW' or 'Adam'"),
     ({"optimizer": "AdamW"}, "optimizer='AdamW' is not a section; write {type: ...}"),
@@ -393,12 +397,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         zero(3, zero_quantized_weights=True),
-        "zero_optimization.zero_quantized_weights=true is refused: ZeRO++ is not measured under a pipeline; "
-        "write false",
+        "zero_optimization.zero_quantized_weights=true is refused: ZeRO++ quantises and regroups in CUDA kernels of "
+        "DeepSpeed's over nccl, and gloo on CPUs has none of them; write false",
     ),
     (
         zero(3, zero_hpz_partition_size=8),
-        "zero_optimization.zero_hpz_partition_size=8 is refused: ZeRO++ is not measured under a pipeline; write 1",
+        "zero_optimization.zero_hpz_partition_size=8 is refused: ZeRO++'s second copy of the weights lies on ranks "
+        "that stand side by side, here tensor neighbours; write 1",
     ),
     (
         zero(3, mics_shard_size=8),
@@ -656,3 +661,19 @@ def test_honoured_zero_keys_reach_deepspeeds_config(deepspeed: Any) -> None:
         section = {key: value for key in HONOURED_FLAGS if key != "stage3_gather_fp16_weights_on_model_save"}
         config = DeepSpeedZeroConfig(**parse(zero(3, **section)).engine_config(1, 1)["zero_optimization"])
         assert {key: getattr(config, names[key]) for key in section} == section
+
+
+def test_the_page_says_what_the_table_says() -> None:
+    from megalite.deepspeed_table import deepspeed_table
+
+    page = Path(__file__).parents[1] / "docs" / "deepspeed_json.md"
+    hint = "make it anew: python -m megalite.deepspeed_table > docs/deepspeed_json.md"
+    assert page.read_text(encoding="utf-8") == deepspeed_table(), hint
+
+
+def test_the_page_has_every_key() -> None:
+    from megalite.deepspeed_table import deepspeed_table
+
+    page = deepspeed_table()
+    assert all(f"| `{key}" in page for key in TABLE)
+    assert all(f"| `zero_optimization.{key}" in page for key in ZERO)

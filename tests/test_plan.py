@@ -250,3 +250,25 @@ def test_parameters_by_rank_add_up_to_the_model(run_file: Path) -> None:
     parts = sum(plan.parameters(stage, tensor) for stage in range(2) for tensor in range(2))
     norms, table = 9 * 256, 8192 * 256
     assert parts == whole + norms + table  # norms on both tensor ranks, the tied table on both stages
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_nvme_without_its_library_ends_before_a_rank_starts(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: bool
+) -> None:
+    offload = f"{{device: nvme, nvme_path: {tmp_path}}}"
+    overrides = ["deepspeed.zero_optimization={stage: 3}", f"deepspeed.zero_optimization.offload_optimizer={offload}"]
+    plan = prepare(run_file, overrides, None)
+    monkeypatch.setattr("megalite.plan.find_library", lambda name: None if missing else f"lib{name}.so.1")
+    if not missing:
+        assert plan.check_start() == "start: anew"
+        return
+    with pytest.raises(UserError, match=r"offload_optimizer.device='nvme' needs libaio.*apt install libaio-dev"):
+        plan.check_start()
+
+
+def test_nvme_and_checkpoints_are_refused(run_file: Path, tmp_path: Path) -> None:
+    offload = f"{{device: nvme, nvme_path: {tmp_path}}}"
+    overrides = ["deepspeed.zero_optimization={stage: 3}", f"deepspeed.zero_optimization.offload_optimizer={offload}"]
+    with pytest.raises(UserError, match=r"offload_optimizer.device='nvme' does not go with checkpoint.every=5"):
+        prepare(run_file, [*overrides, "checkpoint.every=5"], None)

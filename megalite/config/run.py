@@ -320,6 +320,10 @@ def _deepspeed_faults(config: RunConfig) -> Iterator[Fault]:
     if config.precision != "fp32" and config.zero_stage == 0:
         text = f"=0 is refused with {config.precision}: DeepSpeed's optimizer drifts there; use stage 1, 2 or 3"
         yield Fault(("zero_optimization", "stage"), text)
+    for section in config.deepspeed.on_nvme if config.checkpoint.every else ():
+        text = f"='nvme' does not go with checkpoint.every={config.checkpoint.every}: a checkpoint reads the state in "
+        text += "memory; write 'cpu', or checkpoint.every=0"
+        yield Fault(("zero_optimization", section, "device"), text)
     train = config.train
     microbatches, rest = divmod(train.global_batch_size, train.micro_batch_size * config.layout.data)
     values = {

@@ -46,7 +46,7 @@ def compare(fields: dict[str, Any], num_stages: int, packed: bool, recompute: Re
     expected = reference(*batch(), documents=documents)
     expected.backward()
 
-    stages = cut_stages(config, weights, num_stages, recompute)
+    stages = cut_stages(config, weights, num_stages, recompute=recompute)
     packing = PackedDocuments(DOCUMENTS, None) if packed else None
     loss = run(stages, packing, DropoutStreams(SEED, SAMPLES, 0.25, 0.125))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,75 @@
+"""``python -m megalite.deepspeed_table > docs/deepspeed_json.md``: the page that says what becomes of each key."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megalite.deepspeed_json import TABLE, ByType, Derived, Honoured, Off, Refused
+from megalite.faults import show
+
+_HEAD = """\
+# The DeepSpeed JSON
+
+The path of a DeepSpeed JSON, or its content, stands in a run file under `deepspeed`. Here is every section and key that
+DeepSpeed 0.19.8 documents or reads, and what becomes of it. Nothing is ignored in silence: a key that is not listed is
+an error that names its nearest neighbour, and a value that cannot be had is one that says what to write instead.
+
+Made by `python -m megalite.deepspeed_table` from the table that the reader itself goes by.
+
+- **honoured**: handed to DeepSpeed's engine as written. `"auto"` is DeepSpeed's default, or what is said.
+- **follows**: stated once, in the run file; here it may be `"auto"`, or must agree.
+- **refused**: cannot be had. The values in brackets ask for nothing, and may stand.
+
+| key | what happens |
+| --- | --- |
+"""
+_AUTO = {"default": "", "resolved": "; `auto` is computed from the run", "refused": "; `auto` is refused"}
+
+
+def deepspeed_table() -> str:
+    """Return the page, in Markdown."""
+    return _HEAD + "".join(f"| `{key}` | {words} |\n" for key, words in _rows(TABLE, ""))
+
+
+def _rows(rules: Mapping[str, Any], at: str) -> Iterator[tuple[str, str]]:
+    for name, rule in rules.items():
+        yield from _rows_of(rule, at + name)
+
+
+def _rows_of(rule: Any, key: str) -> Iterator[tuple[str, str]]:
+    match rule:
+        case Honoured():
+            yield key, f"honoured: {rule.kind.words}{_AUTO[rule.auto]}"
+        case Derived():
+            yield key, f"follows `{rule.follows}`"
+        case Refused():
+            yield key, _refusal(rule.reason, rule.instead, rule.harmless)
+        case Off():
+            yield f"{key}.{rule.switch}", _refusal(rule.reason, rule.instead, rule.off)
+        case ByType():
+            yield f"{key}.type", f"honoured: {', '.join(rule.params)}"
+            for name, refused in rule.refused.items():
+                yield f"{key}.type: {name}", _refusal(refused.reason, refused.instead, ())
+            yield from _rows(rule.others, f"{key}.")
+            yield from _parameters(rule, key)
+        case _:
+            yield from _rows(rule, f"{key}.")
+
+
+def _parameters(rule: ByType, key: str) -> Iterator[tuple[str, str]]:
+    """Each parameter once, with the types that have it."""
+    types: dict[tuple[str, str], list[str]] = {}
+    for name, rules in rule.params.items():
+        for row in _rows(rules, f"{key}.params."):
+            types.setdefault(row, []).append(name)
+    for (parameter, words), names in types.items():
+        yield parameter, words if len(names) == len(rule.params) else f"{words} ({', '.join(names)})"
+
+
+def _refusal(reason: str, instead: str, harmless: tuple[object, ...]) -> str:
+    stand = f" [{', '.join(f'`{show(value)}`' for value in harmless)}]" if harmless else ""
+    return f"refused: {reason}; {instead}{stand}"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(deepspeed_table())
