@@ -43,8 +43,10 @@ def watched_allocations() -> Iterator[Allocations]:
     allocations = Allocations()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         yield allocations
-    results = profiled.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
-    found = [event for event in walk(results.experimental_event_tree()) if event.tag.name == "Allocation"]
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    events = walk(profiled.profiler.kineto_results.experimental_event_tree())
+    found = [event for event in events if event.tag.name == "Allocation"]
     found.sort(key=lambda event: event.start_time_ns)
     allocations.events.extend((event.extra_fields.ptr, event.extra_fields.alloc_size) for event in found)
 

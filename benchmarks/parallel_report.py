@@ -86,7 +86,7 @@ class Section:
             apart = self.bubble_ratio(name)
             shown = (f"{measured:.1%}", f"{simulated:.1%}", f"{apart:.2f}", f"{textbook:.1%}", f"{held:g}")
             rows.append((name, *shown))
-        return "bubble, share of the ranks' time", columns, rows
+        return "bubbles", columns, rows
 
     def bubble_ratio(self, name: str) -> float:
         """The median measured bubble of a schedule over the median simulated one."""
@@ -195,7 +195,8 @@ of forwards and backwards by stage, and messages that take no time; *textbook* h
 in bf16 and 4 + 4 + 8 in fp32, with the optimizer divided by the data axis from stage 1 on, the gradients from 2, the
 weights from 3. megalite differs in the gradients: it adds them up in fp32, and they stay whole on their rank until the
 step ends at every stage, because it reduces them once, after the last microbatch of the pipeline, when the copies of a
-tied table have been summed. *In the update* is what the optimizer is then given.
+tied table have been summed. *In the update* is what the optimizer is then given. At stage 3 a parameter of few elements
+(`stage3_param_persistence_threshold`) stays whole beside its share.
 """
 
 

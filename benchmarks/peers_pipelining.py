@@ -34,7 +34,7 @@ class PipelineTorch(PlainTorch):
         self.optimizer = MasterWeights(nn.ModuleList(parts.values()), self.job, dist.group.WORLD)
         device, count = torch.device("cpu"), placement.num_stages
         stages = [PipelineStage(module, index, count, device) for index, module in parts.items()]
-        held = stages if issubclass(self.schedule_class, MANY_STAGES) else stages[0]
+        held: Any = stages if self.virtual_stages > 1 else stages[0]  # schedules of one stage a rank take no list
         self.schedule = self.schedule_class(held, self.job.num_micro_batches(), loss_fn=cross_entropy)
         self.feeds, self.scores = 0 in parts, count - 1 in parts
 
@@ -81,7 +81,3 @@ class ZeroBubbleTorch(PipelineTorch):
     schedule_class = ScheduleZBVZeroBubble
     virtual_stages = 2
     shape = "v"
-
-
-MANY_STAGES = (ScheduleInterleaved1F1B, ScheduleZBVZeroBubble)
-"""Schedules that take a list of stages."""
