@@ -402,7 +402,7 @@ TABLE: dict[str, Rule] = {
     "tensor_parallel": Off(
         "megalite shards its own layers", "write parallel.tensor", _TENSOR_PARALLEL, "autotp_size", (None, 0, 1)
     ),
-    "sequence_parallel_size": Refused("there is no sequence parallelism yet", "write 1", (1,)),
+    "sequence_parallel_size": Refused("there is no sequence axis", "write 1, and parallel.sequence_parallel", (1,)),
     "expert_parallel": Off("there is no mixture of experts", "leave it out", _EXPERT_PARALLEL),
     "use_data_before_expert_parallelism": Refused("there is no mixture of experts", "write false", (False,)),
     # What megalite does itself, or DeepSpeed no longer does.

@@ -94,7 +94,9 @@ class Trainer:
             grid.links,
             placement=plan.placement,
             rank=grid.coordinate.pipeline,
-            activation_shape=(train.micro_batch_size, self.config.data.sequence_length, self.config.model.hidden_size),
+            activation_shape=next(iter(self.engine.stages.values())).activation_shape(
+                train.micro_batch_size, self.config.data.sequence_length
+            ),
             dtype=self.engine.dtype,
             device=grid.device,
         )
@@ -301,7 +303,8 @@ def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) 
             plan.stage_layers[index],
             index=index,
             num_stages=plan.placement.num_stages,
-            group=grid.tensor,
+            group=replace(grid.tensor, sequence_parallel=plan.config.parallel.sequence_parallel),
+            rows=plan.config.train.micro_batch_size,
             table=stages[0].tied_table if 0 in stages else None,
         )
         if weights is None:

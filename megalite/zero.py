@@ -189,6 +189,7 @@ class ZeroEngine:
         """Gather the gradients of one step; reduce them once, at the end, over tied copies and the data axis."""
         if self.zero_stage == 0:
             yield
+            self._sum_partial_gradients()
             self._reduce_tied_gradient()
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
@@ -197,6 +198,7 @@ class ZeroEngine:
         # the other stage was added, and run once a microbatch at stages 2 and 3.
         with self.engine.coalesce_grad_reduction():
             yield
+            self._sum_partial_gradients()
             self._reduce_tied_gradient()
         self.engine.set_gradient_accumulation_boundary(True)
 
@@ -234,6 +236,18 @@ class ZeroEngine:
     def close(self) -> None:
         """Take DeepSpeed's hooks off the modules."""
         self.engine.destroy()
+
+    def _sum_partial_gradients(self) -> None:
+        """Sum what sequence parallelism left in parts: one all-reduce over the tensor group, in fp32."""
+        partial = [parameter for stage in self.stages.values() for parameter in stage.partial_parameters()]
+        if not partial:
+            return
+        gradients = [parameter.grad for parameter in partial if parameter.grad is not None]
+        assert len(gradients) == len(partial)
+        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+        dist.all_reduce(flat, group=self.grid.tensor.process_group)
+        for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(whole.view_as(gradient))
 
     def _reduce_tied_gradient(self) -> None:
         if self.grid.embedding is None:

@@ -447,26 +447,16 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         "run.yaml: data.fim_tokens=['<P>', '<M>'] is not three tokens: prefix, middle, suffix",
     ),
     ("json", {"deepspeed": [1]}, "run.yaml: deepspeed=[1] is neither a path nor a section"),
-    # not available yet
-    (
-        "schedule",
-        {"parallel.schedule": "interleaved_1f1b"},
-        "run.yaml: parallel.schedule='interleaved_1f1b' is not available yet; write '1f1b' or 'gpipe'",
-    ),
     (
         "schedule typo",
         {"parallel.schedule": "1fb1"},
-        "run.yaml: parallel.schedule='1fb1' is not '1f1b' or 'gpipe'",
+        "run.yaml: parallel.schedule='1fb1' is not 'gpipe', '1f1b', 'interleaved_1f1b', 'zb_h1' or 'zb_v'",
     ),
+    # not available yet
     (
-        "virtual stages",
-        {"parallel.virtual_stages": 2},
-        "run.yaml: parallel.virtual_stages=2 is not available yet; write 1",
-    ),
-    (
-        "sequence parallel",
-        {"parallel.sequence_parallel": True},
-        "run.yaml: parallel.sequence_parallel=true is not available yet; write false",
+        "sequence parallel, no flag",
+        {"parallel.sequence_parallel": 2},
+        "run.yaml: parallel.sequence_parallel=2 is not true or false",
     ),
     # within a section
     (
@@ -735,6 +725,45 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         "write parallel.pipeline=2 numbers that sum to model.num_hidden_layers=4",
     ),
     (
+        "virtual stages",
+        {"parallel.schedule": "interleaved_1f1b", "parallel.virtual_stages": 3},
+        None,
+        "run.yaml: parallel.virtual_stages=3 x parallel.pipeline=2 is 6 stages, more than model.num_hidden_layers=4; "
+        "use at most 2",
+    ),
+    (
+        "layers of virtual stages",
+        {"parallel.schedule": "zb_v", "parallel.virtual_stages": 2, "parallel.stage_layers": [2, 2]},
+        None,
+        "run.yaml: parallel.stage_layers=[2, 2] is 2 stages of 4 layers; "
+        "write parallel.pipeline x parallel.virtual_stages=4 numbers that sum to model.num_hidden_layers=4",
+    ),
+    (
+        "schedule of one stage a rank",
+        {"parallel.virtual_stages": 2},
+        None,
+        "run.yaml: parallel.virtual_stages=2 does not go with parallel.schedule=1f1b, which runs one stage a rank; "
+        "use parallel.virtual_stages=1, or parallel.schedule=interleaved_1f1b",
+    ),
+    (
+        "groups of microbatches",
+        {"parallel.schedule": "interleaved_1f1b", "parallel.virtual_stages": 2, "train.global_batch_size": 12},
+        None,
+        "run.yaml: parallel.schedule=interleaved_1f1b runs groups of parallel.pipeline=2 microbatches, and 3 are not "
+        "whole groups; use 2 or 4 microbatches",
+    ),
+    (
+        "groups of microbatches in a ramp-up",
+        {
+            "parallel.schedule": "interleaved_1f1b",
+            "parallel.virtual_stages": 2,
+            "train.batch_size_rampup": {"start": 8, "increment": 4, "samples": 100},
+        },
+        None,
+        "run.yaml: parallel.schedule=interleaved_1f1b runs groups of parallel.pipeline=2 microbatches, and 3 are not "
+        "whole groups; use 2 or 4 microbatches",
+    ),
+    (
         "world of no layout",
         {},
         6,
@@ -773,6 +802,13 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         {"data.sequence_length": 513},
         None,
         "run.yaml: data.sequence_length=513 is longer than model.max_position_embeddings=512; use at most 512",
+    ),
+    (
+        "uneven shares of tokens",
+        {"parallel.sequence_parallel": True, "parallel.tensor": 8, "data.sequence_length": 255},
+        None,
+        "run.yaml: parallel.sequence_parallel=true divides the 1020 tokens of a microbatch over parallel.tensor=8 "
+        "ranks, which is not even; use a data.sequence_length of 254 or 256, or a train.micro_batch_size of 8",
     ),
     (
         "bf16 at stage 0",
@@ -850,6 +886,13 @@ def test_sections_that_do_not_fit(
     with pytest.raises(UserError) as raised:
         config.resolve(world_size=world_size, vocab_size=8192)
     assert str(raised.value) == expected
+
+
+def test_tokens_are_divided_where_they_divide(write: Callable[..., Path]) -> None:
+    for tensor, length in ((1, 255), (4, 255), (8, 256)):
+        edits = {"parallel.sequence_parallel": True, "parallel.tensor": tensor, "data.sequence_length": length}
+        config = load_run_config(write(edits)).resolve(world_size=None, vocab_size=None)
+        assert config.parallel.sequence_parallel
 
 
 def test_a_vocabulary_must_come_from_somewhere(write: Callable[..., Path]) -> None:

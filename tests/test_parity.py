@@ -162,3 +162,38 @@ def test_twenty_steps_of_one_key_value_head_train_like_one_process(
 ) -> None:
     model = ("model.num_key_value_heads=1", "train.steps=20", "train.global_batch_size=8")
     check(run_file, corpus, layout, f"deepspeed.zero_optimization.stage={stage}", tied=True, model=model)
+
+
+DIVIDED = "parallel.sequence_parallel=true"
+DIVIDED_LAYOUTS = [(2, 1, 1), (2, 2, 1), (2, 1, 2)]
+DIVIDED_FAMILIES = {"llama": (), "gpt2": (GPT2,), "gpt_neox": (NEOX,), **QUICK_FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("layout", "stage", "family"),
+    [
+        ((2, 1, 1), 0, "gpt2"),
+        ((2, 2, 1), 0, "llama"),
+        ((2, 2, 1), 1, "gpt_neox"),
+        ((2, 1, 2), 2, "normed heads, 1 kv head"),
+        ((2, 1, 2), 3, "gpt2"),
+        ((2, 2, 1), 3, "llama"),
+    ],
+)
+def test_divided_tokens_train_like_one_process(
+    run_file: Path, corpus: Path, layout: tuple[int, int, int], stage: int, family: str
+) -> None:
+    zero = f"deepspeed.zero_optimization.stage={stage}"
+    check(run_file, corpus, layout, zero, DIVIDED, tied=True, model=DIVIDED_FAMILIES[family])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("model", DIVIDED_FAMILIES.values(), ids=DIVIDED_FAMILIES.keys())
+@pytest.mark.parametrize(
+    "layout", [*DIVIDED_LAYOUTS, (2, 2, 2), (4, 1, 1)], ids=lambda layout: "x".join(map(str, layout))
+)
+def test_every_layout_trains_divided_tokens_like_one_process(
+    run_file: Path, corpus: Path, layout: tuple[int, int, int], model: tuple[str, ...], stage: int
+) -> None:
+    check(run_file, corpus, layout, f"deepspeed.zero_optimization.stage={stage}", DIVIDED, tied=False, model=model)

@@ -58,7 +58,7 @@ def count_every_norm_twice(grid: ProcessGrid, trainer: Any) -> None:
 
 
 def send_another_microbatch(grid: ProcessGrid, trainer: Any) -> None:
-    if grid.is_first_stage:
+    if grid.has_first_stage:
         channel = trainer.executor._channels["activation_out"]
         send, before = channel.send, []
 

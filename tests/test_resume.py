@@ -94,6 +94,8 @@ STOPPED = [
     ((1, 2, 1), 3, [BF16]),
     ((1, 1, 2), 1, [FP16]),
     ((2, 1, 1), 3, [FP16, "checkpoint.async=true"]),
+    ((1, 2, 1), 2, ["model.num_hidden_layers=4", "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"]),
+    ((1, 2, 1), 1, ["model.num_hidden_layers=4", "parallel.schedule=zb_v", "parallel.virtual_stages=2"]),
 ]
 
 
@@ -178,30 +180,47 @@ def load_on_rank(path: str, overrides: Sequence[str], folders: Sequence[str]) ->
     return traces
 
 
-def exchange(path: Path, tmp_path: Path, saving: list[tuple[Layout, int]], loading: list[tuple[Layout, int]]) -> None:
-    """Save at each of some layouts, and load each of these checkpoints at each of others."""
+Setup = tuple[Layout, int, *tuple[str, ...]]
+"""A layout, a ZeRO stage, and what else is set."""
+
+
+def exchange(path: Path, tmp_path: Path, saving: list[Setup], loading: list[Setup]) -> None:
+    """Save at each of some setups, and load each of these checkpoints at each of others."""
     folders = {}
-    for layout, stage in saving:
-        folder = tmp_path / f"saved_{'x'.join(map(str, layout))}_{stage}"
-        given = [*SMALL, *at(layout, stage), f"run.dir={folder}"]
+    for number, (layout, stage, *more) in enumerate(saving):
+        folder = tmp_path / f"saved_{number}"
+        given = [*SMALL, *at(layout, stage), *more, f"run.dir={folder}"]
         trace = run_distributed(save_on_rank, size(layout), str(path), given)[0]
         folders[str(folder / "checkpoints/step_3")] = trace
-    for layout, stage in loading:
-        given = [*SMALL, *at(layout, stage), f"run.dir={tmp_path / 'loaded'}"]
+    for layout, stage, *more in loading:
+        given = [*SMALL, *at(layout, stage), *more, f"run.dir={tmp_path / 'loaded'}"]
         found = run_distributed(load_on_rank, size(layout), str(path), given, list(folders), timeout=280)[0]
         for folder, trace in zip(folders, found, strict=True):
-            np.testing.assert_allclose(trace, folders[folder], rtol=1e-5, err_msg=f"{folder} at {layout}, {stage}")
+            np.testing.assert_allclose(
+                trace, folders[folder], rtol=1e-5, err_msg=f"{folder} at {layout}, {stage}, {more}"
+            )
 
 
 def test_a_checkpoint_of_one_layout_is_taken_over_by_another(run_file: Path, tmp_path: Path) -> None:
     exchange(run_file, tmp_path, [((1, 2, 2), 2), ((2, 1, 1), 3)], [((2, 2, 1), 1), ((1, 1, 2), 3), ((1, 1, 1), 0)])
 
 
+FOUR = "model.num_hidden_layers=4"
+INTERLEAVED = (FOUR, "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2")
+V = (FOUR, "parallel.schedule=zb_v", "parallel.virtual_stages=2")
+
+
+def test_stages_of_any_schedule_are_taken_over_by_any_other(run_file: Path, tmp_path: Path) -> None:
+    saving: list[Setup] = [((1, 2, 1), 2, *INTERLEAVED), ((2, 2, 1), 3, *V), ((1, 2, 1), 0, *V)]
+    loading: list[Setup] = [((1, 2, 1), 1, *V), ((1, 2, 2), 3, *INTERLEAVED), ((2, 1, 1), 0, FOUR)]
+    exchange(run_file, tmp_path, saving, loading)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
 def test_every_layout_takes_over_every_other(run_file: Path, tmp_path: Path, layout: Layout, stage: int) -> None:
-    everywhere = [(layout, stage) for layout in LAYOUTS for stage in (1, 2, 3)]
+    everywhere: list[Setup] = [(layout, stage) for layout in LAYOUTS for stage in (1, 2, 3)]
     exchange(run_file, tmp_path, [(layout, stage)], everywhere)
 
 

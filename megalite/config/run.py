@@ -1,6 +1,7 @@
 """A whole run: its sections, and how they fit each other and the ranks."""
 
 from collections.abc import Iterator
+from math import gcd
 from pathlib import Path
 from typing import Annotated
 
@@ -154,6 +155,7 @@ class RunConfig(Section, frozen=True):
 def _fit_faults(config: RunConfig, world_size: int | None, vocab_size: int | None) -> Iterator[Fault]:
     yield from _vocabulary_faults(config.model, vocab_size)
     yield from _tensor_faults(config.model, config.parallel.tensor)
+    yield from _token_share_faults(config.parallel, config.train.micro_batch_size, config.data.sequence_length)
     yield from _pipeline_faults(config.model, config.parallel)
     found = list(_world_faults(config.layout, world_size)) or list(_batch_faults(config.train, config.layout.data))
     yield from found or _schedule_faults(config)
@@ -194,6 +196,18 @@ def _tensor_rule(model: ModelConfig, tensor: int) -> str | None:
     if model.vocab_size is not None and model.vocab_size < tensor:
         return f"is more than model.vocab_size={model.vocab_size}"
     return None
+
+
+def _token_share_faults(parallel: ParallelSection, rows: int, length: int) -> Iterator[Fault]:
+    """Find a microbatch whose tokens sequence parallelism cannot share out evenly."""
+    size, tokens = parallel.tensor, rows * length
+    if not parallel.sequence_parallel or tokens % size == 0:
+        return
+    text = f"=true divides the {tokens} tokens of a microbatch over parallel.tensor={size} ranks, which is not even"
+    lengths = alternatives(_multiples_near(length, size // gcd(size, rows)))
+    batches = alternatives(_multiples_near(rows, size // gcd(size, length)))
+    fix = f"use a data.sequence_length of {lengths}, or a train.micro_batch_size of {batches}"
+    yield Fault(("parallel", "sequence_parallel"), f"{text}; {fix}")
 
 
 def _pipeline_faults(model: ModelConfig, parallel: ParallelSection) -> Iterator[Fault]:

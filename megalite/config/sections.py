@@ -19,10 +19,9 @@ from megalite.config.base import (
     Section,
     Share,
     divisors,
-    only,
 )
 from megalite.deepspeed_json import AdamW
-from megalite.faults import BETAS, FLAG, POSITIVE, Fault, alternatives, choice, number, show, whole
+from megalite.faults import BETAS, POSITIVE, Fault, alternatives, choice, number, show, whole
 from megalite.pipeline.schedule import SCHEDULES
 
 SCHEDULE = choice(*SCHEDULES)
@@ -197,7 +196,8 @@ class ParallelSection(Section, frozen=True):
     schedule: Annotated[str, SCHEDULE] = "1f1b"
     virtual_stages: Count = 1
     """Stages that a pipeline rank holds: 2 or more for interleaved_1f1b, 2 for zb_v, else 1."""
-    sequence_parallel: Annotated[bool, only(FLAG, False)] = False
+    sequence_parallel: Flag = False
+    """Between sharded layers each tensor rank holds a share of the tokens (arXiv:2205.05198)."""
     stage_layers: Annotated[tuple[int, ...], COUNTS] | None = None
     """Layers of each pipeline stage, virtual ones too, in the model's order; evenly shared unless given."""
 

@@ -12,7 +12,7 @@ from megalite.config import GPT2Config, ModelConfig, RotaryConfig
 from megalite.model.cache import KeyValueCache
 from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.tensor_parallel.collectives import TensorGroup, gather_from_group
+from megalite.tensor_parallel.collectives import TensorGroup, gather_from_group, own_tokens
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalite.tensor_parallel.deferral import WeightGradients
 from megalite.tensor_parallel.initialisation import initialise_parameter
@@ -24,10 +24,14 @@ TOKEN_TABLE = "embedding.tokens.weight"
 
 
 class Embedding(nn.Module):
-    """Token ids ``[B, S]`` to the residual stream ``[B, S, H]``; adds learned positions in the GPT-2 family."""
+    """Token ids ``[B, S]`` to the residual stream ``[B, S, H]``; adds learned positions in the GPT-2 family.
+
+    Where the group divides tokens, the stream is this rank's share ``[1, B*S / size, H]``.
+    """
 
     def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
         super().__init__()
+        self.group = group
         self.tokens = VocabParallelEmbedding(_vocab_size(config), config.hidden_size, group=group)
         self.positions = None
         if isinstance(config, GPT2Config):
@@ -37,9 +41,10 @@ class Embedding(nn.Module):
         x_BSH = self.tokens(ids_BS)
         if self.positions is not None:
             if positions_BS is None:
-                x_BSH = x_BSH + self.positions(torch.arange(ids_BS.shape[1], device=ids_BS.device))
-            else:
-                x_BSH = x_BSH + self.positions(positions_BS)
+                positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+            if self.group.divides_tokens:
+                positions_BS = own_tokens(positions_BS.expand_as(ids_BS), self.group)
+            x_BSH = x_BSH + self.positions(positions_BS)
         return x_BSH
 
 
@@ -71,7 +76,7 @@ class Head(ShardedModule):
         return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
 
     def _local_logits(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, entered=self.group, weight_gradients=self.weight_gradients)
+        return linear(x, self.weight, entering=self.group, weight_gradients=self.weight_gradients)
 
 
 class Stage(nn.Module):
@@ -83,6 +88,9 @@ class Stage(nn.Module):
 
     Where one rank holds the first stage and the last, `table` is the first one's `tied_table`, for the last to share;
     it stays a parameter of the first.
+
+    Where `group` divides tokens, a stage takes and returns ``[1, B*S / size, H]``, this rank's share of the tokens in
+    their order, and `rows` says what B is; raises ValueError where it is missing.
 
     A backward inside ``weight_gradients.collecting()`` leaves the gradients of the linear layers' weights for later.
     """
@@ -96,17 +104,22 @@ class Stage(nn.Module):
         num_stages: int,
         group: TensorGroup,
         table: nn.Parameter | None = None,
+        rows: int | None = None,
     ) -> None:
         super().__init__()
+        if group.divides_tokens and rows is None:
+            raise ValueError("a stage that holds a share of the tokens must know how many rows they come from")
+        rows = rows if group.divides_tokens else None
         self.index, self.num_stages, self.group = index, num_stages, group
         first, last = index == 0, index == num_stages - 1
         self.embedding = Embedding(config, group) if first else None
         rotary = Rotary(config) if isinstance(config, RotaryConfig) else None
-        self.layers = nn.ModuleDict({str(layer): Block(config, group, rotary) for layer in layers})
+        self.layers = nn.ModuleDict({str(layer): Block(config, group, rotary, rows) for layer in layers})
         self.final_norm = make_norm(config) if last else None
         self.tied = config.tie_word_embeddings
         shared = table if self.tied_table is None else self.tied_table
         self.head = Head(config, group, tied=shared) if last else None
+        self._hidden_size = config.hidden_size
         self.weight_gradients = WeightGradients()
         for module in self.modules():
             if isinstance(module, ShardedModule):
@@ -142,6 +155,7 @@ class Stage(nn.Module):
         assert self.embedding is not None
         assert self.head is not None
         assert self.final_norm is not None
+        assert not self.group.divides_tokens
         x_BSH = self.embedding(ids_BS, cache.positions_BS)
         for block, layer in zip(self.layers.values(), cache.layers, strict=True):
             x_BSH = block(x_BSH, cache=layer)
@@ -153,6 +167,24 @@ class Stage(nn.Module):
     def activation_dtype(self) -> torch.dtype:
         """Precision of the parameters, and so of the activations that leave the stage."""
         return next(self.parameters()).dtype
+
+    def activation_shape(self, rows: int, sequence_length: int) -> tuple[int, int, int]:
+        """Shape of what a microbatch ``[B, S]`` sends to the next stage, and of the gradient that comes back."""
+        if self.group.divides_tokens:
+            return 1, rows * sequence_length // self.group.size, self._hidden_size
+        return rows, sequence_length, self._hidden_size
+
+    def partial_parameters(self) -> list[nn.Parameter]:
+        """Parameters that are whole on every tensor rank, and whose gradient there is that of its own tokens alone.
+
+        Norms, biases of row-parallel layers and learned positions, where the group divides tokens: what works on the
+        residual stream, and so is no layer's to divide. Their gradients are summed over the group once a step.
+        """
+        if not self.group.divides_tokens:
+            return []
+        layers = [module for module in self.modules() if isinstance(module, ShardedModule)]
+        declared = {id(getattr(layer, name)) for layer in layers for name in layer.shard_specs}
+        return [parameter for parameter in self.parameters() if id(parameter) not in declared]
 
     @property
     def tied_table(self) -> nn.Parameter | None:

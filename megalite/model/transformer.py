@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig, ModelConfig, RopeScaling, RotaryConfig
 from megalite.model.cache import LayerCache
 from megalite.model.packing import PackedDocuments
-from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group
+from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group, enter_region
 from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear, ShardedModule
 from megalite.tensor_parallel.sharding import ShardSpec
 
@@ -117,11 +117,12 @@ class Attention(nn.Module):
 
     Takes and returns ``[B, S, H]``, the same on every rank; with a `cache` the tokens follow those in it. Where there
     are fewer key-value heads than ranks, the ranks that share a head each compute it, from a weight that all hold
-    whole.
+    whole. With `rows`, which is B, this rank's share of the tokens comes and goes.
     """
 
-    def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None) -> None:
+    def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None, rows: int | None = None) -> None:
         super().__init__()
+        self.group, self.rows = group, rows
         hidden, self.head_dim = config.hidden_size, head_dim(config)
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         bias, output_bias = _attention_biases(config)
@@ -133,8 +134,8 @@ class Attention(nn.Module):
         parts = {"query": width, "key": kv_width, "value": kv_width}
         if kv_heads < group.size:
             kv_head = group.rank * kv_heads // group.size
-            rows = slice(kv_head * self.head_dim, (kv_head + 1) * self.head_dim)
-            self.key_value = HeadSliceLinear(hidden, {"key": kv_width, "value": kv_width}, rows, group=group, bias=bias)
+            head = slice(kv_head * self.head_dim, (kv_head + 1) * self.head_dim)
+            self.key_value = HeadSliceLinear(hidden, {"key": kv_width, "value": kv_width}, head, group=group, bias=bias)
             parts = {"query": width}
         self.qkv = ColumnParallelLinear(hidden, sum(parts.values()), group=group, bias=bias, parts=parts)
         self.query_key_norm: QueryKeyNorm | None = None
@@ -145,10 +146,7 @@ class Attention(nn.Module):
         self.output = RowParallelLinear(width, hidden, group=group, bias=output_bias)
 
     def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None, cache: LayerCache | None = None) -> Tensor:
-        qkv = self.qkv(x_BSH)
-        if self.key_value is not None:
-            qkv = torch.cat((qkv, self.key_value(x_BSH)), dim=-1)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        qkv = self._projected(x_BSH).unflatten(-1, (-1, self.head_dim))
         # Queries and keys turn together, as one tensor.
         turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.query_key_norm is not None:
@@ -164,6 +162,15 @@ class Attention(nn.Module):
         else:
             attended = cache.attend(query)
         return self.output(attended.flatten(2))
+
+    def _projected(self, x_BSH: Tensor) -> Tensor:
+        """Return queries, keys and values of this rank's heads, side by side, of all tokens ``[B, S, ...]``."""
+        if self.key_value is None:
+            qkv = self.qkv(x_BSH)
+        else:
+            x_BSH = enter_region(x_BSH, self.group)
+            qkv = torch.cat((self.qkv(x_BSH, entered=True), self.key_value(x_BSH, entered=True)), dim=-1)
+        return qkv if self.rows is None else qkv.view(self.rows, -1, qkv.shape[-1])
 
 
 def _attention_biases(config: ModelConfig) -> tuple[bool, bool]:
@@ -262,15 +269,16 @@ class GeluMLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm layer: attention and MLP, each added to the residual stream ``[B, S, H]``.
 
-    The MLP reads the stream after attention or, in GPT-NeoX's parallel form, beside it.
+    The MLP reads the stream after attention or, in GPT-NeoX's parallel form, beside it. With `rows`, which is
+    B, the stream is this rank's share of the tokens ``[1, B*S / size, H]``.
 
     `rotary` is shared by the blocks of a stage; None where positions are learned.
     """
 
-    def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None) -> None:
+    def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None, rows: int | None = None) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, group, rotary)
+        self.attention = Attention(config, group, rotary, rows)
         self.mlp_norm = make_norm(config)
         self.mlp = SwiGLU(config, group) if isinstance(config, LlamaConfig) else GeluMLP(config, group)
         self.parallel = isinstance(config, GPTNeoXConfig) and config.use_parallel_residual

@@ -124,6 +124,8 @@ class _Kind:
     shape: Shape = "loop"
     fewest_stages: int = 1
     most_stages: int | None = 1
+    splits: bool = False
+    """Whether backwards run in halves."""
     whole_groups: bool = False
     """Whether the number of microbatches must be a multiple of the number of ranks."""
 
@@ -132,8 +134,8 @@ _KINDS = {
     "gpipe": _Kind(gpipe),
     "1f1b": _Kind(one_f_one_b),
     "interleaved_1f1b": _Kind(interleaved_1f1b, fewest_stages=2, most_stages=None, whole_groups=True),
-    "zb_h1": _Kind(zb_h1),
-    "zb_v": _Kind(zb_v, shape="v", fewest_stages=2, most_stages=2),
+    "zb_h1": _Kind(zb_h1, splits=True),
+    "zb_v": _Kind(zb_v, shape="v", fewest_stages=2, most_stages=2, splits=True),
 }
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType({name: kind.schedule for name, kind in _KINDS.items()})
 """The schedules that train, by their name in a run file."""
@@ -230,7 +232,7 @@ def _check(name: str, rank: int, placed: Placement, num_microbatches: int) -> No
     _at_least_one(num_microbatches)
     reason = refusal(name, placed.num_ranks, placed.virtual_stages, num_microbatches)
     if reason is None and placed.shape != _KINDS[name].shape:
-        reason = f"{name} needs a {_KINDS[name].shape}, not a {placed.shape}"
+        reason = f"{name} lays its stages as a {_KINDS[name].shape}, not as a {placed.shape}"
     if reason is not None:
         raise ValueError(reason)
     placed.stages_of(rank)
@@ -242,12 +244,16 @@ def _at_least_one(num_microbatches: int) -> None:
 
 
 def _wrong_stages(name: str, kind: _Kind, virtual_stages: int) -> str:
-    wrong, use = f"parallel.virtual_stages={virtual_stages}", f"use parallel.virtual_stages={kind.fewest_stages}"
-    if kind.most_stages is None:
-        return (
-            f"{wrong} is too few for parallel.schedule={name}, which needs {kind.fewest_stages} or more; {use}, or"
-            " parallel.schedule=1f1b"
-        )
-    instead = ", or parallel.schedule=interleaved_1f1b" if virtual_stages > 1 else ", or parallel.schedule=zb_h1"
-    runs = "one stage" if kind.most_stages == 1 else f"{kind.most_stages} stages"
-    return f"{wrong} does not go with parallel.schedule={name}, which runs {runs} a rank; {use}{instead}"
+    runs = ("one stage a rank", "two stages a rank")[kind.fewest_stages - 1]
+    more = "" if kind.most_stages else " or more"
+    return (
+        f"parallel.virtual_stages={virtual_stages} does not go with parallel.schedule={name}, which runs {runs}{more};"
+        f" use parallel.virtual_stages={kind.fewest_stages}, or parallel.schedule={_alternative(kind, virtual_stages)}"
+    )
+
+
+def _alternative(kind: _Kind, virtual_stages: int) -> str:
+    """Return the schedule most like `kind` that runs so many stages a rank."""
+    if virtual_stages == 1:
+        return "zb_h1" if kind.splits else "1f1b"
+    return "zb_v" if kind.splits and virtual_stages == 2 else "interleaved_1f1b"

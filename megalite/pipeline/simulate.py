@@ -46,10 +46,10 @@ class Cost:
 
     forward: float | tuple[float, ...] = 1.0
     backward: float | tuple[float, ...] = 2.0
-    send: float | tuple[float, ...] = 0.0
-    unit: Unit = "forward"
     backward_input: float | tuple[float, ...] = 1.0
     backward_weight: float | tuple[float, ...] = 1.0
+    send: float | tuple[float, ...] = 0.0
+    unit: Unit = "forward"
 
     def of(self, instruction: Instruction) -> float:
         """Return how long an instruction takes; a receive takes no time of its own."""
@@ -92,7 +92,7 @@ def measured_cost(timeline: Timeline) -> Cost:
         tuple(known.get((kind, stage), 0.0) for stage in stages)
         for kind in (Forward, Backward, BackwardInput, BackwardWeight)
     )
-    return Cost(forward, backward, unit=timeline.unit, backward_input=for_input, backward_weight=for_weight)
+    return Cost(forward, backward, for_input, for_weight, unit=timeline.unit)
 
 
 Communicator = Callable[[int, int, Kind], Hashable]

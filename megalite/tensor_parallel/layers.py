@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from megalite.tensor_parallel.collectives import (
     TensorGroup,
     copy_to_group,
+    enter_region,
     gather_from_group,
-    reduce_from_group,
+    leave_region,
 )
 from megalite.tensor_parallel.deferral import WeightGradients
-from megalite.tensor_parallel.linear import linear
+from megalite.tensor_parallel.linear import ONE_RANK, linear
 from megalite.tensor_parallel.sharding import ShardSpec, padded_vocabulary
 
 
@@ -40,7 +41,8 @@ class ColumnParallelLinear(ShardedModule):
     """``y = x W^T + b`` with the rows of W, and so the features of y, divided over the group.
 
     Takes x ``[..., in_features]``, the same on every rank, and returns ``[..., out_features / size]``, or all of
-    ``[..., out_features]`` with `gather_output`.
+    ``[..., out_features]`` with `gather_output`. Where the group divides tokens, x is this rank's share of them, but
+    for an x that has `entered` the sharded region already (`enter_region`); y has all tokens.
 
     `parts` names what is fused: ``{"query": 512, "key": 128, "value": 128}`` computes three projections as one
     product. Each part is divided over the ranks by itself, and the local output holds the local parts in order.
@@ -74,8 +76,9 @@ class ColumnParallelLinear(ShardedModule):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = linear(x, self.weight, self.bias, entered=self.group, weight_gradients=self.weight_gradients)
+    def forward(self, x: Tensor, *, entered: bool = False) -> Tensor:
+        entering = ONE_RANK if entered else self.group
+        y = linear(x, self.weight, self.bias, entering=entering, weight_gradients=self.weight_gradients)
         return gather_from_group(y, self.group) if self.gather_output else y
 
 
@@ -83,7 +86,8 @@ class RowParallelLinear(ShardedModule):
     """``y = x W^T + b`` with the columns of W, and so the features of x, divided over the group.
 
     Takes x ``[..., in_features / size]``, as a `ColumnParallelLinear` leaves it, and returns y
-    ``[..., out_features]``, the same on every rank. The bias is whole on every rank and added once.
+    ``[..., out_features]``, the same on every rank, or where the group divides tokens this rank's share of them. The
+    bias is whole on every rank and added once.
     """
 
     def __init__(self, in_features: int, out_features: int, *, group: TensorGroup, bias: bool) -> None:
@@ -98,7 +102,7 @@ class RowParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = reduce_from_group(linear(x, self.weight, weight_gradients=self.weight_gradients), self.group)
+        y = leave_region(linear(x, self.weight, weight_gradients=self.weight_gradients), self.group)
         return y if self.bias is None else y + self.bias
 
 
@@ -108,7 +112,8 @@ class HeadSliceLinear(ShardedModule):
     For key and value projections with fewer heads than ranks: several ranks need the same head. The weight's
     gradient is summed over the group, so that every rank holds the whole of it and the copies never part.
 
-    Takes x ``[..., in_features]``, the same on every rank; returns ``[..., rows]`` for the part's slices of `rows`.
+    Takes x ``[..., in_features]`` as `ColumnParallelLinear` does; returns ``[..., rows]`` for the part's slices of
+    `rows`.
     """
 
     def __init__(
@@ -132,15 +137,16 @@ class HeadSliceLinear(ShardedModule):
         whole = copy_to_group(parameter, self.group)
         return torch.cat([whole[rows] for rows in self.rows])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, entered: bool = False) -> Tensor:
         bias = None if self.bias is None else self._own_rows(self.bias)
-        return F.linear(copy_to_group(x, self.group), self._own_rows(self.weight), bias)
+        return F.linear(x if entered else enter_region(x, self.group), self._own_rows(self.weight), bias)
 
 
 class VocabParallelEmbedding(ShardedModule):
     """A table of embeddings with its rows, the vocabulary, divided over the group.
 
-    Takes token ids ``[...]``, the same on every rank, and returns ``[..., hidden]``, likewise. The table is padded
+    Takes token ids ``[...]``, the same on every rank, and returns ``[..., hidden]``, likewise, or where the group
+    divides tokens this rank's share of them ``[1, tokens / size, hidden]``. The table is padded
     so that every rank holds as many rows; the padding is zero, is never looked up, and is in no checkpoint.
     """
 
@@ -158,7 +164,7 @@ class VocabParallelEmbedding(ShardedModule):
         local = ids - self.first_id
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from_group(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.group)
+        return leave_region(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.group)
 
 
 def parameter_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:

@@ -1,7 +1,8 @@
 """The one product behind every sharded linear layer, with a backward whose two halves can part.
 
 The gradient of the input is computed first; its sum over the group may be under way while that of the weight is
-computed, and that of the weight may be left for later (`megalite.tensor_parallel.deferral`).
+computed, and that of the weight may be left for later (`megalite.tensor_parallel.deferral`). It costs nothing beside
+torch's own product, so there is no second path without it.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalite.tensor_parallel.collectives import TensorGroup, start_all_reduce
+from megalite.tensor_parallel.collectives import TensorGroup, enter_region, start_entering, start_summing
 from megalite.tensor_parallel.deferral import WeightGradients
 
 ONE_RANK = TensorGroup()
@@ -21,18 +22,19 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    entered: TensorGroup = ONE_RANK,
+    entering: TensorGroup = ONE_RANK,
     weight_gradients: WeightGradients | None = None,
 ) -> Tensor:
     """Return ``x W^T + b`` of x ``[..., in_features]``, as `torch.nn.functional.linear` does, and bit for bit that.
 
-    With `entered` x enters a sharded region of that group, as with `copy_to_group`: its gradient is summed over the
-    group, and with the group's `overlap` while the weight's is computed. `weight_gradients` says when that is; a
-    weight that is put off must be a parameter.
+    With `entering` x enters a sharded region of that group first (`enter_region`). Where that gathers tokens, the
+    backward gathers them once more, so that what is kept until then is a rank's share (arXiv:2205.05198). With the
+    group's `overlap` the backward's collectives run beside its two products. `weight_gradients` says when the second
+    is computed; a weight whose gradient is put off must be a parameter.
     """
     if not torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias, entered, weight_gradients)  # pyright: ignore[reportReturnType]
+        return F.linear(enter_region(x, entering), weight, bias)
+    return _Linear.apply(x, weight, bias, entering, weight_gradients)  # pyright: ignore[reportReturnType]
 
 
 class _Linear(torch.autograd.Function):
@@ -42,44 +44,34 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        entered: TensorGroup,
+        entering: TensorGroup,
         weight_gradients: WeightGradients | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         # Beside the saved tensor: a recomputation may save an alias in its place, which is not the parameter.
-        ctx.weight, ctx.has_bias = weight, bias is not None
-        ctx.entered, ctx.weight_gradients = entered, weight_gradients
-        return F.linear(x, weight, bias)
+        ctx.weight = weight
+        ctx.entering, ctx.weight_gradients = entering, weight_gradients
+        return F.linear(start_entering(x, entering).wait(), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        (saved_x, weight), group = ctx.saved_tensors, ctx.entering
         # Detached, since a product that is put off would keep the graph behind either alive: the gradient of logits is
         # the tensor of the logits (`cross_entropy`), which has one.
-        grad_y = grad_outputs[0].detach().flatten(0, -2)
-        grad_x = grad_weight = grad_bias = summing = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ weight).view(x.shape)
-            summing = start_all_reduce(grad_x, ctx.entered)
-            if not ctx.entered.overlap:
-                summing.wait()
-        if ctx.needs_input_grad[1]:
-            grad_weight = _weight_gradient(ctx, x.detach(), grad_y)
-        if ctx.has_bias:
-            grad_bias = grad_y.sum(0)
-        if summing is not None:
-            summing.wait()
-        return grad_x, grad_weight, grad_bias, None, None
+        x, grad_y = saved_x.detach(), grad_outputs[0].detach()
+        rows = grad_y.flatten(0, -2)
+        deferred = ctx.weight_gradients.deferred if ctx.weight_gradients is not None else None
+        entered = start_entering(x, group) if needs_weight and deferred is None else None
+        grad_x = start_summing((rows @ weight).view(*grad_y.shape[:-1], -1), group) if needs_x else None
+        grad_weight = None
+        if entered is not None:
+            grad_weight = _weight_product(rows, entered.wait())
+        elif needs_weight and deferred is not None:
+            deferred.put(ctx.weight, lambda: _weight_product(rows, start_entering(x, group).wait()))
+        grad_bias = rows.sum(0) if needs_bias else None
+        return grad_x.wait() if grad_x is not None else None, grad_weight, grad_bias, None, None
 
 
-def _weight_gradient(ctx: Any, x: Tensor, grad_y: Tensor) -> Tensor | None:
-    """Return the weight's gradient, or None once it has been put off."""
-
-    def product() -> Tensor:
-        return grad_y.t() @ x.flatten(0, -2)
-
-    deferred = ctx.weight_gradients.deferred if ctx.weight_gradients is not None else None
-    if deferred is None:
-        return product()
-    deferred.put(ctx.weight, product)
-    return None
+def _weight_product(grad_rows: Tensor, x: Tensor) -> Tensor:
+    return grad_rows.t() @ x.flatten(0, -2)

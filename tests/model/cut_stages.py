@@ -55,13 +55,21 @@ def whole_weights(config: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
-def cut_stages(config: ModelConfig, weights: dict[str, Tensor], num_stages: int) -> list[Stage]:
+def cut_stages(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    num_stages: int,
+    *,
+    rows: int | None = None,
+    sequence_parallel: bool = False,
+    overlap: bool = False,
+) -> list[Stage]:
     """All stages of the pipeline, each with this rank's share of the weights over the world's tensor group."""
     dist = torch.distributed
-    group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, sequence_parallel, overlap)
     stages = []
     for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
-        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group)
+        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group, rows=rows)
         with torch.no_grad():
             for _, parameter, shards in stage.named_shards():
                 parameter.zero_()

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from megalite.pipeline.instructions import Backward, Forward, parse
-from megalite.pipeline.schedule import all_streams, one_f_one_b
+from megalite.pipeline.instructions import Backward, BackwardInput, BackwardWeight, Forward, parse
+from megalite.pipeline.placement import Placement
+from megalite.pipeline.schedule import all_streams, one_f_one_b, zb_v
 from megalite.pipeline.simulate import simulate
 from megalite.pipeline.timeline import Span, Timeline
 
@@ -39,8 +40,26 @@ def test_a_microbatch_is_in_flight_from_its_forward_to_the_end_of_its_backward()
     assert Timeline(tuple(spans)).peak_in_flight == (2,)
 
 
+def test_what_a_split_backward_holds_it_holds_until_its_weights_are_done() -> None:
+    spans = [Span(0, Forward(0, m), m, m + 1) for m in (0, 1)]
+    spans += [Span(0, BackwardInput(0, 0), 2, 3), Span(0, Forward(0, 2), 3, 4), Span(0, BackwardWeight(0, 0), 4, 5)]
+    spans += [Span(0, Backward(0, m), 4 + m, 5 + m) for m in (1, 2)]
+    assert Timeline(tuple(spans)).peak_in_flight == (3,)
+    assert Timeline(tuple(spans)).bubble_fraction == 0.0
+
+
+def test_the_stages_of_a_rank_share_its_layers() -> None:
+    spans = [Span(0, Forward(0, m), m, m + 1) for m in (0, 1)] + [Span(0, Forward(3, 0), 2, 3)]
+    spans += [Span(0, Backward(*at), 3 + i, 4 + i) for i, at in enumerate(((3, 0), (0, 0), (0, 1)))]
+    spans += [Span(1, Forward(1, 0), 0, 1), Span(1, Backward(1, 0), 1, 2), Span(1, parse("2RA0"), 2, 3)]
+    timeline = Timeline(tuple(spans))
+    assert timeline.stages == ((0, 3), (1,))
+    assert timeline.peak_in_flight == (3, 1)
+    assert timeline.peak_microbatches == (1.5, 1.0)
+
+
 def test_the_order_of_the_spans_does_not_matter() -> None:
-    timeline = simulate(all_streams(one_f_one_b, 4, 6))
+    timeline = simulate(all_streams(one_f_one_b, Placement(4), 6))
     backwards = Timeline(timeline.spans[::-1], timeline.unit)
     assert backwards.peak_in_flight == timeline.peak_in_flight == (4, 3, 2, 1)
     assert backwards.bubble_fraction == timeline.bubble_fraction
@@ -53,9 +72,18 @@ def test_forwards_without_a_backward_hold_nothing() -> None:
 def test_an_empty_timeline_is_no_error() -> None:
     empty = Timeline(())
     assert (empty.num_ranks, empty.makespan, empty.bubble_fraction, empty.peak_in_flight) == (0, 0.0, 0.0, ())
+    assert empty.stages == empty.peak_microbatches == ()
 
 
-@pytest.mark.parametrize("timeline", [measured(), simulate(all_streams(one_f_one_b, 3, 4)), Timeline(())])
+@pytest.mark.parametrize(
+    "timeline",
+    [
+        measured(),
+        simulate(all_streams(one_f_one_b, Placement(3), 4)),
+        simulate(all_streams(zb_v, Placement(2, 2, "v"), 4)),
+        Timeline(()),
+    ],
+)
 def test_json_reads_back_equal(timeline: Timeline) -> None:
     text = timeline.to_json()
     assert "\n" not in text
