@@ -185,7 +185,7 @@ rounds of the ratio within a round, *loss* is that of the first and the last ste
 
 *RSS* is the most memory that the largest rank ever held, Python and libraries too. *Activations*, of each rank, is the
 most that torch's allocator held at once during the forwards and backwards of a step beside what was there before and
-beside the gradients: saved tensors, products put off, working memory, messages.
+beside the gradients: saved tensors, products put off, working memory, messages, and weights gathered at ZeRO-3.
 
 *Bubble*: the share of the ranks' time, from the first forward to the last backward, in which they compute nothing.
 *Measured* is the median over recorded steps; *simulated* is the same schedule played with each step's own median times
