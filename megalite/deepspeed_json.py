@@ -121,8 +121,11 @@ _OWN_ADAMW = "megalite takes the fastest right AdamW on each device"
 _ZERO_PP = "ZeRO++ is not measured under a pipeline"
 _OWN_CHECKPOINTS = "megalite writes checkpoints of its own"
 _ONE_PRECISION = "bf16 and fp16 state the precision, and nothing else does"
-_RECOMPUTE = "activations cannot be recomputed yet"
-_RECOMPUTE_INSTEAD = "leave activation_checkpointing out"
+
+RECOMPUTE_KEYS = {
+    "activation_checkpointing": ("partition_activations", "cpu_checkpointing", "number_checkpoints"),
+    "pipeline": ("activation_checkpoint_interval",),
+}
 
 OFFLOAD_PARAM: dict[str, Rule] = {
     "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
@@ -198,7 +201,9 @@ FP16: dict[str, Rule] = {
 
 BF16: dict[str, Rule] = {
     "enabled": Honoured(FLAG, "resolved"),
-    "check_grad_overflow": Honoured(FLAG),
+    "check_grad_overflow": Refused(
+        "a step whose gradient is not finite is skipped in every precision", "write true", (True,)
+    ),
     "immediate_grad_update": Refused(
         "it belongs to BF16_Optimizer, whose norm is wrong under a pipeline", "write false", (False,)
     ),
@@ -382,20 +387,24 @@ TABLE: dict[str, Rule] = {
     ),
     # Memory.
     "activation_checkpointing": {
-        "partition_activations": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
-        "cpu_checkpointing": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
-        "contiguous_memory_optimization": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
-        "number_checkpoints": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (0,)),
-        "synchronize_checkpoint_boundary": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
-        "profile": Refused(_RECOMPUTE, _RECOMPUTE_INSTEAD, (False,)),
+        "partition_activations": Honoured(FLAG),
+        "cpu_checkpointing": Honoured(FLAG),
+        "contiguous_memory_optimization": Refused(
+            "torch's allocator reuses the memory of inputs of one size", "write false", (False,)
+        ),
+        "number_checkpoints": Honoured(whole(0)),
+        "synchronize_checkpoint_boundary": Refused(
+            "nothing needs to wait for the device there", "write false", (False,)
+        ),
+        "profile": Refused("forwards and backwards are timed by train.trace_steps", "write false", (False,)),
     },
     # Parallelism, which the run file states.
     "pipeline": {
         "stages": Derived(whole(1), "parallel.pipeline"),
         "partition": Refused("the run file partitions the layers", "write parallel.stage_layers", ("best", "uniform")),
         "seed_layers": Refused("a parameter starts from the seed and its name", "write false", (False,)),
-        "activation_checkpoint_interval": Refused(_RECOMPUTE, "write 0", (0,)),
-        "use_reentrant": Refused(_RECOMPUTE, "leave it out"),
+        "activation_checkpoint_interval": Honoured(whole(0)),
+        "use_reentrant": Refused("recomputation is torch's other form", "write false", (False,)),
         "pipe_partitioned": Refused("stages send whole activations", "write false", (False,)),
         "grad_partitioned": Refused("stages send whole gradients", "write false", (False,)),
     },
@@ -566,6 +575,8 @@ def read_document(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]
         reader.faults.extend(_accumulation_faults(document))
     if reader.clean("zero_optimization"):
         reader.faults.extend(_zero_faults(document))
+    if reader.clean("activation_checkpointing", "pipeline"):
+        reader.faults.extend(_recompute_faults(document))
     return _normalised(document), reader.faults
 
 
@@ -603,6 +614,14 @@ def _zero_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault((name,), text)
 
 
+def _recompute_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
+    number = document.get("activation_checkpointing", {}).get("number_checkpoints")
+    interval = document.get("pipeline", {}).get("activation_checkpoint_interval")
+    if number and interval:
+        text = f"={interval} stands beside activation_checkpointing.number_checkpoints={number}; keep one of them"
+        yield Fault(("pipeline", "activation_checkpoint_interval"), text)
+
+
 def _offload_faults(offload: Mapping[str, Any], stage: int, cpu_stages: tuple[int, ...]) -> Iterator[Fault]:
     device = offload.get("device")
     stages = (3,) if device == "nvme" else cpu_stages
@@ -630,6 +649,12 @@ def _normalised(document: dict[str, Any]) -> dict[str, Any]:
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device") == "none":
             del zero[name]
+    for name, keys in RECOMPUTE_KEYS.items():
+        for key in keys:
+            if not document.get(name, {}).get(key, True):
+                del document[name][key]
+        if document.get(name) == {}:
+            del document[name]
     if optimizer := document.get("optimizer"):
         params = DEEPSPEED_ADAMW.plain() | optimizer["params"]
         _fill(params, AdamW().plain())
@@ -692,6 +717,16 @@ class DeepSpeedSettings:
         return self.document.get("zero_optimization", {}).get("stage", 0)
 
     @property
+    def recompute(self) -> dict[str, int]:
+        """What the JSON asks of recomputed activations, by dotted key; empty where it asks for nothing."""
+        return {
+            f"{name}.{key}": self.document[name][key]
+            for name, keys in RECOMPUTE_KEYS.items()
+            for key in keys
+            if key in self.document.get(name, {})
+        }
+
+    @property
     def gradient_clipping(self) -> float:
         """The largest global gradient norm; 0 means no clipping. DeepSpeed clips at 1.0 unless told otherwise."""
         return self.document.get("gradient_clipping", 1.0)
@@ -741,7 +776,8 @@ class DeepSpeedSettings:
     def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:
         """Return the JSON for ``deepspeed.initialize``, without the optimizer, which megalite builds itself."""
         config = copy.deepcopy(dict(self.document))
-        for name in ("optimizer", "pipeline", "vocabulary_size", "train_batch_size", "data_types"):
+        engines_not = ("optimizer", "pipeline", "activation_checkpointing", "data_types")
+        for name in (*engines_not, "vocabulary_size", "train_batch_size"):
             config.pop(name, None)
         config["train_micro_batch_size_per_gpu"] = micro_batch_size
         config["gradient_accumulation_steps"] = gradient_accumulation_steps

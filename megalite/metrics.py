@@ -1,6 +1,7 @@
 """What a run says of itself: the console's line, metrics.jsonl and TensorBoard; throughput, MFU and memory."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -181,7 +182,9 @@ class MetricsLog:
         self._board.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has no word for what is not finite.
+        finite = {name: None if _not_finite(value) else value for name, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def _line(self, m: StepMetrics) -> str:
         # The first steps warm caches up; the remaining time is told from the others as soon as there are some.
@@ -197,6 +200,10 @@ class MetricsLog:
             f" | tok/s {m.tokens_per_second:,.0f} | tok/s/rank {m.tokens_per_second / self._world:,.0f}"
             f" | MFU {m.mfu:.1%} | mem {m.memory_bytes / 2**30:.2f} GiB | ETA {remaining}"
         )
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _clock(seconds: float) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
 from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleMicrobatch, SampleRules
@@ -25,6 +26,7 @@ from megalite.errors import UserError
 from megalite.files import sole_user
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
+from megalite.model.dropout import DropoutStreams
 from megalite.model.loading import load_stage
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
@@ -42,7 +44,7 @@ from megalite.zero_state import ZeroState
 def train(plan: Plan, environment: LaunchEnvironment) -> None:
     """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
 
-    Raises UserError for what the user can mend, FloatingPointError where training diverges to no number.
+    Raises UserError for what the user can mend, and where `train.max_bad_steps` steps in a row had to be skipped.
     """
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
         plan.check_start()
@@ -79,6 +81,7 @@ class Trainer:
         self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
         self.state = ZeroState(self.engine)
         self._restore()
+        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid)
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
             plan.checkpoints,
@@ -124,6 +127,7 @@ class Trainer:
                 record = step in train.trace_steps
                 report, spans = self._timed_step(step, record=record)
                 recorder.step(report)
+                self.bad_steps.count(step, skipped=report.outcome.skipped, loss_scale=report.outcome.loss_scale)
                 if record:
                     recorder.timeline(step, spans)
                 if train.eval_every and (step % train.eval_every == 0 or step == last):
@@ -167,10 +171,10 @@ class Trainer:
 
     @contextmanager
     def _settled_when_stopped(self) -> Iterator[None]:
-        """A rank that is told to stop leaves no checkpoint half written that it could finish."""
+        """A rank that has to stop leaves no checkpoint half written that it could finish."""
         try:
             yield
-        except SystemExit:
+        except (SystemExit, UserError):
             self.checkpointer.settle()
             raise
 
@@ -188,8 +192,9 @@ class Trainer:
             dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
         batch = self.batches.take(step)
-        with self.engine.accumulate():
-            result = self._run_stream(self._train_stream(len(batch)), batch, self._counted(batch), record=record)
+        with self.engine.accumulate(), self.bad_steps.watched():
+            microbatches = self._microbatches(batch, self._counted(batch), trains=True)
+            result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
         rate = self._learning_rate(step)
         self.checkpointer.before_update()
         before_update()
@@ -215,7 +220,8 @@ class Trainer:
         for first in range(0, batches * size, size):
             batch = reader.microbatches(range(first, first + size))
             counted = self._counted(batch)
-            loss = self._mean_loss(self._run_stream(self._eval_stream(len(batch)), batch, counted))
+            microbatches = self._microbatches(batch, counted, trains=False)
+            loss = self._mean_loss(self.executor.run(self._eval_stream(len(batch)), microbatches))
             weight = float(size if counted is None else counted)
             total, tokens = total + loss * weight, tokens + weight
         return total / max(tokens, 1.0)
@@ -250,18 +256,12 @@ class Trainer:
         dist.all_reduce(total, group=self.grid.data)
         return float(total)
 
-    def _run_stream(
-        self,
-        stream: Sequence[Instruction],
-        batch: Sequence[SampleMicrobatch],
-        counted: float | None,
-        *,
-        record: bool = False,
-    ) -> StepResult:
-        microbatches = [self._microbatch(microbatch, counted) for microbatch in batch]
-        return self.executor.run(stream, microbatches, record=record)
+    def _microbatches(
+        self, batch: Sequence[SampleMicrobatch], counted: float | None, *, trains: bool
+    ) -> list[Microbatch]:
+        return [self._microbatch(microbatch, counted, trains) for microbatch in batch]
 
-    def _microbatch(self, read: SampleMicrobatch, counted: float | None) -> Microbatch:
+    def _microbatch(self, read: SampleMicrobatch, counted: float | None, trains: bool) -> Microbatch:
         packing = weights = None
         if read.document_lengths is not None or read.positions is not None:
             positions = None if read.positions is None else self._to_device(read.positions)
@@ -275,7 +275,14 @@ class Trainer:
             targets=self._to_device(read.targets) if self.grid.has_last_stage else None,
             packing=packing,
             loss_weights=weights,
+            dropout=self._dropout(read.samples) if trains else None,
         )
+
+    def _dropout(self, samples: tuple[int, ...]) -> DropoutStreams | None:
+        model = self.config.model
+        if not (model.hidden_dropout or model.attention_dropout):
+            return None
+        return DropoutStreams(self.config.run.seed, samples, model.hidden_dropout, model.attention_dropout)
 
     def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.grid.device, non_blocking=True)
@@ -305,6 +312,7 @@ def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) 
             num_stages=plan.placement.num_stages,
             group=replace(grid.tensor, sequence_parallel=plan.config.parallel.sequence_parallel),
             rows=plan.config.train.micro_batch_size,
+            recompute=plan.config.recompute,
             table=stages[0].tied_table if 0 in stages else None,
         )
         if weights is None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megalite.config import OptimizerSection, RunConfig
 from megalite.distributed import ModelParallelUnit, ProcessGrid
+from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.tensor_parallel.deferral import DeferredProducts
@@ -38,7 +39,7 @@ _DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
     """What one optimizer step did: the gradient's global norm before clipping, whether the step was skipped because
-    a gradient overflowed (fp16), and the loss scale it ran with (None without fp16)."""
+    that is not finite, and the loss scale it ran with (None without fp16)."""
 
     grad_norm: float
     skipped: bool
@@ -59,8 +60,10 @@ class _Stages(nn.Module):
         targets: Tensor | None,
         packing: PackedDocuments | None,
         loss_weights: Tensor | None,
+        dropout: DropoutStreams | None,
     ) -> Tensor:
-        return self.stages[str(index)](inputs, targets, packing=packing, loss_weights=loss_weights)
+        stage = self.stages[str(index)]
+        return stage(inputs, targets, packing=packing, loss_weights=loss_weights, dropout=dropout)
 
 
 class ZeroEngine:
@@ -92,6 +95,9 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(False)
         if self.zero_stage == 0:
             self.engine.enable_backward_allreduce = False
+        if self.dtype == torch.float16:
+            # DeepSpeed: an overflow at the smallest loss scale raises. Bad steps in a row are counted anyway.
+            self.zero_optimizer.loss_scaler.raise_error_at_min_scale = False
         if self.gradient_dtype != self.dtype:
             self._widen_gradients()
 
@@ -148,9 +154,10 @@ class ZeroEngine:
         targets: Tensor | None,
         packing: PackedDocuments | None = None,
         loss_weights: Tensor | None = None,
+        dropout: DropoutStreams | None = None,
     ) -> Tensor:
         """Run one stage on one microbatch; hidden states, or the loss on the last stage."""
-        return self.engine(stage, inputs, targets, packing, loss_weights)
+        return self.engine(stage, inputs, targets, packing, loss_weights, dropout)
 
     def backward(self, scalar: Tensor) -> None:
         """Differentiate one microbatch's scalar, times the loss scale, into gradients that stay on this rank."""
@@ -191,6 +198,7 @@ class ZeroEngine:
             yield
             self._sum_partial_gradients()
             self._reduce_tied_gradient()
+            self._spread_what_no_norm_counts()
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
             return
@@ -200,28 +208,40 @@ class ZeroEngine:
             yield
             self._sum_partial_gradients()
             self._reduce_tied_gradient()
+            self._spread_what_no_norm_counts()
         self.engine.set_gradient_accumulation_boundary(True)
 
     def step(self, learning_rate: float | None) -> StepOutcome:
         """Clip and apply the gathered gradients; `learning_rate` None leaves it to the JSON's scheduler.
 
-        Raises FloatingPointError where the gradient's norm is no number, but for overflows under a loss scale.
+        A step whose gradient is not finite on some rank is skipped on every rank: parameters and moments stay as they
+        are, and the gradients are dropped.
         """
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
         scale = float(self.zero_optimizer.loss_scale) if self.dtype == torch.float16 else None
-        norm = self._clip_at_stage_0() if self.zero_stage == 0 else None
-        self.engine.step()
+        norm, skipped = self._step_at_stage_0() if self.zero_stage == 0 else self._step_of_zero()
         self.engine.set_gradient_accumulation_boundary(False)
-        skipped = not self.engine.was_step_applied()
-        if norm is None:
-            norm = float(self.engine.get_global_grad_norm() or 0.0)
-        # DeepSpeed: ZeRO tells -1 for a norm that is no number, and skips the step in every precision; only a loss
-        # scale can come down and make the next step a better one.
-        if (skipped and scale is None) or not (skipped or (math.isfinite(norm) and norm >= 0.0)):
-            raise FloatingPointError("the gradient's norm is no finite number")
         return StepOutcome(norm, skipped, scale)
+
+    def _step_at_stage_0(self) -> tuple[float, bool]:
+        norm = self._clip_at_stage_0()
+        if math.isfinite(norm):
+            self.engine.step()
+            return norm, False
+        # DeepSpeed: at stage 0 it would apply them.
+        for stage in self.stages.values():
+            stage.zero_grad()
+        return norm, True
+
+    def _step_of_zero(self) -> tuple[float, bool]:
+        self.engine.step()
+        skipped = not self.engine.was_step_applied()
+        if skipped and self.zero_stage < 3:
+            # DeepSpeed: under CPU offload what it has reduced in fp32 outlives a step that it skips, and is added to.
+            self.zero_optimizer.averaged_gradients.clear()
+        return float(self.engine.get_global_grad_norm() or 0.0), skipped
 
     @property
     def zero_optimizer(self) -> Any:
@@ -258,6 +278,14 @@ class ZeroEngine:
                 assert copy.grad is not None
                 dist.all_reduce(copy.grad, group=self.grid.embedding)
 
+    def _spread_what_no_norm_counts(self) -> None:
+        """Make the norm infinite where a gradient is not finite that only another rank's copy stands for in it."""
+        held = [(p, p.grad) for stage in self.stages.values() for p in stage.parameters() if p.grad is not None]
+        uncounted = [torch.isfinite(gradient).all() for p, gradient in held if not _counts(p) and not _is_copy(p)]
+        if uncounted and not bool(torch.stack(uncounted).all()):
+            witness = next(gradient for p, gradient in held if _counts(p))
+            witness.view(-1)[0] = math.inf
+
     def _clip_at_stage_0(self) -> float:
         gradients = {parameter: parameter.grad for parameter in _parameters(self.stages) if parameter.grad is not None}
         counted = [gradient for parameter, gradient in gradients.items() if _counts(parameter)]
@@ -267,9 +295,7 @@ class ZeroEngine:
             square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
         dist.all_reduce(square, group=self.grid.model)
         norm = float(square.sqrt())
-        if not math.isfinite(norm):
-            raise FloatingPointError("the gradient's norm is no finite number")
-        if self._clip > 0 and norm + 1e-6 > self._clip:
+        if math.isfinite(norm) and self._clip > 0 and norm + 1e-6 > self._clip:
             scale = self._clip / (norm + 1e-6)
             for gradient in gradients.values():
                 gradient.mul_(scale)
@@ -328,6 +354,10 @@ def _mark_for_norm(stage: Stage, grid: ProcessGrid) -> None:
 
 def _counts(parameter: nn.Parameter) -> bool:
     return bool(parameter.model_parallel)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_copy(parameter: nn.Parameter) -> bool:
+    return bool(parameter.ds_pipe_replicated)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _quieten_deepspeed() -> None:

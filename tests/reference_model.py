@@ -1,6 +1,8 @@
 """The families written the plainest way, to compare megalite's against: one process, nn.Linear by nn.Linear."""
 
+import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +43,51 @@ def slowed(rate: float, scaling: RopeScaling | None) -> float:
     return (1 - share) * rate / scaling.factor + share * rate
 
 
+@dataclass(frozen=True)
+class PlainDropout:
+    """The masks of megalite/model/dropout.py by its documentation, element for element, drawn whole."""
+
+    seed: int
+    samples: tuple[int, ...]
+    hidden: float
+    attention: float
+
+    def draw(self, *key: object, shape: tuple[int, int]) -> Tensor:
+        digest = hashlib.blake2b(" ".join(map(str, (self.seed, *key))).encode(), digest_size=8).digest()
+        number = sum(byte << (8 * place) for place, byte in enumerate(digest))
+        return torch.rand(shape, generator=torch.Generator().manual_seed(number))
+
+    def drop_hidden(self, site: str, x: Tensor) -> Tensor:
+        dropped = torch.zeros_like(x)
+        for row, sample in enumerate(self.samples):
+            for token in range(x.shape[1]):
+                numbers = self.draw(sample, site, token // 64, shape=(64, x.shape[2]))[token % 64]
+                dropped[row, token] = torch.where(numbers < 1 - self.hidden, x[row, token] / (1 - self.hidden), 0.0)
+        return dropped
+
+    def drop_scores(self, site: str, scores: Tensor, documents: Tensor) -> Tensor:
+        """Drop probabilities ``[B, heads, S, S]``."""
+        dropped = torch.zeros_like(scores)
+        for row, sample in enumerate(self.samples):
+            for document in documents[row].unique():
+                places = (documents[row] == document).nonzero().flatten()
+                start, end = int(places[0]), int(places[-1]) + 1
+                for head in range(scores.shape[1]):
+                    numbers = self.draw(sample, site, head, start, shape=(end - start, end - start))
+                    scaled = scores[row, head, start:end, start:end] / (1 - self.attention)
+                    dropped[row, head, start:end, start:end] = torch.where(numbers < 1 - self.attention, scaled, 0.0)
+        return dropped
+
+
 class ReferenceModel(nn.Module):
     """Weights by their global names in a dict; ``forward(ids, targets)`` gives the mean loss.
 
     With `documents` ``[B, S]``, the number of the document that each token belongs to, tokens see their own only.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], dropout: PlainDropout | None = None) -> None:
         super().__init__()
+        self.dropout = dropout
         self.config = config
         self.weights = nn.ParameterDict({k.replace(".", "/"): nn.Parameter(v.clone()) for k, v in weights.items()})
 
@@ -81,8 +120,14 @@ class ReferenceModel(nn.Module):
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
         causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         seen = causal & (documents[:, None, :, None] == documents[:, None, None, :])
-        mixed = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v
+        shares = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        if self.dropout is not None:
+            shares = self.dropout.drop_scores(name.replace("attention", "scores"), shares, documents)
+        mixed = shares @ v
         return self.linear(f"{name}.output", mixed.transpose(1, 2).flatten(2))
+
+    def dropped(self, site: str, x: Tensor) -> Tensor:
+        return x if self.dropout is None else self.dropout.drop_hidden(site, x)
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         if isinstance(self.config, LlamaConfig):
@@ -107,12 +152,15 @@ class ReferenceModel(nn.Module):
         x = F.embedding(ids, self.w("embedding.tokens.weight"))
         if isinstance(self.config, GPT2Config):
             x = x + F.embedding(positions, self.w("embedding.positions.weight"))
+        x = self.dropped("embedding", x)
         for layer in range(self.config.num_hidden_layers):
             name = f"layers.{layer}"
             before = x
-            x = x + self.attention(f"{name}.attention", self.norm(f"{name}.attention_norm", x), positions, documents)
+            branch = self.attention(f"{name}.attention", self.norm(f"{name}.attention_norm", x), positions, documents)
+            x = x + self.dropped(f"{name}.attention", branch)
             parallel = isinstance(self.config, GPTNeoXConfig) and self.config.use_parallel_residual
-            x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", before if parallel else x))
+            branch = self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", before if parallel else x))
+            x = x + self.dropped(f"{name}.mlp", branch)
         head = "embedding.tokens.weight" if self.config.tie_word_embeddings else "head.weight"
         logits = self.norm("final_norm", x) @ self.w(head).T
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

@@ -12,7 +12,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megalite.config import GPTNeoXConfig, LlamaConfig, RunConfig, TrainSection, load_run_config, read_model
+from megalite.config import (
+    GPTNeoXConfig,
+    LlamaConfig,
+    Recompute,
+    RunConfig,
+    TrainSection,
+    load_run_config,
+    read_model,
+)
 from megalite.errors import UserError
 from megalite.layout import ParallelLayout
 
@@ -353,8 +361,9 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "key without a neighbour",
         {"model.gpt2": 1},
-        "run.yaml: model.gpt2 is not a key; allowed: architecture, attention_bias, head_dim, hidden_size, "
-        "initializer_range, intermediate_size, max_position_embeddings, num_attention_heads, num_hidden_layers, "
+        "run.yaml: model.gpt2 is not a key; allowed: architecture, attention_bias, attention_dropout, head_dim, "
+        "hidden_dropout, hidden_size, initializer_range, "
+        "intermediate_size, max_position_embeddings, num_attention_heads, num_hidden_layers, "
         "num_key_value_heads, qk_norm, rms_norm_eps, rope_scaling, rope_theta, tie_word_embeddings, vocab_size",
     ),
     # missing
@@ -608,6 +617,29 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         "two validations",
         {"data.valid": [{"prefix": "v"}], "data.split": [0.9, 0.1]},
         "run.yaml: data.split=[0.9, 0.1] stands beside data.valid; keep one of them",
+    ),
+    (
+        "all dropped",
+        {"model.hidden_dropout": 1.0},
+        "run.yaml: model.hidden_dropout=1.0 is not a number from 0 to below 1",
+    ),
+    (
+        "two recomputations",
+        {"train.recompute": "none", "deepspeed.activation_checkpointing": {"cpu_checkpointing": True}},
+        "run.yaml: train.recompute='none' stands beside run.yaml: "
+        "deepspeed.activation_checkpointing.cpu_checkpointing=true, which recomputes whole layers; write full, or "
+        "leave activation_checkpointing.cpu_checkpointing out",
+    ),
+    (
+        "one in several of none",
+        {"train.recompute_every": 2},
+        "run.yaml: train.recompute_every=2 belongs to train.recompute=full, not to none; write full, or leave it out",
+    ),
+    (
+        "one in several, and segments",
+        {"train.recompute_every": 2, "deepspeed.pipeline": {"activation_checkpoint_interval": 3}},
+        "run.yaml: train.recompute_every=2 stands beside run.yaml: "
+        "deepspeed.pipeline.activation_checkpoint_interval=3, which recomputes every layer; keep one of them",
     ),
     (
         "evaluation of nothing",
@@ -891,7 +923,7 @@ def test_sections_that_do_not_fit(
 def test_tokens_are_divided_where_they_divide(write: Callable[..., Path]) -> None:
     for tensor, length in ((1, 255), (4, 255), (8, 256)):
         edits = {"parallel.sequence_parallel": True, "parallel.tensor": tensor, "data.sequence_length": length}
-        config = load_run_config(write(edits)).resolve(world_size=None, vocab_size=None)
+        config = load_run_config(write(edits)).resolve(world_size=None, vocab_size=64)
         assert config.parallel.sequence_parallel
 
 
@@ -1077,3 +1109,30 @@ def test_the_large_run_files_have_their_layouts(layout: tuple[int, int], monkeyp
     resolved = config.resolve(world_size=4 * layout[0] * layout[1], vocab_size=None)
     assert (resolved.layout.tensor, resolved.layout.pipeline, resolved.layout.data) == (*layout, 4)
     assert resolved.zero_stage == 1
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"),
+    [
+        ({}, None),
+        ({"train.recompute": "selective"}, Recompute("selective")),
+        ({"train.recompute": "full", "train.recompute_every": 2}, Recompute("full", every=2)),
+        ({"deepspeed.activation_checkpointing": {"partition_activations": True}}, Recompute("full", partition=True)),
+        (
+            {"train.recompute": "full", "deepspeed.activation_checkpointing": {"cpu_checkpointing": True}},
+            Recompute("full", cpu=True),
+        ),
+        (
+            {"model.num_hidden_layers": 8, "deepspeed.activation_checkpointing": {"number_checkpoints": 3}},
+            Recompute("full", segment=3),
+        ),
+        ({"deepspeed.pipeline": {"activation_checkpoint_interval": 4}}, Recompute("full", segment=4)),
+        ({"train.recompute": "none", "deepspeed.pipeline": {"activation_checkpoint_interval": 0}}, None),
+    ],
+)
+def test_recomputation_is_stated_in_either_place(
+    write: Callable[..., Path], edits: dict[str, Any], expected: Recompute | None
+) -> None:
+    config = load_run_config(write(edits))
+    assert config.recompute == expected
+    assert "activation_checkpointing" not in config.deepspeed.engine_config(1, 1)

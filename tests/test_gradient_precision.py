@@ -1,13 +1,12 @@
 """Gradients of a step are added up in fp32, whatever the precision of the parameters: over microbatches and ranks."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from harness import run_distributed
-from torch import Tensor, nn
+from torch import Tensor
 from training import build_trainer
 
 from megalite.checkpoint.boxes import Box
@@ -153,54 +152,16 @@ def test_microbatches_add_up_as_in_fp32(
     assert all(abs(rank_norm / norm - 1) < 1e-5 for rank_norm, _ in ranks)
 
 
-class InputGradientAlone(torch.autograd.Function):
-    """A linear whose backward leaves the weight's gradient to be computed later, from what it notes in `products`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, products: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        ctx.x, ctx.weight, ctx.products = x, weight, products
-        return x.flatten(0, -2).mm(weight.detach().t()).unflatten(0, x.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = grad_outputs
-        ctx.products.append((ctx.weight, ctx.x.detach().flatten(0, -2), gradient.flatten(0, -2)))
-        return gradient.flatten(0, -2).mm(ctx.weight.detach()).unflatten(0, gradient.shape[:-1]), None, None
-
-
-def gradients_handed_over(path: str, overrides: tuple[str, ...]) -> tuple[float, list[tuple[str, Box, Tensor]]]:
-    """A step in which the matrices' gradients are computed after all backwards, and handed to the engine."""
-    trainer = build_trainer(path, overrides)
-    products: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        assert bias is None
-        result: Tensor = InputGradientAlone.apply(x, weight, products)  # pyright: ignore[reportAssignmentType]
-        return result
-
-    batch = trainer.batches.take(1)
-    stream = trainer._train_stream(len(batch))  # pyright: ignore[reportPrivateUsage]
-    with trainer.engine.accumulate():
-        with patch.object(nn.functional, "linear", linear):
-            trainer._run_stream(stream, batch, None)  # pyright: ignore[reportPrivateUsage]
-        assert products
-        for weight, x, gradient in products:
-            assert isinstance(weight, nn.Parameter)
-            trainer.engine.accumulate_gradient(weight, gradient.t().mm(x))
-    norm = trainer.engine.step(1e-3).grad_norm
-    held = first_moments(trainer)
-    trainer.close()
-    return norm, held
-
-
 @pytest.mark.parametrize(
     ("stage", "precision"), [(stage, "fp32") for stage in range(4)] + [(stage, "bf16") for stage in (1, 2, 3)]
 )
 def test_gradients_that_are_handed_over_count_as_autograds_own(run_file: Path, stage: int, precision: str) -> None:
-    """With a tied table: on the first stage autograd finds a gradient there, on the last the hand-over is the first."""
+    """A backward in halves hands the gradients of matrices over. With a tied table: on the first stage autograd finds a
+    gradient there, on the last the hand-over is the first."""
     overrides = overrides_of((1, 2, 2), stage, precision)
     own, handed = (
-        run_distributed(f, 4, str(run_file), overrides) for f in (gradients_of_a_step, gradients_handed_over)
+        run_distributed(gradients_of_a_step, 4, str(run_file), (*overrides, f"parallel.schedule={schedule}"))
+        for schedule in ("1f1b", "zb_h1")
     )
     for (own_norm, expected), (handed_norm, found) in zip(own, handed, strict=True):
         assert abs(handed_norm / own_norm - 1) < 1e-6

@@ -96,6 +96,7 @@ STOPPED = [
     ((2, 1, 1), 3, [FP16, "checkpoint.async=true"]),
     ((1, 2, 1), 2, ["model.num_hidden_layers=4", "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"]),
     ((1, 2, 1), 1, ["model.num_hidden_layers=4", "parallel.schedule=zb_v", "parallel.virtual_stages=2"]),
+    ((1, 2, 1), 1, ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "train.recompute=full"]),
 ]
 
 

@@ -179,6 +179,7 @@ def norm(path: str, marked: bool) -> float:
 
     if not marked:
         zero._mark_for_norm = lambda stage, grid: None  # pyright: ignore[reportPrivateUsage]
+        zero.ZeroEngine._spread_what_no_norm_counts = lambda self: None  # type: ignore[method-assign]
     overrides = ["parallel.pipeline=2", "model.tie_word_embeddings=false", "deepspeed.zero_optimization.stage=3"]
     return build_trainer(path, overrides).step(1).outcome.grad_norm
 
@@ -237,3 +238,39 @@ def test_a_parameter_at_rest_at_stage_3_takes_no_gradient_of_its_shape() -> None
     assert (
         "gradient of size '[8, 8]' to a tensor of size '[0]'" in run_distributed(gradient_of_a_parameter_at_rest, 2)[0]
     )
+
+
+def gradients_after_an_overflow_under_offload() -> bool:
+    engine, _ = initialise(
+        2, zero={"offload_optimizer": {"device": "cpu"}}, zero_force_ds_cpu_optimizer=False,
+        communication_data_type="fp32", **WIDE,
+    )  # fmt: skip
+    with engine.coalesce_grad_reduction():
+        engine.backward(engine(torch.full((1, DIM), torch.nan, dtype=torch.bfloat16)).sum(), scale_wrt_gas=False)
+    engine.set_gradient_accumulation_boundary(True)
+    engine.step()
+    assert not engine.was_step_applied()
+    return any(group is not None for group in engine.optimizer.averaged_gradients.values())
+
+
+def test_under_offload_the_gradients_of_a_skipped_step_stay() -> None:
+    assert run_distributed(gradients_after_an_overflow_under_offload, 1) == [True]
+
+
+def overflow_at_the_smallest_loss_scale() -> str:
+    from deepspeed.accelerator import get_accelerator
+
+    cast(Any, get_accelerator()).is_fp16_supported = lambda: True
+    engine, _ = initialise(2, fp16={"enabled": True, "initial_scale_power": 0, "hysteresis": 1, "min_loss_scale": 1})
+    with engine.coalesce_grad_reduction():
+        engine.backward(engine(torch.full((1, DIM), torch.nan, dtype=torch.float16)).sum(), scale_wrt_gas=False)
+    engine.set_gradient_accumulation_boundary(True)
+    try:
+        engine.step()
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_an_overflow_at_the_smallest_loss_scale_raises() -> None:
+    assert "already at minimum" in run_distributed(overflow_at_the_smallest_loss_scale, 1)[0]

@@ -73,6 +73,7 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     from megalite.data.batches import BatchSchedule, SampleRules
     from megalite.data.datasets import open_datasets
     from megalite.learning_rate import learning_rate
+    from megalite.model.dropout import DropoutStreams
     from megalite.model.packing import PackedDocuments
     from megalite.model.stage import Stage
     from megalite.plan import prepare
@@ -96,7 +97,11 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
         packing = PackedDocuments(batch.document_lengths, positions)
         weights = None if batch.counts is None else torch.from_numpy(batch.counts / batch.counts.sum()).float()
         ids, targets = (torch.from_numpy(tokens.copy()) for tokens in (batch.ids, batch.targets))
-        loss = model(ids, targets, packing=packing, loss_weights=weights)
+        dropout = None
+        if config.model.hidden_dropout or config.model.attention_dropout:
+            shares = config.model.hidden_dropout, config.model.attention_dropout
+            dropout = DropoutStreams(config.run.seed, tuple(schedule.samples(step)), *shares)
+        loss = model(ids, targets, packing=packing, loss_weights=weights, dropout=dropout)
         adamw.zero_grad()
         loss.backward()
         # clip_grad_norm_ with its norm in double: over millions of elements fp32 on a CPU is off by 1e-4.

@@ -15,7 +15,7 @@ from megalite.errors import UserError, nearest
 
 CHECKPOINTS = "checkpoints"
 _HEADINGS = "the run file asks", "it holds"
-_NOT_OF_THE_FUNCTION = ("initializer_range",)
+_NOT_OF_THE_FUNCTION = ("attention_dropout", "hidden_dropout", "initializer_range")
 
 
 def candidates(config: RunConfig) -> list[Path]:

@@ -100,9 +100,9 @@ def _layouts(plan: "Plan", given: str | None, world_size: int | None) -> "tuple[
     chosen = layouts_of(plan.layout) if given is None else read_layouts(given)
     if world_size is not None:
         require_ranks(chosen, world_size)
-    plans = [case_plan(plan, layout, plan.config.run.dir) for layout in chosen]
-    plans[-1].check_start()
-    plans[-1].check_data(keep_index=False)
+    cases = [case_plan(plan, layout, plan.config.run.dir) for layout in chosen]
+    cases[-1].check_start()
+    cases[-1].check_data(keep_index=False)
     return chosen
 
 

@@ -7,6 +7,7 @@ allowed, the nearest fix*. Nothing here imports torch.
 """
 
 from megalite.config.data import DataSection, DataSource, ValidationSet
+from megalite.config.recompute import Recompute
 from megalite.config.run import RunConfig, tensor_size_fault
 from megalite.config.run_file import load_run_config
 from megalite.config.sections import (
@@ -32,6 +33,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerSection",
     "RampupSection",
+    "Recompute",
     "RopeScaling",
     "RotaryConfig",
     "RunConfig",

@@ -37,6 +37,13 @@ def _count_or_auto(value: Any) -> int | str:
     return value if value == "auto" else COUNT.read(value)
 
 
+def _dropout(value: Any) -> float:
+    probability = number(0, most=1).read(value)
+    if probability == 1.0:
+        raise ValueError
+    return probability
+
+
 PATH = Kind("a path", _path)
 COUNTS = Kind("a list of integers of at least 1", _counts)
 COUNT = whole(1)
@@ -45,6 +52,7 @@ INDEX = whole(0)
 NAME = Kind("a name of letters, digits, '.', '_' and '-'", _name)
 
 SHARE = number(0, most=1)
+DROPOUT = Kind("a number from 0 to below 1", _dropout)
 
 Count = Annotated[int, COUNT]
 Index = Annotated[int, INDEX]
@@ -53,6 +61,7 @@ PositiveNumber = Annotated[float, POSITIVE]
 Number = Annotated[float, NOT_NEGATIVE]
 FilePath = Annotated[Path, PATH]
 Share = Annotated[float, SHARE]
+Dropout = Annotated[float, DROPOUT]
 Name = Annotated[str, NAME]
 
 

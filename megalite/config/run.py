@@ -1,7 +1,7 @@
 """A whole run: its sections, and how they fit each other and the ranks."""
 
 from collections.abc import Iterator
-from math import gcd
+from math import ceil, gcd
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +10,7 @@ from pydantic import Field, InstanceOf
 
 from megalite.config.base import FilePath, Section, divisors
 from megalite.config.data import DataSection
+from megalite.config.recompute import Recompute
 from megalite.config.sections import (
     CheckpointSection,
     Model,
@@ -26,6 +27,9 @@ from megalite.faults import TEXT, Fault, Origin, alternatives, report, show
 from megalite.layout import ParallelLayout
 from megalite.pipeline.placement import Placement
 from megalite.pipeline.schedule import placement, refusal
+
+_NUMBER = "activation_checkpointing.number_checkpoints"
+_INTERVAL = "pipeline.activation_checkpoint_interval"
 
 
 class RunConfig(Section, frozen=True):
@@ -55,6 +59,7 @@ class RunConfig(Section, frozen=True):
         if self.init_from is not None and self.resume not in ("auto", "never"):
             text = f"={show(str(self.init_from))} stands beside resume={show(self.resume)}, which has weights too"
             yield Fault(("init_from",), f"{text}; keep one of them")
+        yield from _recompute_faults(self.train, self.deepspeed)
         schedule = self.train.schedule
         if schedule is not None and schedule.min_lr > self.optimizer.lr:
             text = f"={show(schedule.min_lr)} is above the learning rate {show(self.optimizer.lr)}; use at most that"
@@ -109,6 +114,22 @@ class RunConfig(Section, frozen=True):
         return self.train.schedule or ScheduleSection()
 
     @property
+    def recompute(self) -> Recompute | None:
+        """The activations that a backward computes anew, from both places that state them; None for none of them."""
+        asked = self.deepspeed.recompute
+        mode = self.train.recompute or ("full" if asked else "none")
+        if mode == "none":
+            return None
+        kept = asked.get(_NUMBER, 0)
+        return Recompute(
+            mode,
+            every=self.train.recompute_every,
+            segment=asked.get(_INTERVAL, 0) or (ceil(self.model.num_hidden_layers / kept) if kept else 1),
+            partition=bool(asked.get("activation_checkpointing.partition_activations")),
+            cpu=bool(asked.get("activation_checkpointing.cpu_checkpointing")),
+        )
+
+    @property
     def _data_size(self) -> int:
         if self.parallel.data == "auto":
             raise ValueError("parallel.data is known after RunConfig.resolve")
@@ -150,6 +171,27 @@ class RunConfig(Section, frozen=True):
         document = self.model_dump(mode="json", by_alias=True, exclude={"deepspeed"}, exclude_none=True)
         document["deepspeed"] = dict(self.deepspeed.document)
         return yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _recompute_faults(train: TrainSection, deepspeed: DeepSpeedSettings) -> Iterator[Fault]:
+    asked = deepspeed.recompute
+
+    def line(key: str) -> str:
+        return deepspeed.origin.line(Fault(tuple(key.split(".")), f"={show(asked[key])}"))
+
+    if asked and train.recompute not in (None, "full"):
+        first = next(iter(asked))
+        text = f"={show(train.recompute)} stands beside {line(first)}, which recomputes whole layers"
+        yield Fault(("train", "recompute"), f"{text}; write full, or leave {first} out")
+    if train.recompute_every > 1:
+        every = ("train", "recompute_every")
+        if not asked and train.recompute != "full":
+            text = f"={train.recompute_every} belongs to train.recompute=full, not to"
+            yield Fault(every, f"{text} {train.recompute or 'none'}; write full, or leave it out")
+        for key in (_NUMBER, _INTERVAL):
+            if key in asked:
+                text = f"={train.recompute_every} stands beside {line(key)}, which recomputes every layer"
+                yield Fault(every, f"{text}; keep one of them")
 
 
 def _fit_faults(config: RunConfig, world_size: int | None, vocab_size: int | None) -> Iterator[Fault]:

@@ -11,6 +11,7 @@ from megalite.config.base import (
     COUNT_OR_AUTO,
     COUNTS,
     Count,
+    Dropout,
     FilePath,
     Flag,
     Index,
@@ -28,6 +29,7 @@ SCHEDULE = choice(*SCHEDULES)
 CURVE = choice("cosine", "linear", "constant", "wsd")
 LAYERS = whole(1, 10_000)
 ON_ERROR = choice("stop", "continue")
+RECOMPUTE = choice("none", "selective", "full")
 ROPE_TYPE = choice("linear", "llama3")
 
 _ADAMW = AdamW()
@@ -56,6 +58,10 @@ class ModelConfig(Section, frozen=True):
     max_position_embeddings: Count
     tie_word_embeddings: Flag = False
     initializer_range: PositiveNumber = 0.02
+    attention_dropout: Dropout = 0.0
+    """Share of attention's probabilities that training drops."""
+    hidden_dropout: Dropout = 0.0
+    """Share that training drops of the embedding and of what each branch adds to the residual stream."""
 
     def faults(self) -> Iterator[Fault]:
         heads, groups, hidden = self.num_attention_heads, self.num_key_value_heads, self.hidden_size
@@ -254,6 +260,12 @@ class TrainSection(Section, frozen=True):
     """End after this step, with the schedules still those of `steps`."""
     trace_steps: Annotated[tuple[int, ...], COUNTS] = ()
     """Steps whose pipeline timeline is recorded; the first step is 1."""
+    recompute: Annotated[Literal["none", "selective", "full"] | None, RECOMPUTE] = None
+    """Activations that a backward computes anew; full where the DeepSpeed JSON asks for any, and none otherwise."""
+    recompute_every: Count = 1
+    """With full, one layer in so many is recomputed."""
+    max_bad_steps: Count = 50
+    """A step whose gradient is not finite is skipped; so many in a row end the run."""
     timeout_seconds: Count = 1800
     """How long a rank waits for a lost peer."""
 

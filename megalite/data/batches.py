@@ -63,6 +63,8 @@ class SampleMicrobatch:
     """int64 ``[B, S]``"""
     counts: np.ndarray | None = None
     """bool ``[B, S]``"""
+    samples: tuple[int, ...] = ()
+    """The number of each row in the order that it was read from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class SampleRules:
         if counts is not None:
             counts = counts[:, 1:].astype(bool)
         if not (self.reset_attention_mask or self.reset_position_ids or self.eod_mask_loss or self.fim):
-            return SampleMicrobatch(tokens[:, :-1], tokens[:, 1:], counts=counts)
+            return SampleMicrobatch(tokens[:, :-1], tokens[:, 1:], counts=counts, samples=tuple(indices))
         pieces = [[piece.length for piece in samples.pieces(int(row))] for row in rows]
         if self.fim:
             keys = (f"{self.seed} {row}".encode() for row in rows)
@@ -112,6 +114,7 @@ class SampleRules:
             document_lengths=lengths if self.reset_attention_mask else None,
             positions=np.stack([_positions(row) for row in lengths]) if self.reset_position_ids else None,
             counts=counts,
+            samples=tuple(indices),
         )
 
     def _refuse(self, samples: Samples, sample: int, token: int) -> NoReturn:

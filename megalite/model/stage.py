@@ -4,13 +4,18 @@ The whole model is the stage that is both first and last: there is no second cla
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from megalite.config import GPT2Config, ModelConfig, RotaryConfig
+from megalite.config import GPT2Config, ModelConfig, Recompute, RotaryConfig
 from megalite.model.cache import KeyValueCache
+from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
+from megalite.model.recompute import run_layers
 from megalite.model.transformer import Block, Rotary, make_norm
 from megalite.tensor_parallel.collectives import TensorGroup, gather_from_group, own_tokens
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -84,7 +89,8 @@ class Stage(nn.Module):
 
     ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``;
     on the last it takes the targets too and returns the mean loss, or with `loss_weights` ``[B, S]``, fp32, the sum of
-    the losses, each times its weight. `packing` goes to every stage.
+    the losses, each times its weight. `packing` and `dropout` go to every stage; without `dropout` nothing is dropped.
+    `recompute` says which activations a backward computes anew.
 
     Where one rank holds the first stage and the last, `table` is the first one's `tied_table`, for the last to share;
     it stays a parameter of the first.
@@ -105,16 +111,20 @@ class Stage(nn.Module):
         group: TensorGroup,
         table: nn.Parameter | None = None,
         rows: int | None = None,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
         if group.divides_tokens and rows is None:
             raise ValueError("a stage that holds a share of the tokens must know how many rows they come from")
         rows = rows if group.divides_tokens else None
-        self.index, self.num_stages, self.group = index, num_stages, group
+        self.index, self.num_stages, self.group, self.recompute = index, num_stages, group, recompute
         first, last = index == 0, index == num_stages - 1
         self.embedding = Embedding(config, group) if first else None
         rotary = Rotary(config) if isinstance(config, RotaryConfig) else None
         self.layers = nn.ModuleDict({str(layer): Block(config, group, rotary, rows) for layer in layers})
+        if recompute is not None and recompute.mode == "selective":
+            for block in self.layers.values():
+                cast(Block, block).attention.recompute_core = True
         self.final_norm = make_norm(config) if last else None
         self.tied = config.tie_word_embeddings
         shared = table if self.tied_table is None else self.tied_table
@@ -137,11 +147,18 @@ class Stage(nn.Module):
         *,
         packing: PackedDocuments | None = None,
         loss_weights: Tensor | None = None,
+        dropout: DropoutStreams | None = None,
     ) -> Tensor:
+        if dropout is not None and self.group.divides_tokens:
+            dropout = replace(dropout, share=(self.group.rank, self.group.size))
         if self.embedding is not None:
             x = self.embedding(x, packing.positions_BS if packing else None)
-        for block in self.layers.values():
-            x = block(x, packing)
+            x = dropout.hidden(x, "embedding") if dropout else x
+        layers = {
+            int(number): partial(block, packing=packing, dropout=dropout and dropout.under(f"layers.{number}"))
+            for number, block in self.layers.items()
+        }
+        x = run_layers(layers, x, self.recompute, self.group)
         if self.head is None or self.final_norm is None:
             return x
         assert targets is not None

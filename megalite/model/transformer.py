@@ -14,6 +14,8 @@ Query, key and value are one product, gate and up another, whatever their names 
 B microbatch, S sequence, H hidden, N local query heads, K local key-value heads, D head dim, R dims of it that turn.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from math import pi
 
 import torch
@@ -22,7 +24,9 @@ from torch import Tensor, nn
 
 from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig, ModelConfig, RopeScaling, RotaryConfig
 from megalite.model.cache import LayerCache
+from megalite.model.dropout import DropoutStreams, ScoreDropout
 from megalite.model.packing import PackedDocuments
+from megalite.model.recompute import recomputed
 from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group, enter_region
 from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear, ShardedModule
 from megalite.tensor_parallel.sharding import ShardSpec
@@ -127,7 +131,10 @@ class Attention(nn.Module):
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
         bias, output_bias = _attention_biases(config)
         self.rotary = rotary
+        self.recompute_core = False
+        """Recompute scores, softmax and dropout in the backward, and keep queries, keys and values alone."""
         self.heads = heads // group.size
+        self.first_head = group.rank * self.heads
         self.kv_heads = max(1, kv_heads // group.size)
         kv_width, width = kv_heads * self.head_dim, heads * self.head_dim
         self.key_value: HeadSliceLinear | None = None
@@ -145,7 +152,13 @@ class Attention(nn.Module):
             )
         self.output = RowParallelLinear(width, hidden, group=group, bias=output_bias)
 
-    def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BSH: Tensor,
+        packing: PackedDocuments | None = None,
+        cache: LayerCache | None = None,
+        dropout: DropoutStreams | None = None,
+    ) -> Tensor:
         qkv = self._projected(x_BSH).unflatten(-1, (-1, self.head_dim))
         # Queries and keys turn together, as one tensor.
         turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
@@ -158,7 +171,12 @@ class Attention(nn.Module):
         if cache is not None:
             cache.append(key, value)
         if cache is None or cache.first_read:
-            attended = causal_attention(query, key, value, packing.spans if packing else None)
+            spans = packing.spans if packing else None
+            scores = dropout.scores(range(self.first_head, self.first_head + self.heads)) if dropout else None
+            if self.recompute_core:
+                attended = recomputed(causal_attention, query, key, value, spans, scores)
+            else:
+                attended = causal_attention(query, key, value, spans, scores)
         else:
             attended = cache.attend(query)
         return self.output(attended.flatten(2))
@@ -182,29 +200,51 @@ def _attention_biases(config: ModelConfig) -> tuple[bool, bool]:
 
 
 def causal_attention(
-    query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, spans: list[int] | None = None
+    query_BSND: Tensor,
+    key_BSKD: Tensor,
+    value_BSKD: Tensor,
+    spans: list[int] | None = None,
+    dropout: ScoreDropout | None = None,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v under the causal mask, ``[B, S, N, D]``; query head i reads head i*K//N.
 
-    With `spans`, lengths that sum to B*S, the rows are one stretch of tokens cut into these: none sees another.
+    With `spans`, lengths that sum to B*S, the rows are one stretch of tokens cut into these: none sees another. With
+    `dropout` of the probabilities, all of them are held, on any device, with a byte each for the mask.
     """
-    tokens = query_BSND.shape[:2].numel()
+    rows, length = query_BSND.shape[:2]
+    tokens = rows * length
     if spans is None:
-        return _attention(query_BSND, key_BSKD, value_BSKD, tokens)
+        whole = [(row, 0) for row in range(rows)]
+        return _attention(query_BSND, key_BSKD, value_BSKD, tokens, dropout, whole)
     # Document by document no score across two of them is ever computed, and no mask is held.
     queries, keys, values = (
         x.flatten(0, 1).unsqueeze(0).split(spans, dim=1) for x in (query_BSND, key_BSKD, value_BSKD)
     )
-    attended = [_attention(*document, tokens) for document in zip(queries, keys, values, strict=True)]
+    starts = accumulate(spans[:-1], initial=0)
+    attended = [
+        _attention(query, key, value, tokens, dropout, [divmod(start, length)])
+        for query, key, value, start in zip(queries, keys, values, starts, strict=True)
+    ]
     return torch.cat(attended, dim=1).view(query_BSND.shape)
 
 
-def _attention(query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, microbatch_tokens: int) -> Tensor:
+def _attention(
+    query_BSND: Tensor,
+    key_BSKD: Tensor,
+    value_BSKD: Tensor,
+    microbatch_tokens: int,
+    dropout: ScoreDropout | None,
+    documents: Sequence[tuple[int, int]],
+) -> Tensor:
+    """Attend within each of B documents, whose (row, first token) in the microbatch are `documents`."""
     query, key, value = (x.transpose(1, 2) for x in (query_BSND, key_BSKD, value_BSKD))
     heads, length = query.shape[1:3]
     if key.shape[1] != heads:
         # Expanded here, since not every kernel behind torch's own flag for grouped queries is a fused one.
         key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
+    if dropout is not None:
+        kept = dropout.kept(documents, length, query.device)
+        return _written_out_attention(query, key, value, kept, dropout.scale).transpose(1, 2)
     if query.device.type == "cpu" and heads * length * microbatch_tokens <= WRITTEN_OUT_SCORES:
         return _written_out_attention(query, key, value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
@@ -216,11 +256,16 @@ def _attention(query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, microba
 WRITTEN_OUT_SCORES = 1 << 23
 
 
-def _written_out_attention(query_BNSD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor) -> Tensor:
-    """The same as one product after the other, in strips of queries that leave out the keys after them."""
-    (batch, heads, length, width), dtype = query_BNSD.shape, query_BNSD.dtype
+def _written_out_attention(
+    query_BNSD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, kept: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """The same as one product after the other, in strips of queries that leave out the keys after them.
+
+    Of the probabilities those stay, times `scale`, where `kept` ``[B*N, S, S]`` is true.
+    """
+    batch, heads, length, width = query_BNSD.shape
     query, key, value = (x.reshape(batch * heads, length, width) for x in (query_BNSD, key_BNSD, value_BNSD))
-    mask = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
+    mask = query.new_full((length, length), float("-inf")).triu_(1)
     strip = max(128, -(-length // 4))
     outputs = []
     for start in range(0, length, strip):
@@ -228,7 +273,10 @@ def _written_out_attention(query_BNSD: Tensor, key_BNSD: Tensor, value_BNSD: Ten
         scores = torch.baddbmm(
             mask[start:end, :end], query[:, start:end], key[:, :end].transpose(1, 2), alpha=width**-0.5
         )
-        outputs.append(scores.softmax(-1) @ value[:, :end])
+        probabilities = scores.softmax(-1)
+        if kept is not None:
+            probabilities = probabilities * kept[:, start:end, :end] * scale
+        outputs.append(probabilities @ value[:, :end])
     return torch.cat(outputs, dim=1).view(batch, heads, length, width)
 
 
@@ -272,7 +320,8 @@ class Block(nn.Module):
     The MLP reads the stream after attention or, in GPT-NeoX's parallel form, beside it. With `rows`, which is
     B, the stream is this rank's share of the tokens ``[1, B*S / size, H]``.
 
-    `rotary` is shared by the blocks of a stage; None where positions are learned.
+    `rotary` is shared by the blocks of a stage; None where positions are learned. `dropout` has the streams of this
+    layer.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None, rows: int | None = None) -> None:
@@ -283,9 +332,17 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config, group) if isinstance(config, LlamaConfig) else GeluMLP(config, group)
         self.parallel = isinstance(config, GPTNeoXConfig) and config.use_parallel_residual
 
-    def forward(self, x_BSH: Tensor, packing: PackedDocuments | None = None, cache: LayerCache | None = None) -> Tensor:
-        attended_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), packing, cache)
-        return attended_BSH + self.mlp(self.mlp_norm(x_BSH if self.parallel else attended_BSH))
+    def forward(
+        self,
+        x_BSH: Tensor,
+        packing: PackedDocuments | None = None,
+        cache: LayerCache | None = None,
+        dropout: DropoutStreams | None = None,
+    ) -> Tensor:
+        branch_BSH = self.attention(self.attention_norm(x_BSH), packing, cache, dropout)
+        attended_BSH = x_BSH + (dropout.hidden(branch_BSH, "attention") if dropout else branch_BSH)
+        branch_BSH = self.mlp(self.mlp_norm(x_BSH if self.parallel else attended_BSH))
+        return attended_BSH + (dropout.hidden(branch_BSH, "mlp") if dropout else branch_BSH)
 
 
 def _inner_size(config: ModelConfig) -> int:

@@ -3,8 +3,8 @@
 Four comparisons: the weights before the step, equal to the bit; the loss and the gradient's global norm; the gradients
 where ZeRO has put them once they are reduced; the weights after the step. For these last, AdamW's first step moves a
 weight by nearly the learning rate in the direction of its gradient's sign, so a gradient that is rounding around zero
-may move it either way. Hence the weights are compared with what torch's AdamW makes of the reference's weights, the
-reference's clipping and the gradients *as found*, which have been compared with the reference's by then.
+may move it either way. Hence the weights are compared with what torch's AdamW makes of the reference's weights with
+the gradients and the global norm *as found*, which have been compared with the reference's by then.
 """
 
 import datetime
@@ -98,7 +98,7 @@ class _Comparison:
         loss, norm = self._numbers()
         self.noise = NOISE_SHARE * norm
         gradients = self._agreement("gradient", self.gradients, self._relative_to_noise, GRADIENT_TOLERANCE)
-        self.clip = self._clipping(norm)
+        self.clip = self._clipping(report.outcome.grad_norm)
         update = self._agreement("weight", self._weights(), self._beyond_the_update, UPDATE_TOLERANCE)
         found = Finding(
             parameters=len(self.shapes),
@@ -158,7 +158,7 @@ class _Comparison:
         return loss, norm
 
     def _clipping(self, norm: float) -> float:
-        """What clipping multiplies the reference's gradients by, as torch.nn.utils.clip_grad_norm_ has it."""
+        """What clipping multiplies gradients of a norm by, as torch.nn.utils.clip_grad_norm_ has it."""
         most = self.trainer.config.gradient_clipping
         return min(1.0, most / (norm + 1e-6)) if most > 0 else 1.0
 

@@ -14,12 +14,12 @@ NORM_TOLERANCE = 1e-5
 """Relative difference of the gradient's global norm."""
 START_TOLERANCE = 0.0
 """The weights before the step follow from (seed, name), or are read: they are equal to the bit."""
-GRADIENT_TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-5
 """Norm of a gradient's difference, relative to the norm of the parameter's whole gradient or to `NOISE_SHARE` of the
 global norm, whichever is larger."""
-NOISE_SHARE = 1e-3
+NOISE_SHARE = 1e-2
 """Some gradients are nothing but rounding: softmax does not see a bias on the keys."""
-UPDATE_TOLERANCE = 1e-3
+UPDATE_TOLERANCE = 1e-5
 """Largest difference of a weight after the step, beyond its own rounding, relative to the learning rate."""
 
 
@@ -118,21 +118,23 @@ class Finding:
             yield f"the ranks update {abs(self.elements_missing):,} elements {many} than the model has"
         yield from _differing("weights before the step", self.start, self.parameters)
         if not self.loss_difference <= LOSS_TOLERANCE:
-            yield f"loss differs: {self.loss:.7g}, and {self.reference_loss:.7g} in one process"
+            yield f"loss differs: {self.loss:.7g}, in one process {self.reference_loss:.7g}"
         yield from _differing("gradients", self.gradients, self.parameters)
         if not self.norm_difference <= NORM_TOLERANCE:
             because = f", as if {self.miscounted}" if self.miscounted else ""
-            yield f"global norm differs: {self.norm:.7g}, and {self.reference_norm:.7g} in one process{because}"
+            yield f"global norm differs: {self.norm:.7g}, in one process {self.reference_norm:.7g}{because}"
         yield from _differing("weights after the step", self.update, self.parameters)
 
     def agreeing(self) -> list[str]:
         """Name what agrees."""
+        followed = not self.gradients.differing and self.norm_difference <= NORM_TOLERANCE
+        after = "weights after the step" if followed else "the update by the gradients as found"
         kinds = {
             "weights before the step": not self.start.differing,
             "loss": self.loss_difference <= LOSS_TOLERANCE,
             "gradients": not self.gradients.differing,
             "global norm": self.norm_difference <= NORM_TOLERANCE,
-            "weights after the step": not self.update.differing,
+            after: not self.update.differing,
         }
         return [kind for kind, agrees in kinds.items() if agrees]
 
@@ -156,9 +158,10 @@ def _differing(kind: str, agreement: Agreement, parameters: int) -> Iterator[str
     first, worst = agreement.first, agreement.worst
     if first is None or worst is None:
         return
-    times = "" if abs(first.factor - 1) < 5e-3 or not math.isfinite(first.factor) else f", {first.factor:.2f} times it"
-    text = f"{kind} differ: {len(agreement.differing)} of {parameters} parameters, the first is {first.place}"
-    text += f" (relative difference {first.relative:.1e}{times})"
-    if worst.index != first.index:
-        text += f"; the worst is {worst.place} ({worst.relative:.1e})"
+    text = f"{kind} of {first.place} differ by {first.relative:.1e}"
+    if math.isfinite(first.factor) and abs(first.factor - 1) > 5e-3:
+        text += f", {first.factor:.2f} times those of one process"
+    if others := len(agreement.differing) - 1:
+        text += f"; so do those of {others} more of {parameters} parameters"
+        text += "" if worst.index == first.index else f", most {worst.place}, by {worst.relative:.1e}"
     yield text

@@ -7,7 +7,7 @@ from megalite.config import ModelConfig, RunConfig, TrainSection, read_model
 from megalite.deepspeed_json import DeepSpeedSettings
 from megalite.layout import ParallelLayout
 
-_HEAD_DIM, _SEQUENCE, _MICRO_BATCH, _STAGE_LAYERS = 16, 64, 2, 3
+_HEAD_DIM, _HIDDEN, _SEQUENCE, _MICRO_BATCH, _STAGE_LAYERS = 8, 256, 64, 2, 3
 
 
 def scale_down(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
@@ -43,6 +43,7 @@ def _model(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
     heads = kv_heads * model.num_attention_heads // groups
     head_dim = _head_dim(model)
     hidden = max(1, model.hidden_size * head_dim // (model.num_attention_heads * model.head_dim)) * heads
+    hidden = min(hidden, _HIDDEN)
     width = 8 * tensor
     inner = ceil(hidden * model.intermediate_size / model.hidden_size / width) * width
     return read_model(

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from megalite.layout import ParallelLayout
-from megalite.parity.finding import Agreement, Finding
+from megalite.parity.finding import Finding
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,35 +30,26 @@ class Outcome:
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """Return a row for each layout, tensor x pipeline x data; docs/verify.md says what differences are relative to."""
-    shown = Table(title="relative differences to one process", title_justify="left", box=SIMPLE_HEAD)
-    shown.add_column("layout", no_wrap=True)
-    for column in ("loss", "norm"):
-        shown.add_column(column, justify="right", no_wrap=True)
-    for column in ("worst gradient", "worst weight"):
-        shown.add_column(column, overflow="fold")
-    shown.add_column("verdict", no_wrap=True)
-    shown.add_column("s", justify="right", no_wrap=True)
+    shown = Table(box=None, padding=(0, 1, 0, 0))
+    for column in ("layout", "loss", "norm", "worst gradient", "weights", "verdict", "s"):
+        shown.add_column(column, justify="right" if column == "s" else "left", no_wrap=column != "worst gradient")
     for outcome in outcomes:
         layout, found = outcome.layout, outcome.finding
-        sizes = f"{layout.tensor}x{layout.pipeline}x{layout.data}"
         cells = ["", "", "", ""]
         if found is not None:
-            differences = (found.loss_difference, found.norm_difference)
-            cells = [*(f"{value:.1e}" for value in differences), _worst(found.gradients), _worst(found.update)]
+            worst = found.gradients.worst
+            gradient = "" if worst is None else f"{worst.relative:.0e} {worst.name}"
+            update = "" if found.update.worst is None else f"{found.update.worst.relative:.0e}"
+            cells = [f"{found.loss_difference:.0e}", f"{found.norm_difference:.0e}", gradient, update]
+        sizes = f"{layout.tensor}x{layout.pipeline}x{layout.data}"
         shown.add_row(sizes, *cells, outcome.verdict, f"{outcome.seconds:.1f}")
     return shown
-
-
-def _worst(agreement: Agreement) -> str:
-    return "" if agreement.worst is None else f"{agreement.worst.relative:.1e} {agreement.worst.name}"
 
 
 def diagnosis(outcome: Outcome) -> list[str]:
     """Say of a layout that does not agree what differs, causes first, and what agrees."""
     if outcome.finding is None:
-        return [f"{outcome.layout}: failed; the lines above say how"]
-    agreeing = outcome.finding.agreeing()
-    lines = [f"{outcome.layout}: {fault}" for fault in outcome.finding.faults()]
-    if agreeing:
-        lines.append(f"{outcome.layout}: {', '.join(agreeing)} {'agrees' if agreeing == ['loss'] else 'agree'}")
-    return lines
+        return [f"{outcome.layout} failed; the lines above say how"]
+    agreeing = ", ".join(outcome.finding.agreeing()) or "nothing"
+    faults = (f"  {fault}" for fault in outcome.finding.faults())
+    return [f"{outcome.layout} differs:", *faults, f"  what agrees: {agreeing}"]

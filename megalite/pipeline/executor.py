@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.distributed import Links
+from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.pipeline.instructions import (
     Backward,
@@ -40,6 +41,7 @@ class StageEngine(Protocol):
         targets: Tensor | None,
         packing: PackedDocuments | None,
         loss_weights: Tensor | None,
+        dropout: DropoutStreams | None,
     ) -> Tensor: ...
 
     def backward(self, scalar: Tensor) -> None:
@@ -60,13 +62,14 @@ class Microbatch:
     """Token ids and targets ``[B, S]``, int64; each is needed at one end of the pipeline only, and None elsewhere.
 
     With `loss_weights` ``[B, S]``, fp32, the losses of a step are the sum over its tokens, each times its weight;
-    without, the mean. `packing` says on every stage where documents begin.
+    without, the mean. `packing` says on every stage where documents begin, and `dropout` what is dropped.
     """
 
     ids: Tensor | None
     targets: Tensor | None
     packing: PackedDocuments | None = None
     loss_weights: Tensor | None = None
+    dropout: DropoutStreams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +190,9 @@ class _Run:
         key, batch = (at.stage, at.microbatch), self.microbatches[at.microbatch]
         inputs = self._stage_input(key)
         started = self._clock()
-        output = self.executor.engine.forward(at.stage, inputs, batch.targets, batch.packing, batch.loss_weights)
+        output = self.executor.engine.forward(
+            at.stage, inputs, batch.targets, batch.packing, batch.loss_weights, batch.dropout
+        )
         if at.stage < self.last_stage:
             self.passed_on[key] = output.detach()
         else:

@@ -87,7 +87,8 @@ def zb_v(rank: int, placement: Placement, num_microbatches: int) -> tuple[Instru
     Where ``T_F = T_I = T_W`` and ``m >= 2 * p - 1``, every rank is busy from its first forward to its last
     instruction; only its start waits, for the first microbatch to come down the v. It never holds more than ``2 * p``
     microbatch-stages, each half of a rank's layers: 1F1B's ``p`` on its worst rank, here on all. Fewer microbatches run
-    as well, with a bubble.
+    as well, with a bubble. Neighbours send to each other at the same time, activations up one side of the v and down
+    the other, so this alone needs sends that do not block; megalite's keep their tensor and never do.
 
     Raises ValueError as `gpipe` does.
     """
@@ -98,7 +99,7 @@ def zb_v(rank: int, placement: Placement, num_microbatches: int) -> tuple[Instru
     parts |= _parts(up, m, f=Forward, i=BackwardInput, w=BackwardWeight)
     score = _down_and_up(rank, p) + "fF" * rank  # until the memory is full, just as the first gradient comes
     score += "fiw" * (p - rank) + "FIWfiw" * (m - (2 * p - 1 - rank))  # as much is let go as is taken
-    score += "IWfiw" * (p - 1 - rank) + "Ii" * rank + "IW" * m + "w" * m + "W" * m  # gradients first, for the others
+    score += "IWfiw" * (p - 1 - rank) + "Ii" * rank + "IW" * m + "w" * m  # gradients first, for the others
     return _play(score, parts, placement)
 
 

@@ -7,7 +7,7 @@ import torch
 from reference_model import ReferenceModel
 from torch import Tensor
 
-from megalite.config import ModelConfig, read_model
+from megalite.config import ModelConfig, Recompute, read_model
 from megalite.model.stage import Stage
 from megalite.pipeline.partition import partition
 from megalite.tensor_parallel.collectives import TensorGroup
@@ -63,13 +63,14 @@ def cut_stages(
     rows: int | None = None,
     sequence_parallel: bool = False,
     overlap: bool = False,
+    recompute: Recompute | None = None,
 ) -> list[Stage]:
     """All stages of the pipeline, each with this rank's share of the weights over the world's tensor group."""
     dist = torch.distributed
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, sequence_parallel, overlap)
     stages = []
     for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
-        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group, rows=rows)
+        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group, rows=rows, recompute=recompute)
         with torch.no_grad():
             for _, parameter, shards in stage.named_shards():
                 parameter.zero_()

@@ -43,7 +43,7 @@ def test_a_microbatch_is_in_flight_from_its_forward_to_the_end_of_its_backward()
 def test_what_a_split_backward_holds_it_holds_until_its_weights_are_done() -> None:
     spans = [Span(0, Forward(0, m), m, m + 1) for m in (0, 1)]
     spans += [Span(0, BackwardInput(0, 0), 2, 3), Span(0, Forward(0, 2), 3, 4), Span(0, BackwardWeight(0, 0), 4, 5)]
-    spans += [Span(0, Backward(0, m), 4 + m, 5 + m) for m in (1, 2)]
+    spans += [Span(0, Forward(0, 3), 5, 6), *(Span(0, Backward(0, m), 5 + m, 6 + m) for m in (1, 2, 3))]
     assert Timeline(tuple(spans)).peak_in_flight == (3,)
     assert Timeline(tuple(spans)).bubble_fraction == 0.0
 
