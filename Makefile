@@ -9,7 +9,7 @@ help:
 	@echo 'make test         lint, types and the test suite: what CI runs'
 	@echo 'make test-full    also the long proofs'
 	@echo 'make peers        Megatron-core, which some long proofs are beside'
-	@echo 'make benchmark    a training step beside its peers, into benchmarks/results/'
+	@echo 'make benchmark    training steps, schedules and ZeRO stages beside their peers, into benchmarks/results/'
 
 install: $(INSTALLED)
 
@@ -42,6 +42,7 @@ test-full: lint types peers
 
 benchmark: install
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/parallel.py
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ class Megalite(Contender):
     name = "megalite"
     layouts = ("one", "tp2", "pp2", "dp2")
     description = "megalite, ZeRO-1, 1F1B"
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Of the run file, in place of the job's."""
 
     def setup(self, rank: int, world_size: int, port: int) -> None:
         from megalite.data.datasets import Datasets
@@ -57,7 +60,7 @@ class Megalite(Contender):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run.yaml"
             path.write_text(yaml.safe_dump(self.run_file(folder)), encoding="utf-8")
-            plan = prepare(path, [], world_size)
+            plan = prepare(path, self.settings, world_size)
         os.environ["LOCAL_RANK"] = str(rank)
         self.stack = ExitStack()
         grid = self.stack.enter_context(

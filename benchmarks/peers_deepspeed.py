@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.distributed as dist
 from llama import Block, Embedding, Head, Llama, RMSNorm, adamw, cross_entropy
@@ -14,6 +14,7 @@ class DeepSpeedContender(Contender):
     """What DeepSpeed's two engines share: the JSON, and peace on the console."""
 
     engine: Any
+    zero_stage: ClassVar[int] = 1
 
     def initialize(self, module: nn.Module) -> None:
         """Build the engine by ``deepspeed.initialize``."""
@@ -38,7 +39,7 @@ class DeepSpeedContender(Contender):
             "train_micro_batch_size_per_gpu": self.job.micro_batch_size,
             "gradient_accumulation_steps": self.job.num_micro_batches(self.layout.data),
             "bf16": {"enabled": self.job.dtype == "bf16"},
-            "zero_optimization": {"stage": 1},
+            "zero_optimization": {"stage": self.zero_stage},
             "gradient_clipping": self.job.gradient_clipping,
             "steps_per_print": 1_000_000,
         }
@@ -69,6 +70,24 @@ class DeepSpeedZero1(DeepSpeedContender):
             losses.append(loss.detach())
         self.steps += 1
         return sum(loss.item() for loss in losses) / len(losses)
+
+
+class DeepSpeedZero2(DeepSpeedZero1):
+    """The same at ZeRO-2, whose gradients are reduced once a micro-batch."""
+
+    name = "deepspeed-zero2"
+    layouts = ("dp2",)
+    description = "DeepSpeedEngine, ZeRO-2"
+    zero_stage = 2
+
+
+class DeepSpeedZero3(DeepSpeedZero1):
+    """The same at ZeRO-3, whose weights are gathered for every layer."""
+
+    name = "deepspeed-zero3"
+    layouts = ("dp2",)
+    description = "DeepSpeedEngine, ZeRO-3"
+    zero_stage = 3
 
 
 class DeepSpeedPipeline(DeepSpeedContender):

@@ -5,10 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
-from llama import Llama, adamw, cross_entropy
+from llama import Llama, adamw
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -185,32 +184,3 @@ class DTensorTorch(PlainTorch):
     def forward_backward(self, batch: tuple[Tensor, Tensor], last: bool) -> Tensor:
         with loss_parallel():
             return local(super().forward_backward(batch, last))
-
-
-class PipelineTorch(PlainTorch):
-    """torch.distributed.pipelining under its 1F1B schedule, the layers parted evenly."""
-
-    name = "torch-pipelining"
-    layouts = ("pp2",)
-    description = "plain torch, as above, under torch.distributed.pipelining's Schedule1F1B"
-
-    def build(self) -> None:
-        whole, stages, here = Llama(self.job), self.layout.pipeline, self.rank
-        per_stage = self.job.num_hidden_layers // stages
-        blocks = list(whole.layers)[here * per_stage :][:per_stage]
-        first, last = [whole.embed_tokens], [whole.norm, whole.lm_head]
-        module = nn.Sequential(*first * (here == 0), *blocks, *last * (here == stages - 1))
-        self.optimizer = MasterWeights(module, self.job, dist.group.WORLD)
-        stage = PipelineStage(module, here, stages, torch.device("cpu"))
-        self.schedule = Schedule1F1B(stage, self.job.num_micro_batches(), loss_fn=cross_entropy)
-
-    def step(self) -> float | None:
-        batch = self.job.batch(self.steps)
-        losses: list[Tensor] = []
-        if self.rank == 0:
-            self.schedule.step(batch[:, :-1].contiguous())
-        else:
-            self.schedule.step(target=batch[:, 1:].contiguous(), losses=losses)
-        self.steps += 1
-        self.optimizer.step()
-        return sum(loss.item() for loss in losses) / len(losses) if losses else None

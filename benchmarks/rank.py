@@ -1,6 +1,7 @@
 """One rank of one contender: builds it, then sleeps until told to run exactly one step.
 
-Started by team.py: a line in for each step, a line of JSON out. Whatever the contender prints goes to stderr, which the
+Started by team.py: a line in for each step, a line of JSON out; ``step`` for the step alone, any other word for a step
+under that observation. Whatever the contender prints goes to stderr, which the
 parent keeps in a log. The end of stdin is the order to leave, so no rank outlives its parent.
 """
 
@@ -23,16 +24,18 @@ def main() -> None:
     contender = CONTENDERS[order["contender"]](Job(**order["job"]), order["layout"])
     contender.setup(order["rank"], order["world_size"], order["port"])
     replies.write(reply(None))
-    for _ in sys.stdin:
-        replies.write(reply(contender.step()))
+    for word in map(str.strip, sys.stdin):
+        replies.write(reply(contender.step()) if word == "step" else reply(None, contender.observe(word)))
     contender.teardown()
 
 
-def reply(loss: float | None) -> str:
-    """What the parent reads after a step: the loss, CPU seconds since the start and the most memory held, in MiB."""
+def reply(loss: float | None, observed: object = None) -> str:
+    """What the parent reads after a step: the loss, CPU seconds since the start, the most memory held, in MiB."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cpu_seconds = usage.ru_utime + usage.ru_stime
-    return json.dumps({"loss": loss, "cpu_seconds": cpu_seconds, "memory_mib": usage.ru_maxrss / 1024}) + "\n"
+    memory_mib = usage.ru_maxrss / 1024
+    facts = {"loss": loss, "cpu_seconds": cpu_seconds, "memory_mib": memory_mib, "observed": observed}
+    return json.dumps(facts) + "\n"
 
 
 if __name__ == "__main__":

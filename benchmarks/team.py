@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from workload import LAYOUTS, Contender, Job
 
@@ -67,22 +67,30 @@ class Team:
     def step(self) -> Step:
         """Run one step on all ranks; raise TeamError where one died."""
         cpu_before, busy_before, begin = self.cpu_seconds, busy_seconds(), time.perf_counter()
-        with suppress(BrokenPipeError):  # a rank that has died is named when its reply is missing
-            for rank in self.ranks:
-                pipe(rank.stdin).write("step\n")
-        losses = self._hear()
+        self._tell("step")
+        losses = [reply["loss"] for reply in self._hear() if reply["loss"] is not None]
         wall = time.perf_counter() - begin
         cpu = self.cpu_seconds - cpu_before
         other = max(0.0, busy_seconds() - busy_before - cpu)
         return Step(wall, cpu, other, sum(losses) / len(losses) if losses else float("nan"))
 
-    def _hear(self) -> Sequence[float]:
+    def observe(self, what: str) -> list[Any]:
+        """Run one step on all ranks under an observation; what each rank saw. Raise TeamError where one died."""
+        self._tell(what)
+        return [reply["observed"] for reply in self._hear()]
+
+    def _tell(self, word: str) -> None:
+        with suppress(BrokenPipeError):  # a rank that has died is named when its reply is missing
+            for rank in self.ranks:
+                pipe(rank.stdin).write(f"{word}\n")
+
+    def _hear(self) -> Sequence[dict[str, Any]]:
         replies = [self._reply(index) for index in range(self.world_size)]
         self.cpu_seconds = sum(reply["cpu_seconds"] for reply in replies)
         self.memory_mib = [reply["memory_mib"] for reply in replies]
-        return [reply["loss"] for reply in replies if reply["loss"] is not None]
+        return replies
 
-    def _reply(self, index: int) -> dict[str, float]:
+    def _reply(self, index: int) -> dict[str, Any]:
         line = pipe(self.ranks[index].stdout).readline()
         if not line:
             tails = "\n".join(self._end_of_log(rank) for rank in range(self.world_size))

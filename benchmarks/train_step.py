@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from contenders import CONTENDERS, ON_REQUEST
+from contenders import ALWAYS, CONTENDERS
 from machine import describe
 from report import Report, Row, write
 from rich.console import Console
@@ -84,7 +84,7 @@ def measure(teams: Sequence[Team], warmup: int, steps: int, console: Console) ->
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = [name for name in CONTENDERS if name not in ON_REQUEST]
+    default = [contender.name for contender in ALWAYS]
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each contender")
     parser.add_argument("--warmup", type=int, default=2, help="steps before, dropped")
     parser.add_argument("--contenders", nargs="+", default=default, choices=list(CONTENDERS), metavar="NAME")

@@ -118,6 +118,13 @@ class Contender(ABC):
     def step(self) -> float | None:
         """Train on the next global batch; the mean loss of this rank's share, None where this rank sees no loss."""
 
+    def observe(self, what: str) -> object:
+        """Train on the next global batch while looking at `what`; what was seen, as JSON takes it.
+
+        Raises NotImplementedError where a contender cannot look at itself so.
+        """
+        raise NotImplementedError(f"{self.name} does not observe {what}")
+
     @abstractmethod
     def teardown(self) -> None:
         """Leave the other ranks."""
