@@ -275,14 +275,8 @@ class Trainer:
             targets=self._to_device(read.targets) if self.grid.has_last_stage else None,
             packing=packing,
             loss_weights=weights,
-            dropout=self._dropout(read.samples) if trains else None,
+            dropout=DropoutStreams.of(self.config.model, self.config.run.seed, read.samples) if trains else None,
         )
-
-    def _dropout(self, samples: tuple[int, ...]) -> DropoutStreams | None:
-        model = self.config.model
-        if not (model.hidden_dropout or model.attention_dropout):
-            return None
-        return DropoutStreams(self.config.run.seed, samples, model.hidden_dropout, model.attention_dropout)
 
     def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.grid.device, non_blocking=True)

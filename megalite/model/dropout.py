@@ -26,6 +26,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from megalite.config import ModelConfig
+
 BLOCK = 64
 """Tokens of a row whose hidden states have one draw."""
 
@@ -42,6 +44,13 @@ class DropoutStreams:
     """(rank, size): hidden states are this even stretch of the B*S tokens in turn, as under sequence parallelism."""
     prefix: str = ""
     """What sites are named under, such as ``layers.3.``."""
+
+    @classmethod
+    def of(cls, model: ModelConfig, seed: int, samples: tuple[int, ...]) -> Self | None:
+        """Return the streams of a microbatch of these samples; None where the model drops nothing."""
+        if not (model.hidden_dropout or model.attention_dropout):
+            return None
+        return cls(seed, samples, model.hidden_dropout, model.attention_dropout)
 
     def under(self, name: str) -> Self:
         """Return the same streams for the sites of one layer."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megalite.checkpoint.weights import open_weights
 from megalite.data.batches import BatchSchedule, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets
+from megalite.model.dropout import DropoutStreams
 from megalite.model.loading import load_stage
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
@@ -66,10 +67,12 @@ class Reference:
         if batch.document_lengths is not None or positions is not None:
             packing = PackedDocuments(batch.document_lengths, positions)
         ids, targets = self._tensor(batch.ids), self._tensor(batch.targets)
+        config = self._plan.config
+        dropout = DropoutStreams.of(config.model, config.run.seed, batch.samples)
         if batch.counts is None:
-            return model(ids, targets, packing=packing) / microbatches
+            return model(ids, targets, packing=packing, dropout=dropout) / microbatches
         weights = self._tensor(batch.counts).float() / max(counted, 1)
-        return model(ids, targets, packing=packing, loss_weights=weights)
+        return model(ids, targets, packing=packing, loss_weights=weights, dropout=dropout)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.copy()).to(self._device)
