@@ -297,6 +297,8 @@ class Trainer:
 
 def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> dict[int, Stage]:
     """Build this rank's stages with the given weights, or with those that (seed, name) give them."""
+    parallel = plan.config.parallel
+    group = replace(grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap)
     stages: dict[int, Stage] = {}
     for index in grid.stages:
         stage = stages[index] = Stage(
@@ -304,7 +306,7 @@ def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) 
             plan.stage_layers[index],
             index=index,
             num_stages=plan.placement.num_stages,
-            group=replace(grid.tensor, sequence_parallel=plan.config.parallel.sequence_parallel),
+            group=group,
             rows=plan.config.train.micro_batch_size,
             recompute=plan.config.recompute,
             table=stages[0].tied_table if 0 in stages else None,

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "faults": (),
     "deepspeed_json": ("faults",),
     "deepspeed_table": ("deepspeed_json", "faults"),
+    "composition": ("config",),
     "config": ("config", "deepspeed_json", "faults", "layout", "pipeline.placement", "pipeline.schedule"),
     "launch": ("launch",),
     "files": (),

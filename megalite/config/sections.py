@@ -204,6 +204,8 @@ class ParallelSection(Section, frozen=True):
     """Stages that a pipeline rank holds: 2 or more for interleaved_1f1b, 2 for zb_v, else 1."""
     sequence_parallel: Flag = False
     """Between sharded layers each tensor rank holds a share of the tokens (arXiv:2205.05198)."""
+    overlap: Flag = False
+    """A tensor rank's collectives in the backward run beside the product for the weight's gradient."""
     stage_layers: Annotated[tuple[int, ...], COUNTS] | None = None
     """Layers of each pipeline stage, virtual ones too, in the model's order; evenly shared unless given."""
 
