@@ -69,7 +69,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)], ids=["tied", "untied"])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_every_schedule_trains_like_one_process(
     run_file: Path, corpus: Path, schedule: tuple[str, ...], tied: bool, stage: int
