@@ -65,7 +65,7 @@ class _Stdout(io.FileIO):
 def named_stdout() -> Iterator[None]:
     """Let what cannot be written to stdout be known by `stdout_refused`; not where something else stands for it."""
     plain = sys.stdout
-    if plain is None or plain is not sys.__stdout__:
+    if not isinstance(plain, io.TextIOWrapper) or plain is not sys.__stdout__:
         yield
         return
     plain.flush()
