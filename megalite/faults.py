@@ -111,20 +111,13 @@ class Kind:
 
     words: str
     convert: Callable[[Any], Any]
-    available: tuple[object, ...] = ()
-    """The values that can be had yet, where that is not all of them."""
-    unavailable_reason: str = ""
 
     def read(self, value: object) -> Any:
         """Return the value in its own type; raise ValueError with the words that follow the key in a message."""
         try:
-            converted = self.convert(value)
+            return self.convert(value)
         except (TypeError, ValueError, OverflowError):
-            words = alternatives(self.available) if self.available else self.words
-            raise ValueError(f"={show(value)} is not {words}") from None
-        if self.available and converted not in self.available:
-            raise ValueError(f"={show(value)} {self.unavailable_reason}; write {alternatives(self.available)}")
-        return converted
+            raise ValueError(f"={show(value)} is not {self.words}") from None
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.read, handler(source))

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,13 +16,16 @@ VERBS = "convert, generate, inspect, preprocess, tokenizer, train, verify"
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
-def run(*argv: str, code: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *argv: str, code: str = "", stdout: Any = subprocess.PIPE, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the command line in an interpreter of its own, after `code`."""
     program = f"{code}\nimport sys; from megalite.cli import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
         [sys.executable, "-c", program, *argv],
         env=os.environ | variables,
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=60,
         check=False,
@@ -154,6 +158,32 @@ def test_a_rank_that_is_done_leaves_at_once() -> None:
     code += "sys.modules['megalite.train'] = types.SimpleNamespace(train=lambda plan, environment: print('done'))"
     done = run("train", "run.yaml", code=code, **LAUNCHED)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+LOST = "megalite: error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("variables", [{}, {"PYTHONUNBUFFERED": "1"}, LAUNCHED], ids=["plain", "unbuffered", "a rank"])
+@pytest.mark.parametrize("end", ["flush=True", "end=' '"], ids=["written at once", "written at the end"])
+def test_a_stdout_that_is_full_is_one_line_and_status_1(variables: dict[str, str], end: str) -> None:
+    said = prepare_that(f"print('found', {end}); import typer; raise typer.Exit")
+    with open("/dev/full", "w") as full:
+        found = run("train", "run.yaml", code=said, stdout=full, **variables)
+    assert (found.returncode, found.stderr) == (1, LOST)
+
+
+def test_another_file_that_cannot_be_written_is_a_failure_of_its_own() -> None:
+    failed = run("train", "run.yaml", code=prepare_that("open('/dev/full', 'wb', buffering=0).write(b'x')"))
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("Traceback")
+
+
+def test_who_reads_no_further_is_told_nothing() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        found = run("train", "--help", stdout=closed)
+    assert (found.returncode, found.stderr) == (1, "")
 
 
 WRONG = prepare_that("raise megalite.errors.UserError('run.yaml: wrong')")

@@ -981,7 +981,11 @@ OVERRIDES: list[tuple[str, str]] = [
     ("train.stps=4", "command line: train.stps is not a key; did you mean 'steps'?"),
     ("train.optimiser.lr=1", "command line: train.optimiser is not a key; did you mean 'optimizer'?"),
     ("train.steps=many", "command line: train.steps='many' is not an integer of at least 1"),
-    ("train.steps=", "command line: train.steps is missing; write an integer of at least 1"),
+    ("train.steps=", "command line: train.steps= has no value; write one, or train.steps=null for the default"),
+    ("resume= ", "command line: resume= has no value; write one, or resume=null for the default"),
+    ("resume=''", "command line: resume='' is not a string"),
+    ("deepspeed=", "command line: deepspeed= has no value; write one, or deepspeed=null for the default"),
+    ("train.steps=null", "command line: train.steps is missing; write an integer of at least 1"),
     (
         "parallel.tensor=3",
         "command line: parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from pydantic import ValidationError
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.companions import companions_among
@@ -17,6 +18,7 @@ from megalite.checkpoint.reader import CheckpointReader, checkpoints
 from megalite.checkpoint.shapes import weight_shapes
 from megalite.config import ModelConfig, read_model
 from megalite.errors import UserError
+from megalite.faults import validation_lines
 
 WEIGHT = f"{KINDS[0]}/"
 """How the names of weights begin in a checkpoint; optimizer state has the optimizer's names for it."""
@@ -67,8 +69,8 @@ class CheckpointWeights:
         self.precision = reader.manifest.precision
         try:
             self.model = read_model(reader.manifest.model)
-        except ValueError as error:
-            reason = str(error).splitlines()[-1].strip()
+        except ValidationError as error:
+            reason = validation_lines(error, below=1, whole="model")[0]
             raise UserError(f"{self.origin}: its manifest names no model that megalite knows: {reason}") from error
         tensors = reader.manifest.tensors.items()
         self.shapes = {name.removeprefix(WEIGHT): tensor.shape for name, tensor in tensors if name.startswith(WEIGHT)}

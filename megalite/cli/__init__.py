@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from megalite.cli import convert, generate, inspect, preprocess, tokenizer, train, verify
-from megalite.cli.failure import leave, say_failure, say_user_error
+from megalite.cli.failure import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
 from megalite.errors import USER_ERROR_STATUS, UserError, nearest
 from megalite.launch import LaunchEnvironment, launch_environment
 
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _without_local_rank(sys.argv[1:] if argv is None else argv)
     rank = _who_am_i()
     try:
-        status = build_app()(arguments or ["--help"], prog_name="megalite", standalone_mode=False) or 0
+        with named_stdout():
+            status = build_app()(arguments or ["--help"], prog_name="megalite", standalone_mode=False) or 0
     except (UserError, _UsageError) as error:
         say_user_error(_message(error), rank)
         status = USER_ERROR_STATUS
@@ -73,10 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank is None:
             raise
         status = ended.code if isinstance(ended.code, int) else 1
-    except Exception:
-        if rank is None:
+    except Exception as error:
+        if stdout_refused(error):
+            say_lost_output(error)
+        elif rank is None:
             raise
-        say_failure(rank)
+        else:
+            say_failure(rank)
         status = 1
     if rank is not None:
         leave(status)

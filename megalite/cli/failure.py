@@ -1,13 +1,15 @@
 """How a verb that fails says so: one message, from one rank, and an end that waits for nobody."""
 
+import io
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from contextlib import suppress
-from typing import NoReturn
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TypeGuard
 
 from megalite.errors import USER_ERROR_STATUS
 from megalite.launch import USER_ERROR_PREFIX, LaunchEnvironment
@@ -44,6 +46,53 @@ def say_failure(rank: LaunchEnvironment) -> None:
     """Print the current exception in one piece, with the rank and host on every line: ranks may share a console."""
     mark = f"[rank {rank.rank} on {socket.gethostname()}] "
     sys.stderr.write("".join(f"{mark}{line}\n" for line in traceback.format_exc().splitlines()))
+
+
+class _Stdout(io.FileIO):
+    """Puts its name into the system's refusals, so that they are told from those of any other file."""
+
+    NAME = "standard output"
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = self.NAME
+            raise
+
+
+@contextmanager
+def named_stdout() -> Iterator[None]:
+    """Let what cannot be written to stdout be known by `stdout_refused`; not where something else stands for it."""
+    plain = sys.stdout
+    if not isinstance(plain, io.TextIOWrapper) or plain is not sys.__stdout__:
+        yield
+        return
+    plain.flush()
+    named = io.TextIOWrapper(
+        io.BufferedWriter(_Stdout(plain.fileno(), "wb", closefd=False)),
+        encoding=plain.encoding,
+        errors=plain.errors,
+        line_buffering=plain.line_buffering or plain.write_through,
+    )
+    sys.stdout = named
+    try:
+        yield
+        named.flush()
+    finally:
+        sys.stdout = plain
+        with suppress(OSError):  # a second refusal says no more than the first
+            named.flush()
+
+
+def stdout_refused(error: Exception) -> TypeGuard[OSError]:
+    """Tell whether an error is that stdout takes no more, on a full disk say."""
+    return isinstance(error, OSError) and error.filename == _Stdout.NAME
+
+
+def say_lost_output(error: OSError) -> None:
+    """Print in one line that stdout takes no more."""
+    sys.stderr.write(f"{USER_ERROR_PREFIX}standard output cannot be written: {error.strerror}\n")
 
 
 def leave(status: int) -> NoReturn:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +9,6 @@ from pydantic import BaseModel, model_validator
 from pydantic.fields import FieldInfo
 
 from megalite.faults import FLAG, NOT_NEGATIVE, POSITIVE, Fault, FaultsError, Kind, number, whole
-
-
-def only(kind: Kind, *values: object, reason: str = "is not available yet") -> Kind:
-    """Narrow a kind to the values that can be had."""
-    return replace(kind, available=values, unavailable_reason=reason)
 
 
 def _path(value: Any) -> Path:

@@ -50,6 +50,10 @@ def _parse_overrides(overrides: Iterable[str]) -> list[tuple[tuple[str, ...], An
         if not re.fullmatch(r"[a-z_]\w*(\.\w+)*=.*", text, re.DOTALL | re.IGNORECASE):
             lines.append(f"command line: {text!r} is not an override; write section.key=value")
             continue
+        if not value.strip():
+            # YAML reads nothing as null, not given; after a shell variable that is unset, nobody meant that.
+            lines.append(f"command line: {key}= has no value; write one, or {key}=null for the default")
+            continue
         try:
             parsed.append((tuple(key.split(".")), yaml.load(value, Loader)))  # noqa: S506 (a SafeLoader)
         except yaml.YAMLError as error:

@@ -3,12 +3,9 @@
 Legend for shapes: B microbatch, S sequence.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
-from typing import Self
+from itertools import chain
 
-import torch
 from torch import Tensor
 
 
@@ -32,28 +29,6 @@ class PackedDocuments:
             raise ValueError(f"a document has at least one token: {self.lengths}")
         if len({sum(row) for row in self.lengths}) > 1:
             raise ValueError(f"rows hold {[sum(row) for row in self.lengths]} tokens; all must hold as many")
-
-    @classmethod
-    def from_boundaries(
-        cls,
-        boundaries: Sequence[Sequence[int]],
-        sequence_length: int,
-        *,
-        split_attention: bool = True,
-        reset_positions: bool = True,
-        device: torch.device | None = None,
-    ) -> Self:
-        """Return the documents of rows where new ones begin at `boundaries`, in rising order; each row begins one.
-
-        Raises ValueError for a boundary outside ``0 < boundary < sequence_length``, or out of order.
-        """
-        lengths = tuple(tuple(b - a for a, b in pairwise((0, *row, sequence_length))) for row in boundaries)
-        packed = cls(lengths, None)
-        positions = None
-        if reset_positions:
-            flat = torch.cat([torch.arange(length) for length in chain(*lengths)])
-            positions = flat.view(len(lengths), sequence_length).to(device)
-        return cls(packed.lengths if split_attention else None, positions)
 
     @property
     def spans(self) -> list[int] | None:

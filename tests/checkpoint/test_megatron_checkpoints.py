@@ -249,7 +249,7 @@ def test_a_tokenizer_beside_it_goes_along(tmp_path: Path) -> None:
         (GPT2, {"position_embedding_type": "alibi"}, "position_embedding_type=alibi"),
         (GPT2, {"bias_gelu_fusion": False}, "its GELU is the exact one"),
         (GPT2, {"hidden_size": None}, "its options lack hidden_size; write the section model"),
-        (GPT2, {"num_attention_heads": 3, "kv_channels": None}, "its model is none of megalite's"),
+        (GPT2, {"num_attention_heads": 3, "kv_channels": None}, "megalite's: model: num_attention_heads=3 does not"),
         (LLAMA, {"num_layers": 5}, "layers.4.attention_norm.weight 16 missing"),
         (LLAMA, {"num_layers": 3}, "layers.3.attention_norm.weight missing 2 shards of 16"),
         (

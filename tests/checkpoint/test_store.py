@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
 from megalite.checkpoint.safetensors_file import file_record, write_safetensors
 from megalite.checkpoint.store import Part
+from megalite.checkpoint.weights import CheckpointWeights
 from megalite.errors import UserError
 
 WEIGHT = np.arange(35, dtype=np.float32).reshape(7, 5)
@@ -195,3 +197,14 @@ def test_a_manifest_that_does_not_hold_together_is_refused(
     saved: Path, edit: Callable[[dict], None], problem: str
 ) -> None:
     assert problem in edited(saved, edit)
+
+
+def test_a_model_that_is_none_is_told_in_our_words(tmp_path: Path) -> None:
+    store.begin(tmp_path / "step_1")
+    store.write_rank(tmp_path / "step_1", 0, [])
+    model = {"architecture": "llama", "hidden_size": 0}
+    folder = store.finish(tmp_path / "step_1", ranks=1, manifest=replace(Manifest(1, {}, {}), model=model), state={})
+    with pytest.raises(UserError) as caught:
+        CheckpointWeights(CheckpointReader(folder))
+    told = "its manifest names no model that megalite knows: hidden_size: =0 is not an integer of at least 1"
+    assert str(caught.value) == f"{folder}: {told}"

@@ -102,6 +102,14 @@ def test_a_file_is_there_whole_or_not_at_all(
     assert [path.name for path in output.parent.iterdir()] == ["texts.txt"]
 
 
+def test_a_console_that_takes_no_more_is_one_line(checkpoint: Path) -> None:
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "-m", "megalite", "generate", str(checkpoint), "--prompt", TEXTS[0]]
+        found = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    message = "megalite: error: standard output cannot be written: No space left on device\n"
+    assert (found.returncode, found.stderr) == (1, message)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -271,12 +271,52 @@ def test_what_a_checkpoint_does_not_know_is_refused(
     assert capsys.readouterr().err == f"megalite: error: {problem.format(saved)}\n"
 
 
-@pytest.mark.parametrize("option", [["--verify"], ["--diff", "b"], ["--plot", "a.png"]])
-def test_what_one_checkpoint_knows_is_refused_of_many(
-    saved: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("options", [["--plot", "a.png"], ["--rank", "1"], ["--tokenizer", "t", "--verify"]])
+def test_what_no_checkpoint_knows_is_refused_of_many(
+    saved: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["inspect", str(saved.parent), *option]) == 2
-    assert f"{option[0]}: {saved.parent} is a folder of checkpoints" in capsys.readouterr().err
+    assert main(["inspect", str(saved.parent), *options]) == 2
+    assert f"{options[0]}: {saved.parent} is a folder of checkpoints" in capsys.readouterr().err
+
+
+def test_of_a_folder_or_a_run_the_newest_whole_checkpoint_is_verified(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = save(saved.with_name("step_100"), arrays())
+    (saved.with_name("step_300")).mkdir()  # without a manifest
+    (saved.with_name("step_200.tmp")).mkdir()
+    run = saved.parent.parent
+    (run / "config.yaml").touch()
+    for folder in (saved.parent, run):
+        assert main(["inspect", str(folder), "--verify"]) == 0
+        told, sound = capsys.readouterr().out.splitlines()
+        assert told == f"{folder}: the newest is {newest}"
+        assert sound.startswith(f"{newest}: all ")
+    flip = bytearray((newest / "rank_00000.safetensors").read_bytes())
+    flip[-1] ^= 1
+    (newest / "rank_00000.safetensors").write_bytes(flip)
+    assert main(["inspect", str(run), "--verify"]) == 2
+    assert f"megalite: error: {newest}: " in capsys.readouterr().err
+
+
+def test_the_newest_of_two_folders_are_compared(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = save(saved.with_name("step_30"), arrays())
+    other = save(tmp_path / "other" / "checkpoints" / "step_30", arrays(seed=2))
+    assert main(["inspect", str(saved.parent), "--diff", str(tmp_path / "other")]) == 1
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"{saved.parent}: the newest is {newest}",
+        f"{tmp_path / 'other'}: the newest is {other}",
+    ]
+    assert main(["inspect", str(saved), "--diff", str(saved.parent)]) == 0
+
+
+def test_where_no_save_has_ended_nothing_is_verified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints" / "step_5.tmp").mkdir(parents=True)
+    assert main(["inspect", str(tmp_path), "--verify"]) == 2
+    message = f"{tmp_path / 'checkpoints'}: holds no checkpoint that is whole; give another folder"
+    assert capsys.readouterr().err == f"megalite: error: {message}\n"
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("[]")])

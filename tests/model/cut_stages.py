@@ -1,6 +1,7 @@
-"""Stages cut by tensor and pipeline ranks, filled from whole weights, and their gradients against a reference's."""
+"""Stages cut by ranks and filled from whole weights, their gradients against a reference's, and documents in rows."""
 
 from collections.abc import Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from reference_model import ReferenceModel
 from torch import Tensor
 
 from megalite.config import ModelConfig, Recompute, read_model
+from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.pipeline.partition import partition
 from megalite.tensor_parallel.collectives import TensorGroup
@@ -100,3 +102,12 @@ def assert_gradients_agree(stages: Sequence[Stage], reference: ReferenceModel) -
         torch.testing.assert_close(
             gradient[seen[name]], wanted[seen[name]], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def documents_at(
+    boundaries: Sequence[Sequence[int]], length: int, *, split_attention: bool = True, reset_positions: bool = True
+) -> PackedDocuments:
+    """The documents of rows of `length` tokens where new ones begin at `boundaries`; each row begins one."""
+    lengths = tuple(tuple(b - a for a, b in pairwise((0, *row, length))) for row in boundaries)
+    positions = torch.cat([torch.arange(tokens) for tokens in chain(*lengths)]).view(len(lengths), length)
+    return PackedDocuments(lengths if split_attention else None, positions if reset_positions else None)

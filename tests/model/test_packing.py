@@ -15,6 +15,7 @@ from cut_stages import (
     SHAPE,
     assert_gradients_agree,
     cut_stages,
+    documents_at,
     model_config,
     whole_weights,
 )
@@ -101,7 +102,7 @@ def compare(fields: dict[str, Any], num_stages: int, rule: str) -> None:
     expected = expected_loss(reference)
     expected.backward()
 
-    packing = PackedDocuments.from_boundaries(BOUNDARIES, LENGTH, **options)
+    packing = documents_at(BOUNDARIES, LENGTH, **options)
     stages = cut_stages(config, weights, num_stages)
     x = ids
     for stage in stages[:-1]:
@@ -134,9 +135,9 @@ def test_one_document_a_row_is_the_unpacked_row(fields: dict[str, Any]) -> None:
     plain.backward()
     gradients = [parameter.grad for parameter in stage.parameters()]
     stage.zero_grad()
-    packed = stage(ids, targets, packing=PackedDocuments.from_boundaries([[], []], LENGTH))
-    packed.backward()
-    assert torch.equal(packed, plain)
+    alone = stage(ids, targets, packing=documents_at([[], []], LENGTH))
+    alone.backward()
+    assert torch.equal(alone, plain)
     # Learned positions are summed into their table in another order, so not bit for bit.
     for parameter, gradient in zip(stage.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-8)
@@ -203,17 +204,10 @@ def test_the_scores_kept_for_the_backward_stay_bounded(monkeypatch: pytest.Monke
     assert len(kept) == 1
 
 
-def test_boundaries_become_lengths_and_positions() -> None:
-    packing = PackedDocuments.from_boundaries([[2, 3], [4]], 5)
-    assert packing.lengths == ((2, 1, 2), (4, 1))
-    assert packing.positions_BS is not None
-    assert packing.positions_BS.tolist() == [[0, 1, 0, 0, 1], [0, 1, 2, 3, 0]]
-
-
-@pytest.mark.parametrize("boundaries", [[[0]], [[5]], [[6]], [[3, 2]], [[2, 2]], [[-1]]])
-def test_boundaries_that_leave_a_document_empty_are_refused(boundaries: list[list[int]]) -> None:
+@pytest.mark.parametrize("lengths", [((0, 5),), ((5, 0),), ((2, 4, -1),)])
+def test_a_document_without_tokens_is_refused(lengths: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match="at least one token"):
-        PackedDocuments.from_boundaries(boundaries, 5)
+        PackedDocuments(lengths, None)
 
 
 def test_rows_of_different_lengths_are_refused() -> None:

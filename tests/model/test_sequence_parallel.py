@@ -13,6 +13,7 @@ from cut_stages import (
     SHAPE,
     assert_gradients_agree,
     cut_stages,
+    documents_at,
     model_config,
     whole_weights,
 )
@@ -64,7 +65,7 @@ def run(stages: list[Stage], packing: PackedDocuments | None) -> Tensor:
 
 def compare(fields: dict[str, Any], num_stages: int, packed: bool, overlap: bool) -> None:
     config, weights = model_config(fields), whole_weights(model_config(fields))
-    packing = PackedDocuments.from_boundaries(BOUNDARIES, LENGTH) if packed else None
+    packing = documents_at(BOUNDARIES, LENGTH) if packed else None
     divided = cut_stages(config, weights, num_stages, rows=ROWS, sequence_parallel=True, overlap=overlap)
     whole = cut_stages(config, weights, num_stages)
     found, expected = run(divided, packing), run(whole, packing)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from megalite.config import ModelConfig, read_model
 from megalite.config.yaml12 import Loader
 from megalite.errors import UserError
+from megalite.faults import validation_lines
 
 MODEL_FILE = "model.json"
 """A section `model` that a user puts beside a checkpoint. Whole, with its architecture, it stands in place of the
@@ -94,8 +96,9 @@ def build_model(section: Mapping[str, object], folder: Path) -> ModelConfig:
     """Return the model that a section describes; raise UserError where it describes none."""
     try:
         return read_model(section)
-    except ValueError as error:
-        raise UserError(f"{folder}: its model is none of megalite's: {error}; correct it in {MODEL_FILE}") from error
+    except ValidationError as error:
+        reason = validation_lines(error, below=1, whole="model")[0]
+        raise UserError(f"{folder}: its model is none of megalite's: {reason}; correct it in {MODEL_FILE}") from error
 
 
 def _other_functions(options: _Options) -> Iterator[str]:

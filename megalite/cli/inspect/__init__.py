@@ -29,10 +29,12 @@ def inspect(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Of a dataset: the tokenizer to decode them with.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Of a dataset: write the histogram as this PNG.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Of a checkpoint: check every file's digest.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Of a checkpoint, or a folder's newest: check every file's digest.")
+    ] = False,
     diff: Annotated[
         Path | None,
-        typer.Option(help="Of a checkpoint: another to compare with; the status is 0 where they are equal, else 1."),
+        typer.Option(help="Of a checkpoint, or a folder's newest: another to compare with; status 1 if they differ."),
     ] = None,
 ) -> None:
     """Show and check a dataset or a checkpoint; or show what a step of a run trains on, from its configuration."""
@@ -42,6 +44,7 @@ def inspect(
         is_checkpoint,
         list_folder,
         lists_checkpoints,
+        newest_checkpoint,
         verify_checkpoint,
     )
     from megalite.cli.inspect.dataset import inspect_dataset, is_dataset, nearest_prefix
@@ -57,15 +60,15 @@ def inspect(
     if is_dataset(path):
         _refuse(path, "a dataset", of_run | of_checkpoint)
         inspect_dataset(path, 3 if documents is None else documents, tokenizer, plot)
-    elif is_checkpoint(path):
-        _refuse(path, "a checkpoint", of_run | of_dataset)
+    elif is_checkpoint(path) or (lists_checkpoints(path) and any(of_checkpoint.values())):
+        _refuse(path, "a checkpoint" if is_checkpoint(path) else "a folder of checkpoints", of_run | of_dataset)
         if diff is not None:
             if verify:
                 raise UserError("--verify: stands beside --diff; ask for one after the other")
-            raise typer.Exit(0 if compare_checkpoints(path, diff) else 1)
-        (verify_checkpoint if verify else inspect_checkpoint)(path)
+            raise typer.Exit(0 if compare_checkpoints(newest_checkpoint(path), newest_checkpoint(diff)) else 1)
+        (verify_checkpoint if verify else inspect_checkpoint)(newest_checkpoint(path))
     elif lists_checkpoints(path) and step is None:
-        _refuse(path, "a folder of checkpoints", of_run | of_dataset | of_checkpoint)
+        _refuse(path, "a folder of checkpoints", of_run | of_dataset)
         list_folder(path)
     elif (path / "config.yaml").is_file() or path.suffix in (".yaml", ".yml"):
         _refuse(path, "a run", of_dataset | of_checkpoint)

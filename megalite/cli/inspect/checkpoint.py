@@ -29,11 +29,32 @@ def lists_checkpoints(path: Path) -> bool:
     return any(next(folder.glob("step_*"), None) is not None for folder in (path, path / _CHECKPOINTS))
 
 
+def newest_checkpoint(path: Path) -> Path:
+    """Return the newest checkpoint of a folder of them, or of a run's, and print which; another path as it is.
+
+    A damaged one is taken too: its damage is what is asked about. Raises UserError where no save has ended.
+    """
+    from megalite.checkpoint.reader import checkpoints
+
+    if is_checkpoint(path) or not lists_checkpoints(path):
+        return path
+    root = _root(path)
+    newest = next((folder for _, folder in checkpoints(root) if (folder / MANIFEST).is_file()), None)
+    if newest is None:
+        raise UserError(f"{root}: holds no checkpoint that is whole; give another folder")
+    typer.echo(f"{path}: the newest is {newest}")
+    return newest
+
+
+def _root(path: Path) -> Path:
+    return path if next(path.glob("step_*"), None) is not None else path / _CHECKPOINTS
+
+
 def list_folder(path: Path) -> None:
     """Print the checkpoints of a folder, the newest marked, and the saves that did not end."""
     from megalite.checkpoint.inspection import list_checkpoints
 
-    root = path if next(path.glob("step_*"), None) is not None else path / _CHECKPOINTS
+    root = _root(path)
     listed = list_checkpoints(root)
     whole = [checkpoint for checkpoint in listed if checkpoint.fault is None]
     typer.echo(f"{root}: {len(whole)} checkpoints")
