@@ -54,11 +54,13 @@ class BadSteps:
             at = self._grid.layout.coordinate(rank)
             cause = f"in the last, rank {rank} (tensor {at.tensor}, pipeline {at.pipeline}, data {at.data}) was the "
             cause += f"first with a number that is not finite: {words}"
-        scale = "" if loss_scale is None else f" The loss scale came down to {loss_scale:g}."
+        fix = "Lower train.optimizer.lr or gradient_clipping"
+        if loss_scale is not None:
+            fix = f"The loss scale is {loss_scale:g}: lower fp16.loss_scale or fp16.initial_scale_power, raise"
+            fix += " train.max_bad_steps where it is still coming down, lower train.optimizer.lr"
         raise UserError(
             f"train.max_bad_steps={self.limit} steps in a row, to step {step}, had a gradient that is not finite, and "
-            f"were skipped; {cause}.{scale} Lower train.optimizer.lr or gradient_clipping, or look at what the step "
-            f"read: megalite inspect RUN --step {step}"
+            f"were skipped; {cause}. {fix}, or look at what the step read: megalite inspect RUN.DIR --step {step}"
         )
 
     def _note(self, order: tuple[int, ...], words: Callable[[], str], tensor: Tensor) -> None:

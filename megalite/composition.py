@@ -70,6 +70,7 @@ OTHERS = (
     Feature("dropout", {"model.hidden_dropout": "0.1", "model.attention_dropout": "0.1"}),
     Feature("tied embeddings", {"model.tie_word_embeddings": "true"}),
     Feature("packed documents", {"data.reset_attention_mask": "true", "data.reset_position_ids": "true"}),
+    Feature("losses masked at document ends", {"data.eod_mask_loss": "true"}),
     Feature("a growing batch", {"train.batch_size_rampup": "{start: 4, increment: 4, samples: 100}"}),
     Feature("uneven stages", {"parallel.stage_layers": "[5, 3]"}),
     Feature("checkpoints", {"checkpoint.every": "5"}),

@@ -146,7 +146,7 @@ OFFLOAD_OPTIMIZER: dict[str, Rule] = {
     "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
     "nvme_path": Honoured(TEXT, "refused"),
     "buffer_count": Honoured(whole(0)),
-    "ratio": Honoured(number(0, most=1)),
+    "ratio": Refused("a share on the device needs DeepSpeed's CPUAdam", "write 1.0", (1, 1.0)),
     **_flags("pin_memory pipeline_read pipeline_write fast_init"),
     "super_offload": Refused("SuperOffload is not measured under a pipeline", "leave it out", (False,)),
     "cpuadam_cores_perc": Refused("it belongs to super_offload", "leave it out", (0.8,)),
@@ -645,10 +645,6 @@ def _offload_faults(offload: Mapping[str, Any], stage: int, cpu_stages: tuple[in
         )
     if device == "nvme" and "nvme_path" not in offload:
         yield Fault(("nvme_path",), " is missing; write the folder on the NVMe device")
-    if offload.get("ratio", 1.0) < 1.0 and stage != 3:
-        yield Fault(
-            ("ratio",), f"={show(offload['ratio'])} does not go with ZeRO stage {stage}; use stage 3, or write 1.0"
-        )
 
 
 def _normalised(document: dict[str, Any]) -> dict[str, Any]:
@@ -742,6 +738,13 @@ class DeepSpeedSettings:
         """The sections of ``zero_optimization`` whose tensors lie on an NVMe device."""
         zero = self.document.get("zero_optimization", {})
         return tuple(s for s in ("offload_optimizer", "offload_param") if zero.get(s, {}).get("device") == "nvme")
+
+    @property
+    def asks_deepspeed_to_report(self) -> bool:
+        """Whether a key asks DeepSpeed for words of its own, which is silent otherwise."""
+        asked = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state")
+        sections = (self.document.get("comms_logger", {}), self.document.get("timers", {}).get("throughput", {}))
+        return any(self.document.get(key) for key in asked) or any(section.get("enabled") for section in sections)
 
     @property
     def gradient_clipping(self) -> float:

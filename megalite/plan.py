@@ -171,8 +171,9 @@ class Plan:
 
     def parameters(self, stage: int, tensor: int) -> int:
         """Number of parameters that one rank holds of a stage, before ZeRO divides them."""
-        size, layers = (tensor, self.layout.tensor), self.stage_layers[stage]
-        return _num_parameters(self.config.model, layers, stage, self.placement.num_stages, size)
+        size, layers, num_stages = (tensor, self.layout.tensor), self.stage_layers[stage], self.placement.num_stages
+        shares = stage == num_stages - 1 > 0 and self.placement.rank_of(0) == self.placement.rank_of(stage)
+        return _num_parameters(self.config.model, layers, stage, num_stages, size, shares_rank=shares)
 
     def _pipeline(self) -> str:
         schedule, microbatches = self.config.parallel.schedule, self.config.gradient_accumulation_steps
@@ -184,13 +185,20 @@ class Plan:
             stages += f", {self.placement.virtual_stages} a rank"
         return (
             f"pipeline {schedule}: {stages}, {microbatches} microbatches, simulated bubble "
-            f"{timeline.bubble_fraction:.1%}, at most {max(timeline.peak_in_flight)} microbatches in flight"
+            f"{timeline.bubble_fraction:.1%}, at most {max(timeline.peak_microbatches):g} microbatches in flight"
         )
 
 
 def _num_parameters(
-    model: ModelConfig, layers: range, index: int, num_stages: int, tensor_rank_and_size: tuple[int, int]
+    model: ModelConfig,
+    layers: range,
+    index: int,
+    num_stages: int,
+    tensor_rank_and_size: tuple[int, int],
+    *,
+    shares_rank: bool = False,
 ) -> int:
+    """Number of parameters of a stage on a rank; of the last stage without a tied table that its rank has already."""
     import torch
 
     from megalite.model.stage import Stage
@@ -198,7 +206,9 @@ def _num_parameters(
 
     with torch.device("meta"):
         group = TensorGroup(*tensor_rank_and_size)
-        return Stage(model, layers, index=index, num_stages=num_stages, group=group).num_parameters()
+        first = Stage(model, (), index=0, num_stages=num_stages, group=group) if shares_rank else None
+        table = first.tied_table if first is not None else None
+        return Stage(model, layers, index=index, num_stages=num_stages, group=group, table=table).num_parameters()
 
 
 def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Plan:

@@ -79,7 +79,7 @@ class ZeroEngine:
         self.stages = dict(stages)
         for stage in stages.values():
             _mark_for_norm(stage, grid)
-        _quieten_deepspeed()
+        _quieten_deepspeed(config.deepspeed.asks_deepspeed_to_report)
         _adapt_deepspeed(grid)
         self.optimizer = make_adamw(stages, config.optimizer, device=grid.device)
         local_elements = sum(parameter.numel() for parameter in _parameters(stages))
@@ -165,6 +165,9 @@ class ZeroEngine:
             # DeepSpeed: ZeRO starts its count of gradient hooks anew at a forward, not at a backward; in a pipeline
             # several backwards follow one forward.
             self.zero_optimizer.clear_backward_seen_flag()
+        # DeepSpeed: where the very tensor that a forward returned is differentiated, its hook divides the gradient by
+        # the accumulation steps, whatever it is told below. A view is another tensor.
+        scalar = scalar.view_as(scalar)
         # The last stage has divided by the number of microbatches already.
         self.engine.backward(scalar, scale_wrt_gas=False)
 
@@ -360,8 +363,8 @@ def _is_copy(parameter: nn.Parameter) -> bool:
     return bool(parameter.ds_pipe_replicated)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _quieten_deepspeed() -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+def _quieten_deepspeed(reports: bool) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO if reports else logging.ERROR)
     # torch's advice on the collectives that DeepSpeed calls is for DeepSpeed's authors.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 

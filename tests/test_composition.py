@@ -22,6 +22,7 @@ LAYOUTS = list(product((1, 2), (2, 4), (1, 2)))
 MODELS: dict[str, Case] = {
     "dropout": {"kept": (), "dropped": ("model.hidden_dropout=0.1", "model.attention_dropout=0.1")},
     "table": {"untied": ("model.tie_word_embeddings=false",), "tied": ("model.tie_word_embeddings=true",)},
+    "targets": {"all": (), "masked": ("data.eod_mask_loss=true",)},
     "rows": {"whole": (), "packed": ("data.reset_attention_mask=true", "data.reset_position_ids=true")},
 }
 """What the reference shares, by axis and name."""
@@ -50,7 +51,7 @@ CHOICES = MODELS | RUNS
 
 def drawn(number: int, tensor: int, stage: int) -> dict[str, str]:
     """The settings of a case by axis, drawn from its number; none that is refused or says nothing."""
-    random = Random(2000 + number)  # of the numbers that make every pair below meet, the first of the thousands
+    random = Random(3000 + number)  # of the numbers that make every pair below meet, the first of the thousands
     legal = {
         "tokens": ["copied", "divided"][:tensor],
         "offload": {0: ["none"], 3: ["none", "optimizer", "both"]}.get(stage, ["none", "optimizer"]),

@@ -50,3 +50,11 @@ def test_a_blend_with_a_loss_mask_trains_alike(
     """Microbatches count different numbers of targets; the mean is over the targets of the global batch."""
     blend = f"data.train=[{{prefix: {corpus}, weight: 1}}, {{prefix: {answers}, weight: 3}}]"
     check(run_file, layout, blend, *PACKED[2:], f"train.micro_batch_size={micro_batch_size}")
+
+
+@pytest.mark.parametrize(("layout", "stage"), [((1, 1, 1), 0), ((1, 1, 2), 0), ((1, 2, 1), 0), ((1, 1, 2), 3)])
+def test_masked_targets_train_alike_at_every_zero_stage(
+    run_file: Path, layout: tuple[int, int, int], stage: int
+) -> None:
+    """The gradient of a loss that nothing is divided by afterwards, which DeepSpeed would divide for its own count."""
+    check(run_file, layout, *PACKED, "train.steps=4", f"deepspeed.zero_optimization.stage={stage}")

@@ -107,10 +107,12 @@ def _layouts(plan: "Plan", given: str | None, world_size: int | None) -> "tuple[
 
 
 def _introduce(plan: "Plan", notes: Sequence[str]) -> None:
+    from megalite.data.batches import BatchSchedule
+
     config = plan.config
     typer.echo(
         f"{config.source.name}: {config.model.architecture}, {plan.layout}, ZeRO-{config.zero_stage}, in fp32; "
-        f"{config.train.global_batch_size:,} sequences x {config.data.sequence_length:,} tokens"
+        f"{len(BatchSchedule(config.train).samples(1)):,} sequences x {config.data.sequence_length:,} tokens"
     )
     for note in notes:
         typer.echo(f"--scale: {note}")
@@ -136,7 +138,8 @@ def _run_cases(
         if environment is not None and environment.rank >= layout.world_size:
             continue
         if speaks:
-            typer.echo(f"{layout}, {layout.world_size} ranks: ", nl=False)
+            ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
+            typer.echo(f"{layout}, {ranks}: ", nl=False)
         argv = [*words, f"--layouts={write_layout(layout)}", f"--rank-into={here}"]
         started = time.perf_counter()
         if environment is None:

@@ -260,8 +260,13 @@ def _pipeline_faults(model: ModelConfig, parallel: ParallelSection) -> Iterator[
         yield Fault(("parallel", "pipeline"), text)
     elif stages > layers:
         most = layers // parallel.pipeline
+        fewer = layers // parallel.virtual_stages
+        others = [f"parallel.pipeline={fewer}"] * (fewer > 0) + [
+            "parallel.virtual_stages=1 with schedule 1f1b or zb_h1"
+        ]
+        fix = f"use at most {most}" if most > 1 else f"use {', or '.join(others)}"
         text = f"={parallel.virtual_stages} x parallel.pipeline={parallel.pipeline} is {stages} stages, more than"
-        yield Fault(("parallel", "virtual_stages"), f"{text} model.num_hidden_layers={layers}; use at most {most}")
+        yield Fault(("parallel", "virtual_stages"), f"{text} model.num_hidden_layers={layers}; {fix}")
     elif parallel.stage_layers is not None:
         given = parallel.stage_layers
         if len(given) != stages or sum(given) != layers:
@@ -281,7 +286,9 @@ def _schedule_faults(config: "RunConfig") -> Iterator[Fault]:
         microbatches = size // (train.micro_batch_size * config.layout.data)
         if found := refusal(parallel.schedule, parallel.pipeline, parallel.virtual_stages, microbatches):
             key, _, rest = found.partition("=")
-            yield Fault(tuple(key.split(".")), f"={rest}")
+            where = "train.global_batch_size" if size == train.global_batch_size else "train.batch_size_rampup"
+            batch = f" a step ({where} has steps of {size} sequences)" if "microbatches" in rest else ""
+            yield Fault(tuple(key.split(".")), f"={rest}{batch}")
             return
 
 

@@ -272,10 +272,13 @@ class TrainSection(Section, frozen=True):
     """How long a rank waits for a lost peer."""
 
     def faults(self) -> Iterator[Fault]:
-        beyond = [("stop_after", self.stop_after or 0), ("trace_steps", max(self.trace_steps, default=0))]
-        for name, step in beyond:
-            if step > self.steps:
-                yield Fault((name,), f"={step} is beyond train.steps={self.steps}; use at most {self.steps}")
+        if self.stop_after and self.stop_after > self.steps:
+            text = f"={self.stop_after} is beyond train.steps={self.steps}; use at most {self.steps}"
+            yield Fault(("stop_after",), text)
+        name, last = ("stop_after", self.stop_after) if self.stop_after else ("steps", self.steps)
+        traced = max(self.trace_steps, default=0)
+        if traced > last:
+            yield Fault(("trace_steps",), f"={traced} is beyond train.{name}={last}; use at most {last}")
         if self.batch_size_rampup is not None:
             yield from self._rampup_faults(self.batch_size_rampup)
         if self.schedule is not None:

@@ -19,7 +19,7 @@ _LEFT_OUT = (
     # Precision: the comparison is in fp32.
     *("bf16", "fp16", "data_types", "communication_data_type"),
     # What restates the run file's batch and layout, of which a case has others.
-    *("train_batch_size", "gradient_accumulation_steps", "pipeline"),
+    *("train_batch_size", "gradient_accumulation_steps"),
     # The full learning rate: at the start of a warm-up an update is lost in the rounding of a weight of 1.
     "scheduler",
 )
@@ -86,6 +86,8 @@ def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
 
 def _in_fp32(settings: DeepSpeedSettings) -> DeepSpeedSettings:
     document = {name: value for name, value in settings.document.items() if name not in _LEFT_OUT}
+    if "pipeline" in document:
+        document["pipeline"] = {name: value for name, value in document["pipeline"].items() if name != "stages"}
     if "zero_optimization" in document:
         document["zero_optimization"] = {
             name: _in_memory(value) if name.startswith("offload_") else value
