@@ -223,7 +223,7 @@ def test_the_run_files_that_ship_pass_a_dry_run(
     data = [f"data.train={source}", f"data.valid={source}", "data.split=null", "data.tokenizer=null"]
     assert main(["train", run_file_that_ships, "--dry-run", *data]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
-    assert "parameters a rank" in shown
+    assert "parameters in the model" in shown
     assert Path(run_file_that_ships).name in shown
 
 

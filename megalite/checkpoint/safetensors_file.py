@@ -33,9 +33,10 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How fp32 elements stand in a file: safetensors' name, numpy's type, the way there and the way back."""
+    """How fp32 elements stand in a file: safetensors' name, torch's, numpy's type, the way there and the way back."""
 
     dtype: str
+    torch_name: str
     stored: np.dtype
     encode: Callable[[np.ndarray], np.ndarray]
     decode: Callable[[np.ndarray], np.ndarray]
@@ -60,10 +61,10 @@ def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
 
 
 ENCODINGS = {
-    "fp32": Encoding("F32", np.dtype("<f4"), lambda elements: elements, lambda stored: stored),
-    "bf16": Encoding("BF16", np.dtype("<u2"), bfloat16_bits, from_bfloat16_bits),
+    "fp32": Encoding("F32", "float32", np.dtype("<f4"), lambda elements: elements, lambda stored: stored),
+    "bf16": Encoding("BF16", "bfloat16", np.dtype("<u2"), bfloat16_bits, from_bfloat16_bits),
     "fp16": Encoding(
-        "F16", np.dtype("<f2"), lambda elements: elements.astype("<f2"), lambda stored: stored.astype("<f4")
+        "F16", "float16", np.dtype("<f2"), lambda elements: elements.astype("<f2"), lambda stored: stored.astype("<f4")
     ),
 }
 """By the names of precisions."""

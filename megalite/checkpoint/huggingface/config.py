@@ -15,13 +15,12 @@ from megalite.checkpoint.huggingface.families import (
     Setting,
 )
 from megalite.checkpoint.huggingface.rotary import ROPE_KEYS, rotary_of, written_rotary
+from megalite.checkpoint.safetensors_file import ENCODINGS
 from megalite.config import ModelConfig, read_model
 from megalite.errors import UserError, nearest
 from megalite.faults import alternatives, show
 
 CONFIG = "config.json"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Their names of precisions."""
 
 _WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
@@ -78,7 +77,7 @@ def config_of(model: ModelConfig, precision: str, token_ids: Mapping[str, Any]) 
     written |= {fixed.theirs: fixed.allowed[0] for fixed in family.fixed}
     if family.rotary:
         written |= written_rotary(family, ours)
-    return family, {**written, **token_ids, "dtype": DTYPES[precision], "use_cache": True}
+    return family, {**written, **token_ids, "dtype": ENCODINGS[precision].torch_name, "use_cache": True}
 
 
 def _require_dividing_heads(family: Family, model: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from megalite.checkpoint.differences import difference_table
 from megalite.checkpoint.megatron.arguments import MODEL_FILE, build_model, model_section, read_section
 from megalite.checkpoint.megatron.collection import Collection, checkpoint_folder, collect
 from megalite.checkpoint.megatron.division import Divided, Division
+from megalite.checkpoint.safetensors_file import ENCODINGS
 from megalite.checkpoint.shapes import weight_shapes
 from megalite.config import ModelConfig
 from megalite.errors import UserError
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TABLE = "embedding.tokens.weight"
-_PRECISIONS = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
+_PRECISIONS = {f"torch.{encoding.torch_name}": precision for precision, encoding in ENCODINGS.items()}
 
 
 class MegatronWeights:
