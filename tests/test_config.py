@@ -782,7 +782,7 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         {"parallel.schedule": "interleaved_1f1b", "parallel.virtual_stages": 2, "train.global_batch_size": 12},
         None,
         "run.yaml: parallel.schedule=interleaved_1f1b runs groups of parallel.pipeline=2 microbatches, and 3 are not "
-        "whole groups; use 2 or 4 microbatches",
+        "whole groups; use 2 or 4 microbatches a step (train.global_batch_size has steps of 12 sequences)",
     ),
     (
         "groups of microbatches in a ramp-up",
@@ -793,7 +793,7 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         },
         None,
         "run.yaml: parallel.schedule=interleaved_1f1b runs groups of parallel.pipeline=2 microbatches, and 3 are not "
-        "whole groups; use 2 or 4 microbatches",
+        "whole groups; use 2 or 4 microbatches a step (train.batch_size_rampup has steps of 12 sequences)",
     ),
     (
         "world of no layout",
