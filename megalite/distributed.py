@@ -141,7 +141,7 @@ def build_grid(
         pipeline=mesh.get_group("pipeline"),
         model=mesh["pipeline", "tensor"]._flatten("model").get_group(),
         embedding=_embedding_group(layout, placement, rank, timeout),
-        links=_stage_links(layout, placement, rank, timeout),
+        links=_stage_links(layout, placement, rank, device, timeout),
     )
 
 
@@ -157,7 +157,9 @@ def _embedding_group(
     return mine
 
 
-def _stage_links(layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta) -> Links:
+def _stage_links(
+    layout: ParallelLayout, placement: Placement, rank: int, device: torch.device, timeout: datetime.timedelta
+) -> Links:
     incoming: dict[tuple[Kind, int], Link] = {}
     outgoing: dict[tuple[Kind, int], Link] = {}
     for ranks in layout.groups("pipeline"):
@@ -168,7 +170,22 @@ def _stage_links(layout: ParallelLayout, placement: Placement, rank: int, timeou
                 outgoing[kind, target] = Link(ranks[target], group)
             elif group is not None:
                 incoming[kind, source] = Link(ranks[source], group)
-    return Links(incoming, outgoing)
+    links = Links(incoming, outgoing)
+    for source, target, kind in _hops(placement):
+        _connect(links, layout.coordinate(rank).pipeline, source, target, kind, device)
+    return links
+
+
+def _connect(links: Links, here: int, source: int, target: int, kind: Kind, device: torch.device) -> None:
+    """Send a first message over a link. NCCL connects two ranks at their first message, and both wait for it: in an
+    order that all ranks share nobody waits in a ring, as they might in the order of a schedule."""
+    message = torch.zeros(1, device=device)
+    if here == source:
+        link = links.outgoing[kind, target]
+        dist.send(message, link.peer, group=link.group)
+    elif here == target:
+        link = links.incoming[kind, source]
+        dist.recv(message, link.peer, group=link.group)
 
 
 def _hops(placement: Placement) -> list[tuple[int, int, Kind]]:

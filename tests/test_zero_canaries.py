@@ -274,3 +274,24 @@ def overflow_at_the_smallest_loss_scale() -> str:
 
 def test_an_overflow_at_the_smallest_loss_scale_raises() -> None:
     assert "already at minimum" in run_distributed(overflow_at_the_smallest_loss_scale, 1)[0]
+
+
+def gradients_of_an_output_and_of_a_view_of_it() -> tuple[float, float]:
+    """The size of a gradient where a forward's own output is differentiated, and where a view of it is."""
+    engine, model = initialise(0)
+    engine.set_gradient_accumulation_boundary(False)
+    sizes = []
+    for view in (False, True):
+        model.zero_grad()
+        engine.module.forward = lambda x: model[1](model[0](x)).sum()
+        output = engine(torch.ones(1, DIM))
+        engine.backward(output.view_as(output) if view else output, scale_wrt_gas=False)
+        gradient = next(model.parameters()).grad
+        assert gradient is not None
+        sizes.append(float(gradient.norm()))
+    return sizes[0], sizes[1]
+
+
+def test_stage_0_divides_the_gradient_of_a_forwards_own_output() -> None:
+    own, view = run_distributed(gradients_of_an_output_and_of_a_view_of_it, 1)[0]
+    assert own == pytest.approx(view / 2)

@@ -7,8 +7,9 @@ allowed, the nearest fix*. Nothing here imports torch.
 """
 
 from megalite.config.data import DataSection, DataSource, ValidationSet
+from megalite.config.fit import tensor_size_fault
 from megalite.config.recompute import Recompute
-from megalite.config.run import RunConfig, tensor_size_fault
+from megalite.config.run import RunConfig
 from megalite.config.run_file import load_run_config
 from megalite.config.sections import (
     GPT2Config,

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+NUMBER_CHECKPOINTS = "activation_checkpointing.number_checkpoints"
+CHECKPOINT_INTERVAL = "pipeline.activation_checkpoint_interval"
+"""Keys of the JSON."""
+
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
