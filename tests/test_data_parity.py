@@ -36,7 +36,7 @@ def check(run_file: Path, layout: tuple[int, int, int], *overrides: str) -> None
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gpt2", marks=pytest.mark.full)])
 def test_packed_batches_train_alike(run_file: Path, layout: tuple[int, int, int], architecture: str) -> None:
     gpt2 = ("model.architecture=gpt2", "model.num_key_value_heads=8") if architecture == "gpt2" else ()
     check(run_file, layout, *gpt2, *PACKED, *RAMPED)

@@ -66,10 +66,11 @@ def run(
     return run_distributed(run_on_rank, size(layout), str(path), given, kill)[0]
 
 
-def trained(folder: Path) -> list[tuple[int, str, str, Any]]:
-    """Step, loss, norm and scale of every step in a run's metrics, to the last bit."""
+def trained(folder: Path) -> list[tuple[int, str, str | None, Any]]:
+    """Step, loss, norm and scale of every step in a run's metrics, to the last bit; no norm where it overflowed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(m["step"], m["loss"].hex(), m["grad_norm"].hex(), m["loss_scale"]) for m in lines if "loss" in m]
+    steps = [m for m in lines if "loss" in m]
+    return [(m["step"], m["loss"].hex(), m["grad_norm"] and m["grad_norm"].hex(), m["loss_scale"]) for m in steps]
 
 
 def tensors(checkpoint: Path) -> dict[str, str]:

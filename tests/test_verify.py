@@ -1,6 +1,7 @@
 """``megalite verify`` by the command line: its table, its words and its status, under every launcher."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def verify(
 
 
 def verdicts(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line.split(": ")[1].split(",")[0] for line in done.stdout.splitlines() if " ranks: " in line]
+    return re.findall(r", \d+ ranks?: (\w+)", done.stdout)
 
 
 BY_HAND = ["-m", "megalite"]
