@@ -283,7 +283,7 @@ def gradients_of_an_output_and_of_a_view_of_it() -> tuple[float, float]:
     sizes = []
     for view in (False, True):
         model.zero_grad()
-        engine.module.forward = lambda x: model[1](model[0](x)).sum()
+        engine.module.forward = lambda x: nn.Sequential(*model.children())(x).sum()
         output = engine(torch.ones(1, DIM))
         engine.backward(output.view_as(output) if view else output, scale_wrt_gas=False)
         gradient = next(model.parameters()).grad
