@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
 def test_no_verb_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "Usage: megalite" in capsys.readouterr().out
+
+
+def test_the_version_needs_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"megalite {version('megalite')}\n"
 
 
 @pytest.mark.parametrize(

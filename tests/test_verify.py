@@ -144,6 +144,7 @@ def test_a_layout_that_fails_is_no_reason_not_to_compare_the_next(run_file: Path
     [
         (("parallel.tensor=3",), "parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
         (("--layouts=2x2",), "--layouts: '2x2' is no layout; write tensor x pipeline x data, such as 2x1x1"),
+        (("--scale", "init_from=nowhere"), "nowhere"),
         (("--layouts=1x1x3",), "does not divide train.global_batch_size=4"),
         (("data.train=[{prefix: /nowhere/corpus}]",), "/nowhere/corpus"),
     ],

@@ -45,15 +45,21 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _megalite(
-    show_version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
-) -> None:
-    """Train large Transformers: tensor, pipeline and ZeRO data parallelism composed, on a laptop as on a cluster."""
-    if show_version:
+def _show_version(asked: bool) -> None:
+    """Answer before click misses a verb."""
+    if asked:
         from importlib.metadata import version
 
         typer.echo(f"megalite {version('megalite')}")
         raise typer.Exit
+
+
+def _megalite(
+    _: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Train large Transformers: tensor, pipeline and ZeRO data parallelism composed, on a laptop as on a cluster."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

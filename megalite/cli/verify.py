@@ -71,7 +71,7 @@ def _verify(
     chosen = _layouts(plan, layouts, world_size)
     speaks = environment is None or environment.rank == 0
     if speaks:
-        _introduce(plan, notes)
+        _introduce(plan, notes, [plan.layout] if layouts is None else chosen)
     # The ranks of a case do not know how many the launcher started.
     outcomes = _run_cases(
         ["verify", str(run), *words, f"parallel.data={plan.layout.data}"], chosen, environment, speaks=speaks
@@ -83,12 +83,15 @@ def _verify(
 def _prepare(
     run: Path, overrides: Sequence[str], scale: bool, world_size: int | None
 ) -> "tuple[Plan, tuple[str, ...]]":
+    from megalite.checkpoint.weights import open_weights
     from megalite.parity.scale import scale_down
     from megalite.plan import plan_of, prepare
 
     plan = prepare(run, overrides, world_size)
     if not scale:
         return plan, ()
+    if plan.config.init_from is not None:  # left out of the smaller model, not of the run
+        plan.expectation.require_weights(open_weights(plan.config.init_from))
     config, notes = scale_down(plan.config)
     return plan_of(config, plan.tokenizer_digest), notes
 
@@ -106,12 +109,12 @@ def _layouts(plan: "Plan", given: str | None, world_size: int | None) -> "tuple[
     return chosen
 
 
-def _introduce(plan: "Plan", notes: Sequence[str]) -> None:
+def _introduce(plan: "Plan", notes: Sequence[str], layouts: "Sequence[ParallelLayout]") -> None:
     from megalite.data.batches import BatchSchedule
 
     config = plan.config
     typer.echo(
-        f"{config.source.name}: {config.model.architecture}, {plan.layout}, ZeRO-{config.zero_stage}, in fp32; "
+        f"{config.source.name}: {config.model.architecture}, {'; '.join(map(str, layouts))}, ZeRO-{config.zero_stage}, in fp32; "
         f"{len(BatchSchedule(config.train).samples(1)):,} sequences x {config.data.sequence_length:,} tokens"
     )
     for note in notes:

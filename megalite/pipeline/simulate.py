@@ -7,7 +7,7 @@ simulation at any cost is a proof for all.
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -70,13 +70,14 @@ class Cost:
 
 
 def measured_cost(timeline: Timeline) -> Cost:
-    """Return the median time of each kind of compute on each stage of a measured timeline; messages take no time.
+    """Return the median time of each kind of compute on each stage of a measured timeline, and of its messages.
 
     Where a stage ran its backwards only whole, or only in halves, the other is filled in: a whole is the sum of its
-    halves, and a half, which nothing tells apart, half of the whole.
+    halves, and a half, which nothing tells apart, half of the whole. A message's time is that from the end of what
+    made it to the start of what was waiting for it; messages that nobody waited for say nothing about it.
 
     Simulated with it, the same schedule shows what its order and the uneven stages cost; whatever the measured step
-    idles beyond that, it spent waiting for messages.
+    idles beyond that, it lost because no two computes or messages take the same time.
     """
     durations: dict[tuple[type[Instruction], int], list[float]] = defaultdict(list)
     for span in timeline.compute:
@@ -92,7 +93,23 @@ def measured_cost(timeline: Timeline) -> Cost:
         tuple(known.get((kind, stage), 0.0) for stage in stages)
         for kind in (Forward, Backward, BackwardInput, BackwardWeight)
     )
-    return Cost(forward, backward, for_input, for_weight, unit=timeline.unit)
+    waits = list(_waits(timeline, len(stages)))
+    return Cost(forward, backward, for_input, for_weight, median(waits) if waits else 0.0, timeline.unit)
+
+
+def _waits(timeline: Timeline, num_stages: int) -> Iterator[float]:
+    """Yield how long each message took that found its rank waiting."""
+    made = {span.instruction: span for span in timeline.compute}
+    free_at: dict[int, float] = {}
+    for span in sorted(timeline.compute, key=lambda span: span.start):
+        free_since = free_at.get(span.rank, timeline.start)
+        free_at[span.rank] = span.end
+        assert isinstance(span.instruction, Compute)
+        taken = span.instruction.takes(num_stages)
+        sources = taken.counterpart.sources if taken is not None else ()
+        for source in (made[one] for one in sources if one in made):
+            if source.rank != span.rank and free_since <= source.end <= span.start:
+                yield span.start - source.end
 
 
 Communicator = Callable[[int, int, Kind], Hashable]

@@ -408,7 +408,7 @@ def test_measured_cost_gives_back_what_was_simulated(case: Case) -> None:
     cost = Cost((0.1, 0.2, 0.3), (0.2, 0.4, 0.7), (0.1, 0.3, 0.4), (0.1, 0.1, 0.3), 0.05, "seconds")
     measured = measured_cost(simulate(case.streams, cost))
     assert measured.unit == "seconds"
-    assert measured.send == 0.0
+    assert measured.send == pytest.approx(cost.send)
     assert measured.forward == pytest.approx(cost.forward)
     assert measured.backward == pytest.approx(cost.backward)
     if case.name == "zb_h1":
@@ -421,6 +421,18 @@ def test_of_a_backward_measured_whole_each_half_is_half() -> None:
     spans += (Span(1, BackwardWeight(1, 0), 4.0, 5.0),)
     cost = measured_cost(Timeline(spans))
     assert cost == Cost((0.0, 0.0), (3.0, 5.0), (1.5, 4.0), (1.5, 1.0), unit="seconds")
+
+
+def test_a_message_takes_the_time_that_its_rank_waited_for_it() -> None:
+    spans = [Span(0, Forward(0, m), m, m + 1.0) for m in range(3)]
+    spans += [Span(1, Forward(1, 0), 1.5, 2.4), Span(1, Forward(1, 1), 2.6, 9.0), Span(1, Forward(1, 2), 9.0, 10.0)]
+    assert measured_cost(Timeline(tuple(spans[:4]))).send == 0.5
+    assert measured_cost(Timeline(tuple(spans))).send == 0.5  # the others came while the rank computed
+
+
+def test_a_stage_on_its_neighbours_rank_waits_for_no_message() -> None:
+    spans = (Span(0, Forward(0, 0), 0.0, 1.0), Span(0, Forward(1, 0), 4.0, 5.0))
+    assert measured_cost(Timeline(spans)).send == 0.0
 
 
 def test_measured_cost_is_a_median_over_computes_alone() -> None:
