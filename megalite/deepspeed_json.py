@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Self
 
 from megalite.errors import UserError, nearest
 from megalite.faults import (
@@ -101,6 +101,15 @@ Rule = Honoured | Derived | Refused | Off | ByType | Mapping[str, Any]
 """A mapping is a section: its keys and their rules."""
 
 
+def _even(value: Any) -> int:
+    if value % 2:
+        raise ValueError
+    return whole(2).convert(value)
+
+
+_EVEN = Kind("an even integer of at least 2", _even)
+
+
 def _flags(keys: str) -> dict[str, Rule]:
     return {key: Honoured(FLAG) for key in keys.split()}
 
@@ -156,21 +165,29 @@ ZERO: dict[str, Rule] = {
     "stage": Honoured(choice(0, 1, 2, 3), "refused"),
     **_flags(
         "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
-        "overlap_comm round_robin_gradients parameter_alignment ignore_unused_parameters "
-        "memory_efficient_linear override_module_apply log_trace_cache_warnings enable_sanity_checks "
+        "overlap_comm parameter_alignment ignore_unused_parameters "
+        "memory_efficient_linear override_module_apply log_trace_cache_warnings "
         "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential"
     ),
     # They speak of save_16bit_model(), which is never called, and stand in most ZeRO-3 files.
     **_flags("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save"),
     "reduce_bucket_size": Honoured(whole(1), "resolved"),
-    "allgather_bucket_size": Honoured(whole(1)),
+    "allgather_bucket_size": Honoured(_EVEN),
+    "round_robin_gradients": Refused(
+        "it cuts the optimizer's state up by another rule than the one that checkpoints are written by",
+        "write false",
+        (False,),
+    ),
+    "enable_sanity_checks": Refused("it compares ranks that hold different stages", "write false", (False,)),
     "sub_group_size": Honoured(whole(0)),
     "stage3_prefetch_bucket_size": Honoured(whole(0), "resolved"),
     "stage3_param_persistence_threshold": Honoured(whole(0), "resolved"),
     "stage3_model_persistence_threshold": Honoured(whole(0)),
     "stage3_max_live_parameters": Honoured(whole(0)),
     "stage3_max_reuse_distance": Honoured(whole(0)),
-    "stage3_module_granularity_threshold": Honoured(whole(0)),
+    "stage3_module_granularity_threshold": Refused(
+        "gradients of modules that DeepSpeed gathers as one are not reduced once a step", "write 0", (0,)
+    ),
     "offload_param": OFFLOAD_PARAM,
     "offload_optimizer": OFFLOAD_OPTIMIZER,
     "compute_grad_norm": Refused("every step reports and clips by the gradient norm", "write true", (True,)),
@@ -196,7 +213,7 @@ ZERO: dict[str, Rule] = {
 FP16: dict[str, Rule] = {
     "enabled": Honoured(FLAG, "resolved"),
     "loss_scale": Honoured(NOT_NEGATIVE),
-    "initial_scale_power": Honoured(whole(0, 64)),
+    "initial_scale_power": Honoured(whole(0, 62)),
     "loss_scale_window": Honoured(whole(1)),
     "hysteresis": Honoured(whole(1)),
     "consecutive_hysteresis": Honoured(FLAG),
@@ -444,17 +461,31 @@ TABLE: dict[str, Rule] = {
         ),
     ),
     "weight_quantization": Refused("it is for inference", "leave it out", ({},)),
-    "amp": Refused("DeepSpeed 0.19 has no Apex AMP any more", "write bf16: {enabled: true} or fp16: {enabled: true}"),
+    "amp": Off(
+        "DeepSpeed 0.19 has no Apex AMP any more",
+        "write bf16: {enabled: true} or fp16: {enabled: true}",
+        _known(
+            "enabled opt_level cast_model_type patch_torch_functions keep_batchnorm_fp32 master_weights loss_scale "
+            "cast_model_outputs num_losses verbosity min_loss_scale max_loss_scale"
+        ),
+    ),
     "compression_training": _removed("compression library"),
     "curriculum_learning": _removed("curriculum learning at the top level"),
     "eigenvalue": _removed("eigenvalue computation"),
-    "elasticity": _removed("elastic training"),
+    "elasticity": Off(
+        "DeepSpeed 0.19 has no elastic training any more",
+        "leave it out",
+        _known(
+            "enabled max_train_batch_size micro_batch_sizes min_gpus max_gpus min_time version prefer_larger_batch "
+            "ignore_non_elastic_batch_info num_gpus_per_node model_parallel_size"
+        ),
+    ),
     "graph_harvesting": _removed("graph harvesting"),
     "nebula": _removed("Nebula checkpoints"),
     "progressive_layer_drop": _removed("progressive layer dropping"),
     "quantize_training": _removed("quantised training"),
     "sparse_attention": _removed("sparse attention"),
-    "sparse_gradients": _removed("sparse gradients"),
+    "sparse_gradients": Refused("DeepSpeed 0.19 has no sparse gradients any more", "leave it out", (False,)),
 }
 
 
@@ -792,6 +823,16 @@ class DeepSpeedSettings:
             if value is not None and expected is not None and value != expected:
                 text = f"={value} disagrees with {rule.follows}={expected} of {run_file}; write 'auto' or {expected}"
                 yield Fault(key, text)
+
+    def without_derived(self) -> Self:
+        """Return the JSON without what restates the run file."""
+        document = copy.deepcopy(dict(self.document))
+        for key, _ in _derived(TABLE):
+            section = document
+            for name in key[:-1]:
+                section = section.get(name, {})
+            section.pop(key[-1], None)
+        return replace(self, document=document)
 
     def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:
         """Return the JSON for ``deepspeed.initialize``, without the optimizer, which megalite builds itself."""

@@ -193,7 +193,7 @@ class MetricsLog:
             self._seconds += m.step_seconds
         mean = self._seconds / (self._steps - 2) if self._steps > 2 else m.step_seconds
         remaining = _clock((self._total - m.step) * mean)
-        scale = f" | scale {m.loss_scale:.0f}" if m.loss_scale is not None else ""
+        scale = f" | scale {m.loss_scale:.8g}" if m.loss_scale is not None else ""
         return (
             f"step {m.step:>{len(str(self._total))}}/{self._total} | loss {m.loss:.4f} | lr {m.learning_rate:.2e}"
             f" | grad {m.grad_norm:.3f}{scale}{' | skipped' if m.skipped else ''}"

@@ -279,7 +279,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"amp": {"enabled": True, "opt_level": "O1"}},
-        "amp is refused: DeepSpeed 0.19 has no Apex AMP any more; write bf16: {enabled: true} or fp16: {enabled: true}",
+        "amp.enabled=true is refused: DeepSpeed 0.19 has no Apex AMP any more; write bf16: {enabled: true} or "
+        "fp16: {enabled: true}",
     ),
     (
         {"data_types": {"grad_accum_dtype": "bf16"}},
@@ -444,7 +445,28 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"data_efficiency": {"enabled": True}},
         "data_efficiency.enabled=true is refused: samples come in one order, of seed and step; leave it out",
     ),
-    ({"elasticity": True}, "elasticity=true is refused: DeepSpeed 0.19 has no elastic training any more; leave it out"),
+    (
+        {"elasticity": {"enabled": True, "version": 0.2}},
+        "elasticity.enabled=true is refused: DeepSpeed 0.19 has no elastic training any more; leave it out",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        "zero_optimization.round_robin_gradients=true is refused: it cuts the optimizer's state up by another rule "
+        "than the one that checkpoints are written by; write false",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "allgather_bucket_size": 25}},
+        "zero_optimization.allgather_bucket_size=25 is not an even integer of at least 2",
+    ),
+    (
+        {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 1000}},
+        "zero_optimization.stage3_module_granularity_threshold=1000 is refused: gradients of modules that DeepSpeed "
+        "gathers as one are not reduced once a step; write 0",
+    ),
+    (
+        {"fp16": {"enabled": True, "initial_scale_power": 63}},
+        "fp16.initial_scale_power=63 is not an integer from 0 to 62",
+    ),
 ]
 
 

@@ -62,6 +62,13 @@ def test_every_layout_and_zero_stage_trains_like_one_process(
     check(run_file, corpus, layout, f"deepspeed.zero_optimization.stage={stage}", tied=tied)
 
 
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_stages_may_have_different_numbers_of_sub_groups(run_file: Path, corpus: Path, offload: str) -> None:
+    zero = f"{{stage: 3, sub_group_size: 20000, offload_optimizer: {{device: {offload}}}}}"
+    given = (f"deepspeed.zero_optimization={zero}", "parallel.stage_layers=[3, 1]")
+    check(run_file, corpus, (1, 2, 1), *given, tied=False)
+
+
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 4, 1), (2, 2, 2)], ids=lambda layout: "x".join(map(str, layout)))
 def test_gpipe_trains_like_one_process(run_file: Path, corpus: Path, layout: tuple[int, int, int]) -> None:
     check(run_file, corpus, layout, "parallel.schedule=gpipe", tied=True)

@@ -148,6 +148,21 @@ def test_what_zero_3_gathers_scales_with_the_model(run_file: Path) -> None:
     assert scaled.model.hidden_size < threshold < scaled.model.hidden_size**2
 
 
+def test_a_batch_that_the_json_restates_scales_too(run_file: Path) -> None:
+    stated = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 4}
+    overrides = ["train.global_batch_size=16", "train.micro_batch_size=4", "parallel.pipeline=1"]
+    overrides += [f"deepspeed.{key}={value}" for key, value in stated.items()]
+    scaled, _ = scale_down(prepare(run_file, overrides, None).config)
+    assert (scaled.train.global_batch_size, scaled.train.micro_batch_size) == (4, 2)
+
+
+def test_tokens_that_are_shared_out_evenly_stay_so(run_file: Path) -> None:
+    overrides = ["model.num_attention_heads=3", "model.num_key_value_heads=3", "model.hidden_size=48"]
+    overrides += ["model.intermediate_size=96", "parallel.tensor=3", "parallel.sequence_parallel=true"]
+    scaled, _ = scale_down(prepare(run_file, [*overrides, "data.sequence_length=66"], None).config)
+    assert scaled.data.sequence_length == 63
+
+
 def test_a_small_run_is_left_as_it_is(run_file: Path) -> None:
     small = ["model.hidden_size=16", "model.num_attention_heads=2", "model.num_key_value_heads=2"]
     small += ["model.intermediate_size=48", "model.num_hidden_layers=2", "train.global_batch_size=2"]

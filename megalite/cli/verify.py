@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megalite.errors import USER_ERROR_STATUS
+from megalite.errors import USER_ERROR_STATUS, UserError
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_stand_in
 
 if TYPE_CHECKING:
@@ -98,12 +98,17 @@ def _prepare(
 
 def _layouts(plan: "Plan", given: str | None, world_size: int | None) -> "tuple[ParallelLayout, ...]":
     """Return the layouts to compare, each of which can run; raise UserError where one cannot."""
-    from megalite.parity.cases import case_plan, layouts_of, read_layouts, require_ranks
+    from megalite.parity.cases import case_plan, layouts_of, read_layouts, require_ranks, write_layout
 
     chosen = layouts_of(plan.layout) if given is None else read_layouts(given)
     if world_size is not None:
         require_ranks(chosen, world_size)
-    cases = [case_plan(plan, layout, plan.config.run.dir) for layout in chosen]
+    cases = []
+    for layout in chosen:
+        try:
+            cases.append(case_plan(plan, layout, plan.config.run.dir))
+        except UserError as error:
+            raise UserError(f"layout {write_layout(layout)}: {error}") from None
     cases[-1].check_start()
     cases[-1].check_data(keep_index=False)
     return chosen

@@ -18,8 +18,6 @@ _OF_A_TENSOR_AXIS = ("sequence_parallel",)
 _LEFT_OUT = (
     # Precision: the comparison is in fp32.
     *("bf16", "fp16", "data_types", "communication_data_type"),
-    # What restates the run file's batch and layout, of which a case has others.
-    *("train_batch_size", "gradient_accumulation_steps"),
     # The full learning rate: at the start of a warm-up an update is lost in the rounding of a weight of 1.
     "scheduler",
 )
@@ -85,9 +83,8 @@ def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
 
 
 def _in_fp32(settings: DeepSpeedSettings) -> DeepSpeedSettings:
-    document = {name: value for name, value in settings.document.items() if name not in _LEFT_OUT}
-    if "pipeline" in document:
-        document["pipeline"] = {name: value for name, value in document["pipeline"].items() if name != "stages"}
+    # A case has another batch and layout than those that the JSON may restate.
+    document = {k: value for k, value in settings.without_derived().document.items() if k not in _LEFT_OUT}
     if "zero_optimization" in document:
         document["zero_optimization"] = {
             name: _in_memory(value) if name.startswith("offload_") else value

@@ -27,9 +27,9 @@ def scale_down(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
             "model": model,
             "init_from": None,
             "parallel": config.parallel.model_copy(update={"stage_layers": stage_layers}),
-            "data": config.data.model_copy(update={"sequence_length": min(config.data.sequence_length, _SEQUENCE)}),
+            "data": config.data.model_copy(update={"sequence_length": _sequence_length(config)}),
             "train": _train(config, layout),
-            "deepspeed": _zero_sizes(config.deepspeed, model.hidden_size, config.model.hidden_size),
+            "deepspeed": _zero_sizes(config.deepspeed.without_derived(), model.hidden_size, config.model.hidden_size),
         }
     )
     resolved = scaled.resolve(world_size=layout.world_size, vocab_size=None)
@@ -81,6 +81,12 @@ def _layers(config: RunConfig) -> int:
     """Two layers a stage, or one and what is left over where stages are uneven."""
     layers, stages = config.model.num_hidden_layers, config.layout.pipeline * config.parallel.virtual_stages
     return min(layers, stages + (layers % stages or stages))
+
+
+def _sequence_length(config: RunConfig) -> int:
+    """A length whose tokens the tensor axis can share out, where it does."""
+    length, tensor = min(config.data.sequence_length, _SEQUENCE), config.parallel.tensor
+    return max(tensor, length - length % tensor) if config.parallel.sequence_parallel else length
 
 
 def _train(config: RunConfig, layout: ParallelLayout) -> TrainSection:
