@@ -240,12 +240,10 @@ class ZeroEngine:
         if self.zero_stage < 3:
             self.zero_optimizer.update_lp_params()
             return
-        # DeepSpeed: at stage 3 its own step is what does this, in these three parts.
+        # DeepSpeed: at stage 3 its own step is what does this. What it keeps gathered is gathered anew when it is used.
         self.zero_optimizer._partition_all_parameters()
         for group in range(len(self.zero_optimizer.fp16_groups)):
             self.zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if kept := self.zero_optimizer.persistent_parameters:
-            kept[0].all_gather(kept)
 
     def _step_at_stage_0(self) -> tuple[float, bool]:
         norm = self._clip_at_stage_0()

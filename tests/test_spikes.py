@@ -61,15 +61,15 @@ def test_samples_that_are_passed_over_belong_to_no_step() -> None:
     assert schedule.consumed(4) == 16
 
 
-def jump_once(trainer: "Trainer", step: int) -> None:
-    """Have the loss of the step that comes `step`th be ten times what it is."""
+def jump_at(trainer: "Trainer", *steps: int) -> None:
+    """Have the loss of the step that comes `step`th be ten times what it is, for each of `steps`."""
     mean, calls = trainer._mean_loss, iter(range(1, 1000))
-    trainer._mean_loss = lambda result: mean(result) * (10 if next(calls) == step else 1)  # type: ignore[method-assign]
+    trainer._mean_loss = lambda result: mean(result) * (10 if next(calls) in steps else 1)  # type: ignore[method-assign]
 
 
-def run_with_a_jump(path: str, overrides: Sequence[str], jump: int) -> None:
+def run_with_a_jump(path: str, overrides: Sequence[str], *jumps: int) -> None:
     trainer = build_trainer(path, overrides)
-    jump_once(trainer, jump)
+    jump_at(trainer, *jumps)
     trainer.run()
     trainer.close()
 
@@ -149,13 +149,33 @@ def test_a_rolled_back_run_goes_on_from_its_checkpoint(run_file: Path, tmp_path:
     run_distributed(run_with_a_jump, 1, str(run_file), [*given, f"run.dir={cut}"], 0)
     assert losses(cut) == losses(whole)
     assert weights(cut) == weights(whole)
-    state = json.loads((cut / "checkpoints/step_6/state.json").read_text())
+    state, other = (json.loads((run / "checkpoints/step_6/state.json").read_text()) for run in (cut, whole))
+    assert state == other
     assert [gap["after"] for gap in state["passed_over"]] == [2]
+
+
+def test_what_is_usual_goes_back_with_the_run(run_file: Path, tmp_path: Path) -> None:
+    given = [*SMALL, WATCH, "train.spike.factor=2", "train.spike.action=rollback", f"run.dir={tmp_path / 'run'}"]
+    run_distributed(run_with_a_jump, 1, str(run_file), given, 4, 5)
+    events = [line for line in lines(tmp_path / "run") if "rolled_back_from" in line]
+    assert [(event["step"], event["rolled_back_from"]) for event in events] == [(3, 4), (3, 3)]
+    batch = len({seen.sample for seen in Provenance(tmp_path / "run").step(1)})
+    assert [event["passed_over_samples"] for event in events] == [2 * batch, 3 * batch]
+    assert min(seen.sample for seen in Provenance(tmp_path / "run").step(3)) == 5 * batch
+
+
+def test_the_losses_of_a_checkpoint_are_what_a_resumed_run_holds_its_own_against(
+    run_file: Path, tmp_path: Path
+) -> None:
+    given = [*SMALL, WATCH, "train.spike.action=skip", f"run.dir={tmp_path / 'run'}"]
+    run_distributed(run_with_a_jump, 1, str(run_file), [*given, "train.stop_after=2"], 0)
+    run_distributed(run_with_a_jump, 1, str(run_file), given, 1)
+    assert [line["step"] for line in lines(tmp_path / "run") if line.get("skipped")] == [3]
 
 
 def skip_a_step(path: str, overrides: Sequence[str]) -> None:
     trainer = build_trainer(path, overrides)
-    jump_once(trainer, 3)
+    jump_at(trainer, 3)
     trainer.step(1), trainer.step(2)
 
     def state() -> list[torch.Tensor]:
