@@ -173,6 +173,24 @@ def test_the_losses_of_a_checkpoint_are_what_a_resumed_run_holds_its_own_against
     assert [line["step"] for line in lines(tmp_path / "run") if line.get("skipped")] == [3]
 
 
+def forget_everything(path: str, overrides: Sequence[str]) -> float:
+    trainer = build_trainer(path, overrides)
+    trainer.step(1)
+    for fragment in trainer.state.fragments():
+        fragment.tensors["weight"].zero_()
+    trainer.engine.publish_weights()
+    loss = trainer.step(2).loss
+    trainer.close()
+    return loss
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_forward_uses_the_weights_that_were_set(run_file: Path, tmp_path: Path, stage: int) -> None:
+    given = [*SMALL, f"run.dir={tmp_path / 'run'}", f"deepspeed.zero_optimization.stage={stage}", "parallel.data=2"]
+    found = run_distributed(forget_everything, 2, str(run_file), given)
+    assert found == [pytest.approx(math.log(300), rel=1e-6)] * 2
+
+
 def skip_a_step(path: str, overrides: Sequence[str]) -> None:
     trainer = build_trainer(path, overrides)
     jump_at(trainer, 3)
