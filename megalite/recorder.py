@@ -25,7 +25,10 @@ from megalite.resume import Start
 from megalite.spikes import Spike
 from megalite.zero import StepOutcome
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*", "spikes", "checkpoints")
+RUN_FILES = (
+    *("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*", "spikes"),
+    "checkpoints",
+)
 """What a run leaves in its folder, the logs of its ranks aside."""
 
 
@@ -135,26 +138,17 @@ class RunRecorder:
             "loss": spike.loss,
             "usual_loss": spike.usual,
             "action": spike.rule.action,
-            "pieces": [
-                {
-                    "sample": sample,
-                    "prefix": str(piece.prefix),
-                    "document": piece.document,
-                    "offset": piece.offset,
-                    "tokens": piece.length,
-                }
-                for sample, piece in pieces
-            ],
+            "pieces": [{"sample": sample, **piece.as_json()} for sample, piece in pieces],
         }
         file = self.directory / "spikes" / f"step_{report.step}.json"
         write_whole(file, json.dumps(record).encode() + b"\n")
         documents = dict.fromkeys(f"{piece.prefix.name} {piece.document}" for _, piece in pieces)
         shown = ", ".join(list(documents)[:_SHOWN_DOCUMENTS])
         more = f" and {len(documents) - _SHOWN_DOCUMENTS:,} more" if len(documents) > _SHOWN_DOCUMENTS else ""
+        dropped = "; its update is dropped" if spike.drops_update else ""
         self.log.say(
             f"step {report.step}: loss {spike.loss:.4f} is {spike.loss / spike.usual:.2f} times the usual "
-            f"{spike.usual:.4f}{'; its update is dropped' if spike.drops_update else ''}; it read documents {shown}{more}"
-            f": {file}"
+            f"{spike.usual:.4f}{dropped}; it read documents {shown}{more}: {file}"
         )
 
     def rollback(self, step: int, back: int, passed_over: int) -> None:

@@ -35,7 +35,8 @@ def test_a_jump_is_a_loss_above_the_usual_one() -> None:
 
 def test_a_watch_goes_on_with_the_losses_that_it_kept() -> None:
     first = SpikeWatch(SpikeSection(factor=2.0, window=2))
-    first.look(1.0), first.look(1.5)
+    first.look(1.0)
+    first.look(1.5)
     assert SpikeWatch(SpikeSection(factor=2.0, window=2), first.losses).look(3.0) is not None
 
 
@@ -194,7 +195,8 @@ def test_a_forward_uses_the_weights_that_were_set(run_file: Path, tmp_path: Path
 def skip_a_step(path: str, overrides: Sequence[str]) -> None:
     trainer = build_trainer(path, overrides)
     jump_at(trainer, 3)
-    trainer.step(1), trainer.step(2)
+    trainer.step(1)
+    trainer.step(2)
 
     def state() -> list[torch.Tensor]:
         return [t.clone() for fragment in trainer.state.fragments() for t in fragment.tensors.values()]
