@@ -119,5 +119,5 @@ def test_a_run_that_is_killed_twenty_times_ends_as_the_one_that_was_not(run_file
     assert final(soaked) == final(whole)
     steps = [json.loads(line) for line in (soaked / "metrics.jsonl").read_text().splitlines()]
     useful = SOAK_STEPS * median(line["step_seconds"] for line in steps if "loss" in line)
-    print(f"\n{kills} kills; {took:.0f} s, {undisturbed:.0f} s undisturbed; {useful / took:.1%} of it useful training")
+    sys.stdout.write(f"{kills} kills; {took:.0f} s, {undisturbed:.0f} s undisturbed; {useful / took:.1%} training\n")
     assert kills >= 5
