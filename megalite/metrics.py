@@ -157,6 +157,12 @@ class MetricsLog:
         which = "" if of_split else f" on {name}"
         self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
 
+    def rollback(self, step: int, back: int, passed_over: int) -> None:
+        """Record that after `step` the run goes on from step `back`, with so many samples passed over from there."""
+        # It is of the first step after it: a run that resumes from before has not passed anything over.
+        self._write({"step": back + 1, "rolled_back_from": step, "passed_over_samples": passed_over})
+        self.say(f"step {step}: back to step {back}; the {passed_over:,} samples from there are passed over")
+
     def checkpoint(self, report: SaveReport) -> None:
         """Record one checkpoint, or that there is none."""
         head = f"step {report.step:>{len(str(self._total))}}/{self._total} | checkpoint"

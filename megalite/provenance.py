@@ -1,11 +1,13 @@
 """Which documents a step of a run trains on, from the run's configuration alone."""
 
+import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from megalite.data.batches import BatchReader, BatchSchedule, SampleRules
+from megalite.data.batches import BatchReader, BatchSchedule, PassedOver, SampleRules
 from megalite.data.datasets import open_datasets
 from megalite.data.indexed import IndexedDataset
 from megalite.data.inspection import readable
@@ -13,6 +15,20 @@ from megalite.data.samples import Piece
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import UserError
 from megalite.plan import Plan, prepare
+
+
+def passed_over(metrics: Path) -> list[PassedOver]:
+    """Return the samples that a run has passed over so far, as its metrics tell; none where there are no metrics."""
+    gaps: list[PassedOver] = []
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
+        if "passed_over_samples" not in line:
+            continue
+        with suppress(ValueError, KeyError, TypeError):
+            told = json.loads(line)
+            gap = PassedOver(int(told["step"]) - 1, int(told["passed_over_samples"]))
+            # What was passed over from an earlier step on includes what was from a later one.
+            gaps = [*(before for before in gaps if before.after < gap.after), gap]
+    return gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +50,7 @@ class Provenance:
     def __init__(self, path: Path) -> None:
         self.plan: Plan = prepare(path / "config.yaml" if path.is_dir() else path, [], None)
         self.config = self.plan.config
-        self.schedule = BatchSchedule(self.config.train)
+        self.schedule = BatchSchedule(self.config.train, passed_over(self.config.run.dir / "metrics.jsonl"))
         self._samples = open_datasets(self.config, keep_index=self.config.run.dir.is_dir()).train
         self._tokenizer: Tokenizer | None = None
         if self.config.data.tokenizer is not None:

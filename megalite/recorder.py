@@ -22,10 +22,17 @@ from megalite.pipeline.timeline import Span, Timeline
 from megalite.pipeline.trace import chrome_trace
 from megalite.plan import Plan
 from megalite.resume import Start
+from megalite.spikes import Spike
 from megalite.zero import StepOutcome
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*", "checkpoints")
+RUN_FILES = (
+    *("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*", "spikes"),
+    "checkpoints",
+)
 """What a run leaves in its folder, the logs of its ranks aside."""
+
+
+_SHOWN_DOCUMENTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,8 @@ class StepReport:
     seconds: float
     data_seconds: float
     """Of these, what this rank waited for its batch."""
+    spike: Spike | None = None
+    """What its loss is, where that is a jump."""
 
 
 class RunRecorder:
@@ -57,6 +66,7 @@ class RunRecorder:
         self.tokens = 0
         self.valid_losses: dict[str, float] = {}
         self.picture: Path | None = None
+        self.samples = datasets.train
         self.unigram_entropy = datasets.unigram_entropy
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         said = self._start_directory(start) if grid.rank == 0 else []
@@ -116,6 +126,35 @@ class RunRecorder:
         if self.log is not None:
             for report in reports:
                 self.log.checkpoint(report)
+
+    def spike(self, report: StepReport, samples: range) -> None:
+        """Record a jump of the loss, and the documents that its step trained on."""
+        spike = report.spike
+        if self.log is None or spike is None:
+            return
+        pieces = [(sample, piece) for sample in samples for piece in self.samples.pieces(sample)]
+        record = {
+            "step": report.step,
+            "loss": spike.loss,
+            "usual_loss": spike.usual,
+            "action": spike.rule.action,
+            "pieces": [{"sample": sample, **piece.as_json()} for sample, piece in pieces],
+        }
+        file = self.directory / "spikes" / f"step_{report.step}.json"
+        write_whole(file, json.dumps(record).encode() + b"\n")
+        documents = dict.fromkeys(f"{piece.prefix.name} {piece.document}" for _, piece in pieces)
+        shown = ", ".join(list(documents)[:_SHOWN_DOCUMENTS])
+        more = f" and {len(documents) - _SHOWN_DOCUMENTS:,} more" if len(documents) > _SHOWN_DOCUMENTS else ""
+        dropped = "; its update is dropped" if spike.drops_update else ""
+        self.log.say(
+            f"step {report.step}: loss {spike.loss:.4f} is {spike.loss / spike.usual:.2f} times the usual "
+            f"{spike.usual:.4f}{dropped}; it read documents {shown}{more}: {file}"
+        )
+
+    def rollback(self, step: int, back: int, passed_over: int) -> None:
+        """Record that the run goes on from an earlier step, after a jump of the loss at `step`."""
+        if self.log is not None:
+            self.log.rollback(step, back, passed_over)
 
     def timeline(self, step: int, spans: Sequence[Span]) -> None:
         """Gather the measured spans of all stages, keep them as JSON, and draw them beside the simulation."""

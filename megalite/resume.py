@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.selection import candidates
 from megalite.checkpoint.weights import CheckpointWeights, Weights, open_weights
-from megalite.data.batches import BatchSchedule
+from megalite.data.batches import BatchSchedule, PassedOver
 from megalite.distributed import ProcessGrid, gather_json
 from megalite.errors import UserError
 from megalite.faults import validation_lines
@@ -26,6 +26,9 @@ class Start:
     weights: Weights | None = None
     reader: CheckpointReader | None = None
     notes: tuple[str, ...] = ()
+    passed_over: tuple[PassedOver, ...] = ()
+    recent_losses: tuple[float, ...] = ()
+    """Of the steps before, as `SpikeWatch` keeps them."""
 
     def continues(self, checkpoints: Path) -> bool:
         """Whether a run goes on whose checkpoints are in that folder."""
@@ -109,7 +112,9 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str]) -
             "warning: the data, their order or the seed are other than the checkpoint's: what follows is the new "
             "order from its sample of that number on, and some text may be seen twice"
         )
-    return Start(step, CheckpointWeights(reader), reader, tuple(notes))
+    return Start(
+        step, CheckpointWeights(reader), reader, tuple(notes), tuple(state.passed_over), tuple(state.recent_losses)
+    )
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,8 @@ class _Progress:
     consumed_samples: Annotated[int, Field(ge=0)]
     data: _Data
     optimizer: _Optimizer
+    passed_over: Sequence[PassedOver] = ()
+    recent_losses: Sequence[float] = ()
 
 
 def _progress(reader: CheckpointReader) -> _Progress:

@@ -5,8 +5,8 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
-from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleMicrobatch, SampleRules
+from megalite.data.batches import BatchReader, BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
@@ -37,6 +37,7 @@ from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
 from megalite.recorder import RunRecorder, StepReport
 from megalite.resume import find_start
+from megalite.spikes import SpikeWatch
 from megalite.zero import ZeroEngine
 from megalite.zero_state import ZeroState
 
@@ -81,6 +82,8 @@ class Trainer:
         self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
         self.state = ZeroState(self.engine)
         self._restore()
+        self.spikes = SpikeWatch(self.config.train.spike, self.start.recent_losses)
+        self.rollbacks = 0
         self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid)
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
@@ -104,14 +107,10 @@ class Trainer:
             device=grid.device,
         )
         self.datasets = datasets
-        self.schedule = BatchSchedule(train)
+        self.schedule = BatchSchedule(train, self.start.passed_over)
         rules = SampleRules.of(self.config, datasets.fim)
-        reader = self._reader(datasets.train, rules)
-        self.batches = ReadAhead(
-            lambda step: reader.microbatches(self.schedule.samples(step)),
-            depth=self.config.data.prefetch,
-            last=train.stop_after or train.steps,
-        )
+        self.reader = self._reader(datasets.train, rules)
+        self.batches = self._read_ahead()
         # What is evaluated is text as it stands.
         self.valid_readers = {
             name: self._reader(samples, replace(rules, fim=None)) for name, samples in datasets.valid.items()
@@ -123,11 +122,20 @@ class Trainer:
         last = train.stop_after or train.steps
         recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start)
         with closing(recorder), self._settled_when_stopped():
-            for step in range(self.start.step + 1, last + 1):
+            step = self.start.step
+            while step < last:
+                step += 1
                 record = step in train.trace_steps
                 report, spans = self._timed_step(step, record=record)
                 recorder.step(report)
-                self.bad_steps.count(step, skipped=report.outcome.skipped, loss_scale=report.outcome.loss_scale)
+                if report.spike is not None:
+                    recorder.spike(report, self.schedule.samples(step))
+                    if self._rolls_back and (back := self.roll_back(step)) is not None:
+                        recorder.rollback(step, back, self.schedule.passed_over[-1].samples)
+                        step = back
+                        continue
+                skipped = report.outcome.skipped and report.spike is None
+                self.bad_steps.count(step, skipped=skipped, loss_scale=report.outcome.loss_scale)
                 if record:
                     recorder.timeline(step, spans)
                 if train.eval_every and (step % train.eval_every == 0 or step == last):
@@ -156,9 +164,13 @@ class Trainer:
                 "order_sha256": self.plan.order_digest,
                 "sources": [
                     {"prefix": str(source.prefix), "samples": count}
-                    for source, count in zip(self.config.data.train, self.datasets.counts(consumed), strict=True)
+                    for source, count in zip(
+                        self.config.data.train, self.datasets.counts(self.schedule.position(step)), strict=True
+                    )
                 ],
             },
+            "passed_over": [asdict(gap) for gap in self.schedule.passed_over],
+            "recent_losses": self.spikes.losses,
             "optimizer": self.state.numbers(),
         }
 
@@ -168,6 +180,39 @@ class Trainer:
             self.state.restore(start.reader, start.reader.state["optimizer"])
         elif start.weights is not None:
             self.state.restore_weights(WeightSource(start.weights))
+
+    @property
+    def _rolls_back(self) -> bool:
+        spike = self.config.train.spike
+        return spike is not None and spike.action == "rollback"
+
+    def roll_back(self, step: int) -> int | None:
+        """Go back to the newest whole checkpoint, pass over the samples from there to the end of `step`, and return
+        the step it is of; None where there is none yet. Collective.
+
+        Raises UserError where this was done `train.spike.max_rollbacks` times already.
+        """
+        rule = self.config.train.spike
+        assert rule is not None
+        self.checkpointer.wait()
+        start = find_start(replace(self.plan, config=self.config.model_copy(update={"resume": "auto"})), self.grid)
+        if start.reader is None:
+            return None
+        if self.rollbacks == rule.max_rollbacks:
+            raise UserError(
+                f"train.spike.max_rollbacks={rule.max_rollbacks} times the run went back, and the loss jumped again at "
+                f"step {step}; lower train.optimizer.lr or gradient_clipping, or resume with train.spike.action=skip"
+            )
+        self.rollbacks += 1
+        begin = BatchSchedule(self.config.train, start.passed_over).position(start.step)
+        gap = PassedOver(start.step, self.schedule.position(step) - begin)
+        self.schedule = BatchSchedule(self.config.train, (*start.passed_over, gap))
+        self.spikes = SpikeWatch(rule, start.recent_losses)
+        self.state.restore(start.reader, start.reader.state["optimizer"])
+        self.engine.publish_weights()
+        self.batches.close()
+        self.batches = self._read_ahead()
+        return start.step
 
     @contextmanager
     def _settled_when_stopped(self) -> Iterator[None]:
@@ -192,14 +237,19 @@ class Trainer:
             dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
         batch = self.batches.take(step)
-        with self.engine.accumulate(), self.bad_steps.watched():
-            microbatches = self._microbatches(batch, self._counted(batch), trains=True)
-            result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
+        with self.engine.accumulate():
+            with self.bad_steps.watched():
+                microbatches = self._microbatches(batch, self._counted(batch), trains=True)
+                result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
+            loss = self._mean_loss(result)
+            spike = self.spikes.look(loss)
+            if drops := spike is not None and spike.drops_update:
+                self.engine.spoil()
         rate = self._learning_rate(step)
         self.checkpointer.before_update()
         before_update()
-        outcome = self.engine.step(rate)
-        loss = self._mean_loss(result)
+        with self.state.keeping_loss_scale() if drops else nullcontext():
+            outcome = self.engine.step(rate)
         report = StepReport(
             step=step,
             loss=loss,
@@ -209,6 +259,7 @@ class Trainer:
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
             data_seconds=self.batches.waited,
+            spike=spike,
         )
         return report, result.spans
 
@@ -230,6 +281,14 @@ class Trainer:
         self.batches.close()
         self.checkpointer.close()
         self.engine.close()
+
+    def _read_ahead(self) -> ReadAhead[list[SampleMicrobatch]]:
+        train, schedule = self.config.train, self.schedule
+        return ReadAhead(
+            lambda step: self.reader.microbatches(schedule.samples(step)),
+            depth=self.config.data.prefetch,
+            last=train.stop_after or train.steps,
+        )
 
     def _reader(self, samples: Samples, rules: SampleRules) -> BatchReader:
         return BatchReader(

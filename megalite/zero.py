@@ -228,6 +228,23 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(False)
         return StepOutcome(norm, skipped, scale)
 
+    def spoil(self) -> None:
+        """Have the next `step` skip its update, on every rank. Inside of `accumulate`, after the last backward."""
+        witness = next(p.grad for stage in self.stages.values() for p in stage.parameters() if p.grad is not None)
+        witness.view(-1)[0] = math.inf
+
+    def publish_weights(self) -> None:
+        """Have the parameters be what the optimizer's master weights are, once these were set. Collective."""
+        if self.zero_stage == 0:
+            return
+        if self.zero_stage < 3:
+            self.zero_optimizer.update_lp_params()
+            return
+        # DeepSpeed: at stage 3 its own step is what does this. What it keeps gathered is gathered anew when it is used.
+        self.zero_optimizer._partition_all_parameters()
+        for group in range(len(self.zero_optimizer.fp16_groups)):
+            self.zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
+
     def _step_at_stage_0(self) -> tuple[float, bool]:
         norm = self._clip_at_stage_0()
         if math.isfinite(norm):

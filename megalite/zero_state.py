@@ -4,6 +4,7 @@ What DeepSpeed does otherwise than one would think is said beside the code that 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from typing import Any, cast
@@ -53,9 +54,7 @@ class ZeroState:
         """Take over a checkpoint's master weights, moments and numbers."""
         self._set_updates(int(numbers["updates"]))
         fill(self.fragments(), source, KINDS)
-        if self._has_loss_scale and numbers["loss_scale"] is not None:
-            for name in numbers["loss_scale"].keys() & set(_SCALER_COUNTERS):
-                setattr(self._zero.loss_scaler, name, numbers["loss_scale"][name])
+        self._set_loss_scale(numbers["loss_scale"])
         scheduler = self._engine.engine.lr_scheduler
         if scheduler is not None:
             # DeepSpeed: a scheduler sets the rate of the next step at the end of a step, and not when it is loaded.
@@ -65,6 +64,18 @@ class ZeroState:
     def restore_weights(self, source: Source) -> None:
         """Take over master weights alone."""
         fill(self.fragments(), source, ("weight",))
+
+    @contextmanager
+    def keeping_loss_scale(self) -> Iterator[None]:
+        """Leave the loss scale as it is, whatever a step inside thinks of its gradients."""
+        before = self.numbers()["loss_scale"]
+        yield
+        self._set_loss_scale(before)
+
+    def _set_loss_scale(self, scale: Mapping[str, float] | None) -> None:
+        if self._has_loss_scale and scale is not None:
+            for name in scale.keys() & set(_SCALER_COUNTERS):
+                setattr(self._zero.loss_scaler, name, scale[name])
 
     def numbers(self) -> dict[str, Any]:
         """Return the state that is no tensor, for JSON: AdamW's count of updates, loss scale, DeepSpeed's scheduler."""

@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "learning_rate": ("config",),
     "metrics": ("checkpointer", "config"),
     "plots": (),
+    "spikes": ("config",),
     "zero": ("config", "distributed", "model", "tensor_parallel.deferral", "tensor_parallel.sharding"),
     "bad_steps": ("distributed", "model.stage"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
@@ -81,6 +82,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plan",
         "plots",
         "resume",
+        "spikes",
         "zero",
     ),
     "train": (
@@ -98,6 +100,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plan",
         "recorder",
         "resume",
+        "spikes",
         "zero",
         "zero_state",
     ),

@@ -475,6 +475,27 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         "neither",
     ),
     (
+        "rollback without checkpoints",
+        {"train.spike": {"action": "rollback"}},
+        "run.yaml: train.spike.action='rollback' has no checkpoint to go back to; set checkpoint.every, or write skip",
+    ),
+    (
+        "rollback in an order that ends",
+        {"train.spike": {"action": "rollback"}, "checkpoint": {"every": 10}, "data.order": "megatron"},
+        "run.yaml: train.spike.action='rollback' passes samples over, and data.order='megatron' has no more than it "
+        "needs; write data.order=streaming, or skip",
+    ),
+    (
+        "factor of a spike",
+        {"train.spike": {"factor": 1}},
+        "run.yaml: train.spike.factor=1 is not a number above 1",
+    ),
+    (
+        "key of a spike",
+        {"train.spike": {"windows": 10}},
+        "run.yaml: train.spike.windows is not a key; did you mean 'window'?",
+    ),
+    (
         "kept and never written",
         {"checkpoint": {"every": 100, "keep_last": 2, "keep_every": 250}},
         "run.yaml: checkpoint.keep_every=250 is no multiple of checkpoint.every=100; use 200 or 300",

@@ -60,6 +60,18 @@ def recompute_faults(train: TrainSection, deepspeed: DeepSpeedSettings) -> Itera
                 yield Fault(every, f"{text}; keep one of them")
 
 
+def rollback_faults(config: Run) -> Iterator[Fault]:
+    spike = config.train.spike
+    if spike is None or spike.action != "rollback":
+        return
+    action = ("train", "spike", "action")
+    if not config.checkpoint.every:
+        yield Fault(action, "='rollback' has no checkpoint to go back to; set checkpoint.every, or write skip")
+    if config.data.order != "streaming":
+        text = f"='rollback' passes samples over, and data.order={show(config.data.order)} has no more than it needs"
+        yield Fault(action, f"{text}; write data.order=streaming, or skip")
+
+
 def fit_faults(config: Run, world_size: int | None, vocab_size: int | None) -> Iterator[Fault]:
     yield from _vocabulary_faults(config.model, vocab_size)
     yield from _tensor_faults(config.model, config.parallel.tensor)

@@ -10,7 +10,7 @@ from pydantic import Field, InstanceOf
 
 from megalite.config.base import FilePath, Section
 from megalite.config.data import DataSection
-from megalite.config.fit import deepspeed_faults, fit_faults, recompute_faults
+from megalite.config.fit import deepspeed_faults, fit_faults, recompute_faults, rollback_faults
 from megalite.config.recompute import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS, Recompute
 from megalite.config.sections import (
     CheckpointSection,
@@ -57,6 +57,7 @@ class RunConfig(Section, frozen=True):
             text = f"={show(str(self.init_from))} stands beside resume={show(self.resume)}, which has weights too"
             yield Fault(("init_from",), f"{text}; keep one of them")
         yield from recompute_faults(self.train, self.deepspeed)
+        yield from rollback_faults(self)
         schedule = self.train.schedule
         if schedule is not None and schedule.min_lr > self.optimizer.lr:
             text = f"={show(schedule.min_lr)} is above the learning rate {show(self.optimizer.lr)}; use at most that"

@@ -244,6 +244,19 @@ class RampupSection(Section, frozen=True):
     samples: Count
 
 
+class SpikeSection(Section, frozen=True):
+    """What becomes of a step whose loss is above `factor` times the median of the `window` steps before it.
+
+    ``warn`` tells of it; ``skip`` drops its update too; ``rollback`` goes back to the newest checkpoint and passes over
+    the samples from there to the end of the step (arXiv:2204.02311, section 5.1), at most `max_rollbacks` times.
+    """
+
+    factor: Annotated[float, number(above=1)] = 1.5
+    window: Count = 100
+    action: Annotated[Literal["warn", "skip", "rollback"], choice("warn", "skip", "rollback")] = "warn"
+    max_rollbacks: Count = 10
+
+
 class TrainSection(Section, frozen=True):
     """How long and in what batches; a batch is counted in sequences."""
 
@@ -268,6 +281,8 @@ class TrainSection(Section, frozen=True):
     """With full, one layer in so many is recomputed."""
     max_bad_steps: Count = 50
     """A step whose gradient is not finite is skipped; so many in a row end the run."""
+    spike: SpikeSection | None = None
+    """Watch the loss for jumps; no jump is one unless given."""
     timeout_seconds: Count = 1800
     """How long a rank waits for a lost peer."""
 

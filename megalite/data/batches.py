@@ -1,7 +1,7 @@
 """From samples to the microbatches of one rank: which samples, by the step alone, and what of them counts."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,14 +17,23 @@ from megalite.errors import UserError
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """Samples of the order that no step trains on, since the loss jumped there: so many, right after step `after`."""
+
+    after: int
+    samples: int
+
+
 class BatchSchedule:
-    """The samples of each step: neighbouring ranges of one order, whoever reads them.
+    """The samples of each step: neighbouring ranges of one order, whoever reads them, but for what is passed over.
 
     A ramp-up (Megatron's rule) begins with `start` sequences a step and adds `increment` each time another even share
     of its `samples` is consumed, until the batch is whole.
     """
 
-    def __init__(self, train: TrainSection) -> None:
+    def __init__(self, train: TrainSection, passed_over: Sequence[PassedOver] = ()) -> None:
+        self.passed_over = tuple(passed_over)
         self._whole = train.global_batch_size
         self._ramp_ends = [0]
         ramp = train.batch_size_rampup
@@ -38,7 +47,12 @@ class BatchSchedule:
 
     def samples(self, step: int) -> range:
         """Return the samples that `step`, from 1 on, trains on."""
-        return range(self.consumed(step - 1), self.consumed(step))
+        shift = self.position(step - 1) - self.consumed(step - 1)
+        return range(self.consumed(step - 1) + shift, self.consumed(step) + shift)
+
+    def position(self, step: int) -> int:
+        """Return where in the order the step after `step` begins."""
+        return self.consumed(step) + sum(gap.samples for gap in self.passed_over if gap.after <= step)
 
     def consumed(self, step: int) -> int:
         """Return how many samples are consumed after `step`; 0 after step 0."""

@@ -133,7 +133,8 @@ class _Layer:
         if self._data.order == "megatron":
             sizes = megatron_source_sizes(num_samples, weights)
         parts = [self.samples(*part) for part in zip(sources, documents, sizes, strict=True)]
-        blend = BlendedSamples(parts, weights, order=self._data.order, num_samples=num_samples, cache_dir=self._cache)
+        end = num_samples if self._data.order == "megatron" else None
+        blend = BlendedSamples(parts, weights, order=self._data.order, num_samples=end, cache_dir=self._cache)
         counts = blend.counts(num_samples)
         return blend, tuple(map(self._use, sources, parts, counts))
 

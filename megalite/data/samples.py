@@ -32,6 +32,15 @@ class Piece:
     length: int
     """Tokens."""
 
+    def as_json(self) -> dict[str, str | int]:
+        """Return the piece in plain words."""
+        return {
+            "prefix": str(self.prefix),
+            "document": self.document,
+            "offset": self.offset,
+            "tokens": self.length,
+        }
+
 
 class Samples(Protocol):
     """Training samples of `sequence_length` tokens and one more, from 0 on in the order in which they are read.

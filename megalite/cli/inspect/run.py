@@ -45,15 +45,6 @@ def _sample_as_lines(provenance: "Provenance", seen: "SeenSample") -> Iterator[s
 
 
 def _sample_as_json(provenance: "Provenance", seen: "SeenSample") -> Iterator[str]:
-    pieces = [
-        {
-            "prefix": str(piece.prefix),
-            "document": piece.document,
-            "offset": piece.offset,
-            "tokens": piece.length,
-            "text": provenance.text(piece),
-        }
-        for piece in seen.pieces
-    ]
+    pieces = [{**piece.as_json(), "text": provenance.text(piece)} for piece in seen.pieces]
     record = {"sample": seen.sample, "data_rank": seen.data_rank, "microbatch": seen.microbatch, "pieces": pieces}
     yield json.dumps(record, ensure_ascii=False)

@@ -1,0 +1,123 @@
+"""Ranks that are killed anywhere, any number of times: the run that goes on ends as the one that was left alone."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import median
+
+import psutil
+import pytest
+from harness import RankError, run_distributed
+from test_resume import Layout, assert_same_run, at, run, size
+from test_train import TINY
+from training import build_trainer
+
+STEP = 5
+"""The step in which a rank is killed: two after a checkpoint, one before the next."""
+SMALL = ("model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=3")
+KEPT = ("checkpoint.keep_last=2",)
+
+
+def die_in(path: str, overrides: Sequence[str], point: str, rank: int) -> None:
+    """Train until this rank is in the middle of its forwards, its backwards or its update in step STEP, and die."""
+    trainer = build_trainer(path, overrides)
+    engine = trainer.engine
+    work, calls = getattr(engine, point), itertools.count(1)
+    per_step = 1 if point == "step" else trainer.config.gradient_accumulation_steps
+
+    def dying(*arguments: object) -> object:
+        result = work(*arguments)
+        if next(calls) == (STEP - 1) * per_step + 1 and trainer.grid.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(engine, point, dying)
+    trainer.run()
+
+
+CASES: list[tuple[Layout, int]] = [((1, 2, 1), 2), ((1, 1, 2), 3)]
+MORE: list[tuple[Layout, int]] = [((2, 2, 1), 1), ((2, 1, 2), 2), ((1, 2, 2), 3)]
+EVERY_RANK = [
+    pytest.param(layout, stage, point, rank, marks=[pytest.mark.full] if (layout, stage) in MORE or rank == 0 else [])
+    for layout, stage in CASES + MORE
+    for point in ("forward", "backward", "step")
+    for rank in range(size(layout))
+]
+
+
+@pytest.mark.parametrize(("layout", "stage", "point", "rank"), EVERY_RANK, ids=lambda x: str(x).replace(" ", ""))
+def test_a_rank_that_is_killed_in_a_step_costs_the_steps_since_the_checkpoint(
+    run_file: Path, tmp_path: Path, layout: Layout, stage: int, point: str, rank: int
+) -> None:
+    overrides = [*at(layout, stage), *KEPT]
+    given = [*SMALL, f"run.dir={tmp_path / 'run'}", *overrides]
+    with pytest.raises(RankError, match="was killed by signal SIGKILL"):
+        run_distributed(die_in, size(layout), str(run_file), given, point, rank)
+    assert run(run_file, tmp_path / "run", layout, *overrides)[0] == 3
+    run(run_file, tmp_path / "whole", layout, *overrides)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------------------------- a soak
+
+KILLS, SOAK_STEPS = 20, 400
+SOAK = (
+    *TINY,
+    *("parallel.pipeline=2", "checkpoint.every=5", "checkpoint.keep_last=2", "checkpoint.async=true"),
+    f"train.steps={SOAK_STEPS}",
+)
+
+
+def start(run_file: Path, folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "megalite", "train", str(run_file), *SOAK, f"run.dir={folder}"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def final(folder: Path) -> dict[str, str]:
+    """The digests of the last checkpoint's tensors."""
+    manifest = json.loads((folder / f"checkpoints/step_{SOAK_STEPS}/manifest.json").read_text())
+    return {name: file["sha256"] for name, file in manifest["files"].items() if name.endswith(".safetensors")}
+
+
+def kill_some(running: subprocess.Popen[bytes], patience: float, chance: random.Random) -> bool:
+    """Kill the launcher or one of its ranks after `patience` seconds; return whether there was still one."""
+    with suppress(subprocess.TimeoutExpired):
+        running.wait(patience)
+        return False
+    launcher = psutil.Process(running.pid)
+    everybody = [launcher, *launcher.children(recursive=True)]
+    chance.choice(everybody).kill()
+    running.wait(30)
+    assert psutil.wait_procs(everybody, timeout=15)[1] == [], "a rank was left behind"
+    return True
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_a_run_that_is_killed_twenty_times_ends_as_the_one_that_was_not(run_file: Path, tmp_path: Path) -> None:
+    whole, soaked, chance = tmp_path / "whole", tmp_path / "soaked", random.Random(20)
+    began = time.perf_counter()
+    assert start(run_file, whole).wait() == 0
+    undisturbed = time.perf_counter() - began
+
+    began, kills = time.perf_counter(), 0
+    while not (soaked / "DONE.json").exists():
+        running = start(run_file, soaked)
+        if kills < KILLS:
+            kills += kill_some(running, chance.uniform(0.3, 1.3) * undisturbed / 2, chance)
+        else:
+            assert running.wait() == 0
+    took = time.perf_counter() - began
+    assert final(soaked) == final(whole)
+    steps = [json.loads(line) for line in (soaked / "metrics.jsonl").read_text().splitlines()]
+    useful = SOAK_STEPS * median(line["step_seconds"] for line in steps if "loss" in line)
+    sys.stdout.write(f"{kills} kills; {took:.0f} s, {undisturbed:.0f} s undisturbed; {useful / took:.1%} training\n")
+    assert kills >= 5
