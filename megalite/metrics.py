@@ -157,6 +157,11 @@ class MetricsLog:
         which = "" if of_split else f" on {name}"
         self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
 
+    def restart(self, step: int, count: int) -> None:
+        """Record that the run goes on after `step` since its ranks were started again, the `count`-th time."""
+        self._write({"step": step, "restart": count})
+        self.say(f"restart {count}: the run goes on after step {step}")
+
     def checkpoint(self, report: SaveReport) -> None:
         """Record one checkpoint, or that there is none."""
         head = f"step {report.step:>{len(str(self._total))}}/{self._total} | checkpoint"

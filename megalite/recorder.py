@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -22,9 +23,11 @@ from megalite.pipeline.timeline import Span, Timeline
 from megalite.pipeline.trace import chrome_trace
 from megalite.plan import Plan
 from megalite.resume import Start
+from megalite.stopping import STOP, STOPPED
 from megalite.zero import StepOutcome
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*", "checkpoints")
+DONE = "DONE.json"
+RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", DONE, STOPPED, "loss.png", "timeline_step_*", "checkpoints")
 """What a run leaves in its folder, the logs of its ranks aside."""
 
 
@@ -77,6 +80,11 @@ class RunRecorder:
                 self.log.say(line)
             if start.step >= (config.train.stop_after or config.train.steps):
                 self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
+
+    def restarted(self, step: int, count: int) -> None:
+        """Record that the ranks were started again, the `count`-th time, and go on after `step`."""
+        if self.log is not None:
+            self.log.restart(step, count)
 
     def step(self, report: StepReport) -> None:
         """Record a training step."""
@@ -145,6 +153,21 @@ class RunRecorder:
             f"{simulated.bubble_fraction:.1%} simulated with the measured times"
         )
 
+    def stopped(self, step: int, reason: str | None) -> None:
+        """Leave STOPPED.json of a run that ends after `step` since it was asked to, and remove the file that asked."""
+        if self.log is None:
+            return
+        folder = self.plan.checkpoints / f"step_{step}"
+        checkpoint = str(folder) if folder.is_dir() else None
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"step": step, "reason": reason, "checkpoint": checkpoint, "time": now}
+        write_whole(self.directory / STOPPED, json.dumps(record).encode() + b"\n")
+        (self.directory / STOP).unlink(missing_ok=True)
+        kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
+        if not self.config.checkpoint.every:
+            kept = "no checkpoint is kept: checkpoint.every is 0"
+        self.log.say(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
+
     def finish(self, *, complete: bool) -> None:
         """Draw the curves; leave DONE.json where the run went to its last step."""
         if self.log is None:
@@ -165,7 +188,7 @@ class RunRecorder:
             self.log.say(f"pipeline timeline: {self.picture}")
         if complete:
             done = {"step": self.config.train.steps, "tokens": self.tokens}
-            write_whole(self.directory / "DONE.json", json.dumps(done).encode())
+            write_whole(self.directory / DONE, json.dumps(done).encode())
         self.log.say(f"run: {self.directory}")
 
     def close(self) -> None:
@@ -176,8 +199,13 @@ class RunRecorder:
         """Make the run's folder ready; return what to say of it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         said = []
+        if (request := self.directory / STOP).exists():
+            request.unlink()
+            said.append(f"removed {request}, which was there before this start")
         if start.continues(self.plan.checkpoints):
             clean(self.plan.checkpoints)
+            for name in (DONE, STOPPED):  # which tell how the run ended before
+                (self.directory / name).unlink(missing_ok=True)
             aside = next_aside(self.directory) / "checkpoints"
             if moved := set_aside_later(self.plan.checkpoints, start.step, aside):
                 said.append(f"set aside: {', '.join(moved)}, to {aside}")

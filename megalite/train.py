@@ -2,14 +2,13 @@
 
 import datetime
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleM
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
-from megalite.errors import UserError
+from megalite.errors import STOPPED_STATUS, UserError
 from megalite.files import sole_user
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
@@ -37,19 +36,26 @@ from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
 from megalite.recorder import RunRecorder, StepReport
 from megalite.resume import find_start
+from megalite.stopping import STOP, StopRequests
 from megalite.zero import ZeroEngine
 from megalite.zero_state import ZeroState
 
 
-def train(plan: Plan, environment: LaunchEnvironment) -> None:
+def train(plan: Plan, environment: LaunchEnvironment) -> int:
     """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
+
+    Returns the exit status: `STOPPED_STATUS` where the run was asked to stop before its end and megalite launched it,
+    else 0, since other launchers take anything else for a failure.
 
     Raises UserError for what the user can mend, and where `train.max_bad_steps` steps in a row had to be skipped.
     """
+    config = plan.config
+    file = config.run.dir / STOP if environment.rank == 0 else None
+    stop = StopRequests(file, config.train.max_minutes)
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
         plan.check_start()
         plan.check_data()
-    timeout = datetime.timedelta(seconds=plan.config.train.timeout_seconds)
+    timeout = datetime.timedelta(seconds=config.train.timeout_seconds)
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
@@ -57,11 +63,12 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
         ExitStack() as stack,
         process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid,
     ):
-        claim_folder(plan.config.run.dir, grid, stack)
-        trainer = Trainer(plan, grid, open_datasets(plan.config))
-        with stop_signals():
-            trainer.run()
+        claim_folder(config.run.dir, grid, stack)
+        trainer = Trainer(plan, grid, open_datasets(config), stop=stop, restarts=environment.restarts)
+        with stop.heeding_signals():
+            stopped = trainer.run()
         trainer.close()
+    return STOPPED_STATUS if stopped and environment.launcher == "megalite" else 0
 
 
 class Trainer:
@@ -73,10 +80,16 @@ class Trainer:
         grid: ProcessGrid,
         datasets: Datasets,
         *,
+        stop: StopRequests | None = None,
+        restarts: int = 0,
         reached: Callable[[str], None] = lambda point: None,
     ) -> None:
-        """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says."""
+        """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says.
+
+        `stop` is what may end its training early, and `restarts` says how often the ranks were started again.
+        """
         self.plan, self.config, self.grid = plan, plan.config, grid
+        self.stop, self.restarts = stop or StopRequests(), restarts
         self.start = find_start(plan, grid)
         self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
         self.state = ZeroState(self.engine)
@@ -117,12 +130,19 @@ class Trainer:
             name: self._reader(samples, replace(rules, fim=None)) for name, samples in datasets.valid.items()
         }
 
-    def run(self) -> None:
-        """Train to the last step, or to `train.stop_after`, with evaluations, checkpoints and records on the way."""
+    def run(self) -> bool:
+        """Train to the last step, or to `train.stop_after`, with evaluations, checkpoints and records on the way.
+
+        Returns whether the ranks were asked to stop, and agreed to, before that step; they have saved a checkpoint
+        then, where there are any.
+        """
         train = self.config.train
         last = train.stop_after or train.steps
         recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start)
-        with closing(recorder), self._settled_when_stopped():
+        if self.restarts:
+            recorder.restarted(self.start.step, self.restarts)
+        stopped = False
+        with closing(recorder), self._settled_when_failed():
             for step in range(self.start.step + 1, last + 1):
                 record = step in train.trace_steps
                 report, spans = self._timed_step(step, record=record)
@@ -131,14 +151,26 @@ class Trainer:
                 if record:
                     recorder.timeline(step, spans)
                 if train.eval_every and (step % train.eval_every == 0 or step == last):
-                    for name in self.valid_readers:
-                        recorder.evaluation(step, name, self.evaluate(name))
-                if self.checkpointer.due(step, last):
+                    self._evaluate(step, recorder)
+                stopped = self.stop.agreed is not None and step < last
+                if self.checkpointer.due(step, last=step if stopped else last):
                     self.save(step)
                 recorder.checkpoints(self.checkpointer.take_reports())
+                if stopped:
+                    break
             self.checkpointer.wait()
             recorder.checkpoints(self.checkpointer.take_reports())
-            recorder.finish(complete=max(last, self.start.step) == train.steps)
+            if stopped:
+                recorder.stopped(step, self.stop.agreed)
+            recorder.finish(complete=not stopped and max(last, self.start.step) == train.steps)
+        return stopped
+
+    def _evaluate(self, step: int, recorder: RunRecorder) -> None:
+        """Evaluate on every validation set, as long as nobody asks to stop."""
+        for name in self.valid_readers:
+            loss = self.evaluate(name)
+            if self.stop.agreed is None:
+                recorder.evaluation(step, name, loss)
 
     def save(self, step: int) -> None:
         """Save a checkpoint of the state after `step`; raise UserError where that fails."""
@@ -170,11 +202,11 @@ class Trainer:
             self.state.restore_weights(WeightSource(start.weights))
 
     @contextmanager
-    def _settled_when_stopped(self) -> Iterator[None]:
-        """A rank that has to stop leaves no checkpoint half written that it could finish."""
+    def _settled_when_failed(self) -> Iterator[None]:
+        """A rank that has to end leaves no checkpoint half written that it could finish."""
         try:
             yield
-        except (SystemExit, UserError):
+        except UserError:
             self.checkpointer.settle()
             raise
 
@@ -213,11 +245,16 @@ class Trainer:
         return report, result.spans
 
     def evaluate(self, name: str) -> float:
-        """Return the mean loss over the first `eval_batches` global batches of a validation set, or all it has."""
+        """Return the mean loss over the first `eval_batches` global batches of a validation set, or all it has.
+
+        Once the ranks have agreed to stop, it is of the batches so far, and worth nothing.
+        """
         size, reader = self.config.train.global_batch_size, self.valid_readers[name]
         batches = min(self.config.train.eval_batches, self.datasets.valid[name].samples_per_epoch // size)
         total, tokens = 0.0, 0.0
         for first in range(0, batches * size, size):
+            if self.stop.agreed is not None:
+                break
             batch = reader.microbatches(range(first, first + size))
             counted = self._counted(batch)
             microbatches = self._microbatches(batch, counted, trains=False)
@@ -287,12 +324,17 @@ class Trainer:
         return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
 
     def _mean_loss(self, result: StepResult) -> float:
-        """Average over the data axis and tell every rank; one tensor rank of the last stage speaks for the others."""
-        total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        """Average over the data axis and tell every rank; one tensor rank of the last stage speaks for the others.
+
+        What the ranks were asked goes with it: after it they agree on whether to stop.
+        """
+        total = torch.tensor([0.0, *self.stop.asked()], dtype=torch.float64, device=self.grid.device)
         if result.loss is not None and self.grid.coordinate.tensor == 0:
-            total += result.loss.double()
+            total[0] = result.loss
         dist.all_reduce(total)
-        return float(total) / self.plan.layout.data
+        loss, *asked = total.tolist()
+        self.stop.agree(asked)
+        return loss / self.plan.layout.data
 
 
 def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> dict[int, Stage]:
@@ -328,18 +370,3 @@ def claim_folder(folder: Path, grid: ProcessGrid, until: ExitStack) -> None:
             refusal = str(error)
     if refusal := gather_json(refusal, grid)[0]:
         raise UserError(refusal)
-
-
-@contextmanager
-def stop_signals() -> Iterator[None]:
-    """Turn the signals that ask a rank to stop into SystemExit, so that what it has begun is brought to an end."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "learning_rate": ("config",),
     "metrics": ("checkpointer", "config"),
     "plots": (),
+    "stopping": (),
     "zero": ("config", "distributed", "model", "tensor_parallel.deferral", "tensor_parallel.sharding"),
     "bad_steps": ("distributed", "model.stage"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
@@ -81,6 +82,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plan",
         "plots",
         "resume",
+        "stopping",
         "zero",
     ),
     "train": (
@@ -98,6 +100,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plan",
         "recorder",
         "resume",
+        "stopping",
         "zero",
         "zero_state",
     ),
@@ -120,7 +123,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
+    *("errors", "layout", "stopping", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
     *("parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,

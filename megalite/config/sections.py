@@ -268,6 +268,10 @@ class TrainSection(Section, frozen=True):
     """With full, one layer in so many is recomputed."""
     max_bad_steps: Count = 50
     """A step whose gradient is not finite is skipped; so many in a row end the run."""
+    max_restarts: Index = 0
+    """How often ranks that megalite launched are started again, from the newest checkpoint, when one of them dies."""
+    max_minutes: PositiveNumber | None = None
+    """So many minutes after its start a rank asks to stop: a checkpoint is saved, and the run can go on later."""
     timeout_seconds: Count = 1800
     """How long a rank waits for a lost peer."""
 
