@@ -23,10 +23,9 @@ from megalite.pipeline.timeline import Span, Timeline
 from megalite.pipeline.trace import chrome_trace
 from megalite.plan import Plan
 from megalite.resume import Start
-from megalite.stopping import STOP, STOPPED
+from megalite.stopping import DONE, STOP, STOPPED
 from megalite.zero import StepOutcome
 
-DONE = "DONE.json"
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", DONE, STOPPED, "loss.png", "timeline_step_*", "checkpoints")
 """What a run leaves in its folder, the logs of its ranks aside."""
 

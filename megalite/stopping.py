@@ -8,6 +8,8 @@ from pathlib import Path
 
 STOP = "STOP"
 """A file of this name in the run's folder asks the run to stop."""
+DONE = "DONE.json"
+"""What a run leaves that went to its last step."""
 STOPPED = "STOPPED.json"
 """What a run leaves that stopped before its last step since it was asked to."""
 MAX_MINUTES = "train.max_minutes"

@@ -23,6 +23,7 @@ from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.files import sole_user
+from megalite.heartbeat import Heart, Progress
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
 from megalite.model.dropout import DropoutStreams
@@ -50,6 +51,7 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     Raises UserError for what the user can mend, and where `train.max_bad_steps` steps in a row had to be skipped.
     """
     config = plan.config
+    progress = Progress()
     file = config.run.dir / STOP if environment.rank == 0 else None
     stop = StopRequests(file, config.train.max_minutes)
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
@@ -64,7 +66,10 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
         process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid,
     ):
         claim_folder(config.run.dir, grid, stack)
-        trainer = Trainer(plan, grid, open_datasets(config), stop=stop, restarts=environment.restarts)
+        heart = Heart(config.run.dir, grid.rank, plan.layout.world_size, progress, config.train.timeout_seconds)
+        stack.enter_context(heart)
+        restarts = environment.restarts
+        trainer = Trainer(plan, grid, open_datasets(config), stop=stop, progress=progress, restarts=restarts)
         with stop.heeding_signals():
             stopped = trainer.run()
         trainer.close()
@@ -81,15 +86,17 @@ class Trainer:
         datasets: Datasets,
         *,
         stop: StopRequests | None = None,
+        progress: Progress | None = None,
         restarts: int = 0,
         reached: Callable[[str], None] = lambda point: None,
     ) -> None:
         """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says.
 
-        `stop` is what may end its training early, and `restarts` says how often the ranks were started again.
+        `stop` is what may end its training early, `progress` hears where it is, and `restarts` says how often the ranks
+        were started again.
         """
         self.plan, self.config, self.grid = plan, plan.config, grid
-        self.stop, self.restarts = stop or StopRequests(), restarts
+        self.stop, self.progress, self.restarts = stop or StopRequests(), progress or Progress(), restarts
         self.start = find_start(plan, grid)
         self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
         self.state = ZeroState(self.engine)
@@ -115,6 +122,7 @@ class Trainer:
             ),
             dtype=self.engine.dtype,
             device=grid.device,
+            moved=self.progress.moved,
         )
         self.datasets = datasets
         self.schedule = BatchSchedule(train)
@@ -167,6 +175,7 @@ class Trainer:
 
     def _evaluate(self, step: int, recorder: RunRecorder) -> None:
         """Evaluate on every validation set, as long as nobody asks to stop."""
+        self.progress.enter("evaluate", step)
         for name in self.valid_readers:
             loss = self.evaluate(name)
             if self.stop.agreed is None:
@@ -174,6 +183,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Save a checkpoint of the state after `step`; raise UserError where that fails."""
+        self.progress.enter("save", step)
         self.checkpointer.save(self.plan.manifest(step), self._progress(step))
 
     def _progress(self, step: int) -> dict[str, Any]:
@@ -223,11 +233,14 @@ class Trainer:
         if record:
             dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
+        self.progress.enter("data", step)
         batch = self.batches.take(step)
+        self.progress.enter("compute", step)
         with self.engine.accumulate(), self.bad_steps.watched():
             microbatches = self._microbatches(batch, self._counted(batch), trains=True)
             result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
         rate = self._learning_rate(step)
+        self.progress.enter("update", step)
         self.checkpointer.before_update()
         before_update()
         outcome = self.engine.step(rate)

@@ -51,6 +51,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "metrics": ("checkpointer", "config"),
     "plots": (),
     "stopping": (),
+    "heartbeat": ("files",),
+    "run_status": ("config", "heartbeat", "stopping"),
     "zero": ("config", "distributed", "model", "tensor_parallel.deferral", "tensor_parallel.sharding"),
     "bad_steps": ("distributed", "model.stage"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
@@ -93,6 +95,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "data",
         "distributed",
         "files",
+        "heartbeat",
         "launch",
         "learning_rate",
         "model",
@@ -116,14 +119,26 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "parity.table": ("layout", "parity.finding"),
     "cli": (
         *("checkpoint", "cli", "data", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
-        *("provenance", "train", "verification"),
+        *("provenance", "run_status", "train", "verification"),
     ),
     "__main__": ("cli",),
 }
 
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "layout", "stopping", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
+    *(
+        "errors",
+        "layout",
+        "stopping",
+        "heartbeat",
+        "run_status",
+        "faults",
+        "config",
+        "deepspeed_json",
+        "launch",
+        "checkpoint",
+        "cli",
+    ),
     *("parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,

@@ -21,7 +21,9 @@ from megalite.errors import STOPPED_STATUS, UserError
 from megalite.plan import prepare
 from megalite.stopping import MAX_MINUTES, REASONS, STOP, StopRequests
 
-GIVEN = (*TINY, "parallel.tensor=2", "checkpoint.every=1000", "train.steps=100000")
+# A learning rate that does not depend on how long the run is to be.
+CONSTANT = "train.schedule={name: constant}"
+GIVEN = (*TINY, "parallel.tensor=2", "checkpoint.every=1000", "train.steps=100000", CONSTANT)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -124,10 +126,52 @@ def test_all_ranks_stop_after_the_same_step_whichever_was_asked(run_file: Path, 
     assert found == [(3, "SIGUSR1")] * 4
 
 
+def run_until_signal(path: str, overrides: Sequence[str], step: int | None) -> bool:
+    """Train, and have rank 1 get a signal in the forward of `step`; return whether the run stopped."""
+    from training import build_trainer
+
+    trainer = build_trainer(path, overrides)
+    forwards = 0
+
+    def count(module: object, inputs: object) -> None:
+        nonlocal forwards
+        forwards += 1
+        if trainer.grid.rank == 1 and forwards == 2 * (step or 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    next(iter(trainer.engine.stages.values())).register_forward_pre_hook(count)
+    with trainer.stop.heeding_signals():
+        stopped = trainer.run()
+    trainer.close()
+    return stopped
+
+
+@pytest.mark.parametrize("saving", ["checkpoint.async=true", "checkpoint.every=3"])
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(run_file: Path, tmp_path: Path, saving: str) -> None:
+    overrides = [*TINY, "parallel.data=2", "train.steps=6", "checkpoint.every=100", saving]
+    stopped = run_distributed(run_until_signal, 2, str(run_file), overrides, 3)
+    assert stopped == [True, True]
+    assert list(losses(tmp_path / "run")) == [1, 2, 3]
+    assert run_distributed(run_until_signal, 2, str(run_file), overrides, None) == [False, False]
+    whole = [*overrides, f"run.dir={tmp_path}/whole"]
+    assert run_distributed(run_until_signal, 2, str(run_file), whole, None) == [False, False]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    ends = [CheckpointReader(tmp_path / run / "checkpoints/step_6").manifest.files for run in ("run", "whole")]
+    digests = [{name: file for name, file in end.items() if name.endswith(".safetensors")} for end in ends]
+    assert digests[0] == digests[1] != {}
+
+
+def test_a_request_in_the_last_step_changes_nothing(run_file: Path, tmp_path: Path) -> None:
+    overrides = [*TINY, "parallel.data=2", "train.steps=3"]
+    assert run_distributed(run_until_signal, 2, str(run_file), overrides, 3) == [False, False]
+    assert (tmp_path / "run/DONE.json").exists()
+    assert not (tmp_path / "run/STOPPED.json").exists()
+
+
 # ---- a whole run
 
 
-def test_a_run_stops_for_its_file_and_goes_on_to_the_same_end(
+def test_a_run_stops_for_its_file_and_goes_on_when_started_again(
     run_file: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     folder = tmp_path / "run"
@@ -155,19 +199,13 @@ def test_a_run_stops_for_its_file_and_goes_on_to_the_same_end(
     assert not (folder / "STOPPED.json").exists()
     assert not (folder / STOP).exists()
     assert (folder / "DONE.json").exists()
-    whole = tmp_path / "whole"
-    megalite("train", str(run_file), *GIVEN, f"train.steps={last + 3}", f"run.dir={whole}", "checkpoint.every=0")
-    # The learning rate's schedule ends elsewhere than in the run that was stopped: only equal runs are equal.
-    assert list(losses(folder)) == list(losses(whole))
+    assert list(losses(folder)) == list(range(1, last + 4))
 
 
-def test_a_run_that_keeps_no_checkpoint_says_so_when_its_time_is_over(
-    tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
-    running = start(tmp_path / "run", "checkpoint.every=0", "train.max_minutes=0.1")
-    said = running.communicate(timeout=60)[0]
-    assert running.returncode == STOPPED_STATUS, said
-    assert f"asked by {MAX_MINUTES}; no checkpoint is kept: checkpoint.every is 0" in said
+def test_a_run_that_keeps_no_checkpoint_says_so_when_its_time_is_over(run_file: Path, tmp_path: Path) -> None:
+    overrides = [*GIVEN, "checkpoint.every=0", "train.max_minutes=0.001"]
+    said = megalite("train", str(run_file), *overrides, status=STOPPED_STATUS).stdout
+    assert f"stopped after step 1 of 100,000, asked by {MAX_MINUTES}; no checkpoint is kept" in said
     assert json.loads((tmp_path / "run/STOPPED.json").read_text())["checkpoint"] is None
 
 
@@ -200,6 +238,7 @@ def end_of(run_file: Path, folder: Path) -> dict[int, float]:
     return losses(folder)
 
 
+@pytest.mark.full
 def test_a_run_whose_rank_is_killed_is_started_again_and_ends_the_same(
     run_file: Path, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -1,7 +1,7 @@
 """Runs an instruction stream on one rank. It knows no schedule: what the stream says is what happens, in that order."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -111,8 +111,10 @@ class PipelineExecutor:
         activation_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
-        """Build the executor of pipeline rank `rank`."""
+        """Build the executor of pipeline rank `rank`; `moved` is called after every instruction."""
+        self.moved = moved
         self.engine, self.placement, self.rank, self.device = engine, placement, rank, device
         self.incoming = {end: Channel(link, activation_shape, dtype, device) for end, link in links.incoming.items()}
         self.outgoing = {end: Channel(link, activation_shape, dtype, device) for end, link in links.outgoing.items()}
@@ -155,6 +157,7 @@ class _Run:
         with torch.set_grad_enabled(trains):
             for instruction in stream:
                 self._execute(instruction)
+                self.executor.moved()
         for channel in self.executor.outgoing.values():
             channel.flush()
         left = (self.receiving, self.passed_on, self.inputs, self.outputs, self.deferred)
