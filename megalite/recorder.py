@@ -1,6 +1,7 @@
 """What a run leaves in its folder: configuration, metrics, pictures, and DONE.json at the end."""
 
 import json
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from megalite.pipeline.trace import chrome_trace
 from megalite.plan import Plan
 from megalite.resume import Start
 from megalite.stopping import DONE, STOP, STOPPED
+from megalite.stragglers import StragglerWatch
 from megalite.zero import StepOutcome
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "tensorboard", DONE, STOPPED, "loss.png", "timeline_step_*", "checkpoints")
@@ -44,6 +46,8 @@ class StepReport:
     seconds: float
     data_seconds: float
     """Of these, what this rank waited for its batch."""
+    own_seconds: float
+    """Of these, what this rank was at work itself on forwards and backwards."""
 
 
 class RunRecorder:
@@ -69,6 +73,8 @@ class RunRecorder:
                 world_size=plan.layout.world_size,
                 after=start.step,
             )
+        self.stragglers = StragglerWatch(plan.layout, config.train.straggler_factor)
+        self.hosts = gather_json(socket.gethostname(), grid)
         self.peak = self._measure_peak(dtype)
         if self.log:
             self.log.say(
@@ -90,10 +96,12 @@ class RunRecorder:
         tokens = report.samples * self.config.data.sequence_length
         self.tokens = report.consumed_samples * self.config.data.sequence_length
         share = report.data_seconds / report.seconds
-        worst = torch.tensor([peak_memory(self.grid.device), share], dtype=torch.float64, device=self.grid.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        own = [report.own_seconds if rank == self.grid.rank else 0.0 for rank in range(self.plan.layout.world_size)]
+        mine = torch.tensor([peak_memory(self.grid.device), share, *own], dtype=torch.float64, device=self.grid.device)
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         if self.log is None:
             return
+        memory, data_wait, *seconds = mine.tolist()
         rate = tokens / report.seconds
         self.log.step(
             StepMetrics(
@@ -107,10 +115,12 @@ class RunRecorder:
                 tokens_per_second=rate,
                 step_seconds=report.seconds,
                 mfu=rate * self.flops_per_token / self.peak.flops,
-                memory_bytes=int(worst[0]),
-                data_wait=float(worst[1]),
+                memory_bytes=int(memory),
+                data_wait=data_wait,
             )
         )
+        for found in self.stragglers.count(seconds):
+            self.log.straggler(report.step, found, self.hosts[found.rank])
 
     def evaluation(self, step: int, name: str, loss: float) -> None:
         """Record an evaluation on the validation set `name`."""

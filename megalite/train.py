@@ -236,6 +236,7 @@ class Trainer:
         self.progress.enter("data", step)
         batch = self.batches.take(step)
         self.progress.enter("compute", step)
+        self.executor.own_time.take()  # that of an evaluation before
         with self.engine.accumulate(), self.bad_steps.watched():
             microbatches = self._microbatches(batch, self._counted(batch), trains=True)
             result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
@@ -254,6 +255,7 @@ class Trainer:
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
             data_seconds=self.batches.waited,
+            own_seconds=self.executor.own_time.take(),
         )
         return report, result.spans
 

@@ -48,9 +48,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model.packing": (),
     "model.dropout": ("config",),
     "learning_rate": ("config",),
-    "metrics": ("checkpointer", "config"),
+    "metrics": ("checkpointer", "config", "stragglers"),
     "plots": (),
     "stopping": (),
+    "stragglers": ("layout",),
     "heartbeat": ("files",),
     "run_status": ("config", "heartbeat", "stopping"),
     "zero": ("config", "distributed", "model", "tensor_parallel.deferral", "tensor_parallel.sharding"),
@@ -85,6 +86,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plots",
         "resume",
         "stopping",
+        "stragglers",
         "zero",
     ),
     "train": (
@@ -126,19 +128,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *(
-        "errors",
-        "layout",
-        "stopping",
-        "heartbeat",
-        "run_status",
-        "faults",
-        "config",
-        "deepspeed_json",
-        "launch",
-        "checkpoint",
-        "cli",
-    ),
+    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
+    *("heartbeat", "run_status", "stopping", "stragglers"),
     *("parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,
