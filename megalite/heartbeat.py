@@ -23,6 +23,8 @@ REST_SECONDS = 10.0
 """and at least so often, though nothing has changed."""
 SILENT_SECONDS = 15.0
 """A rank that has written nothing for so long is stopped, gone, or cut off from the folder."""
+HEAD_START_SECONDS = 10.0
+"""How much longer than a heart the process groups are to wait for a lost rank."""
 _SHOWN = 8
 
 Phase = Literal["start", "data", "compute", "update", "evaluate", "save"]

@@ -23,7 +23,7 @@ from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.files import sole_user
-from megalite.heartbeat import Heart, Progress
+from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
 from megalite.model.dropout import DropoutStreams
@@ -57,7 +57,8 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
         plan.check_start()
         plan.check_data()
-    timeout = datetime.timedelta(seconds=config.train.timeout_seconds)
+    # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
+    timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
@@ -149,7 +150,7 @@ class Trainer:
         recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start)
         if self.restarts:
             recorder.restarted(self.start.step, self.restarts)
-        stopped = False
+        stopped, step = False, self.start.step
         with closing(recorder), self._settled_when_failed():
             for step in range(self.start.step + 1, last + 1):
                 record = step in train.trace_steps
