@@ -63,7 +63,7 @@ def _megalite(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 2 for an error of the user's, 1 for any other.
+    """Run one verb and return the exit status: 0, 2 for an error of the user's, 75 after a stop, 1 for other failures.
 
     A rank does not return, it leaves at once: an orderly exit after a failure may wait for its peers, and one after a
     success may meet a thread of torch that still asks for the interpreter, which aborts the process.
@@ -76,10 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, _UsageError) as error:
         say_user_error(_message(error), rank)
         status = USER_ERROR_STATUS
-    except SystemExit as ended:  # of a rank that was told to stop
-        if rank is None:
-            raise
-        status = ended.code if isinstance(ended.code, int) else 1
     except Exception as error:
         if stdout_refused(error):
             say_lost_output(error)
