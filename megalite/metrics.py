@@ -158,21 +158,6 @@ class MetricsLog:
         which = "" if of_split else f" on {name}"
         self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
 
-    def restart(self, step: int, count: int) -> None:
-        """Record that the run goes on after `step` since its ranks were started again, the `count`-th time."""
-        self._write({"step": step, "restart": count})
-        self.say(f"restart {count}: the run goes on after step {step}")
-
-    def straggler(self, step: int, found: Straggler, host: str) -> None:
-        """Record that a rank takes longer than its peers."""
-        numbers = {"straggler": found.rank, "own_seconds": found.seconds, "median_own_seconds": found.median}
-        self._write({"step": step, **numbers})
-        self.say(
-            f"step {step:>{len(str(self._total))}}/{self._total} | straggler: rank {found.rank} on {host} was at work"
-            f" for {found.seconds:.3g} s a step over the last {WINDOW}, {found.factor:.2f} times the median of the"
-            f" {found.peers:,} ranks with its stages"
-        )
-
     def checkpoint(self, report: SaveReport) -> None:
         """Record one checkpoint, or that there is none."""
         head = f"step {report.step:>{len(str(self._total))}}/{self._total} | checkpoint"
@@ -191,6 +176,21 @@ class MetricsLog:
         self.say(
             f"{head} {report.folder.name} | {report.bytes / 1e6:,.1f} MB | blocked {report.blocked_seconds:.2f} s"
             f" | durable after {report.durable_seconds:.2f} s"
+        )
+
+    def restart(self, step: int, count: int) -> None:
+        """Record that the run goes on after `step` since its ranks were started again, the `count`-th time."""
+        self._write({"step": step, "restart": count})
+        self.say(f"restart {count}: the run goes on after step {step}")
+
+    def straggler(self, step: int, found: Straggler, host: str) -> None:
+        """Record that a rank takes longer than its peers."""
+        numbers = {"straggler": found.rank, "own_seconds": found.seconds, "median_own_seconds": found.median}
+        self._write({"step": step, **numbers})
+        self.say(
+            f"step {step:>{len(str(self._total))}}/{self._total} | straggler: rank {found.rank} on {host} was at work"
+            f" for {found.seconds:.3g} s a step over the last {WINDOW}, {found.factor:.2f} times the median of the"
+            f" {found.peers:,} ranks with its stages"
         )
 
     def close(self) -> None:

@@ -44,10 +44,10 @@ class StepReport:
     consumed_samples: int
     """Up to this step and with it."""
     seconds: float
-    data_seconds: float
-    """Of these, what this rank waited for its batch."""
     own_seconds: float
     """Of these, what this rank was at work itself on forwards and backwards."""
+    data_seconds: float
+    """Of these, what this rank waited for its batch."""
 
 
 class RunRecorder:

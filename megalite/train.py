@@ -255,8 +255,8 @@ class Trainer:
             samples=len(self.schedule.samples(step)),
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
-            data_seconds=self.batches.waited,
             own_seconds=self.executor.own_time.take(),
+            data_seconds=self.batches.waited,
         )
         return report, result.spans
 

@@ -268,14 +268,14 @@ class TrainSection(Section, frozen=True):
     """With full, one layer in so many is recomputed."""
     max_bad_steps: Count = 50
     """A step whose gradient is not finite is skipped; so many in a row end the run."""
+    timeout_seconds: Count = 1800
+    """How long a rank in training may stand still, waiting for a lost peer say."""
     max_restarts: Index = 0
     """How often ranks that megalite launched are started again, from the newest checkpoint, when one of them dies."""
     max_minutes: PositiveNumber | None = None
     """So many minutes after its start a rank asks to stop: a checkpoint is saved, and the run can go on later."""
     straggler_factor: Annotated[float, number(above=1)] = 1.5
     """A rank that is at work so many times longer than the median of the ranks with its stages is named."""
-    timeout_seconds: Count = 1800
-    """How long a rank waits for a lost peer."""
 
     def faults(self) -> Iterator[Fault]:
         if self.stop_after and self.stop_after > self.steps:
