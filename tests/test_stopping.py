@@ -55,7 +55,7 @@ def start(run_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int) -> None:
-    patience = time.monotonic() + 120
+    patience = time.monotonic() + 300
     while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < count:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < patience, "the run does not come to its first steps"
