@@ -31,7 +31,7 @@ from megalite.zero_state import ZeroState
 
 LATEST = "LATEST"
 SETTLE_SECONDS = 8.0
-"""How long a rank that is told to stop waits for the others' parts; launchers kill after ten seconds and more."""
+"""How long a rank that has to end waits for the others' parts."""
 
 
 @dataclass(slots=True)
@@ -158,12 +158,12 @@ class Checkpointer:
         self._thread.shutdown(cancel_futures=True)
 
     def settle(self) -> None:
-        """Wait for this rank's part of a save under way; for a rank that is told to stop, on its own."""
+        """Wait for this rank's part of a save under way; for a rank that has to end, on its own."""
         save = self._under_way
         if save is not None:
             save.written.exception()
             if save.finished is not None:
-                with suppress(TimeoutError):  # a peer may have been stopped before it began to write
+                with suppress(TimeoutError):  # a peer may have ended before it began to write
                     save.finished.exception(SETTLE_SECONDS)
 
     def _begin(self, folder: Path) -> str | None:

@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable
 
 USER_ERROR_STATUS = 2
+STOPPED_STATUS = 75
+"""The exit status of a run, started by hand, that was asked to stop and can go on: sysexits' EX_TEMPFAIL."""
 _SHOWN = 30
 
 

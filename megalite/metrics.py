@@ -16,6 +16,7 @@ from rich.console import Console
 from megalite.checkpointer import SaveReport
 from megalite.config import ModelConfig
 from megalite.config.data import SPLIT_VALIDATION
+from megalite.stragglers import WINDOW, Straggler
 
 # Dense bf16/fp16 matrix products of one device, FLOP/s, from the vendors' data sheets.
 ACCELERATOR_PEAKS: Mapping[str, float] = {
@@ -181,6 +182,21 @@ class MetricsLog:
         self.say(
             f"{head} {report.folder.name} | {report.bytes / 1e6:,.1f} MB | blocked {report.blocked_seconds:.2f} s"
             f" | durable after {report.durable_seconds:.2f} s"
+        )
+
+    def restart(self, step: int, count: int) -> None:
+        """Record that the run goes on after `step` since its ranks were started again, the `count`-th time."""
+        self._write({"step": step, "restart": count})
+        self.say(f"restart {count}: the run goes on after step {step}")
+
+    def straggler(self, step: int, found: Straggler, host: str) -> None:
+        """Record that a rank takes longer than its peers."""
+        numbers = {"straggler": found.rank, "own_seconds": found.seconds, "median_own_seconds": found.median}
+        self._write({"step": step, **numbers})
+        self.say(
+            f"step {step:>{len(str(self._total))}}/{self._total} | straggler: rank {found.rank} on {host} was at work"
+            f" for {found.seconds:.3g} s a step over the last {WINDOW}, {found.factor:.2f} times the median of the"
+            f" {found.peers:,} ranks with its stages"
         )
 
     def close(self) -> None:

@@ -1,9 +1,11 @@
 """What a run leaves in its folder: configuration, metrics, pictures, and DONE.json at the end."""
 
 import json
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -23,10 +25,19 @@ from megalite.pipeline.trace import chrome_trace
 from megalite.plan import Plan
 from megalite.resume import Start
 from megalite.spikes import Spike
+from megalite.stopping import DONE, STOP, STOPPED
+from megalite.stragglers import StragglerWatch
 from megalite.zero import StepOutcome
 
 RUN_FILES = (
-    *("config.yaml", "metrics.jsonl", "tensorboard", "DONE.json", "loss.png", "timeline_step_*", "spikes"),
+    "config.yaml",
+    "metrics.jsonl",
+    "tensorboard",
+    DONE,
+    STOPPED,
+    "loss.png",
+    "timeline_step_*",
+    "spikes",
     "checkpoints",
 )
 """What a run leaves in its folder, the logs of its ranks aside."""
@@ -47,6 +58,8 @@ class StepReport:
     consumed_samples: int
     """Up to this step and with it."""
     seconds: float
+    own_seconds: float
+    """Of these, what this rank was at work itself on forwards and backwards."""
     data_seconds: float
     """Of these, what this rank waited for its batch."""
     spike: Spike | None = None
@@ -77,6 +90,8 @@ class RunRecorder:
                 world_size=plan.layout.world_size,
                 after=start.step,
             )
+        self.stragglers = StragglerWatch(plan.layout, config.train.straggler_factor)
+        self.hosts = gather_json(socket.gethostname(), grid)
         self.peak = self._measure_peak(dtype)
         if self.log:
             self.log.say(
@@ -88,15 +103,22 @@ class RunRecorder:
             if start.step >= (config.train.stop_after or config.train.steps):
                 self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
 
+    def restarted(self, step: int, count: int) -> None:
+        """Record that the ranks were started again, the `count`-th time, and go on after `step`."""
+        if self.log is not None:
+            self.log.restart(step, count)
+
     def step(self, report: StepReport) -> None:
         """Record a training step."""
         tokens = report.samples * self.config.data.sequence_length
         self.tokens = report.consumed_samples * self.config.data.sequence_length
         share = report.data_seconds / report.seconds
-        worst = torch.tensor([peak_memory(self.grid.device), share], dtype=torch.float64, device=self.grid.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        own = [report.own_seconds if rank == self.grid.rank else 0.0 for rank in range(self.plan.layout.world_size)]
+        mine = torch.tensor([peak_memory(self.grid.device), share, *own], dtype=torch.float64, device=self.grid.device)
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         if self.log is None:
             return
+        memory, data_wait, *seconds = mine.tolist()
         rate = tokens / report.seconds
         self.log.step(
             StepMetrics(
@@ -110,10 +132,12 @@ class RunRecorder:
                 tokens_per_second=rate,
                 step_seconds=report.seconds,
                 mfu=rate * self.flops_per_token / self.peak.flops,
-                memory_bytes=int(worst[0]),
-                data_wait=float(worst[1]),
+                memory_bytes=int(memory),
+                data_wait=data_wait,
             )
         )
+        for found in self.stragglers.count(seconds):
+            self.log.straggler(report.step, found, self.hosts[found.rank])
 
     def evaluation(self, step: int, name: str, loss: float) -> None:
         """Record an evaluation on the validation set `name`."""
@@ -184,6 +208,21 @@ class RunRecorder:
             f"{simulated.bubble_fraction:.1%} simulated with the measured times"
         )
 
+    def stopped(self, step: int, reason: str | None) -> None:
+        """Leave STOPPED.json of a run that ends after `step` since it was asked to, and remove the file that asked."""
+        if self.log is None:
+            return
+        folder = self.plan.checkpoints / f"step_{step}"
+        checkpoint = str(folder) if folder.is_dir() else None
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record = {"step": step, "reason": reason, "checkpoint": checkpoint, "time": now}
+        write_whole(self.directory / STOPPED, json.dumps(record).encode() + b"\n")
+        (self.directory / STOP).unlink(missing_ok=True)
+        kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
+        if not self.config.checkpoint.every:
+            kept = "no checkpoint is kept: checkpoint.every is 0"
+        self.log.say(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
+
     def finish(self, *, complete: bool) -> None:
         """Draw the curves; leave DONE.json where the run went to its last step."""
         if self.log is None:
@@ -204,7 +243,7 @@ class RunRecorder:
             self.log.say(f"pipeline timeline: {self.picture}")
         if complete:
             done = {"step": self.config.train.steps, "tokens": self.tokens}
-            write_whole(self.directory / "DONE.json", json.dumps(done).encode())
+            write_whole(self.directory / DONE, json.dumps(done).encode())
         self.log.say(f"run: {self.directory}")
 
     def close(self) -> None:
@@ -215,8 +254,13 @@ class RunRecorder:
         """Make the run's folder ready; return what to say of it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         said = []
+        if (request := self.directory / STOP).exists():
+            request.unlink()
+            said.append(f"removed {request}, which was there before this start")
         if start.continues(self.plan.checkpoints):
             clean(self.plan.checkpoints)
+            for name in (DONE, STOPPED):  # which tell how the run ended before
+                (self.directory / name).unlink(missing_ok=True)
             aside = next_aside(self.directory) / "checkpoints"
             if moved := set_aside_later(self.plan.checkpoints, start.step, aside):
                 said.append(f"set aside: {', '.join(moved)}, to {aside}")

@@ -2,14 +2,13 @@
 
 import datetime
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,9 @@ from megalite.data.batches import BatchReader, BatchSchedule, PassedOver, ReadAh
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
-from megalite.errors import UserError
+from megalite.errors import STOPPED_STATUS, UserError
 from megalite.files import sole_user
+from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
 from megalite.model.dropout import DropoutStreams
@@ -38,19 +38,28 @@ from megalite.plan import Plan
 from megalite.recorder import RunRecorder, StepReport
 from megalite.resume import find_start
 from megalite.spikes import SpikeWatch
+from megalite.stopping import STOP, StopRequests
 from megalite.zero import ZeroEngine
 from megalite.zero_state import ZeroState
 
 
-def train(plan: Plan, environment: LaunchEnvironment) -> None:
+def train(plan: Plan, environment: LaunchEnvironment) -> int:
     """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
+
+    Returns the exit status: `STOPPED_STATUS` where the run was asked to stop before its end and megalite launched it,
+    else 0, since other launchers take anything else for a failure.
 
     Raises UserError for what the user can mend, and where `train.max_bad_steps` steps in a row had to be skipped.
     """
+    config = plan.config
+    progress = Progress()
+    file = config.run.dir / STOP if environment.rank == 0 else None
+    stop = StopRequests(file, config.train.max_minutes)
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
         plan.check_start()
         plan.check_data()
-    timeout = datetime.timedelta(seconds=plan.config.train.timeout_seconds)
+    # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
+    timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
@@ -58,11 +67,15 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
         ExitStack() as stack,
         process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid,
     ):
-        claim_folder(plan.config.run.dir, grid, stack)
-        trainer = Trainer(plan, grid, open_datasets(plan.config))
-        with stop_signals():
-            trainer.run()
+        claim_folder(config.run.dir, grid, stack)
+        heart = Heart(config.run.dir, grid.rank, plan.layout.world_size, progress, config.train.timeout_seconds)
+        stack.enter_context(heart)
+        restarts = environment.restarts
+        trainer = Trainer(plan, grid, open_datasets(config), stop=stop, progress=progress, restarts=restarts)
+        with stop.heeding_signals():
+            stopped = trainer.run()
         trainer.close()
+    return STOPPED_STATUS if stopped and environment.launcher == "megalite" else 0
 
 
 class Trainer:
@@ -74,10 +87,18 @@ class Trainer:
         grid: ProcessGrid,
         datasets: Datasets,
         *,
+        stop: StopRequests | None = None,
+        progress: Progress | None = None,
+        restarts: int = 0,
         reached: Callable[[str], None] = lambda point: None,
     ) -> None:
-        """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says."""
+        """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says.
+
+        `stop` is what may end its training early, `progress` hears where it is, and `restarts` says how often the ranks
+        were started again.
+        """
         self.plan, self.config, self.grid = plan, plan.config, grid
+        self.stop, self.progress, self.restarts = stop or StopRequests(), progress or Progress(), restarts
         self.start = find_start(plan, grid)
         self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
         self.state = ZeroState(self.engine)
@@ -105,6 +126,7 @@ class Trainer:
             ),
             dtype=self.engine.dtype,
             device=grid.device,
+            moved=self.progress.moved,
         )
         self.datasets = datasets
         self.schedule = BatchSchedule(train, self.start.passed_over)
@@ -116,13 +138,19 @@ class Trainer:
             name: self._reader(samples, replace(rules, fim=None)) for name, samples in datasets.valid.items()
         }
 
-    def run(self) -> None:
-        """Train to the last step, or to `train.stop_after`, with evaluations, checkpoints and records on the way."""
+    def run(self) -> bool:
+        """Train to the last step, or to `train.stop_after`, with evaluations, checkpoints and records on the way.
+
+        Returns whether the ranks were asked to stop, and agreed to, before that step; they have saved a checkpoint
+        then, where there are any.
+        """
         train = self.config.train
         last = train.stop_after or train.steps
         recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start)
-        with closing(recorder), self._settled_when_stopped():
-            step = self.start.step
+        if self.restarts:
+            recorder.restarted(self.start.step, self.restarts)
+        stopped, step = False, self.start.step
+        with closing(recorder), self._settled_when_failed():
             while step < last:
                 step += 1
                 record = step in train.trace_steps
@@ -133,23 +161,39 @@ class Trainer:
                     if self._rolls_back and (back := self.roll_back(step)) is not None:
                         recorder.rollback(step, back, self.schedule.passed_over[-1].samples)
                         step = back
+                        if stopped := self.stop.agreed is not None:
+                            break
                         continue
                 skipped = report.outcome.skipped and report.spike is None
                 self.bad_steps.count(step, skipped=skipped, loss_scale=report.outcome.loss_scale)
                 if record:
                     recorder.timeline(step, spans)
                 if train.eval_every and (step % train.eval_every == 0 or step == last):
-                    for name in self.valid_readers:
-                        recorder.evaluation(step, name, self.evaluate(name))
-                if self.checkpointer.due(step, last):
+                    self._evaluate(step, recorder)
+                stopped = self.stop.agreed is not None and step < last
+                if self.checkpointer.due(step, last=step if stopped else last):
                     self.save(step)
                 recorder.checkpoints(self.checkpointer.take_reports())
+                if stopped:
+                    break
             self.checkpointer.wait()
             recorder.checkpoints(self.checkpointer.take_reports())
-            recorder.finish(complete=max(last, self.start.step) == train.steps)
+            if stopped:
+                recorder.stopped(step, self.stop.agreed)
+            recorder.finish(complete=not stopped and max(last, self.start.step) == train.steps)
+        return stopped
+
+    def _evaluate(self, step: int, recorder: RunRecorder) -> None:
+        """Evaluate on every validation set, as long as nobody asks to stop."""
+        self.progress.enter("evaluate", step)
+        for name in self.valid_readers:
+            loss = self.evaluate(name)
+            if self.stop.agreed is None:
+                recorder.evaluation(step, name, loss)
 
     def save(self, step: int) -> None:
         """Save a checkpoint of the state after `step`; raise UserError where that fails."""
+        self.progress.enter("save", step)
         self.checkpointer.save(self.plan.manifest(step), self._progress(step))
 
     def _progress(self, step: int) -> dict[str, Any]:
@@ -195,6 +239,7 @@ class Trainer:
         rule = self.config.train.spike
         assert rule is not None
         self.checkpointer.wait()
+        self.progress.enter("start", step)  # a checkpoint is read as at a start, which may take long
         start = find_start(replace(self.plan, config=self.config.model_copy(update={"resume": "auto"})), self.grid)
         if start.reader is None:
             return None
@@ -215,11 +260,11 @@ class Trainer:
         return start.step
 
     @contextmanager
-    def _settled_when_stopped(self) -> Iterator[None]:
-        """A rank that has to stop leaves no checkpoint half written that it could finish."""
+    def _settled_when_failed(self) -> Iterator[None]:
+        """A rank that has to end leaves no checkpoint half written that it could finish."""
         try:
             yield
-        except (SystemExit, UserError):
+        except UserError:
             self.checkpointer.settle()
             raise
 
@@ -236,7 +281,10 @@ class Trainer:
         if record:
             dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
+        self.progress.enter("data", step)
         batch = self.batches.take(step)
+        self.progress.enter("compute", step)
+        self.executor.own_time.take()  # that of an evaluation before
         with self.engine.accumulate():
             with self.bad_steps.watched():
                 microbatches = self._microbatches(batch, self._counted(batch), trains=True)
@@ -246,6 +294,7 @@ class Trainer:
             if drops := spike is not None and spike.drops_update:
                 self.engine.spoil()
         rate = self._learning_rate(step)
+        self.progress.enter("update", step)
         self.checkpointer.before_update()
         before_update()
         with self.state.keeping_loss_scale() if drops else nullcontext():
@@ -258,17 +307,23 @@ class Trainer:
             samples=len(self.schedule.samples(step)),
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
+            own_seconds=self.executor.own_time.take(),
             data_seconds=self.batches.waited,
             spike=spike,
         )
         return report, result.spans
 
     def evaluate(self, name: str) -> float:
-        """Return the mean loss over the first `eval_batches` global batches of a validation set, or all it has."""
+        """Return the mean loss over the first `eval_batches` global batches of a validation set, or all it has.
+
+        Once the ranks have agreed to stop, it is of the batches so far, and worth nothing.
+        """
         size, reader = self.config.train.global_batch_size, self.valid_readers[name]
         batches = min(self.config.train.eval_batches, self.datasets.valid[name].samples_per_epoch // size)
         total, tokens = 0.0, 0.0
         for first in range(0, batches * size, size):
+            if self.stop.agreed is not None:
+                break
             batch = reader.microbatches(range(first, first + size))
             counted = self._counted(batch)
             microbatches = self._microbatches(batch, counted, trains=False)
@@ -346,12 +401,17 @@ class Trainer:
         return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
 
     def _mean_loss(self, result: StepResult) -> float:
-        """Average over the data axis and tell every rank; one tensor rank of the last stage speaks for the others."""
-        total = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        """Average over the data axis and tell every rank; one tensor rank of the last stage speaks for the others.
+
+        What the ranks were asked goes with it: after it they agree on whether to stop.
+        """
+        total = torch.tensor([0.0, *self.stop.asked()], dtype=torch.float64, device=self.grid.device)
         if result.loss is not None and self.grid.coordinate.tensor == 0:
-            total += result.loss.double()
+            total[0] = result.loss
         dist.all_reduce(total)
-        return float(total) / self.plan.layout.data
+        loss, *asked = total.tolist()
+        self.stop.agree(asked)
+        return loss / self.plan.layout.data
 
 
 def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> dict[int, Stage]:
@@ -387,18 +447,3 @@ def claim_folder(folder: Path, grid: ProcessGrid, until: ExitStack) -> None:
             refusal = str(error)
     if refusal := gather_json(refusal, grid)[0]:
         raise UserError(refusal)
-
-
-@contextmanager
-def stop_signals() -> Iterator[None]:
-    """Turn the signals that ask a rank to stop into SystemExit, so that what it has begun is brought to an end."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

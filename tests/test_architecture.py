@@ -30,6 +30,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": ("config", "deepspeed_json", "faults", "layout", "pipeline.placement", "pipeline.schedule"),
     "launch": ("launch",),
     "files": (),
+    "heartbeat": ("files",),
+    "run_status": ("config", "heartbeat", "stopping"),
+    "stopping": (),
+    "stragglers": ("layout",),
     "data": ("config", "data", "faults", "files"),
     "checkpoint": ("checkpoint", "config", "faults", "files", "tensor_parallel.sharding"),
     "tensor_parallel.sharding": (),
@@ -48,7 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "model.packing": (),
     "model.dropout": ("config",),
     "learning_rate": ("config",),
-    "metrics": ("checkpointer", "config"),
+    "metrics": ("checkpointer", "config", "stragglers"),
     "plots": (),
     "spikes": ("config",),
     "zero": ("config", "distributed", "model", "tensor_parallel.deferral", "tensor_parallel.sharding"),
@@ -83,6 +87,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plots",
         "resume",
         "spikes",
+        "stopping",
+        "stragglers",
         "zero",
     ),
     "train": (
@@ -93,6 +99,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "data",
         "distributed",
         "files",
+        "heartbeat",
         "launch",
         "learning_rate",
         "model",
@@ -101,6 +108,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "recorder",
         "resume",
         "spikes",
+        "stopping",
         "zero",
         "zero_state",
     ),
@@ -116,7 +124,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "parity.table": ("layout", "parity.finding"),
     "cli": (
         *("checkpoint", "cli", "data", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
-        *("provenance", "train", "verification"),
+        *("provenance", "run_status", "train", "verification"),
     ),
     "__main__": ("cli",),
 }
@@ -124,6 +132,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
     *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
+    *("heartbeat", "run_status", "stopping", "stragglers"),
     *("parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,

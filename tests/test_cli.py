@@ -1,5 +1,6 @@
 """The command line: what it prints and the status it ends with. The verbs' own work is tested beside the library."""
 
+import math
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 from megalite.cli import main
 from megalite.errors import UserError
 
-VERBS = "convert, generate, inspect, preprocess, tokenizer, train, verify"
+VERBS = "convert, generate, inspect, preprocess, status, tokenizer, train, verify"
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
@@ -109,14 +110,15 @@ def test_a_missing_run_file_is_the_users_error(tmp_path: Path, capsys: pytest.Ca
 def test_by_hand_the_layouts_ranks_are_launched(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def launch_local(argv: list[str], world_size: int, log_dir: Path) -> int:
-        calls.append((argv, world_size, log_dir))
+    def launch_local(argv: list[str], world_size: int, log_dir: Path, **more: float) -> int:
+        calls.append((argv, world_size, log_dir, more))
         return 137
 
     monkeypatch.setattr("megalite.cli.train.launch_local", launch_local)
-    overrides = ["parallel.tensor=2", "parallel.pipeline=2"]
+    overrides = ["parallel.tensor=2", "parallel.pipeline=2", "train.max_restarts=3"]
     assert main(["train", str(run_file), *overrides]) == 137
-    assert calls == [(["train", str(run_file), *overrides], 4, run_file.parent / "run/logs")]
+    more = {"stop_grace": math.inf, "max_restarts": 3}
+    assert calls == [(["train", str(run_file), *overrides], 4, run_file.parent / "run/logs", more)]
 
 
 def test_a_dry_run_launches_nobody(

@@ -6,6 +6,7 @@ The ranks here are small programs of real processes: what they do when one is ki
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from textwrap import dedent
 import psutil
 import pytest
 
-from megalite.errors import UserError
+from megalite.errors import STOPPED_STATUS, UserError
 from megalite.launch import LaunchEnvironment, launch_environment, launch_local
 from megalite.launch.environment import LAUNCHER_PID, first_host
 
@@ -306,7 +307,7 @@ def test_a_killed_rank_takes_the_run_down(
     status = launch_local([str(tmp_path)], 4, tmp_path / "logs", command=program(body))
     assert time.monotonic() - started < DEADLINE
     assert status == 128 + signal.SIGKILL
-    assert "rank 2 was killed by signal SIGKILL" in capfd.readouterr().err
+    assert f"rank 2 on {socket.gethostname()} was killed by signal SIGKILL" in capfd.readouterr().err
     assert (tmp_path / "logs/rank_2.log").read_text() == "last words\n"
     assert not any(map(is_alive, pids(tmp_path, 4)))
 
@@ -327,7 +328,7 @@ def test_a_rank_that_raises_is_shown_and_not_those_that_died_of_it(
     assert err.count("RuntimeError: the cause") == 1
     assert "Traceback (most recent call last)" in err
     assert "lost a peer" not in err
-    assert err.splitlines()[-1].startswith(f"megalite: rank {failing} ended with status 1")
+    assert err.splitlines()[-1].startswith(f"megalite: rank {failing} on {socket.gethostname()} ended with status 1")
     assert "lost a peer" in (tmp_path / f"logs/rank_{1 - failing}.log").read_text(), "the others had no grace"
 
 
@@ -406,7 +407,7 @@ def test_a_rank_that_starts_after_its_launcher_has_died_ends(tmp_path: Path) -> 
     assert orphan.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_stop_signal_goes_on_to_the_ranks(
     tmp_path: Path, started: list[subprocess.Popen[str]], number: signal.Signals
 ) -> None:
@@ -451,6 +452,95 @@ def test_a_second_stop_signal_kills_at_once(tmp_path: Path, started: list[subpro
     assert not any(map(is_alive, ranks))
 
 
+def test_ranks_that_save_have_the_time_they_need(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    body = f"""
+        def stop(number, frame):
+            time.sleep(1 + rank)
+            os._exit({STOPPED_STATUS})
+        signal.signal(signal.SIGTERM, stop)
+        leave_pid(f"ready{{rank}}", os.getpid())
+        time.sleep(100)
+    """
+    launcher = start_launcher(started, tmp_path, 2, body, "stop_grace=float('inf'), failure_grace=0.1, max_restarts=1")
+    pids(tmp_path, 4)
+    launcher.terminate()
+    _, err = launcher.communicate(timeout=DEADLINE)
+    assert launcher.returncode == STOPPED_STATUS
+    assert err == "megalite: stopping after this step; once more to end at once\n"
+
+
+def test_a_rank_that_dies_while_the_others_stop_does_not_hold_them_up(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    body = """
+        if rank == 0: signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        leave_pid(f"ready{rank}", os.getpid())
+        time.sleep(100)
+    """
+    launcher = start_launcher(started, tmp_path, 2, body, "stop_grace=float('inf'), failure_grace=0.5")
+    pids(tmp_path, 4)
+    launcher.terminate()
+    assert launcher.wait(5) == 128 + signal.SIGTERM
+
+
+def test_ranks_that_stopped_by_themselves_are_no_failure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = f"""
+        wait_for_ranks(2)
+        time.sleep(rank)
+        sys.exit({STOPPED_STATUS})
+    """
+    status = launch_local([str(tmp_path)], 2, tmp_path / "logs", command=program(body), failure_grace=0.1)
+    assert (status, capfd.readouterr().err) == (STOPPED_STATUS, "")
+
+
+# ---- the ranks are started again
+
+COUNTS_STARTS = """
+with (here / f"starts{rank}").open("a") as starts: starts.write(os.environ["MEGALITE_RESTART_COUNT"])
+"""
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_ranks_are_started_again_so_many_times(tmp_path: Path, capfd: pytest.CaptureFixture[str], allowed: int) -> None:
+    body = f"""{COUNTS_STARTS}
+if rank == 1 and os.environ["MEGALITE_RESTART_COUNT"] < "2": os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(100 * (os.environ["MEGALITE_RESTART_COUNT"] < "2"))
+"""
+    status = launch_local(
+        [str(tmp_path)], 2, tmp_path / "logs", command=program(body), failure_grace=0.1, max_restarts=allowed
+    )
+    assert status == (0 if allowed == 2 else 128 + signal.SIGKILL)
+    assert (tmp_path / "starts1").read_text() == "012"[: allowed + 1]
+    err = capfd.readouterr().err
+    assert err.count("was killed by signal SIGKILL") == min(2, allowed + 1)
+    assert [line for line in err.splitlines() if "started again" in line] == [
+        f"megalite: all ranks are started again, time {count} of {allowed}" for count in range(1, allowed + 1)
+    ]
+
+
+@pytest.mark.parametrize("ending", ["2", str(STOPPED_STATUS), "3 if rank else 75"])
+def test_a_users_mistake_and_a_stop_are_not_tried_again(tmp_path: Path, ending: str) -> None:
+    body = f"{COUNTS_STARTS}\nos._exit({ending})"
+    launch_local([str(tmp_path)], 2, tmp_path / "logs", command=program(body), max_restarts=3)
+    assert (tmp_path / "starts1").read_text() == "0"
+
+
+def test_a_run_that_was_told_to_stop_is_not_started_again(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    body = f"""{COUNTS_STARTS}
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+leave_pid(f"ready{{rank}}", os.getpid())
+if rank == 1: os._exit(3)
+time.sleep(100)
+"""
+    launcher = start_launcher(started, tmp_path, 2, body, "max_restarts=3")
+    pids(tmp_path, 4)
+    wait_until(lambda: not is_alive(int((tmp_path / "rank1.pid").read_text())))
+    time.sleep(0.3)
+    launcher.terminate()
+    assert launcher.wait(5) == 3
+    assert (tmp_path / "starts0").read_text() == "0"
+
+
 def test_nohup_is_heeded(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -468,7 +558,7 @@ def test_nohup_is_heeded(tmp_path: Path, started: list[subprocess.Popen[str]]) -
 
 
 def test_the_callers_signal_handlers_come_back(tmp_path: Path) -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
     before = [signal.getsignal(number) for number in numbers]
     assert launch_local([str(tmp_path)], 1, tmp_path / "logs", command=program("")) == 0
     assert [signal.getsignal(number) for number in numbers] == before

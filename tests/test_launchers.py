@@ -93,7 +93,7 @@ def test_a_killed_rank_ends_the_run(launch: Callable[..., Run], launcher: Launch
     assert run.process.wait(DEADLINE) != 0
     assert psutil.wait_procs(processes, timeout=0)[1] == []
     if launcher is by_hand:
-        assert "megalite: rank 1 was killed by signal SIGKILL" in run.output.read_text()
+        assert f"megalite: rank 1 on {socket.gethostname()} was killed by signal SIGKILL" in run.output.read_text()
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from test_train import TINY, megalite
 
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.errors import STOPPED_STATUS
 
 GIVEN = (*TINY, "parallel.data=2", "checkpoint.every=1", "checkpoint.keep_last=3", "checkpoint.async=true")
 
@@ -30,8 +31,8 @@ def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> No
         assert f"run.dir={folder} is in use by process " in second
         running.send_signal(signal.SIGTERM)
         _, said = running.communicate(timeout=30)
-    assert running.returncode == 128 + signal.SIGTERM
-    assert said == "megalite: stopped by signal SIGTERM\n"
+    assert running.returncode == STOPPED_STATUS
+    assert said == "megalite: stopping after this step; once more to end at once\n"
     found = checkpoints(folder / "checkpoints")
     assert all(CheckpointReader(path).faults() == [] for _, path in found)
 

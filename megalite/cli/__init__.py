@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megalite.cli import convert, generate, inspect, preprocess, tokenizer, train, verify
+from megalite.cli import convert, generate, inspect, preprocess, status, tokenizer, train, verify
 from megalite.cli.failure import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
 from megalite.errors import USER_ERROR_STATUS, UserError, nearest
 from megalite.launch import LaunchEnvironment, launch_environment
@@ -40,7 +40,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_megalite)
-    for verbs in (tokenizer, preprocess, train, verify, inspect, generate, convert):
+    for verbs in (tokenizer, preprocess, train, status, verify, inspect, generate, convert):
         verbs.register(app)
     return app
 
@@ -63,7 +63,7 @@ def _megalite(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status: 0, 2 for an error of the user's, 1 for any other.
+    """Run one verb and return the exit status: 0, 2 for an error of the user's, 75 after a stop, 1 for other failures.
 
     A rank does not return, it leaves at once: an orderly exit after a failure may wait for its peers, and one after a
     success may meet a thread of torch that still asks for the interpreter, which aborts the process.
@@ -76,10 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, _UsageError) as error:
         say_user_error(_message(error), rank)
         status = USER_ERROR_STATUS
-    except SystemExit as ended:  # of a rank that was told to stop
-        if rank is None:
-            raise
-        status = ended.code if isinstance(ended.code, int) else 1
     except Exception as error:
         if stdout_refused(error):
             say_lost_output(error)

@@ -1,6 +1,7 @@
 """``megalite train``: launch the ranks of a run on this machine, or be one of them."""
 
 import faulthandler
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,7 +67,13 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     folder = plan.config.run.dir
     with sole_user(folder, f"run.dir={folder}"):
         pass  # rank 0 takes it for the run; this ends a second run before its ranks start
-    status = launch_local(["train", str(run), *overrides], plan.layout.world_size, folder / "logs")
+    status = launch_local(
+        ["train", str(run), *overrides],
+        plan.layout.world_size,
+        folder / "logs",
+        stop_grace=math.inf,  # they save a checkpoint before they end
+        max_restarts=plan.config.train.max_restarts,
+    )
     raise typer.Exit(status)
 
 
@@ -80,8 +87,8 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
 
     plan = prepare(run, overrides, environment.world_size)
     if not dry_run:
-        train(plan, environment)
-    elif environment.rank == 0:
+        raise typer.Exit(train(plan, environment))
+    if environment.rank == 0:
         _show(plan)
 
 

@@ -56,6 +56,9 @@ class RunConfig(Section, frozen=True):
         if self.init_from is not None and self.resume not in ("auto", "never"):
             text = f"={show(str(self.init_from))} stands beside resume={show(self.resume)}, which has weights too"
             yield Fault(("init_from",), f"{text}; keep one of them")
+        if self.train.max_restarts and self.resume != "auto":
+            text = f"={self.train.max_restarts} has ranks go on from the newest checkpoint, and resume="
+            yield Fault(("train", "max_restarts"), f"{text}{show(self.resume)}; use resume=auto, or max_restarts=0")
         yield from recompute_faults(self.train, self.deepspeed)
         yield from rollback_faults(self)
         schedule = self.train.schedule

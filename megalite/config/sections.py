@@ -284,7 +284,13 @@ class TrainSection(Section, frozen=True):
     spike: SpikeSection | None = None
     """Watch the loss for jumps; no jump is one unless given."""
     timeout_seconds: Count = 1800
-    """How long a rank waits for a lost peer."""
+    """How long a rank in training may stand still, waiting for a lost peer say."""
+    max_restarts: Index = 0
+    """How often ranks that megalite launched are started again, from the newest checkpoint, when one of them dies."""
+    max_minutes: PositiveNumber | None = None
+    """So many minutes after its start a rank asks to stop: a checkpoint is saved, and the run can go on later."""
+    straggler_factor: Annotated[float, number(above=1)] = 1.5
+    """A rank that is at work so many times longer than the median of the ranks with its stages is named."""
 
     def faults(self) -> Iterator[Fault]:
         if self.stop_after and self.stop_after > self.steps:

@@ -13,6 +13,8 @@ Launcher = Literal["megalite", "torchrun", "deepspeed", "environment", "openmpi"
 
 LAUNCHER_PID = "MEGALITE_LAUNCHER_PID"
 """`launch_local` names itself to its ranks by this variable."""
+RESTART_COUNT = "MEGALITE_RESTART_COUNT"
+"""How often `launch_local` has started the ranks again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class LaunchEnvironment:
     launcher: Launcher
     master_address: str | None = None
     master_port: int | None = None
+    restarts: int = 0
+    """How often the launcher has started these ranks again."""
 
     def variables(self) -> dict[str, str]:
         """Return the environment variables by which torch and DeepSpeed find the same place.
@@ -89,6 +93,7 @@ def _from_rank(env: Mapping[str, str]) -> LaunchEnvironment:
         launcher=_who_set_rank(env),
         master_address=env.get("MASTER_ADDR"),
         master_port=_port(env),
+        restarts=_restarts(env, RESTART_COUNT if LAUNCHER_PID in env else "TORCHELASTIC_RESTART_COUNT"),
     )
 
 
@@ -131,6 +136,7 @@ def _from_slurm(env: Mapping[str, str]) -> LaunchEnvironment:
         launcher="slurm",
         master_address=env.get("MASTER_ADDR", first_host(nodes) if nodes else None),
         master_port=_port(env, job=f"{env['SLURM_JOB_ID']}.{step}" if "SLURM_JOB_ID" in env else None),
+        restarts=_restarts(env, "SLURM_RESTART_COUNT"),
     )
 
 
@@ -160,6 +166,10 @@ def _port(env: Mapping[str, str], *, job: str | None = None) -> int | None:
     if "MASTER_PORT" in env:
         return _number(env, "MASTER_PORT", beside="RANK", least=1)
     return 20000 + zlib.crc32(job.encode()) % 10000 if job else None
+
+
+def _restarts(env: Mapping[str, str], name: str) -> int:
+    return _number(env, name, beside="RANK") if name in env else 0
 
 
 def _number(env: Mapping[str, str], name: str, *, beside: str, least: int = 0) -> int:

@@ -16,13 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from megalite.errors import USER_ERROR_STATUS, UserError
-from megalite.launch.environment import LAUNCHER_PID
+from megalite.errors import STOPPED_STATUS, USER_ERROR_STATUS, UserError
+from megalite.launch.environment import LAUNCHER_PID, RESTART_COUNT
 
 USER_ERROR_PREFIX = "megalite: error: "
 """How the lines begin with which a rank tells the user of a mistake; `launch_local` looks for them in a rank's log."""
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TAIL_BYTES = 65536
 TAIL_LINES = 60
 
@@ -35,6 +35,7 @@ def launch_local(
     command: Sequence[str] = (sys.executable, "-m", "megalite"),
     failure_grace: float = 5.0,
     stop_grace: float = 10.0,
+    max_restarts: int = 0,
 ) -> int:
     """Run `command` with `argv` as `world_size` ranks on this machine; return the exit status of the run.
 
@@ -42,24 +43,41 @@ def launch_local(
     `log_dir`. Every rank has a session of its own, so that what it started ends with it.
 
     When a rank fails, the others have `failure_grace` seconds to end by themselves before they are killed; the one
-    that failed first is named on stderr, with its traceback. SIGINT, SIGTERM and SIGHUP go on to the ranks, which have
-    `stop_grace` seconds from then; a second one kills them at once.
+    that failed first is named on stderr, with its traceback. SIGINT, SIGTERM, SIGHUP and SIGUSR1 go on to the ranks,
+    which have `stop_grace` seconds from then, math.inf for as long as it takes; a second one kills them at once.
 
-    Returns 0 when every rank ended well, the status of the rank that failed first, or 128 + N for signal N.
+    Ranks that were taken down because one died are started again, at most `max_restarts` times; not where that was
+    the user's mistake, nor where a signal came.
+
+    Returns 0 when every rank ended well, `STOPPED_STATUS` when they stopped as they were asked to, the status of the
+    rank that failed first, or 128 + N for signal N.
     Call it from the main thread; the command calls `die_with_parent`. Raises UserError where `log_dir` cannot be made.
     """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{log_dir}: no folder for the ranks' logs: {error.strerror}; set another run.dir") from error
+    with _Signals() as signals:
+        for restarts in range(max_restarts + 1):
+            watch = _Watch(signals, failure_grace, stop_grace)
+            _run_ranks([*command, *argv], world_size, restarts, log_dir, watch)
+            status = watch.verdict()
+            if not watch.saw_a_rank_die or restarts == max_restarts:
+                return status
+            sys.stderr.write(f"megalite: all ranks are started again, time {restarts + 1} of {max_restarts}\n")
+    raise AssertionError(f"max_restarts={max_restarts} is below 0")
+
+
+def _run_ranks(command: Sequence[str], world_size: int, restarts: int, log_dir: Path, watch: "_Watch") -> None:
+    """Start the ranks and have them watched to their end."""
     ranks: list[_Rank] = []
-    with _Signals() as signals, _reserved_port() as port, closing(_Console(log_dir / "rank_0.log")) as console:
+    with _reserved_port() as port, closing(_Console(log_dir / "rank_0.log")) as console:
         try:
             for number in range(world_size):
-                variables = _variables(number, world_size, port)
-                ranks.append(_start_rank(number, [*command, *argv], variables, log_dir, console))
+                variables = _variables(number, world_size, port) | {RESTART_COUNT: str(restarts)}
+                ranks.append(_start_rank(number, command, variables, log_dir, console))
             console.close_write_end()
-            return _Watch(ranks, signals, console, failure_grace, stop_grace).run()
+            watch.run(ranks, console)
         finally:
             for rank in ranks:
                 rank.kill()
@@ -135,14 +153,15 @@ class _Rank:
 
     def epitaph(self) -> str:
         """How it ended, in words."""
+        who = f"rank {self.number} on {socket.gethostname()}"
         if self.status >= 0:
-            return f"rank {self.number} ended with status {self.status}"
+            return f"{who} ended with status {self.status}"
         try:
             name = signal.Signals(-self.status).name
         except ValueError:
             name = str(-self.status)
         hint = " (often a lack of memory)" if -self.status == signal.SIGKILL else ""
-        return f"rank {self.number} was killed by signal {name}{hint}"
+        return f"{who} was killed by signal {name}{hint}"
 
     def may_be_a_consequence(self) -> bool:
         """Whether it may have died because a peer did: NCCL gives up with SIGABRT, other signals come from outside."""
@@ -241,20 +260,27 @@ def _do_nothing(number: int, frame: object) -> None:
 class _Watch:
     """Waits for the ranks; knows the first that failed, or the signal that stopped them, and when patience ends."""
 
-    ranks: Sequence[_Rank]
     signals: _Signals
-    console: _Console
     failure_grace: float
     stop_grace: float
+    ranks: Sequence[_Rank] = ()
+    console: _Console = field(init=False)
     alive: list[_Rank] = field(init=False)
     failed: _Rank | None = None
     stopped_by: int | None = None
+    interrupted: bool = False
+    """Whether a signal came, be it after a failure."""
     kill_at: float = math.inf
 
-    def __post_init__(self) -> None:
-        self.alive = list(self.ranks)
+    @property
+    def saw_a_rank_die(self) -> bool:
+        """Whether the run ended by a failure that another start may not meet again."""
+        asked = self.interrupted or any(rank.status == STOPPED_STATUS for rank in self.ranks)
+        return self.failed is not None and self.failed.status != USER_ERROR_STATUS and not asked
 
-    def run(self) -> int:
+    def run(self, ranks: Sequence[_Rank], console: _Console) -> None:
+        """Wait for the end of every rank; call it once."""
+        self.ranks, self.console, self.alive = ranks, console, list(ranks)
         with selectors.DefaultSelector() as selector:
             selector.register(self.signals.read_end, selectors.EVENT_READ)
             selector.register(self.console.read_end, selectors.EVENT_READ)
@@ -270,16 +296,17 @@ class _Watch:
                     self._kill()
             if self.console.read_end in selector.get_map():
                 self._drain()
-        return self._verdict()
 
     def _collect(self) -> bool:
         """Take note of the ranks that have ended; False when none is left."""
         ended = [rank for rank in self.alive if rank.has_ended()]
         self.alive = [rank for rank in self.alive if rank not in ended]
-        failed = [rank for rank in ended if rank.status != 0]
+        failed = [rank for rank in ended if rank.status not in (0, STOPPED_STATUS)]
+        if failed:
+            # Its peers, were they told to stop or not, cannot go on without it.
+            self.kill_at = min(self.kill_at, time.monotonic() + self.failure_grace)
         if failed and self.failed is None and self.stopped_by is None:
             self.failed = min(failed, key=_Rank.may_be_a_consequence)
-            self.kill_at = time.monotonic() + self.failure_grace
             # What rank 0 says from now on is of its peer's death; a user's error it may be the one to say.
             self.console.muted = self.failed.number != 0 and self.failed.status != USER_ERROR_STATUS
         return bool(self.alive)
@@ -288,11 +315,14 @@ class _Watch:
         for number in received:
             if number == signal.SIGCHLD:
                 continue
+            self.interrupted = True
             if self.stopped_by is not None or self.failed is not None:
                 self._kill()
                 continue
             self.stopped_by = number
             self.kill_at = time.monotonic() + self.stop_grace
+            if math.isinf(self.stop_grace):
+                sys.stderr.write("megalite: stopping after this step; once more to end at once\n")
             for rank in self.alive:
                 rank.send(number)
 
@@ -307,14 +337,15 @@ class _Watch:
         with suppress(BlockingIOError):
             self.console.pump()
 
-    def _verdict(self) -> int:
+    def verdict(self) -> int:
+        """Return the exit status of the run, and say how it ended where it did not end well."""
+        statuses = {rank.status for rank in self.ranks}
+        if statuses <= {0, STOPPED_STATUS}:
+            return max(statuses)
         if self.stopped_by is not None:
-            if all(rank.status == 0 for rank in self.ranks):
-                return 0
             sys.stderr.write(f"megalite: stopped by signal {signal.Signals(self.stopped_by).name}\n")
             return 128 + self.stopped_by
-        if self.failed is None:
-            return 0
+        assert self.failed is not None
         self._report(self.failed)
         return self.failed.status if self.failed.status > 0 else 128 - self.failed.status
 

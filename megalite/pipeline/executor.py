@@ -1,8 +1,8 @@
 """Runs an instruction stream on one rank. It knows no schedule: what the stream says is what happens, in that order."""
 
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from megalite.pipeline.instructions import (
     SendActivation,
     SendGradient,
 )
+from megalite.pipeline.own_time import own_time
 from megalite.pipeline.p2p import Channel, PendingReceive
 from megalite.pipeline.placement import Placement
 from megalite.pipeline.timeline import Span
@@ -111,8 +112,10 @@ class PipelineExecutor:
         activation_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
-        """Build the executor of pipeline rank `rank`."""
+        """Build the executor of pipeline rank `rank`; `moved` is called after every instruction."""
+        self.moved, self.own_time = moved, own_time(device)
         self.engine, self.placement, self.rank, self.device = engine, placement, rank, device
         self.incoming = {end: Channel(link, activation_shape, dtype, device) for end, link in links.incoming.items()}
         self.outgoing = {end: Channel(link, activation_shape, dtype, device) for end, link in links.outgoing.items()}
@@ -155,6 +158,7 @@ class _Run:
         with torch.set_grad_enabled(trains):
             for instruction in stream:
                 self._execute(instruction)
+                self.executor.moved()
         for channel in self.executor.outgoing.values():
             channel.flush()
         left = (self.receiving, self.passed_on, self.inputs, self.outputs, self.deferred)
@@ -176,9 +180,8 @@ class _Run:
             case Backward() | BackwardInput():
                 self._backward(instruction)
             case BackwardWeight():
-                started = self._clock()
-                self.executor.engine.run_deferred(self.deferred.pop(key))
-                self._note(instruction, started)
+                with self._measured(instruction):
+                    self.executor.engine.run_deferred(self.deferred.pop(key))
             case _:
                 raise NotImplementedError(f"no way to execute {instruction}")
 
@@ -189,19 +192,18 @@ class _Run:
     def _forward(self, at: Forward) -> None:
         key, batch = (at.stage, at.microbatch), self.microbatches[at.microbatch]
         inputs = self._stage_input(key)
-        started = self._clock()
-        output = self.executor.engine.forward(
-            at.stage, inputs, batch.targets, batch.packing, batch.loss_weights, batch.dropout
-        )
-        if at.stage < self.last_stage:
-            self.passed_on[key] = output.detach()
-        else:
-            if batch.loss_weights is None:
-                output = output / len(self.microbatches)
-            self.losses.append(output.detach())
-        if torch.is_grad_enabled():
-            self.outputs[key] = output
-        self._note(at, started)
+        with self._measured(at):
+            output = self.executor.engine.forward(
+                at.stage, inputs, batch.targets, batch.packing, batch.loss_weights, batch.dropout
+            )
+            if at.stage < self.last_stage:
+                self.passed_on[key] = output.detach()
+            else:
+                if batch.loss_weights is None:
+                    output = output / len(self.microbatches)
+                self.losses.append(output.detach())
+            if torch.is_grad_enabled():
+                self.outputs[key] = output
 
     def _stage_input(self, key: Key) -> Tensor:
         """Return what a stage reads: tokens, or what the stage before made, here or on another rank."""
@@ -221,18 +223,15 @@ class _Run:
     def _backward(self, at: Backward | BackwardInput) -> None:
         key, engine = (at.stage, at.microbatch), self.executor.engine
         scalar = self.outputs.pop(key)
-        if at.stage < self.last_stage:
-            gradient = self._output_gradient(key)
-            started = self._clock()
-            scalar: Tensor = _BackwardFrom.apply(scalar, gradient)  # pyright: ignore[reportAssignmentType]
-        else:
-            started = self._clock()
-        if isinstance(at, Backward):
-            engine.backward(scalar)
-        else:
-            with engine.deferring(at.stage) as self.deferred[key]:
+        gradient = self._output_gradient(key) if at.stage < self.last_stage else None
+        with self._measured(at):
+            if gradient is not None:
+                scalar: Tensor = _BackwardFrom.apply(scalar, gradient)  # pyright: ignore[reportAssignmentType]
+            if isinstance(at, Backward):
                 engine.backward(scalar)
-        self._note(at, started)
+            else:
+                with engine.deferring(at.stage) as self.deferred[key]:
+                    engine.backward(scalar)
 
     def _output_gradient(self, key: Key) -> Tensor:
         """Return the gradient of a stage's output: what the stage after found for its input."""
@@ -249,13 +248,16 @@ class _Run:
     def _is_here(self, stage: int) -> bool:
         return self.placement.rank_of(stage) == self.executor.rank
 
+    @contextmanager
+    def _measured(self, at: Instruction) -> Iterator[None]:
+        """Stand around what an instruction computes, once what it waits for is there."""
+        with self.executor.own_time.measured():
+            started = self._clock() if self.record else 0.0
+            yield
+            if self.record:
+                self.spans.append(Span(self.executor.rank, at, started, self._clock()))
+
     def _clock(self) -> float:
-        if not self.record:
-            return 0.0
         if self.executor.device.type == "cuda":
             torch.cuda.synchronize(self.executor.device)
         return time.perf_counter() - self.began
-
-    def _note(self, at: Instruction, started: float) -> None:
-        if self.record:
-            self.spans.append(Span(self.executor.rank, at, started, self._clock()))
