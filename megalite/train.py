@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megalite.agreement import run_facts
 from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
@@ -36,6 +37,7 @@ from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
 from megalite.recorder import RunRecorder, StepReport
+from megalite.rendezvous import agree
 from megalite.resume import find_start
 from megalite.zero import ZeroEngine
 from megalite.zero_state import ZeroState
@@ -44,7 +46,8 @@ from megalite.zero_state import ZeroState
 def train(plan: Plan, environment: LaunchEnvironment) -> None:
     """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
 
-    Raises UserError for what the user can mend, and where `train.max_bad_steps` steps in a row had to be skipped.
+    Raises UserError for what the user can mend, a rank of another run, code or data among it, and where
+    `train.max_bad_steps` steps in a row had to be skipped; RanksMissing where some do not come.
     """
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
         plan.check_start()
@@ -53,9 +56,12 @@ def train(plan: Plan, environment: LaunchEnvironment) -> None:
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    store = agree(environment, run_facts(plan, environment.world_size), timeout)
     with (
         ExitStack() as stack,
-        process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid,
+        process_grid(
+            plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement, store=store
+        ) as grid,
     ):
         claim_folder(plan.config.run.dir, grid, stack)
         trainer = Trainer(plan, grid, open_datasets(plan.config))

@@ -57,6 +57,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
     "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "provenance": ("data", "plan"),
+    "agreement": ("checkpoint.selection", "config", "data.fingerprint", "plan"),
+    "rendezvous": ("agreement", "launch"),
     "generation": (
         "checkpoint.companions",
         "checkpoint.manifest",
@@ -84,6 +86,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "zero",
     ),
     "train": (
+        "agreement",
         "bad_steps",
         "checkpoint",
         "checkpointer",
@@ -97,6 +100,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "pipeline",
         "plan",
         "recorder",
+        "rendezvous",
         "resume",
         "zero",
         "zero_state",
