@@ -14,16 +14,11 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed import (  # pyright: ignore[reportPrivateImportUsage]
-    DistError,
-    PrefixStore,
-    Store,
-    TCPStore,
-)
+from torch.distributed import DistError, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from megalite.agreement import Facts, difference
 from megalite.errors import CommonError, RanksMissing, UserError
@@ -39,15 +34,14 @@ _LINES = 8
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """What came of a meeting, the same on every rank, but that rank 0 alone has what the ranks told of themselves.
+    """What came of a meeting, the same on every rank.
 
-    `store` is for the process groups of those who met. `refusals` has a line for each rank that differs.
+    `store` is for those who met and for their process groups. `refusals` has a line for each rank that differs.
     """
 
     store: Store
     refusals: tuple[str, ...] = ()
     missing: tuple[int, ...] = ()
-    told: Mapping[int, Any] = field(default_factory=dict)
 
 
 def agree(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta) -> Store:
@@ -72,8 +66,8 @@ def meet(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedel
     store = _open_store(environment, timeout)
     try:
         if environment.rank == 0:
-            return _Host(store, environment, timeout).receive(facts, about_me)
-        return _report(store, environment, facts, about_me, timeout)
+            return _Host(store, environment, timeout).receive(facts)
+        return _report(store, environment, facts, timeout)
     except DistError as error:
         raise RanksMissing(
             f"rank 0 at {_place(environment)} does not answer rank {environment.rank} on {socket.gethostname()}; its "
@@ -125,7 +119,7 @@ class _Host:
         self._reports: dict[int, dict[str, Any]] = {}
         self._refusals: list[str] = []
 
-    def receive(self, facts: Facts, about_me: Any) -> Meeting:
+    def receive(self, facts: Facts) -> Meeting:
         me = _identity(self._environment.rank)
         self._store.set(f"{self._round}/facts", json.dumps({"facts": facts, **me}))
         began = time.monotonic()
@@ -139,7 +133,7 @@ class _Host:
                 speaks_at *= 2
                 sys.stderr.write(f"megalite: waiting at {_place(self._environment)} for {_ranks(missing)}\n")
             time.sleep(_POLL_SECONDS)
-        return self._conclude(missing, about_me)
+        return self._conclude(missing)
 
     def _missing(self) -> tuple[int, ...]:
         return tuple(rank for rank in range(1, self._environment.world_size) if rank not in self._reports)
@@ -165,7 +159,7 @@ class _Host:
             if report["refusal"] is not None:
                 self._refusals.append(f"rank {rank} on {report['host']}: {report['refusal']}")
 
-    def _conclude(self, missing: tuple[int, ...], about_me: Any) -> Meeting:
+    def _conclude(self, missing: tuple[int, ...]) -> Meeting:
         refusals = _shortened(self._refusals)
         self._store.set(f"{self._round}/outcome", json.dumps({"refusals": refusals, "missing": missing}))
         if refusals or missing:
@@ -173,24 +167,17 @@ class _Host:
             deadline = time.monotonic() + GRACE_SECONDS
             while self._store.add(f"{self._round}/read", 0) < self._heard and time.monotonic() < deadline:
                 time.sleep(_POLL_SECONDS)
-        told = {rank: report["about"] for rank, report in self._reports.items()} | {0: about_me}
-        return Meeting(PrefixStore(self._round, self._store), tuple(refusals), missing, told)
+        return Meeting(PrefixStore(self._round, self._store), tuple(refusals), missing)
 
 
-def _report(
-    store: Store, environment: LaunchEnvironment, facts: Facts, about_me: Any, timeout: datetime.timedelta
-) -> Meeting:
+def _report(store: Store, environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta) -> Meeting:
     """What every rank but 0 does."""
     me = uuid.uuid4().hex
     _append(store, "arrivals", me)
     name = store.get(f"welcome/{me}").decode()
     first = json.loads(store.get(f"{name}/facts"))
-    report = {
-        **_identity(environment.rank),
-        "refusal": difference(facts, first["facts"], first["host"]),
-        "about": about_me,
-    }
-    _append(store, f"{name}/reports", json.dumps(report))
+    refusal = difference(facts, first["facts"], first["host"])
+    _append(store, f"{name}/reports", json.dumps({**_identity(environment.rank), "refusal": refusal}))
     # Rank 0 may have come later than this one, and waits as long from then.
     store.wait([f"{name}/outcome"], timeout + datetime.timedelta(seconds=GRACE_SECONDS))
     outcome = json.loads(store.get(f"{name}/outcome"))
@@ -200,6 +187,25 @@ def _report(
 
 def _identity(rank: int) -> dict[str, Any]:
     return {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+
+
+def exchange(store: Store, environment: LaunchEnvironment, name: str, value: Any) -> list[Any]:
+    """Return what every rank passed, JSON, in the order of ranks, before there is a group. Collective; `name` is new.
+
+    Raises RanksMissing where a rank does not take part within the store's timeout.
+    """
+    rank = environment.rank
+    store.set(f"{name}/{rank}", json.dumps(value))
+    waiting_for = 0
+    try:
+        if rank == 0:
+            values = []
+            for waiting_for in range(environment.world_size):
+                values.append(json.loads(store.get(f"{name}/{waiting_for}")))
+            store.set(f"{name}/all", json.dumps(values))
+        return json.loads(store.get(f"{name}/all"))
+    except DistError as error:
+        raise RanksMissing(f"rank {waiting_for} ended or hung before the ranks' exchange of their {name}") from error
 
 
 def _append(store: Store, log: str, text: str) -> None:
