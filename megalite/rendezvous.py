@@ -27,7 +27,7 @@ from megalite.launch import LaunchEnvironment
 GRACE_SECONDS = 2.0
 """How long rank 0 waits for more ranks once one has refused, and at the end for those that read why."""
 QUIET_SECONDS = 30.0
-"""How long rank 0 waits for ranks without a word."""
+"""How long rank 0 waits for ranks without a word, and then between two of them."""
 _POLL_SECONDS = 0.02
 _LINES = 8
 
@@ -78,9 +78,28 @@ def meet(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedel
 def missing_line(missing: Sequence[int], environment: LaunchEnvironment, timeout: datetime.timedelta) -> str:
     """Say which ranks have not come."""
     return (
-        f"{_ranks(missing)} of {environment.world_size} did not come to {_place(environment)} within "
+        f"{ranks_in_words(missing)} of {environment.world_size} did not come to {_place(environment)} within "
         f"{timeout.total_seconds():g} s; see whether they were started, and their own messages"
     )
+
+
+def exchange(store: Store, environment: LaunchEnvironment, name: str, value: Any) -> list[Any]:
+    """Return what every rank passed, JSON, in the order of ranks, before there is a group. Collective; `name` is new.
+
+    Raises RanksMissing where a rank does not take part within the store's timeout.
+    """
+    rank = environment.rank
+    store.set(f"{name}/{rank}", json.dumps(value))
+    waiting_for = 0
+    try:
+        if rank == 0:
+            values = []
+            for waiting_for in range(environment.world_size):
+                values.append(json.loads(store.get(f"{name}/{waiting_for}")))
+            store.set(f"{name}/all", json.dumps(values))
+        return json.loads(store.get(f"{name}/all"))
+    except DistError as error:
+        raise RanksMissing(f"rank {waiting_for} ended or hung before the ranks' exchange of their {name}") from error
 
 
 def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> Store:
@@ -130,8 +149,8 @@ class _Host:
             if self._refusals:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             if time.monotonic() > speaks_at:
-                speaks_at *= 2
-                sys.stderr.write(f"megalite: waiting at {_place(self._environment)} for {_ranks(missing)}\n")
+                speaks_at += QUIET_SECONDS
+                sys.stderr.write(f"megalite: waiting at {_place(self._environment)} for {ranks_in_words(missing)}\n")
             time.sleep(_POLL_SECONDS)
         return self._conclude(missing)
 
@@ -189,25 +208,6 @@ def _identity(rank: int) -> dict[str, Any]:
     return {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
 
 
-def exchange(store: Store, environment: LaunchEnvironment, name: str, value: Any) -> list[Any]:
-    """Return what every rank passed, JSON, in the order of ranks, before there is a group. Collective; `name` is new.
-
-    Raises RanksMissing where a rank does not take part within the store's timeout.
-    """
-    rank = environment.rank
-    store.set(f"{name}/{rank}", json.dumps(value))
-    waiting_for = 0
-    try:
-        if rank == 0:
-            values = []
-            for waiting_for in range(environment.world_size):
-                values.append(json.loads(store.get(f"{name}/{waiting_for}")))
-            store.set(f"{name}/all", json.dumps(values))
-        return json.loads(store.get(f"{name}/all"))
-    except DistError as error:
-        raise RanksMissing(f"rank {waiting_for} ended or hung before the ranks' exchange of their {name}") from error
-
-
 def _append(store: Store, log: str, text: str) -> None:
     """Add an entry to a list in the store, to which all ranks may add at the same time."""
     store.set(f"{log}/{store.add(f'{log}/length', 1)}", text)
@@ -228,7 +228,8 @@ def _shortened(lines: list[str]) -> list[str]:
     return lines if more <= 0 else [*lines[:_LINES], f"{more} more ranks differ"]
 
 
-def _ranks(numbers: Sequence[int]) -> str:
+def ranks_in_words(numbers: Sequence[int]) -> str:
+    """Name ranks, the first few of many."""
     shown = ", ".join(map(str, numbers[:_LINES])) + (", ..." if len(numbers) > _LINES else "")
     return f"{'rank' if len(numbers) == 1 else 'ranks'} {shown}"
 

@@ -59,6 +59,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "provenance": ("data", "plan"),
     "agreement": ("checkpoint.selection", "config", "data.fingerprint", "plan"),
     "rendezvous": ("agreement", "launch"),
+    "doctor": ("distributed", "doctor", "launch"),
+    "doctor.report": (),
+    "doctor.speed": ("distributed", "doctor.report", "metrics"),
+    "doctor.disk": ("checkpoint.retention", "distributed", "doctor.report", "plan"),
+    "doctor.examination": ("agreement", "distributed", "doctor", "launch", "layout", "plan", "rendezvous"),
     "generation": (
         "checkpoint.companions",
         "checkpoint.manifest",
@@ -116,7 +121,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "parity.table": ("layout", "parity.finding"),
     "cli": (
-        *("checkpoint", "cli", "data", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
+        *("checkpoint", "cli", "data", "doctor", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
         *("provenance", "train", "verification"),
     ),
     "__main__": ("cli",),
@@ -125,7 +130,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
     *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
-    *("parity.cases", "parity.finding", "parity.scale", "parity.table"),
+    *("doctor.report", "parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,
 )
