@@ -38,11 +38,9 @@ def examine(environment: LaunchEnvironment, plan: Plan | None, *, timeout: datet
 def _rows(environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.timedelta) -> Iterator[Row]:
     size = environment.world_size
     meeting = meet(environment, process_facts(size) if plan is None else run_facts(plan, size), timeout)
-    if meeting.missing and not meeting.refusals:
-        yield Row("agreement", "bad", (missing_line(meeting.missing, environment, timeout),))
-        return
-    yield _agreement_row(meeting, environment, plan)
-    if meeting.refusals:
+    agreement = _agreement_row(meeting, environment, plan, timeout)
+    yield agreement
+    if agreement.verdict == "bad":
         return
     device = local_device(environment.local_rank)
     told = exchange(meeting.store, environment, "places", RankPlace.here(environment, device).to_json())
@@ -66,9 +64,13 @@ def _rows(environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.t
         yield Row("process groups", "bad", (f"rank {rank} on {hosts[rank]}: {str(error).splitlines()[0]}",))
 
 
-def _agreement_row(meeting: Meeting, environment: LaunchEnvironment, plan: Plan | None) -> Row:
-    if meeting.refusals:
+def _agreement_row(
+    meeting: Meeting, environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.timedelta
+) -> Row:
+    if meeting.refusals:  # ranks that are missing then are those that rank 0 no longer waited for
         return Row("agreement", "bad", meeting.refusals)
+    if meeting.missing:
+        return Row("agreement", "bad", (missing_line(meeting.missing, environment, timeout),))
     if environment.world_size == 1:
         return Row("agreement", "ok", ("one rank: nothing to compare",))
     what = "code and versions" if plan is None else "run file, code, versions, tokenizer, data and checkpoints"

@@ -74,9 +74,8 @@ def launcher_row(environment: LaunchEnvironment, places: Sequence[RankPlace]) ->
             told = ", ".join(map(str, sorted(counts)))
             wrong.append(f"{host} has {_counted(len(here), 'rank')}, and was told of {told}; set LOCAL_WORLD_SIZE")
         if len({place.local_rank for place in here}) < len(here):
-            wrong.append(
-                f"{host}: LOCAL_RANK is {', '.join(str(place.local_rank) for place in here)}; give each its own"
-            )
+            numbers = ", ".join(str(place.local_rank) for place in here)
+            wrong.append(f"{host}: LOCAL_RANK is {numbers}; give each rank of a host its own")
     return Row("launcher", "bad" if wrong else "ok", (*lines, *wrong))
 
 
