@@ -13,7 +13,7 @@ from megalite.doctor.report import Row, spans
 from megalite.launch import LaunchEnvironment
 
 _SHOWN = 8
-_SETTINGS = ("NCCL_", "GLOO_", "TORCH_NCCL_")
+_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class RankPlace:
             memory=memory,
             cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             threads=torch.get_num_threads(),
-            settings={name: value for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)},
+            settings={name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIXES)},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -66,45 +66,52 @@ def launcher_row(environment: LaunchEnvironment, places: Sequence[RankPlace]) ->
     launchers = sorted({place.launcher for place in places})
     where = f"{environment.master_address}:{environment.master_port}"
     ranks, hosts = _counted(len(places), "rank"), _counted(len(by_host), "host")
-    lines = [f"{' and '.join(launchers)}: {ranks} on {hosts}, met at {where}", *_differing_settings(places)]
-    wrong = [] if len(launchers) == 1 else ["the ranks were started in different ways; use one launcher"]
+    lines = [f"{' and '.join(launchers)}: {ranks} on {hosts}, met at {where}", *_settings(places)]
+    warnings = [] if len(launchers) == 1 else ["the ranks were started in different ways; use one launcher"]
     for host, here in by_host.items():
-        counts = {place.local_world_size for place in here}
-        if counts != {len(here)}:
-            told = ", ".join(map(str, sorted(counts)))
-            wrong.append(f"{host} has {_counted(len(here), 'rank')}, and was told of {told}; set LOCAL_WORLD_SIZE")
+        counts = sorted({place.local_world_size for place in here})
+        if counts != [len(here)]:
+            told = ", ".join(map(str, counts))
+            warnings.append(f"{host} has {_counted(len(here), 'rank')}, and was told of {told}; set LOCAL_WORLD_SIZE")
         if len({place.local_rank for place in here}) < len(here):
             numbers = ", ".join(str(place.local_rank) for place in here)
-            wrong.append(f"{host}: LOCAL_RANK is {numbers}; give each rank of a host its own")
-    return Row("launcher", "bad" if wrong else "ok", (*lines, *wrong))
+            warnings.append(f"{host}: LOCAL_RANK is {numbers}; give each rank of a host its own")
+    return Row("launcher", "warn" if warnings else "ok", (*lines, *warnings))
 
 
 def hosts_row(places: Sequence[RankPlace]) -> Row:
     """Say what each host has; hosts that are alike share a line."""
-    alike: dict[str, list[tuple[str, list[RankPlace]]]] = defaultdict(list)
-    wrong, slow = [], []
-    for host, here in _by_host(places).items():
-        alike[_equipment(here)].append((host, here))
-        shared = [place for place in here if place.device_id in {p.device_id for p in here if p is not place}]
-        if shared and shared[0].device_id is not None:
-            ranks = spans([place.rank for place in shared])
-            wrong.append(f"{host}: ranks {ranks} share an accelerator; start one rank for each")
-        busy = sum(place.threads for place in here)
-        cores = max(place.cores for place in here)
-        if here[0].device_id is None and busy > max(cores, len(here)):
-            share = max(1, cores // len(here))
-            slow.append(f"{host}: {busy} threads on {_counted(cores, 'core')}; set OMP_NUM_THREADS={share}")
-    lines = []
-    for equipment, hosts in alike.items():
-        ranks = spans([place.rank for _, here in hosts for place in here])
-        free = min(place.memory for _, here in hosts for place in here) / 2**30
-        names = ", ".join(host for host, _ in hosts[:_SHOWN]) + (", ..." if len(hosts) > _SHOWN else "")
-        lines.append(
-            f"{names}: {'ranks' if ',' in ranks or '-' in ranks else 'rank'} {ranks}, {equipment}, {free:.1f} GiB free"
-        )
+    by_host = _by_host(places)
+    alike: dict[str, list[str]] = defaultdict(list)
+    for host, here in by_host.items():
+        alike[_equipment(here)].append(host)
+    lines = [_line(equipment, hosts, by_host) for equipment, hosts in alike.items()]
+    wrong = [line for host, here in by_host.items() for line in _shared_accelerators(host, here)]
+    warnings = [line for host, here in by_host.items() for line in _too_many_threads(host, here)]
     if len({place.device for place in places}) > 1:
-        slow.append("the devices differ; every step waits for the slowest")
-    return Row("hosts", "bad" if wrong else "slow" if slow else "ok", (*lines, *wrong, *slow))
+        warnings.append("the devices differ; every step waits for the slowest")
+    return Row("hosts", "bad" if wrong else "warn" if warnings else "ok", (*lines, *wrong, *warnings))
+
+
+def _line(equipment: str, hosts: Sequence[str], by_host: Mapping[str, Sequence[RankPlace]]) -> str:
+    places = [place for host in hosts for place in by_host[host]]
+    names = ", ".join(hosts[:_SHOWN]) + (", ..." if len(hosts) > _SHOWN else "")
+    ranks = f"{'rank' if len(places) == 1 else 'ranks'} {spans([place.rank for place in places])}"
+    return f"{names}: {ranks}, {equipment}, {min(place.memory for place in places) / 2**30:.1f} GiB free"
+
+
+def _shared_accelerators(host: str, here: Sequence[RankPlace]) -> Iterator[str]:
+    for device in dict.fromkeys(place.device_id for place in here):
+        ranks = [place.rank for place in here if place.device_id == device]
+        if device is not None and len(ranks) > 1:
+            yield f"{host}: ranks {spans(ranks)} share an accelerator; start one rank for each"
+
+
+def _too_many_threads(host: str, here: Sequence[RankPlace]) -> Iterator[str]:
+    threads, cores = sum(place.threads for place in here), max(place.cores for place in here)
+    if here[0].device_id is None and threads > max(cores, len(here)):
+        share = max(1, cores // len(here))
+        yield f"{host}: {threads} threads on {_counted(cores, 'core')}; set OMP_NUM_THREADS={share}"
 
 
 def _equipment(here: Sequence[RankPlace]) -> str:
@@ -114,7 +121,7 @@ def _equipment(here: Sequence[RankPlace]) -> str:
     return f"CPU, {_counted(max(place.cores for place in here), 'core')}, {_counted(first.threads, 'thread')} a rank"
 
 
-def _differing_settings(places: Sequence[RankPlace]) -> Iterator[str]:
+def _settings(places: Sequence[RankPlace]) -> Iterator[str]:
     """Name what steers NCCL and gloo, and where ranks have other values."""
     for name in sorted({name for place in places for name in place.settings}):
         ranks: Mapping[str, list[int]] = defaultdict(list)

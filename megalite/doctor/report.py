@@ -9,10 +9,11 @@ from typing import Literal
 from pydantic import TypeAdapter
 from rich.table import Table
 
-Verdict = Literal["ok", "slow", "bad"]
-"""``slow`` trains, though not as it should; ``bad`` does not train, or not to the end."""
+Verdict = Literal["ok", "warn", "bad"]
+"""``warn`` trains, though slower than it might, or by luck; ``bad`` does not train, or not to the end."""
 
-_STYLES = {"ok": "green", "slow": "yellow", "bad": "bold red"}
+_STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
+_STRETCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +41,11 @@ class Report:
     @property
     def conclusion(self) -> str:
         """One line on the whole."""
-        bad, slow = self._with("bad"), self._with("slow")
+        bad, warned = self._with("bad"), self._with("warn")
         if bad:
             found = f"bad: {', '.join(bad)}"
         else:
-            found = f"nothing is bad; slow: {', '.join(slow)}" if slow else "fine"
+            found = f"nothing is bad; warnings: {', '.join(warned)}" if warned else "fine"
         return f"{found} ({self.seconds:.1f} s)"
 
     def table(self) -> Table:
@@ -73,7 +74,7 @@ class Report:
 
 
 def spans(numbers: Sequence[int]) -> str:
-    """Write whole numbers, in order, as stretches.
+    """Write whole numbers, in order, as stretches; the first and the last of many.
 
     >>> spans([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'
@@ -84,7 +85,10 @@ def spans(numbers: Sequence[int]) -> str:
             found[-1] = [found[-1][0], number]
         else:
             found.append([number])
-    return ", ".join("-".join(map(str, stretch)) for stretch in found)
+    words = ["-".join(map(str, stretch)) for stretch in found]
+    if len(words) > _STRETCHES:
+        words = [*words[:2], "...", words[-1]]
+    return ", ".join(words)
 
 
 def _plain(text: str) -> str:

@@ -51,7 +51,7 @@ def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:
         return Row(check, "ok", (f"{_number(middle)} {unit}{spread}",))
     lines = [f"{name}: {_number(rate)}, the median is {middle / rate:.1f} times as fast" for rate, name in slow]
     more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    return Row(check, "slow", (f"{_number(middle)} {unit} in the median", *lines[:_SHOWN], *more))
+    return Row(check, "warn", (f"{_number(middle)} {unit} in the median", *lines[:_SHOWN], *more))
 
 
 def _all_reduce_row(axis: str, grid: ProcessGrid, group: dist.ProcessGroup) -> Row:
@@ -65,8 +65,9 @@ def _all_reduce_row(axis: str, grid: ProcessGrid, group: dist.ProcessGroup) -> R
     for _ in range(_REPEATS):
         dist.all_reduce(message, group=group)
     _wait(grid.device)
+    seconds = time.perf_counter() - started
     sent = _REPEATS * message.nbytes * 2 * (size - 1) / size
-    told = gather_json([dist.get_process_group_ranks(group), sent / (time.perf_counter() - started) / 1e9], grid)
+    told = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], grid)
     rates = {f"ranks {spans(ranks)}": min(rate for others, rate in told if others == ranks) for ranks, _ in told}
     return rate_row(f"{axis} axis", f"GB/s all-reduced over {size} ranks", rates)
 
@@ -90,7 +91,8 @@ def _pipeline_row(grid: ProcessGrid) -> Row:
                 for _ in range(_REPEATS):
                     dist.recv(message, link.peer, group=link.group)
                 _wait(grid.device)
-                found.append([link.peer, grid.rank, _REPEATS * message.nbytes / (time.perf_counter() - started) / 1e9])
+                seconds = time.perf_counter() - started
+                found.append([link.peer, grid.rank, _REPEATS * message.nbytes / seconds / 1e9])
     hops = [hop for told in gather_json(found, grid) for hop in told]
     rates = {f"rank {source} to {target}": rate for source, target, rate in hops}
     return rate_row("pipeline axis", "GB/s sent to the next stage", rates)
