@@ -58,8 +58,8 @@ def agree(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timede
     return meeting.store
 
 
-def meet(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta, *, about_me: Any = None) -> Meeting:
-    """Meet the other ranks, see who differs from rank 0 and who is missing; `about_me`, JSON, is told to rank 0.
+def meet(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta) -> Meeting:
+    """Meet the other ranks, and see who differs from rank 0 and who is missing.
 
     Raises RanksMissing where rank 0 cannot be reached, and UserError where it cannot listen.
     """
