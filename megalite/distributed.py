@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.allocator import keep_freed_memory
@@ -93,8 +94,10 @@ def process_grid(
     device: torch.device,
     timeout: datetime.timedelta,
     placement: Placement | None = None,
+    store: Store | None = None,
 ) -> Iterator[ProcessGrid]:
-    """Join the ranks of `layout` (MASTER_ADDR and MASTER_PORT say where) and leave them at the end.
+    """Join the ranks of `layout` and leave them at the end; they meet in `store`, or where MASTER_ADDR and MASTER_PORT
+    say.
 
     Every operation fails after `timeout`: without it a lost peer would strand the others for half an hour. Leaving
     matters: a process that ends well with its groups alive may abort.
@@ -104,7 +107,11 @@ def process_grid(
     elif device.type == "cpu":
         keep_freed_memory()
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=layout.world_size, timeout=timeout
+        "nccl" if device.type == "cuda" else "gloo",
+        rank=rank,
+        world_size=layout.world_size,
+        timeout=timeout,
+        store=store,
     )
     yield build_grid(layout, rank, device=device, timeout=timeout, placement=placement)
     # Not where an exception passes: closed sockets would kill the peers first, and they would be blamed.

@@ -18,6 +18,14 @@ class UserError(Exception):
     """Something that the user asked for and cannot have; the message says what to write instead."""
 
 
+class CommonError(UserError):
+    """One that all ranks have found together and raise alike: it is enough that rank 0 says it."""
+
+
+class RanksMissing(RuntimeError):
+    """Not all ranks came together. Nothing that a user has written need be wrong: a later start may be luckier."""
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the closest allowed word, or the whole choice where none is close."""
     choices = sorted(allowed)

@@ -87,10 +87,11 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for part, peak in ACCELERATOR_PEAKS.items():
             if all(word in name for word in part.split()):
                 return peak, f"data sheet of {part}"
-    return _matrix_rate(device, dtype), "measured matrix products"
+    return matrix_rate(device, dtype), "measured matrix products"
 
 
-def _matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
+    """Return the best rate of a matrix product on this device in so many seconds, in FLOP/s."""
     size = 768 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 

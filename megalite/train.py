@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megalite.agreement import run_facts
 from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
@@ -36,6 +37,7 @@ from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
 from megalite.recorder import RunRecorder, StepReport
+from megalite.rendezvous import agree
 from megalite.resume import find_start
 from megalite.spikes import SpikeWatch
 from megalite.stopping import STOP, StopRequests
@@ -49,7 +51,8 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     Returns the exit status: `STOPPED_STATUS` where the run was asked to stop before its end and megalite launched it,
     else 0, since other launchers take anything else for a failure.
 
-    Raises UserError for what the user can mend, and where `train.max_bad_steps` steps in a row had to be skipped.
+    Raises UserError for what the user can mend, a rank of another run, code or data among it, and where
+    `train.max_bad_steps` steps in a row had to be skipped; RanksMissing where some do not come.
     """
     config = plan.config
     progress = Progress()
@@ -63,9 +66,12 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    store = agree(environment, run_facts(plan, environment.world_size), timeout)
     with (
         ExitStack() as stack,
-        process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid,
+        process_grid(
+            plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement, store=store
+        ) as grid,
     ):
         claim_folder(config.run.dir, grid, stack)
         heart = Heart(config.run.dir, grid.rank, plan.layout.world_size, progress, config.train.timeout_seconds)

@@ -62,6 +62,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
     "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "provenance": ("data", "plan"),
+    "agreement": ("checkpoint.selection", "config", "data.fingerprint", "plan"),
+    "rendezvous": ("agreement", "launch"),
+    "doctor": ("distributed", "doctor", "launch"),
+    "doctor.report": (),
+    "doctor.speed": ("distributed", "doctor.report", "metrics"),
+    "doctor.disk": ("checkpoint.retention", "distributed", "doctor.report", "plan"),
+    "doctor.examination": ("agreement", "distributed", "doctor", "launch", "layout", "plan", "rendezvous"),
     "generation": (
         "checkpoint.companions",
         "checkpoint.manifest",
@@ -92,6 +99,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "zero",
     ),
     "train": (
+        "agreement",
         "bad_steps",
         "checkpoint",
         "checkpointer",
@@ -106,6 +114,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "pipeline",
         "plan",
         "recorder",
+        "rendezvous",
         "resume",
         "spikes",
         "stopping",
@@ -123,7 +132,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "parity.table": ("layout", "parity.finding"),
     "cli": (
-        *("checkpoint", "cli", "data", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
+        *("checkpoint", "cli", "data", "doctor", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
         *("provenance", "run_status", "train", "verification"),
     ),
     "__main__": ("cli",),
@@ -133,7 +142,7 @@ HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
     *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
     *("heartbeat", "run_status", "stopping", "stragglers"),
-    *("parity.cases", "parity.finding", "parity.scale", "parity.table"),
+    *("doctor.report", "parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,
 )

@@ -6,15 +6,16 @@ Each file has a `register` that adds its verbs to the app, and imports what a ve
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from megalite.cli import convert, generate, inspect, preprocess, status, tokenizer, train, verify
+from megalite.cli import convert, doctor, generate, inspect, preprocess, status, tokenizer, train, verify
 from megalite.cli.failure import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
-from megalite.errors import USER_ERROR_STATUS, UserError, nearest
+from megalite.errors import USER_ERROR_STATUS, CommonError, RanksMissing, UserError, nearest
 from megalite.launch import LaunchEnvironment, launch_environment
 
 # Some versions of typer carry a click of their own: whichever it is, this is its UsageError.
@@ -40,7 +41,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_megalite)
-    for verbs in (tokenizer, preprocess, train, status, verify, inspect, generate, convert):
+    for verbs in (tokenizer, preprocess, doctor, train, status, verify, inspect, generate, convert):
         verbs.register(app)
     return app
 
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with named_stdout():
             status = build_app()(arguments or ["--help"], prog_name="megalite", standalone_mode=False) or 0
     except (UserError, _UsageError) as error:
-        say_user_error(_message(error), rank)
+        say_user_error(_message(error), rank, common=isinstance(error, CommonError))
         status = USER_ERROR_STATUS
     except Exception as error:
         if stdout_refused(error):
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif rank is None:
             raise
         else:
-            say_failure(rank)
+            say_failure(rank, str(error) if isinstance(error, RanksMissing) else traceback.format_exc())
         status = 1
     if rank is not None:
         leave(status)

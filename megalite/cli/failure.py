@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, TypeGuard
@@ -16,24 +15,34 @@ from megalite.launch import USER_ERROR_PREFIX, LaunchEnvironment
 
 RANK_ZERO_SECONDS = 10.0
 """How long another rank waits to see whether rank 0 went on without the error that it has found itself."""
+COMMON_SECONDS = 1.0
+"""How long another rank leaves rank 0 to say an error that all have found together."""
 
 
-def say_user_error(message: str, rank: LaunchEnvironment | None) -> None:
+def say_user_error(message: str, rank: LaunchEnvironment | None, *, common: bool = False) -> None:
     """Print a line for each fault, from one rank: nearly always every rank has found the same.
 
     Rank 0 speaks for all, since the others' stderr is often the same as its own, and since a launcher ends the run
-    with the first rank that ends: the others leave it the time. What rank 0 has not found, they say themselves.
+    with the first rank that ends: the others leave it the time. What rank 0 has not found, they say themselves; it has
+    found what is `common`.
     """
     # The ranks of `launch_local` have a log each, one of which it shows.
     shares_console = rank is not None and rank.launcher != "megalite"
-    if rank is None or rank.rank == 0 or not shares_console or _rank_zero_went_on(rank):
+    if rank is None or rank.rank == 0 or not shares_console or not _rank_zero_speaks(rank, common):
         sys.stderr.write("".join(f"{USER_ERROR_PREFIX}{line}\n" for line in message.splitlines()))
+
+
+def _rank_zero_speaks(rank: LaunchEnvironment, common: bool) -> bool:
+    """Leave rank 0 the time to say an error, and return whether it has found it."""
+    # A launcher that ends this rank because rank 0 has ended must find the same status.
+    signal.signal(signal.SIGTERM, lambda number, frame: leave(USER_ERROR_STATUS))
+    if common:
+        time.sleep(COMMON_SECONDS)
+    return common or not _rank_zero_went_on(rank)
 
 
 def _rank_zero_went_on(rank: LaunchEnvironment) -> bool:
     """Whether rank 0 opens the port where the ranks meet, as it does once it has found no error."""
-    # A launcher that ends this rank because rank 0 has ended must find the same status.
-    signal.signal(signal.SIGTERM, lambda number, frame: leave(USER_ERROR_STATUS))
     deadline = time.monotonic() + RANK_ZERO_SECONDS
     while rank.master_address and rank.master_port and time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection((rank.master_address, rank.master_port), timeout=1):
@@ -42,10 +51,10 @@ def _rank_zero_went_on(rank: LaunchEnvironment) -> bool:
     return False
 
 
-def say_failure(rank: LaunchEnvironment) -> None:
-    """Print the current exception in one piece, with the rank and host on every line: ranks may share a console."""
+def say_failure(rank: LaunchEnvironment, message: str) -> None:
+    """Print a message in one piece, with the rank and host on every line: ranks may share a console."""
     mark = f"[rank {rank.rank} on {socket.gethostname()}] "
-    sys.stderr.write("".join(f"{mark}{line}\n" for line in traceback.format_exc().splitlines()))
+    sys.stderr.write("".join(f"{mark}{line}\n" for line in message.splitlines()))
 
 
 class _Stdout(io.FileIO):

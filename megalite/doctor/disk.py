@@ -1,0 +1,133 @@
+"""Room and rate where a run writes its checkpoints, and whether all ranks write in the same folder."""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megalite.checkpoint.retention import kept
+from megalite.distributed import ProcessGrid, gather_json
+from megalite.doctor.report import Row
+from megalite.plan import Plan
+
+_SEEN_SECONDS = 5.0
+"""How long a rank looks for what rank 0 made: network file systems keep old listings for a while."""
+_PROBE_BYTES = 32 << 20
+_BYTES_A_WEIGHT = 12
+"""Of a checkpoint: the master weight and two moments, in fp32."""
+
+
+def disk_row(plan: Plan, grid: ProcessGrid, hosts: list[str]) -> Row:
+    """Look at the run's folder; what is written there for it is removed again. Collective."""
+    checkpoint = _BYTES_A_WEIGHT * sum(map(prod, plan.expectation.shapes.values()))
+    with _probe_folder(plan.config.run.dir, grid) as (folder, refusal):
+        if refusal is not None:
+            return Row("disk", "bad", (refusal,))
+        blind = [rank for rank, sees in enumerate(gather_json(_sees(folder), grid)) if not sees]
+        if blind:
+            return Row("disk", "bad", (_not_shared(plan, blind, hosts),))
+        free = gather_json(shutil.disk_usage(folder).free, grid)[0]
+        room, room_is_bad = _room(plan, checkpoint, free)
+        share = min(_PROBE_BYTES, max(1 << 16, checkpoint // grid.layout.world_size))
+        if share * grid.layout.world_size > free // 2:
+            return Row("disk", "bad" if room_is_bad else "ok", (room, "too little room to measure the rate"))
+        dist.barrier()
+        told = gather_json(_write(folder / f"rank_{grid.rank}", share), grid)
+    failed = [f"rank {rank} on {hosts[rank]}: {found}" for rank, found in enumerate(told) if isinstance(found, str)]
+    if failed:
+        return Row("disk", "bad", (room, *failed))
+    rate = share * len(told) / max(told)
+    ranks = "1 rank" if len(told) == 1 else f"{len(told)} ranks together"
+    written = f"{_size(rate)}/s written and flushed by {ranks}"
+    if plan.config.checkpoint.every:
+        written += f": a checkpoint in {checkpoint / rate:.2g} s"
+    return Row("disk", "bad" if room_is_bad else "ok", (room, written))
+
+
+def _room(plan: Plan, checkpoint: int, free: int) -> tuple[str, bool]:
+    """Return a line on what there is room for, and whether that is too little."""
+    settings, steps = plan.config.checkpoint, plan.config.train.steps
+    where = f"{_size(free)} free in {plan.config.run.dir}"
+    if not settings.every:
+        return f"{where}; checkpoint.every=0: none is written", False
+    saved = sorted({*range(settings.every, steps + 1, settings.every), steps})
+    # The oldest goes once the newest is whole.
+    count = min(len(saved), len(kept(saved, settings.keep_last, settings.keep_every)) + 1)
+    line = f"{where}; a checkpoint takes {_size(checkpoint)}, {count} at most are there at a time"
+    if free >= count * checkpoint:
+        return line, False
+    return f"{line}, {_size(count * checkpoint)}; make room, keep fewer (checkpoint.keep_last), or set run.dir", True
+
+
+@contextmanager
+def _probe_folder(run: Path, grid: ProcessGrid) -> Iterator[tuple[Path, str | None]]:
+    """Make a folder in the run's, or where that will be; yields its path, and on every rank why there is none."""
+    missing = 0
+    while not _above(run, missing).exists():
+        missing += 1
+    made: tuple[str, int, str | None] = "", missing, None
+    if grid.rank == 0:
+        parent = _above(run, missing)
+        try:
+            made = tempfile.mkdtemp(prefix=".doctor-", dir=parent), missing, None
+        except OSError as error:
+            refusal = f"run.dir={run}: {parent} cannot be written in: {error.strerror}; set another run.dir"
+            made = "", missing, refusal
+    name, missing, refusal = gather_json(made, grid)[0]
+    try:
+        # Where this rank has the run's folder: hosts may reach it by other paths.
+        yield _above(run, missing) / Path(name).name, refusal
+        dist.barrier()
+    finally:
+        if grid.rank == 0 and name:
+            shutil.rmtree(name, ignore_errors=True)
+
+
+def _above(folder: Path, levels: int) -> Path:
+    return [folder.absolute(), *folder.absolute().parents][levels]
+
+
+def _sees(folder: Path) -> bool:
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _not_shared(plan: Plan, blind: list[int], hosts: list[str]) -> str:
+    names = ", ".join(dict.fromkeys(hosts[rank] for rank in blind))
+    return (
+        f"run.dir={plan.config.run.dir}: what rank 0 on {hosts[0]} writes there is not seen on {names}; set run.dir to "
+        "a folder that all hosts share"
+    )
+
+
+def _write(path: Path, size: int) -> float | str:
+    """Write and flush a file that no file system can shrink; return the seconds, or why it cannot be written."""
+    content = os.urandom(size)
+    started = time.perf_counter()
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"cannot write in run.dir: {error.strerror}"
+    return time.perf_counter() - started
+
+
+def _size(size: float) -> str:
+    """Write a number of bytes with the unit that suits it."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.3g} {unit}"
