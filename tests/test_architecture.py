@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "composition": ("config",),
     "config": ("config", "deepspeed_json", "faults", "layout", "pipeline.placement", "pipeline.schedule"),
     "launch": ("launch",),
+    "cluster": ("cluster", "config"),
     "files": (),
     "data": ("config", "data", "faults", "files"),
     "checkpoint": ("checkpoint", "config", "faults", "files", "tensor_parallel.sharding"),
@@ -112,7 +113,20 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "parity.table": ("layout", "parity.finding"),
     "cli": (
-        *("checkpoint", "cli", "data", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
+        *(
+            "checkpoint",
+            "cli",
+            "cluster",
+            "config",
+            "data",
+            "files",
+            "generation",
+            "launch",
+            "layout",
+            "parity",
+            "plan",
+        ),
+        "plots",
         *("provenance", "train", "verification"),
     ),
     "__main__": ("cli",),
@@ -120,7 +134,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
+    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli", "cluster"),
     *("parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megalite.cli import convert, generate, inspect, preprocess, tokenizer, train, verify
+from megalite.cli import convert, generate, inspect, preprocess, slurm, tokenizer, train, verify
 from megalite.cli.failure import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
 from megalite.errors import USER_ERROR_STATUS, UserError, nearest
 from megalite.launch import LaunchEnvironment, launch_environment
@@ -40,7 +40,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_megalite)
-    for verbs in (tokenizer, preprocess, train, verify, inspect, generate, convert):
+    for verbs in (tokenizer, preprocess, train, slurm, verify, inspect, generate, convert):
         verbs.register(app)
     return app
 

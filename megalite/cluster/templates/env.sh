@@ -1,0 +1,13 @@
+# Settings of NCCL, gloo and threads, for a cluster whose nodes are alike. What is set already stays as it is.
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+
+# The interface that leads from here to the last node, and to this node's own address where there is no other. gloo would
+# take whichever the node's own name stands for, which on many systems is the loopback.
+if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && command -v ip >/dev/null; then
+    interface=$(ip -o route get "$(address_of "${hosts[-1]}")" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p') || true
+    [ -z "$interface" ] || export GLOO_SOCKET_IFNAME=$interface
+fi
+# All but these, so that InfiniBand and several interfaces stay in use.
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-^lo,docker,virbr}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
