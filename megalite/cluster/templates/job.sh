@@ -81,7 +81,7 @@ conclude() {
         finish 0 "the run is done"
     elif [ -s "$MEGALITE_USER_ERRORS" ]; then
         finish 2 "the run ended by an error that a restart does not mend"
-    elif is_new STOPPED.json && [ -z "$announced" ] && grep -q STOP "$run_dir/STOPPED.json"; then
+    elif is_new STOPPED.json && [ -z "$announced" ] && grep -q '"reason": *"STOP"' "$run_dir/STOPPED.json"; then
         finish 0 "the run was stopped by hand"
     elif [ "$status" = 0 ] && ! is_new STOPPED.json && grep -qs '^ *stop_after: [0-9]' "$run_dir/config.yaml"; then
         finish 0 "the run ended at train.stop_after"
