@@ -113,21 +113,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "parity.table": ("layout", "parity.finding"),
     "cli": (
-        *(
-            "checkpoint",
-            "cli",
-            "cluster",
-            "config",
-            "data",
-            "files",
-            "generation",
-            "launch",
-            "layout",
-            "parity",
-            "plan",
-        ),
-        "plots",
-        *("provenance", "train", "verification"),
+        *("checkpoint", "cli", "data", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
+        *("cluster", "config", "provenance", "train", "verification"),
     ),
     "__main__": ("cli",),
 }
