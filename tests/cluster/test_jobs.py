@@ -40,7 +40,7 @@ class Submitted:
     def losses(self) -> dict[int, float]:
         return read_losses(self.run_dir)
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while max(self.losses(), default=0) < step:
             assert time.monotonic() < deadline, f"no step {step}: {self.output()}"
@@ -92,7 +92,7 @@ def train_here(tmp_path_factory: pytest.TempPathFactory) -> Here:
     return losses
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "launcher", [name if name == "srun" else pytest.param(name, marks=pytest.mark.full) for name in LAUNCHERS]
 )
@@ -167,9 +167,9 @@ def test_a_killed_node_costs_one_restart(
     job = submit("powerless", "srun", *STEPS)
     job.wait_for_step(3)
     cluster.kill_node(victim)
-    cluster.wait_until(job.number, "PENDING", 120)
+    cluster.wait_until(job.number, "PENDING")
     cluster.start_node(victim)
-    ended = cluster.wait(job.number, 240)
+    ended = cluster.wait(job.number)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), job.output()
     assert job.losses() == train_here(run_file, *STEPS)
 
@@ -194,7 +194,7 @@ def test_the_signal_before_the_time_limit_saves_and_requeues(
 def test_a_run_outlives_its_time_limit(cluster: Cluster, submit: Submit) -> None:
     job = submit("long", "srun", "train.steps=1000000", "checkpoint.every=1000", "--time=1", "--stop-before=30")
     job.wait_for_step(1)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not cluster.job(job.number).restarts:
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.5)
@@ -226,7 +226,7 @@ def test_jobs_share_nodes_and_the_end_of_one_leaves_the_other_alone(
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_an_error_of_the_users_is_not_tried_again(cluster: Cluster, submit: Submit, launcher: str) -> None:
     job = submit("wrong", launcher, "data.train=[{prefix: /nowhere/corpus}]")
@@ -237,7 +237,7 @@ def test_an_error_of_the_users_is_not_tried_again(cluster: Cluster, submit: Subm
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_chain_of_jobs_by_the_template_itself(cluster: Cluster, run_file: Path, tmp_path: Path) -> None:
     (tmp_path / "slurm").symlink_to(REPOSITORY / "slurm")
     command = [str(REPOSITORY / "slurm/chain.sh"), "2", "links", "--nodes=2", "--ntasks-per-node=1"]
@@ -253,7 +253,7 @@ def test_a_chain_of_jobs_by_the_template_itself(cluster: Cluster, run_file: Path
 
 
 @pytest.mark.full
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_an_array_preprocesses_as_one_command_does(cluster: Cluster, tmp_path: Path) -> None:
     for name in ("slurm", "tools"):
         (tmp_path / name).symlink_to(REPOSITORY / name)

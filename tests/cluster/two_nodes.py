@@ -50,7 +50,7 @@ class Cluster:
         )
         return JobState(fields["JobState"], int(fields["Restarts"]), fields["ExitCode"].partition(":")[0])
 
-    def wait(self, number: str, seconds: float = 150) -> JobState:
+    def wait(self, number: str, seconds: float = 400) -> JobState:
         """Return the state of a job that has ended and is not to come again."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number)).state in RUNNING:
@@ -58,7 +58,7 @@ class Cluster:
             time.sleep(0.3)
         return job
 
-    def wait_until(self, number: str, state: str, seconds: float = 60) -> None:
+    def wait_until(self, number: str, state: str, seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
         while (job := self.job(number)).state != state:
             assert time.monotonic() < deadline, f"job {number} is {job.state}, not {state}"
