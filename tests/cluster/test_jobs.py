@@ -213,13 +213,14 @@ def test_jobs_share_nodes_and_the_end_of_one_leaves_the_other_alone(
     cluster: Cluster, submit: Submit, run_file: Path, train_here: Here
 ) -> None:
     """DeepSpeed kills by command line, on every node of the job."""
-    stays, goes = submit("stays", "deepspeed", *STEPS), submit("goes", "deepspeed", "train.steps=1000000")
-    goes.wait_for_step(1)
+    stays, goes = submit("stays", "deepspeed", *STEPS), submit("goes", "deepspeed", "train.steps=1000000", *STEPS[1:])
+    goes.wait_for_step(3)
     ranks = ranks_of(goes)
     assert sorted(ranks) == [0, 1, 2, 3]
     cluster.call("scancel", goes.number)
     _, alive = psutil.wait_procs(list(ranks.values()), timeout=60)
     assert not alive, f"ranks live on: {alive}"
+    assert (cluster.wait(goes.number).state, cluster.job(goes.number).restarts) == ("CANCELLED", 0), goes.output()
     ended = cluster.wait(stays.number)
     assert (ended.state, ended.restarts) == ("COMPLETED", 0), stays.output()
     assert stays.losses() == train_here(run_file, *STEPS)

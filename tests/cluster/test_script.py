@@ -125,6 +125,7 @@ class Bench:
             '*" show node "*) echo "NodeName=$4 NodeAddr=10.0.0.${4#a} State=IDLE" ;;\n'
             'requeue*) [ ! -e refuse ] || exit 1; echo "$2" >>requeued ;; esac',
         )
+        self.program("squeue", "[ -e state ] && cat state || echo RUNNING")
         (folder / "run.yaml").write_text("run: {}\n")
 
     def program(self, name: str, does: str) -> None:
@@ -183,6 +184,7 @@ def bench(tmp_path: Path) -> Bench:
         (f"{CHECKPOINT}; echo '  stop_after: 2' >$RUN/config.yaml", 0, "ended at train.stop_after", False),
         ("exit 9", 9, "has no checkpoint to go on from", False),
         ("exit 0", 1, "has no checkpoint to go on from", False),
+        (f"{CHECKPOINT}; echo CANCELLED >state; exit 9", 9, "since Slurm ended the job", False),
         (f"{CHECKPOINT}; touch refuse; exit 9", 9, "Slurm does not requeue the job", False),
     ],
 )

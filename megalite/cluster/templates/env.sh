@@ -1,4 +1,5 @@
-# Settings of NCCL, gloo and threads, for a cluster whose nodes are alike. What is set already stays as it is.
+# Settings of NCCL, gloo and threads, for a cluster whose nodes are alike: the place for what yours needs. What is set
+# already stays as it is.
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
@@ -8,6 +9,5 @@ if [ -z "${GLOO_SOCKET_IFNAME:-}" ] && command -v ip >/dev/null; then
     interface=$(ip -o route get "$(address_of "${hosts[-1]}")" 2>/dev/null | sed -n 's/.* dev \([^ ]*\).*/\1/p') || true
     [ -z "$interface" ] || export GLOO_SOCKET_IFNAME=$interface
 fi
-# All but these, so that InfiniBand and several interfaces stay in use.
-export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-^lo,docker,virbr}
+
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -62,7 +62,8 @@ launch() {
     local launcher status
     announced=
     touch "$folder/started"
-    trap 'announced=yes; interrupted=yes; touch "$run_dir/STOP"' USR1 TERM
+    trap 'announced=yes; interrupted=yes; touch "$run_dir/STOP"' USR1
+    trap 'interrupted=yes; touch "$run_dir/STOP"' TERM
     "$@" &
     launcher=$!
     while true; do
@@ -89,6 +90,8 @@ conclude() {
         finish "$failed" "the run ended with status $status and has no checkpoint to go on from"
     elif [ "$count" -ge "$most" ]; then
         finish "$failed" "the run ended with status $status; restarted $count times, of at most $most"
+    elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
+        finish "$failed" "the run ended with status $status, since Slurm ended the job"  # scancel is to be the last word
     elif ! scontrol requeue "$SLURM_JOB_ID"; then
         finish "$failed" "the run ended with status $status; Slurm does not requeue the job"
     fi
