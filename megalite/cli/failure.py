@@ -34,7 +34,7 @@ def say_user_error(message: str, rank: LaunchEnvironment | None) -> None:
         lines = "".join(f"{USER_ERROR_PREFIX}{line}\n" for line in message.splitlines())
         sys.stderr.write(lines)
         if rank is not None and USER_ERRORS in os.environ:
-            with Path(os.environ[USER_ERRORS]).open("a", encoding="utf-8") as file:
+            with suppress(OSError), Path(os.environ[USER_ERRORS]).open("a", encoding="utf-8") as file:
                 file.write(lines)
 
 

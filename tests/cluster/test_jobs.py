@@ -63,10 +63,10 @@ def read_losses(run_dir: Path) -> dict[int, float]:
 def submit(cluster: Cluster, run_file: Path, tmp_path: Path) -> Submit:
     """Submits a run of the small model by ``megalite slurm``."""
 
-    def submit_run(name: str, launcher: str, *arguments: str) -> Submitted:
+    def submit_run(name: str, launcher: str, *arguments: str, **variables: str) -> Submitted:
         run_dir = tmp_path / name
         command = [sys.executable, "-m", "megalite", "slurm", str(run_file), "--nodes", "2", "--launcher", launcher]
-        said = cluster.call(*command, f"run.dir={run_dir}", *LAYOUT, *SMALL, *arguments, cwd=tmp_path)
+        said = cluster.call(*command, f"run.dir={run_dir}", *LAYOUT, *SMALL, *arguments, cwd=tmp_path, **variables)
         found = re.match(r"job (\d+): ", said)
         assert found, said
         return Submitted(found[1], name, run_dir, tmp_path)
@@ -213,10 +213,13 @@ def test_jobs_share_nodes_and_the_end_of_one_leaves_the_other_alone(
     cluster: Cluster, submit: Submit, run_file: Path, train_here: Here
 ) -> None:
     """DeepSpeed kills by command line, on every node of the job."""
-    stays, goes = submit("stays", "deepspeed", *STEPS), submit("goes", "deepspeed", "train.steps=1000000", *STEPS[1:])
+    odd = """a %h %% $HOME "b" 'c' `d` \\e"""
+    stays = submit("stays", "deepspeed", *STEPS)
+    goes = submit("goes", "deepspeed", "train.steps=1000000", *STEPS[1:], MEGALITE_ODD=odd)
     goes.wait_for_step(3)
     ranks = ranks_of(goes)
     assert sorted(ranks) == [0, 1, 2, 3]
+    assert ranks[3].environ()["MEGALITE_ODD"] == odd
     cluster.call("scancel", goes.number)
     _, alive = psutil.wait_procs(list(ranks.values()), timeout=60)
     assert not alive, f"ranks live on: {alive}"

@@ -51,9 +51,13 @@ rm -f "$MEGALITE_USER_ERRORS"
 # By hand, for an image: container=(apptainer exec --nv image.sif). Ranks started by srun run inside.
 [ -n "${container+set}" ] || container=()
 
-# A line a host, for DeepSpeed.
+# A line a host, for DeepSpeed: by its name where that can be looked up, since ssh may know the host by it.
 write_hostfile() {
-    printf "%s slots=$ranks_per_node\n" "${hosts[@]}" >"$folder/hostfile"
+    local host
+    for host in "${hosts[@]}"; do
+        getent hosts "$host" >/dev/null || host=$(address_of "$host")
+        echo "$host slots=$ranks_per_node"
+    done >"$folder/hostfile"
 }
 
 # Run the launcher until it ends. When Slurm announces the end of the time, or takes the nodes for another job, the file
@@ -62,8 +66,8 @@ launch() {
     local launcher status
     announced=
     touch "$folder/started"
-    trap 'announced=yes; interrupted=yes; touch "$run_dir/STOP"' USR1
-    trap 'interrupted=yes; touch "$run_dir/STOP"' TERM
+    trap 'announced=yes; ask_to_stop' USR1
+    trap ask_to_stop TERM
     "$@" &
     launcher=$!
     while true; do
@@ -73,6 +77,11 @@ launch() {
         [ -n "$interrupted" ] || break
     done
     conclude "$status"
+}
+
+ask_to_stop() {
+    interrupted=yes
+    touch "$run_dir/STOP" || true
 }
 
 # End the job, or put it back into the queue. The files of the run's folder are the truth: launchers lose statuses.
