@@ -1,12 +1,12 @@
 #!/bin/bash
-# A true Slurm of two nodes on one machine, for tests: slurmctld here; a slurmd and an sshd a node, each node in network,
-# process, mount and host-name namespaces of its own. Needs root, and packages of Debian's that it installs.
+# A true Slurm of two nodes on one machine, for tests: slurmctld here; a slurmd and an sshd a node, each node in
+# namespaces of its own for network, processes, mounts and host name. Needs root, and Debian's packages, which it installs.
 #
 #   minislurm.sh serve              start it, say "ready", stop it once stdin ends, whatever ended the other side
 #   minislurm.sh kill_node NAME     take a node down as a power cut would
 #   minislurm.sh start_node NAME    and up again
 #
-# MINISLURM is the folder of its state; `export SLURM_CONF=$MINISLURM/slurm.conf` makes sbatch and the others talk to it.
+# MINISLURM is the folder of its state; with SLURM_CONF=$MINISLURM/slurm.conf sbatch and the others talk to it.
 set -euo pipefail
 
 state=${MINISLURM:?names the folder of the state}

@@ -19,7 +19,7 @@ train=(-m megalite train "$run_file" "${@:3}" "run.dir=$run_dir")
 ranks_per_node=${BASH_REMATCH[1]}
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 
-# The address by which Slurm reaches a host, so that no DNS is needed; a loopback address would lead each node to itself.
+# The address by which Slurm reaches a host, so that no DNS is needed. A loopback address would lead a node to itself.
 address_of() {
     local address
     address=$(scontrol --oneliner show node "$1" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
@@ -100,7 +100,8 @@ conclude() {
     elif [ "$count" -ge "$most" ]; then
         finish "$failed" "the run ended with status $status; restarted $count times, of at most $most"
     elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
-        finish "$failed" "the run ended with status $status, since Slurm ended the job"  # scancel is to be the last word
+        # Such as by scancel, which is to be the last word.
+        finish "$failed" "the run ended with status $status, since Slurm ended the job"
     elif ! scontrol requeue "$SLURM_JOB_ID"; then
         finish "$failed" "the run ended with status $status; Slurm does not requeue the job"
     fi
