@@ -1,6 +1,6 @@
 #!/bin/bash
 # A true Slurm of two nodes on one machine, for tests: slurmctld here; a slurmd and an sshd a node, each node in
-# namespaces of its own for network, processes, mounts and host name. Needs root, and Debian's packages, which it installs.
+# namespaces of its own for network, processes, mounts and host name. Needs root, and installs Debian's packages.
 #
 #   minislurm.sh serve              start it, say "ready", stop it once stdin ends, whatever ended the other side
 #   minislurm.sh kill_node NAME     take a node down as a power cut would
