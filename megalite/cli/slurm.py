@@ -64,11 +64,13 @@ def _slurm(
         typer.Option(metavar="NAME=VALUE", help="Any further option of sbatch: --sbatch qos=high --sbatch exclusive."),
     ] = None,
 ) -> None:
-    """Submit a run as a job of Slurm, from the folder that its paths are relative to.
+    """Submit a run as a job of Slurm, from the folder that its paths start in.
 
-    The job's script is made of the run file and of the launcher's template in slurm/. The job logs to
-    logs/NAME/JOB.log, is put back into the queue at its time limit and after a fault, and goes on there from its
-    newest checkpoint. --output and --dry-run submit nothing.
+    The script is made of the run file and of the launcher's template in slurm/.
+
+    The job logs to logs/NAME/JOB.log. At its time limit and after a fault it goes back into the queue.
+
+    --output and --dry-run submit nothing.
     """
     if launcher not in LAUNCHERS:
         raise UserError(f"--launcher {launcher!r} is none{nearest(launcher, LAUNCHERS)}")
