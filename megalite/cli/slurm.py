@@ -6,13 +6,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megalite.cluster import LAUNCHERS, Job, ranks_per_node, render
-from megalite.config import RunConfig, load_run_config
 from megalite.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from megalite.config import RunConfig
 
 
 def register(app: typer.Typer) -> None:
@@ -112,16 +114,17 @@ def _slurm(
     typer.echo(f"job {job}: {config.layout}, {nodes} nodes x {options['ntasks-per-node']} ranks; log: {logs / job}.log")
 
 
-def _checked(run: Path, overrides: list[str], nodes: int, ranks: int | None, max_restarts: int) -> RunConfig:
+def _checked(run: Path, overrides: list[str], nodes: int, ranks: int | None, max_restarts: int) -> "RunConfig":
     """Return the run as its ranks will resolve it."""
+    from megalite.config import load_run_config
+    from megalite.plan import prepare
+
     config = load_run_config(run, overrides)
     if config.resume != "auto" and max_restarts:
         raise UserError(
             f"{run.name}: resume={config.resume!r} would begin there again after every restart of the job; "
             "write resume=auto, or give --max-restarts 0"
         )
-    from megalite.plan import prepare
-
     return prepare(run, overrides, nodes * ranks_per_node(config, nodes, ranks)).config
 
 

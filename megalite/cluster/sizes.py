@@ -1,10 +1,14 @@
 """How a layout's ranks fall on nodes."""
 
-from megalite.config import RunConfig
+from typing import TYPE_CHECKING
+
 from megalite.errors import UserError
 
+if TYPE_CHECKING:
+    from megalite.config import RunConfig
 
-def ranks_per_node(config: RunConfig, nodes: int, given: int | None) -> int:
+
+def ranks_per_node(config: "RunConfig", nodes: int, given: int | None) -> int:
     """Return how many ranks each of `nodes` nodes has, where the user gave that number or None.
 
     Raises UserError where the layout's ranks do not fall on the nodes evenly, and where ``parallel.data: auto`` leaves

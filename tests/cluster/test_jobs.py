@@ -156,21 +156,22 @@ def test_a_requeued_job_goes_on(cluster: Cluster, submit: Submit, run_file: Path
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", ["node1", "node2"])
-def test_a_killed_node_costs_one_restart(
+def test_a_run_goes_on_once_a_killed_node_is_back(
     cluster: Cluster,
     submit: Submit,
     run_file: Path,
     train_here: Here,
     victim: str,
 ) -> None:
-    """Slurm requeues the job, which waits for a second node; the batch script ran on node1."""
+    """The batch script runs on node1. On node2 it may notice before Slurm does, and the job start once more in vain."""
     job = submit("powerless", "srun", *STEPS)
     job.wait_for_step(3)
     cluster.kill_node(victim)
     cluster.wait_until(job.number, "PENDING")
     cluster.start_node(victim)
     ended = cluster.wait(job.number)
-    assert (ended.state, ended.restarts) == ("COMPLETED", 1), job.output()
+    assert ended.state == "COMPLETED", job.output()
+    assert ended.restarts in ((1,) if victim == "node1" else (1, 2))
     assert job.losses() == train_here(run_file, *STEPS)
 
 
