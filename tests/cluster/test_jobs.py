@@ -145,8 +145,9 @@ def test_a_killed_rank_costs_one_restart(
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_requeued_job_goes_on(cluster: Cluster, submit: Submit, run_file: Path, train_here: Here) -> None:
-    job = submit("requeued", "srun", *STEPS)
+    job = submit("requeued", "srun", *STEPS, "--container", "env MEGALITE_INSIDE=yes")
     job.wait_for_step(3)
+    assert {rank.environ()["MEGALITE_INSIDE"] for rank in ranks_of(job).values()} == {"yes"}
     cluster.call("scontrol", "requeue", job.number)
     ended = cluster.wait(job.number)
     assert (ended.state, ended.restarts) == ("COMPLETED", 1), job.output()
