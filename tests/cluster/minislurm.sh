@@ -179,7 +179,7 @@ stop() {
 serve() {
     mkdir -p "$state"
     exec 9>/run/minislurm.lock  # one on a machine: its network and ports are what they are
-    flock 9
+    flock --timeout 600 9 || { echo "another cluster of this kind is in use on this machine" >&2; return 1; }
     install_packages
     trap stop EXIT
     trap '' INT HUP
