@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,3 +239,19 @@ def test_nodes_of_different_sizes_are_refused(bench: Bench) -> None:
 def test_the_folder_slurm_is_the_templates() -> None:
     repository = Path(__file__).parents[2]
     assert (repository / "slurm").resolve() == repository / "megalite" / "cluster" / "templates"
+
+
+def test_a_rank_leaves_an_error_of_the_users_where_the_job_looks(tmp_path: Path) -> None:
+    errors = tmp_path / "user_errors"
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20000"}
+    rank = subprocess.run(
+        [sys.executable, "-m", "megalite", "train", "missing.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, **place, "MEGALITE_USER_ERRORS": str(errors)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert rank.returncode == 2
+    assert errors.read_text() == rank.stderr
+    assert rank.stderr.startswith("megalite: error: missing.yaml")
