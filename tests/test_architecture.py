@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "composition": ("config",),
     "config": ("config", "deepspeed_json", "faults", "layout", "pipeline.placement", "pipeline.schedule"),
     "launch": ("launch",),
+    "cluster": ("cluster", "config"),
     "files": (),
     "heartbeat": ("files",),
     "run_status": ("config", "heartbeat", "stopping"),
@@ -132,15 +133,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "parity.table": ("layout", "parity.finding"),
     "cli": (
-        *("checkpoint", "cli", "data", "doctor", "files", "generation", "launch", "layout", "parity", "plan", "plots"),
-        *("provenance", "run_status", "train", "verification"),
+        *("checkpoint", "cli", "cluster", "config", "data", "doctor", "files", "generation", "launch", "layout"),
+        *("parity", "plan", "plots", "provenance", "run_status", "train", "verification"),
     ),
     "__main__": ("cli",),
 }
 
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli"),
+    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli", "cluster"),
     *("heartbeat", "run_status", "stopping", "stragglers"),
     *("doctor.report", "parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",

@@ -14,7 +14,7 @@ import pytest
 from megalite.cli import main
 from megalite.errors import UserError
 
-VERBS = "convert, doctor, generate, inspect, preprocess, status, tokenizer, train, verify"
+VERBS = "convert, doctor, generate, inspect, preprocess, slurm, status, tokenizer, train, verify"
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megalite.cli import convert, doctor, generate, inspect, preprocess, status, tokenizer, train, verify
+from megalite.cli import convert, doctor, generate, inspect, preprocess, slurm, status, tokenizer, train, verify
 from megalite.cli.failure import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
 from megalite.errors import USER_ERROR_STATUS, CommonError, RanksMissing, UserError, nearest
 from megalite.launch import LaunchEnvironment, launch_environment
@@ -41,7 +41,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_megalite)
-    for verbs in (tokenizer, preprocess, doctor, train, status, verify, inspect, generate, convert):
+    for verbs in (tokenizer, preprocess, doctor, train, slurm, status, verify, inspect, generate, convert):
         verbs.register(app)
     return app
 

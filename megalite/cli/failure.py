@@ -8,10 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from megalite.errors import USER_ERROR_STATUS
 from megalite.launch import USER_ERROR_PREFIX, LaunchEnvironment
+
+USER_ERRORS = "MEGALITE_USER_ERRORS"
+"""Names a file that ranks say errors of the user's in too: torchrun and others do not hand on the status of a rank."""
 
 RANK_ZERO_SECONDS = 10.0
 """How long another rank waits to see whether rank 0 went on without the error that it has found itself."""
@@ -29,7 +33,11 @@ def say_user_error(message: str, rank: LaunchEnvironment | None, *, common: bool
     # The ranks of `launch_local` have a log each, one of which it shows.
     shares_console = rank is not None and rank.launcher != "megalite"
     if rank is None or rank.rank == 0 or not shares_console or not _rank_zero_speaks(rank, common):
-        sys.stderr.write("".join(f"{USER_ERROR_PREFIX}{line}\n" for line in message.splitlines()))
+        lines = "".join(f"{USER_ERROR_PREFIX}{line}\n" for line in message.splitlines())
+        sys.stderr.write(lines)
+        if rank is not None and USER_ERRORS in os.environ:
+            with suppress(OSError), Path(os.environ[USER_ERRORS]).open("a", encoding="utf-8") as file:
+                file.write(lines)
 
 
 def _rank_zero_speaks(rank: LaunchEnvironment, common: bool) -> bool:

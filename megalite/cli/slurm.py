@@ -1,0 +1,149 @@
+"""``megalite slurm``: a batch script for a run, and the job of it."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from megalite.cluster import LAUNCHERS, Job, ranks_per_node, render
+from megalite.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from megalite.config import RunConfig
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to the app."""
+    app.command(name="slurm")(_slurm)
+
+
+def _slurm(
+    run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
+    nodes: Annotated[int, typer.Option(min=1, help="How many nodes the job has.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
+    ] = None,
+    launcher: Annotated[str, typer.Option(help=f"What starts the ranks: {', '.join(LAUNCHERS)}.")] = "srun",
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the script to a file; submit nothing.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script; write and submit nothing.")] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks-per-node", min=1, help="By default the layout's ranks over the nodes."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus-per-node", min=1, help="By default the job asks for none.")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option("--cpus-per-rank", min=1, help="Processors of a rank.")] = None,
+    time: Annotated[str | None, typer.Option(help="The job's limit, in sbatch's form: 24:00:00 by default.")] = None,
+    stop_before: Annotated[
+        int,
+        typer.Option(
+            min=10,
+            metavar="SECONDS",
+            help="How long before the limit the run is asked to save and end; sbatch --signal.",
+        ),
+    ] = 300,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often the job is put back into the queue at most; 0: never.")
+    ] = 20,
+    account: Annotated[str | None, typer.Option(help="The account that pays.")] = None,
+    partition: Annotated[str | None, typer.Option(help="The partition.")] = None,
+    name: Annotated[str | None, typer.Option(help="The job's name; by default that of the run's folder.")] = None,
+    container: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help='Words in front of python on the nodes: "apptainer exec --nv image.sif".'),
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Any further option of sbatch: --sbatch qos=high --sbatch exclusive."),
+    ] = None,
+) -> None:
+    """Submit a run as a job of Slurm, from the folder that its paths start in.
+
+    The script is made of the run file and of the launcher's template in slurm/.
+
+    The job logs to logs/NAME/JOB.log. At its time limit and after a fault it goes back into the queue.
+
+    --output and --dry-run submit nothing.
+    """
+    if launcher not in LAUNCHERS:
+        raise UserError(f"--launcher {launcher!r} is none{nearest(launcher, LAUNCHERS)}")
+    config = _checked(run, overrides or [], nodes, ranks or gpus, max_restarts)
+    name = name or re.sub(r"[^\w.-]", "_", config.run.dir.resolve().name, flags=re.ASCII)
+    options = {
+        "job-name": name,
+        "nodes": str(nodes),
+        "ntasks-per-node": str(config.layout.world_size // nodes),
+        "cpus-per-task": str(cpus) if cpus else None,
+        "gpus-per-node": str(gpus) if gpus else None,
+        "account": account,
+        "partition": partition,
+        "signal": f"B:USR1@{stop_before}",
+        **({"time": time} if time else {}),
+        **({} if max_restarts else {"requeue": None, "no-requeue": ""}),
+        **_further(sbatch or []),
+    }
+    script = render(
+        Job(
+            launcher=launcher,
+            arguments=(str(config.run.dir), str(run), *(overrides or [])),
+            options=options,
+            path=str(Path(sys.executable).parent),
+            max_restarts=max_restarts,
+            container=tuple(shlex.split(container or "")),
+        )
+    )
+    if dry_run:
+        typer.echo(script, nl=False)
+        return
+    logs = Path("logs", name)
+    logs.mkdir(parents=True, exist_ok=True)  # Slurm makes none, and a job whose output has no folder fails
+    if output is not None:
+        output.write_text(script, encoding="utf-8")
+        typer.echo(f"{output}: written; submit it from this folder by: sbatch {shlex.quote(str(output))}")
+        return
+    job = _submit(script)
+    typer.echo(f"job {job}: {config.layout}, {nodes} nodes x {options['ntasks-per-node']} ranks; log: {logs / job}.log")
+
+
+def _checked(run: Path, overrides: list[str], nodes: int, ranks: int | None, max_restarts: int) -> "RunConfig":
+    """Return the run as its ranks will resolve it."""
+    from megalite.config import load_run_config
+    from megalite.plan import prepare
+
+    config = load_run_config(run, overrides)
+    if config.resume != "auto" and max_restarts:
+        raise UserError(
+            f"{run.name}: resume={config.resume!r} would begin there again after every restart of the job; "
+            "write resume=auto, or give --max-restarts 0"
+        )
+    return prepare(run, overrides, nodes * ranks_per_node(config, nodes, ranks)).config
+
+
+def _further(given: list[str]) -> dict[str, str | None]:
+    """Options of sbatch as NAME=VALUE, or NAME alone, with or without the dashes."""
+    options: dict[str, str | None] = {}
+    for text in given:
+        name, _, value = text.removeprefix("--").partition("=")
+        if not re.fullmatch(r"[a-z][a-z-]+", name):
+            raise UserError(f"--sbatch {text!r} is no long option of sbatch; write NAME=VALUE, as in --sbatch qos=high")
+        options[name] = value
+    return options
+
+
+def _submit(script: str) -> str:
+    """Return the number of the job that sbatch made of a script."""
+    if shutil.which("sbatch") is None:
+        raise UserError("sbatch is not on this machine; submit from a login node, or give --output FILE")
+    done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError("\n".join(f"Slurm: {line}" for line in done.stderr.splitlines()) or "Slurm: sbatch failed")
+    return done.stdout.strip().partition(";")[0]

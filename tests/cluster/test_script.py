@@ -1,0 +1,257 @@
+"""``megalite slurm``: its sizes and options, and what its script makes of a run's end, Slurm's commands replaced."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megalite.cli import main
+from megalite.cluster import LAUNCHERS, Job, render
+
+DONE, STOPPED_BY_HAND, STOPPED_BY_TIME = (
+    'touch "$RUN/DONE.json"',
+    """echo '{"step": 3, "reason": "STOP"}' >"$RUN/STOPPED.json" """,
+    """echo '{"step": 3, "reason": "train.max_minutes"}' >"$RUN/STOPPED.json" """,
+)
+CHECKPOINT = 'mkdir -p "$RUN/checkpoints/step_2"'
+USER_ERROR = 'echo "megalite: error: no such key" >>"$MEGALITE_USER_ERRORS"'
+
+Rendered = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def rendered(run_file: Path, capsys: pytest.CaptureFixture[str]) -> Rendered:
+    """The status of ``megalite slurm --dry-run`` and what it prints."""
+
+    def call(*arguments: str) -> tuple[int, str]:
+        status = main(["slurm", str(run_file), "--dry-run", *arguments])
+        printed = capsys.readouterr()
+        return status, printed.out + printed.err
+
+    return call
+
+
+def options(script: str) -> list[str]:
+    return [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH")]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_script_is_whole_and_bash_reads_it(rendered: Rendered, launcher: str) -> None:
+    status, script = rendered("--nodes", "2", "--launcher", launcher, "parallel.tensor=2", "parallel.pipeline=2")
+    assert status == 0
+    assert "source " not in script
+    assert {"nodes=2", "ntasks-per-node=2", "signal=B:USR1@300", "requeue", "job-name=run"} <= set(options(script))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rendered) -> None:
+    asked = ("--time", "1-00", "--stop-before", "60", "--account", "physics", "--partition", "long", "--name", "big")
+    more = ("--gpus-per-node", "4", "--cpus-per-rank", "8", "--sbatch", "qos=high", "--sbatch", "--exclusive")
+    _, script = rendered("--nodes", "1", *asked, *more, "parallel.data=auto", "train.global_batch_size=8")
+    assert options(script) == [
+        "job-name=big",
+        "time=1-00",
+        "signal=B:USR1@60",
+        "requeue",
+        "open-mode=append",
+        "output=logs/%x/%j.log",
+        "nodes=1",
+        "ntasks-per-node=4",
+        "cpus-per-task=8",
+        "gpus-per-node=4",
+        "account=physics",
+        "partition=long",
+        "qos=high",
+        "exclusive",
+    ]
+    assert "no-requeue" in options(rendered("--nodes", "1", "--max-restarts", "0")[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--nodes", "3"),
+            "tensor 2 x pipeline 2 x data 1 is 4 ranks, which do not fall evenly on --nodes 3; use one ",
+        ),
+        (
+            ("--nodes", "2", "--ranks-per-node", "4"),
+            "is 8 ranks, but tensor 2 x pipeline 2 x data 1 in run.yaml is 4; ",
+        ),
+        (("--nodes", "2", "parallel.data=auto"), "leaves the number of ranks open; give --ranks-per-node, or parallel"),
+        (
+            ("--nodes", "1", "--ranks-per-node", "6", "parallel.data=auto"),
+            "no multiple of the 4 of tensor 2 x pipeline",
+        ),
+        (("--nodes", "2", "--launcher", "srum"), "--launcher 'srum' is none; did you mean 'srun'?"),
+        (("--nodes", "2", "resume=never"), "resume='never' would begin there again after every restart of the job; "),
+        (("--nodes", "2", "--container", "x", "--launcher", "deepspeed"), "by its own Python, outside of it; use --la"),
+        (("--nodes", "2", "--account", "a\n#SBATCH --wrap=x"), "sbatch would not read this as one value; leave out bl"),
+        (("--nodes", "2", "--sbatch", "-N=3"), "is no long option of sbatch; write NAME=VALUE"),
+        (("--nodes", "2", "train.stepz=3"), "command line: train.stepz is not a key; did you mean 'steps'?"),
+    ],
+)
+def test_what_cannot_be_is_said_with_its_fix(rendered: Rendered, arguments: tuple[str, ...], message: str) -> None:
+    status, said = rendered(*arguments, "parallel.tensor=2", "parallel.pipeline=2")
+    assert (status, said.startswith("megalite: error: ")) == (2, True)
+    assert message in said
+
+
+def test_without_slurm_it_says_where_to_submit(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["slurm", str(run_file), "--nodes", "1"]) == 2
+    assert "sbatch is not on this machine; submit from a login node, or give --output FILE" in capsys.readouterr().err
+    assert main(["slurm", str(run_file), "--nodes", "1", "--output", "job.sbatch"]) == 0
+    assert "srun --kill-on-bad-exit=1" in (tmp_path / "job.sbatch").read_text()
+    assert (tmp_path / "logs/run").is_dir()
+
+
+class Bench:
+    """A rendered job, run by bash among programs that stand for Slurm's: srun does what it is told in `does`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run_dir = folder, folder / "runs" / "mine"
+        self.requeued = folder / "requeued"
+        self.program("srun", 'printf "%s\\n" "$@" >arguments; source ./does')
+        self.program(
+            "scontrol",
+            'case "$*" in "show hostnames"*) printf "a1\\na2\\n" ;;\n'
+            '*" show node "*) echo "NodeName=$4 NodeAddr=10.0.0.${4#a} State=IDLE" ;;\n'
+            'requeue*) [ ! -e refuse ] || exit 1; echo "$2" >>requeued ;; esac',
+        )
+        self.program("squeue", "[ -e state ] && cat state || echo RUNNING")
+        (folder / "run.yaml").write_text("run: {}\n")
+
+    def program(self, name: str, does: str) -> None:
+        (self.folder / "bin").mkdir(exist_ok=True)
+        path = self.folder / "bin" / name
+        path.write_text(f"#!/bin/bash\n{does}\n")
+        path.chmod(0o755)
+
+    def start(self, does: str, *overrides: str, most: int = 20, **variables: str) -> subprocess.Popen[str]:
+        (self.folder / "does").write_text(does)
+        script = render(
+            Job(
+                launcher="srun",
+                arguments=(str(self.run_dir), "run.yaml", *overrides),
+                options={},
+                path=str(self.folder / "bin"),
+                max_restarts=most,
+            )
+        )
+        (self.folder / "job.sbatch").write_text(script)
+        slurm = {
+            "SLURM_JOB_ID": "1203",
+            "SLURM_JOB_NAME": "mine",
+            "SLURM_JOB_NODELIST": "a[1-2]",
+            "SLURM_TASKS_PER_NODE": "4(x2)",
+        }
+        return subprocess.Popen(
+            ["bash", "job.sbatch"],
+            cwd=self.folder,
+            env={**os.environ, "RUN": str(self.run_dir), **slurm, **variables},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, does: str, *overrides: str, most: int = 20, **variables: str) -> tuple[int, str, bool]:
+        """The job's status, its last line, and whether it was put back into the queue."""
+        process = self.start(does, *overrides, most=most, **variables)
+        said = process.communicate()[1]
+        return process.returncode, said.splitlines()[-1], self.requeued.exists()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("does", "status", "said", "requeued"),
+    [
+        (f"{DONE}; exit 1", 0, "the run is done", False),
+        (f"{CHECKPOINT}; {USER_ERROR}; exit 1", 2, "an error that a restart does not mend", False),
+        (f"{CHECKPOINT}; {STOPPED_BY_HAND}", 0, "was stopped by hand", False),
+        (f"{CHECKPOINT}; {STOPPED_BY_TIME}", 0, "the job is requeued", True),
+        (f"{CHECKPOINT}; exit 9", 9, "the job is requeued", True),
+        (f"{CHECKPOINT}; exit 0", 0, "the job is requeued", True),
+        (f"{CHECKPOINT}; echo '  stop_after: 2' >$RUN/config.yaml", 0, "ended at train.stop_after", False),
+        ("exit 9", 9, "has no checkpoint to go on from", False),
+        ("exit 0", 1, "has no checkpoint to go on from", False),
+        (f"{CHECKPOINT}; echo CANCELLED >state; exit 9", 9, "since Slurm ended the job", False),
+        (f"{CHECKPOINT}; touch refuse; exit 9", 9, "Slurm does not requeue the job", False),
+    ],
+)
+def test_the_files_of_the_run_decide_what_becomes_of_the_job(
+    bench: Bench, does: str, status: int, said: str, requeued: bool
+) -> None:
+    found = bench.run(does)
+    assert (found[0], found[2]) == (status, requeued)
+    assert said in found[1]
+
+
+def test_files_of_an_earlier_start_mean_nothing(bench: Bench) -> None:
+    bench.run(f"{CHECKPOINT}; {DONE}; {STOPPED_BY_HAND}; {USER_ERROR}")
+    assert bench.run("exit 9")[0::2] == (9, True)
+
+
+def test_restarts_have_an_end(bench: Bench) -> None:
+    assert bench.run(f"{CHECKPOINT}; exit 9", most=3, SLURM_RESTART_COUNT="3")[0::2] == (9, False)
+    assert bench.run(f"{CHECKPOINT}; exit 9", most=3, SLURM_RESTART_COUNT="2")[0::2] == (9, True)
+
+
+def test_a_signal_from_slurm_stops_the_run_by_a_file_and_waits_for_its_end(bench: Bench) -> None:
+    wait = 'touch up; until [ -e "$RUN/STOP" ]; do sleep 0.02; done; sleep 0.2'
+    does = f"{CHECKPOINT}; {wait}; {STOPPED_BY_HAND}; exit 7"
+    process = bench.start(does)
+    while not (bench.folder / "up").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate()[1]
+    assert (process.returncode, bench.requeued.exists()) == (7, True), said
+
+
+def test_sizes_ports_and_arguments_reach_the_ranks(bench: Bench) -> None:
+    hostile = "run.name='a b'; $(touch stolen) `touch stolen` \"$HOME\"\nline"
+    bench.run('echo "$MASTER_ADDR $MASTER_PORT" >master', hostile, SLURM_CPUS_PER_TASK="3")
+    assert (bench.folder / "master").read_text() == "10.0.0.1 20030\n"
+    arguments = (bench.folder / "arguments").read_text()
+    assert arguments.startswith("--kill-on-bad-exit=1\n--nodes=2\n--ntasks-per-node=4\n--cpus-per-task=3\npython\n-m\n")
+    assert arguments.endswith(f"train\nrun.yaml\n{hostile}\nrun.dir={bench.run_dir}\n")
+    assert not (bench.folder / "stolen").exists()
+    assert sorted(path.name for path in (bench.folder / "logs/mine/1203").iterdir()) == [
+        *("command", "job.sbatch", "run.yaml", "started")
+    ]
+
+
+def test_nodes_of_different_sizes_are_refused(bench: Bench) -> None:
+    status, said, _ = bench.run("exit 0", SLURM_TASKS_PER_NODE="4(x2),3")
+    assert (status, "give --ntasks-per-node, the same for all" in said) == (2, True)
+
+
+def test_the_folder_slurm_is_the_templates() -> None:
+    repository = Path(__file__).parents[2]
+    assert (repository / "slurm").resolve() == repository / "megalite" / "cluster" / "templates"
+
+
+def test_a_rank_leaves_an_error_of_the_users_where_the_job_looks(tmp_path: Path) -> None:
+    errors = tmp_path / "user_errors"
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20000"}
+    rank = subprocess.run(
+        [sys.executable, "-m", "megalite", "train", "missing.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, **place, "MEGALITE_USER_ERRORS": str(errors)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert rank.returncode == 2
+    assert errors.read_text() == rank.stderr
+    assert rank.stderr.startswith("megalite: error: missing.yaml")
