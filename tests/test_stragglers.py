@@ -38,6 +38,7 @@ def judged(layout: ParallelLayout, seconds: Sequence[float], factor: float = 1.5
     watch = StragglerWatch(layout, factor)
     found = [watch.count(seconds) for _ in range(WINDOW)]
     assert not any(found[:-1]), "named before the window was over"
+    assert not any(watch.count(seconds) for _ in range(WINDOW - 1)), "the next window begins anew"
     return [(one.rank, round(one.factor, 3)) for one in found[-1]]
 
 
