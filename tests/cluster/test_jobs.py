@@ -194,9 +194,9 @@ def test_the_signal_before_the_time_limit_saves_and_requeues(
 @pytest.mark.full
 @pytest.mark.timeout(900)
 def test_a_run_outlives_its_time_limit(cluster: Cluster, submit: Submit) -> None:
-    job = submit("long", "srun", "train.steps=1000000", "checkpoint.every=1000", "--time=1", "--stop-before=30")
+    job = submit("long", "srun", "train.steps=1000000", "checkpoint.every=1000", "--time=3", "--stop-before=30")
     job.wait_for_step(1)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not cluster.job(job.number).restarts:
         assert time.monotonic() < deadline, job.output()
         time.sleep(0.5)

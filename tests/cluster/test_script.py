@@ -255,3 +255,15 @@ def test_a_rank_leaves_an_error_of_the_users_where_the_job_looks(tmp_path: Path)
     assert rank.returncode == 2
     assert errors.read_text() == rank.stderr
     assert rank.stderr.startswith("megalite: error: missing.yaml")
+
+
+def test_a_signal_before_the_launcher_does_not_kill_the_job(bench: Bench) -> None:
+    (bench.run_dir / "checkpoints/step_2").mkdir(parents=True)
+    bench.program("ip", "touch up; sleep 1")
+    process = bench.start("touch started_all_the_same")
+    while not (bench.folder / "up").exists():
+        assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate()[1]
+    assert (process.returncode, bench.requeued.exists()) == (0, True), said
+    assert not (bench.folder / "started_all_the_same").exists()

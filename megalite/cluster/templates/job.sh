@@ -13,6 +13,17 @@ run_dir=$1
 run_file=$2
 train=(-m megalite train "$run_file" "${@:3}" "run.dir=$run_dir")
 
+# Slurm announces the end of the time, or that it takes the nodes for another job. The file STOP in the run's folder asks
+# for a checkpoint and an orderly end; that works under every launcher. Heeded from here on: the signal would end bash.
+announced=
+interrupted=
+ask_to_stop() {
+    interrupted=yes
+    touch "$run_dir/STOP" || true
+}
+trap 'announced=yes; ask_to_stop' USR1
+trap ask_to_stop TERM
+
 # Every size from Slurm's own variables; 8(x4) is 8 on each of 4 nodes.
 [[ $SLURM_TASKS_PER_NODE =~ ^([0-9]+)(\(x[0-9]+\))?$ ]] ||
     refuse "Slurm gave $SLURM_TASKS_PER_NODE tasks a node; give --ntasks-per-node, the same for all"
@@ -60,14 +71,11 @@ write_hostfile() {
     done >"$folder/hostfile"
 }
 
-# Run the launcher until it ends. When Slurm announces the end of the time, or takes the nodes for another job, the file
-# STOP in the run's folder asks for a checkpoint and an orderly end; that works under every launcher.
+# Run the launcher until it ends.
 launch() {
     local launcher status
-    announced=
     touch "$folder/started"
-    trap 'announced=yes; ask_to_stop' USR1
-    trap ask_to_stop TERM
+    [ -z "$interrupted" ] || conclude 0  # there is no time left
     "$@" &
     launcher=$!
     while true; do
@@ -77,11 +85,6 @@ launch() {
         [ -n "$interrupted" ] || break
     done
     conclude "$status"
-}
-
-ask_to_stop() {
-    interrupted=yes
-    touch "$run_dir/STOP" || true
 }
 
 # End the job, or put it back into the queue. The files of the run's folder are the truth: launchers lose statuses.
