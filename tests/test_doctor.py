@@ -290,7 +290,7 @@ def doctor(launcher: Sequence[str], *words: str, scratch: Path) -> subprocess.Co
         **{"PYTHONPATH": str(Path(megalite.__file__).parents[1]), "COLUMNS": "120"},
     }
     command = [sys.executable, *launcher, "doctor", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
 
 
 def test_by_hand_it_launches_the_ranks_of_the_layout(run_file: Path, tmp_path: Path) -> None:
