@@ -119,7 +119,7 @@ def steps_until_agreed(path: str, overrides: Sequence[str], asked: int) -> tuple
     return step, trainer.stop.agreed
 
 
-@pytest.mark.parametrize("asked", [0, 1, 2])
+@pytest.mark.parametrize("asked", [1, *(pytest.param(rank, marks=pytest.mark.full) for rank in (0, 2))])
 def test_all_ranks_stop_after_the_same_step_whichever_was_asked(run_file: Path, asked: int) -> None:
     overrides = [*TINY, "parallel.pipeline=2", "parallel.data=2"]
     found = run_distributed(steps_until_agreed, 4, str(run_file), overrides, asked)
@@ -146,7 +146,9 @@ def run_until_signal(path: str, overrides: Sequence[str], step: int | None) -> b
     return stopped
 
 
-@pytest.mark.parametrize("saving", ["checkpoint.async=true", "checkpoint.every=3"])
+@pytest.mark.parametrize(
+    "saving", ["checkpoint.async=true", pytest.param("checkpoint.every=3", marks=pytest.mark.full)]
+)
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(run_file: Path, tmp_path: Path, saving: str) -> None:
     overrides = [*TINY, "parallel.data=2", "train.steps=6", "checkpoint.every=100", saving]
     stopped = run_distributed(run_until_signal, 2, str(run_file), overrides, 3)
