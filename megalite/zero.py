@@ -95,6 +95,8 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(False)
         if self.zero_stage == 0:
             self.engine.enable_backward_allreduce = False
+        if self.zero_stage == 3:
+            self._sum_norms_with_every_stage()
         if self.dtype == torch.float16:
             # DeepSpeed: an overflow at the smallest loss scale raises. Bad steps in a row are counted anyway.
             self.zero_optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -110,6 +112,28 @@ class ZeroEngine:
             # DeepSpeed: ZeRO-2 rounds the gradients to the parameters' precision on their way into its bucket,
             # whatever they are accumulated and reduced in.
             self.zero_optimizer._gradient_reduction_buffer_dtype = lambda: self.gradient_dtype
+
+    def _sum_norms_with_every_stage(self) -> None:
+        """Take part in the norm's sums of stages that have more sub-groups of parameters than this rank.
+
+        DeepSpeed: at stage 3 the norm is summed over the stages once for each sub-group of ``sub_group_size``, as if
+        all had the same number.
+        """
+        zero, group = self.zero_optimizer, self.grid.model
+        most = torch.tensor(len(zero.fp16_groups), device=self.grid.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
+        missing, norms_of_own = int(most) - len(zero.fp16_groups), zero._get_norm_groups
+
+        def norms() -> list[Tensor]:
+            found: list[Tensor] = norms_of_own()
+            for _ in range(missing):
+                squares = torch.zeros((), dtype=found[0].dtype, device=self.grid.device)
+                dist.all_reduce(squares, group=group)
+                found.append(squares.sqrt().to(found[0].device))
+            return found
+
+        if missing:
+            zero._get_norm_groups = norms
 
     def _engine_config(self, config: RunConfig, local_elements: int) -> dict[str, Any]:
         settings = config.deepspeed.engine_config(
