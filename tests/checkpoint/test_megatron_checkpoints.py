@@ -15,6 +15,7 @@ from megatron_files import GPT2, GROUPED, LLAMA, ROTARY_GPT, Made, make
 from reference_model import ReferenceModel
 
 from megalite.checkpoint.boxes import Box
+from megalite.checkpoint.megatron.torch_file import read_torch_file
 from megalite.checkpoint.megatron.weights import MegatronWeights
 from megalite.checkpoint.weights import Weights, open_weights
 from megalite.cli import main
@@ -360,6 +361,19 @@ class Planted:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, (self.code,)
+
+
+class Member:
+    """A member of an enumeration, as Python 3.11.0 to 3.11.3 write it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, ("text", "upper")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["archive", "before 1.6"])
+def test_a_member_by_its_name_is_forgotten_and_not_looked_up(tmp_path: Path, zipped: bool) -> None:
+    torch.save({"member": Member()}, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
+    assert repr(read_torch_file(tmp_path / "file.pt")["member"]) == "(an object of its program)"
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["archive", "before 1.6"])

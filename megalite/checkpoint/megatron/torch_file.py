@@ -18,6 +18,8 @@ FORGOTTEN_PACKAGES = frozenset(
     {"megatron", "deepspeed", "apex", "transformer_engine", "numpy", "_io", "io", "enum", "pathlib", "signal"}
 )
 """Whose objects are forgotten; a name of another package is refused."""
+GETATTR = "builtins.getattr"
+"""How Python 3.11.0 to 3.11.3 name a member of an enumeration; forgotten as the enumeration is, and never called."""
 
 OPTIONS = "argparse.Namespace"
 """The one class that is made: names and values, as Megatron keeps its options."""
@@ -77,7 +79,8 @@ def _named_in_old_file(path: Path) -> Iterable[str]:
 
 
 def _allowed(path: Path, named: Iterable[str]) -> list[Any]:
-    foreign = sorted(name for name in named if not (name == OPTIONS or name.partition(".")[0] in FORGOTTEN_PACKAGES))
+    known = (OPTIONS, GETATTR)
+    foreign = sorted(name for name in named if not (name in known or name.partition(".")[0] in FORGOTTEN_PACKAGES))
     if foreign:
         raise UserError(
             f"{path}: names {', '.join(foreign)}: code, which is never run; tensors, plain data and the options of "
