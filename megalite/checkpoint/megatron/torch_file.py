@@ -18,7 +18,7 @@ FORGOTTEN_PACKAGES = frozenset(
     {"megatron", "deepspeed", "apex", "transformer_engine", "numpy", "_io", "io", "enum", "pathlib", "signal"}
 )
 """Whose objects are forgotten; a name of another package is refused."""
-GETATTR = "builtins.getattr"
+GETATTR = ("builtins.getattr", "__builtin__.getattr")
 """How Python 3.11.0 to 3.11.3 name a member of an enumeration; forgotten as the enumeration is, and never called."""
 
 OPTIONS = "argparse.Namespace"
@@ -79,7 +79,7 @@ def _named_in_old_file(path: Path) -> Iterable[str]:
 
 
 def _allowed(path: Path, named: Iterable[str]) -> list[Any]:
-    known = (OPTIONS, GETATTR)
+    known = (OPTIONS, *GETATTR)
     foreign = sorted(name for name in named if not (name in known or name.partition(".")[0] in FORGOTTEN_PACKAGES))
     if foreign:
         raise UserError(
