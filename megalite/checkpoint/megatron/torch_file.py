@@ -18,7 +18,7 @@ FORGOTTEN_PACKAGES = frozenset(
     {"megatron", "deepspeed", "apex", "transformer_engine", "numpy", "_io", "io", "enum", "pathlib", "signal"}
 )
 """Whose objects are forgotten; a name of another package is refused."""
-GETATTR = ("builtins.getattr", "__builtin__.getattr")
+GETATTR = "builtins.getattr"
 """How Python 3.11.0 to 3.11.3 name a member of an enumeration; forgotten as the enumeration is, and never called."""
 
 OPTIONS = "argparse.Namespace"
@@ -74,12 +74,13 @@ def _named_in_old_file(path: Path) -> Iterable[str]:
     with path.open("rb") as file:
         operations = (operation for _ in range(_OLD_PICKLES) for operation in pickletools.genops(file))
         named = {str(name).replace(" ", ".") for operation, name, _ in operations if operation.name == "GLOBAL"}
-    # Torch's own names are allowed as they are.
+    # Old pickles call builtins as Python 2 did. Torch's own names are allowed as they are.
+    named = {name.replace("__builtin__.", "builtins.") for name in named}
     return {name for name in named if name.partition(".")[0] not in ("torch", "collections", "_codecs")}
 
 
 def _allowed(path: Path, named: Iterable[str]) -> list[Any]:
-    known = (OPTIONS, *GETATTR)
+    known = (OPTIONS, GETATTR)
     foreign = sorted(name for name in named if not (name in known or name.partition(".")[0] in FORGOTTEN_PACKAGES))
     if foreign:
         raise UserError(
