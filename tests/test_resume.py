@@ -87,13 +87,13 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 STOPPED = [
     ((1, 1, 2), 0, []),
-    ((2, 1, 2), 1, []),
+    pytest.param((2, 1, 2), 1, [], marks=pytest.mark.full),
     ((1, 2, 2), 2, []),
-    ((1, 2, 2), 3, []),
-    ((2, 2, 1), 1, [BF16]),
+    pytest.param((1, 2, 2), 3, [], marks=pytest.mark.full),
+    pytest.param((2, 2, 1), 1, [BF16], marks=pytest.mark.full),
     ((1, 1, 2), 2, [BF16, "checkpoint.async=true"]),
     ((1, 2, 1), 3, [BF16]),
-    ((1, 1, 2), 1, [FP16]),
+    pytest.param((1, 1, 2), 1, [FP16], marks=pytest.mark.full),
     ((2, 1, 1), 3, [FP16, "checkpoint.async=true"]),
     ((1, 2, 1), 2, ["model.num_hidden_layers=4", "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"]),
     ((1, 2, 1), 1, ["model.num_hidden_layers=4", "parallel.schedule=zb_v", "parallel.virtual_stages=2"]),
@@ -254,7 +254,7 @@ PAIR: Layout = (1, 1, 2)
 KEPT = [*at(PAIR, 1), "checkpoint.every=2", "checkpoint.keep_last=1"]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.full)], ids=["sync", "async"])
 @pytest.mark.parametrize("point", [*POINTS, "written on the other rank"])
 def test_a_run_killed_in_a_save_goes_on_from_a_whole_checkpoint(
     run_file: Path, tmp_path: Path, point: str, asynchronous: bool
