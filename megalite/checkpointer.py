@@ -73,12 +73,12 @@ class Checkpointer:
         state: ZeroState,
         grid: ProcessGrid,
         *,
-        total_elements: int,
+        tensor_bytes: int,
         files: Mapping[str, bytes],
         reached: Callable[[str], None] = lambda point: None,
     ) -> None:
         self._settings, self._root, self._state, self._grid = settings, root, state, grid
-        self._needed, self._files, self._reached = 12 * total_elements, files, reached
+        self._needed, self._files, self._reached = tensor_bytes, files, reached
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffer: torch.Tensor | None = None
         self._under_way: _Save | None = None

@@ -90,23 +90,24 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return matrix_rate(device, dtype), "measured matrix products"
 
 
+def wait_for(device: torch.device) -> None:
+    """Return once an accelerator has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
     """Return the best rate of a matrix product on this device in so many seconds, in FLOP/s."""
     size = 768 if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     torch.mm(a, b)
-    wait()
+    wait_for(device)
     best, began = 0.0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         started = time.perf_counter()
         for _ in range(4):
             torch.mm(a, b)
-        wait()
+        wait_for(device)
         best = max(best, 4 * 2 * size**3 / (time.perf_counter() - started))
     return best
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 
 from rich.console import Group, RenderableType
@@ -76,6 +77,11 @@ class Plan:
         """SHA-256 of all that the order of samples follows from."""
         data = self.config.data.model_dump(mode="json", exclude={"tokenizer", "valid", "prefetch", "index_cache"})
         return sha256(json.dumps([self.config.run.seed, data], sort_keys=True).encode()).hexdigest()
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint's tensors: of every weight its master and two moments, in fp32."""
+        return 12 * sum(map(prod, self.expectation.shapes.values()))
 
     @property
     def checkpoints(self) -> Path:

@@ -22,6 +22,11 @@ class Spike:
         """Whether the step is to leave the weights as they are."""
         return self.rule.action != "warn"
 
+    @property
+    def rolls_back(self) -> bool:
+        """Whether the run is to go on from a checkpoint before it."""
+        return self.rule.action == "rollback"
+
 
 class SpikeWatch:
     """Tells a jump of the loss from its noise: a loss above `factor` times the median of the `window` before it.

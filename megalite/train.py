@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from megalite.agreement import run_facts
 from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
+from megalite.config.sections import SpikeSection
 from megalite.data.batches import BatchReader, BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.samples import Samples
@@ -117,7 +117,7 @@ class Trainer:
             plan.checkpoints,
             self.state,
             grid,
-            total_elements=sum(map(prod, plan.expectation.shapes.values())),
+            tensor_bytes=plan.checkpoint_bytes,
             files=plan.companion_files() if grid.rank == 0 else {},
             reached=reached,
         )
@@ -164,7 +164,7 @@ class Trainer:
                 recorder.step(report)
                 if report.spike is not None:
                     recorder.spike(report, self.schedule.samples(step))
-                    if self._rolls_back and (back := self.roll_back(step)) is not None:
+                    if report.spike.rolls_back and (back := self.roll_back(step, report.spike.rule)) is not None:
                         recorder.rollback(step, back, self.schedule.passed_over[-1].samples)
                         step = back
                         if stopped := self.stop.agreed is not None:
@@ -231,19 +231,12 @@ class Trainer:
         elif start.weights is not None:
             self.state.restore_weights(WeightSource(start.weights))
 
-    @property
-    def _rolls_back(self) -> bool:
-        spike = self.config.train.spike
-        return spike is not None and spike.action == "rollback"
-
-    def roll_back(self, step: int) -> int | None:
+    def roll_back(self, step: int, rule: SpikeSection) -> int | None:
         """Go back to the newest whole checkpoint, pass over the samples from there to the end of `step`, and return
         the step it is of; None where there is none yet. Collective.
 
         Raises UserError where this was done `train.spike.max_rollbacks` times already.
         """
-        rule = self.config.train.spike
-        assert rule is not None
         self.checkpointer.wait()
         self.progress.enter("start", step)  # a checkpoint is read as at a start, which may take long
         start = find_start(replace(self.plan, config=self.config.model_copy(update={"resume": "auto"})), self.grid)

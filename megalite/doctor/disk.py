@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,13 +18,11 @@ from megalite.plan import Plan
 _SEEN_SECONDS = 5.0
 """How long a rank looks for what rank 0 made: network file systems keep old listings for a while."""
 _PROBE_BYTES = 32 << 20
-_BYTES_A_WEIGHT = 12
-"""Of a checkpoint: the master weight and two moments, in fp32."""
 
 
 def disk_row(plan: Plan, grid: ProcessGrid, hosts: list[str]) -> Row:
     """Look at the run's folder; what is written there for it is removed again. Collective."""
-    checkpoint = _BYTES_A_WEIGHT * sum(map(prod, plan.expectation.shapes.values()))
+    checkpoint = plan.checkpoint_bytes
     with _probe_folder(plan.config.run.dir, grid) as (folder, refusal):
         if refusal is not None:
             return Row("disk", "bad", (refusal,))

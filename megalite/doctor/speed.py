@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megalite.distributed import ProcessGrid, gather_json
 from megalite.doctor.report import Row, spans
-from megalite.metrics import matrix_rate
+from megalite.metrics import matrix_rate, wait_for
 
 TOLERATED = 1.3
 """What is slower than the median by more than this factor is named."""
@@ -59,12 +59,12 @@ def _all_reduce_row(axis: str, grid: ProcessGrid, group: dist.ProcessGroup) -> R
     size = dist.get_world_size(group)
     message = torch.ones(_BYTES[grid.device.type] // 4, device=grid.device)
     dist.all_reduce(message, group=group)
-    _wait(grid.device)
+    wait_for(grid.device)
     dist.barrier()
     started = time.perf_counter()
     for _ in range(_REPEATS):
         dist.all_reduce(message, group=group)
-    _wait(grid.device)
+    wait_for(grid.device)
     seconds = time.perf_counter() - started
     sent = _REPEATS * message.nbytes * 2 * (size - 1) / size
     told = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], grid)
@@ -82,15 +82,15 @@ def _pipeline_row(grid: ProcessGrid) -> Row:
                 link = grid.links.outgoing["activation", target]
                 for _ in range(1 + _REPEATS):
                     dist.send(message, link.peer, group=link.group)
-                _wait(grid.device)
+                wait_for(grid.device)
             elif here == target and ("activation", source) in grid.links.incoming:
                 link = grid.links.incoming["activation", source]
                 dist.recv(message, link.peer, group=link.group)
-                _wait(grid.device)
+                wait_for(grid.device)
                 started = time.perf_counter()
                 for _ in range(_REPEATS):
                     dist.recv(message, link.peer, group=link.group)
-                _wait(grid.device)
+                wait_for(grid.device)
                 seconds = time.perf_counter() - started
                 found.append([link.peer, grid.rank, _REPEATS * message.nbytes / seconds / 1e9])
     hops = [hop for told in gather_json(found, grid) for hop in told]
@@ -100,8 +100,3 @@ def _pipeline_row(grid: ProcessGrid) -> Row:
 
 def _number(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
