@@ -100,7 +100,9 @@ class Rank:
 
         settings = CheckpointSection.model_validate({"every": 1, "async": asynchronous})
         grid = self.trainer.grid
-        return Checkpointer(settings, self.folder, self.state, grid, total_elements=int(self.bytes) // 12, files={})
+        return Checkpointer(
+            settings, self.folder, self.state, grid, tensor_bytes=self.trainer.plan.checkpoint_bytes, files={}
+        )
 
     def save_megalite(self, checkpointer) -> None:
         checkpointer.save(self.trainer.plan.manifest(1), self.trainer._progress(1))
