@@ -16,6 +16,7 @@ from rich.console import Console
 from megalite.checkpointer import SaveReport
 from megalite.config import ModelConfig
 from megalite.config.data import SPLIT_VALIDATION
+from megalite.files import writing
 from megalite.stragglers import WINDOW, Straggler
 
 # Dense bf16/fp16 matrix products of one device, FLOP/s, from the vendors' data sheets.
@@ -120,6 +121,7 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+_FIX = "make room, and start the run again: it goes on from its newest checkpoint"
 _ON_THE_BOARD = tuple(field.name for field in fields(StepMetrics) if field.name not in ("step", "tokens", "skipped"))
 
 
@@ -134,7 +136,8 @@ class MetricsLog:
 
         self._total, self._world = total_steps, world_size
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
-        self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._path = directory / "metrics.jsonl"
+        self._file = self._path.open("ab", buffering=0)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=after + 1 if after else None)
         self._seconds = 0.0
         self._steps = 0
@@ -149,14 +152,14 @@ class MetricsLog:
         for name in _ON_THE_BOARD:
             value = getattr(metrics, name)
             if value is not None:
-                self._board.add_scalar(f"train/{name}", value, metrics.step)
+                self._add_scalar(f"train/{name}", value, metrics.step)
         self.say(self._line(metrics))
 
     def evaluation(self, step: int, name: str, loss: float) -> None:
         """Record one evaluation on the validation set `name`."""
         self._write({"step": step, "valid_set": name, "valid_loss": loss})
         of_split = name == SPLIT_VALIDATION
-        self._board.add_scalar("valid/loss" if of_split else f"valid_{name}/loss", loss, step)
+        self._add_scalar("valid/loss" if of_split else f"valid_{name}/loss", loss, step)
         which = "" if of_split else f" on {name}"
         self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
 
@@ -180,7 +183,7 @@ class MetricsLog:
         }
         self._write({"step": report.step, **numbers})
         for name, value in numbers.items():
-            self._board.add_scalar(f"train/{name}", value, report.step)
+            self._add_scalar(f"train/{name}", value, report.step)
         self.say(
             f"{head} {report.folder.name} | {report.bytes / 1e6:,.1f} MB | blocked {report.blocked_seconds:.2f} s"
             f" | durable after {report.durable_seconds:.2f} s"
@@ -208,7 +211,14 @@ class MetricsLog:
     def _write(self, record: Mapping[str, Any]) -> None:
         # JSON has no word for what is not finite.
         finite = {name: None if _not_finite(value) else value for name, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        line = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        with writing(self._path, _FIX):
+            while line:  # a disk that is nearly full takes a part
+                line = line[self._file.write(line) :]
+
+    def _add_scalar(self, name: str, value: float, step: int) -> None:
+        with writing(self._path.with_name("tensorboard"), _FIX):
+            self._board.add_scalar(name, value, step)
 
     def _line(self, m: StepMetrics) -> str:
         # The first steps warm caches up; the remaining time is told from the others as soon as there are some.

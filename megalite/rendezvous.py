@@ -12,10 +12,13 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -107,15 +110,22 @@ def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> 
     opens = environment.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     assert environment.master_address is not None
     assert environment.master_port is not None
+    connect = partial(
+        TCPStore,
+        environment.master_address,
+        environment.master_port,
+        is_master=opens,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
     try:
-        return TCPStore(
-            environment.master_address,
-            environment.master_port,
-            is_master=opens,
-            timeout=timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
+        return _within(timeout + datetime.timedelta(seconds=GRACE_SECONDS), connect)
+    except TimeoutError as error:
+        raise RanksMissing(
+            f"rank {environment.rank} on {socket.gethostname()}: what listens at {_place(environment)} is not rank 0 "
+            "of this run: it does not answer; where another program has the port, set another MASTER_PORT for every rank"
+        ) from error
     except DistError as error:
         if opens and errno.errorcode[errno.EADDRINUSE] in str(error):
             raise UserError(
@@ -126,6 +136,23 @@ def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> 
             f"rank {environment.rank} on {socket.gethostname()} cannot reach rank 0 at {_place(environment)} "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def _within(timeout: datetime.timedelta, connect: Callable[[], Store]) -> Store:
+    """Call `connect` and return its store; TimeoutError after that time.
+
+    torch's client waits without end for a server that takes its connection and says nothing.
+    """
+    store: Future[Store] = Future()
+
+    def answer() -> None:
+        try:
+            store.set_result(connect())
+        except BaseException as error:
+            store.set_exception(error)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return store.result(timeout.total_seconds())
 
 
 class _Host:

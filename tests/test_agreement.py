@@ -221,6 +221,16 @@ def test_rank_0_says_that_its_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
             meet(environment, {}, timedelta(seconds=5))
 
 
+def test_a_port_that_another_program_has_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        environment = LaunchEnvironment(1, 2, 1, 2, "environment", "127.0.0.1", other.getsockname()[1])
+        with pytest.raises(RanksMissing, match=r"is not rank 0 of this run: it does not answer; where another program"):
+            meet(environment, {}, timedelta(seconds=1))
+
+
 # ---- facts
 
 

@@ -196,7 +196,7 @@ class _Console:
     """Rank 0's stderr, shown as it comes and kept in its log."""
 
     def __init__(self, log: Path) -> None:
-        self._log: BinaryIO = log.open("ab")
+        self._log: BinaryIO | None = log.open("ab", buffering=0)
         self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self.read_end, self.write_end = os.pipe()
         self.muted = False
@@ -204,8 +204,7 @@ class _Console:
     def pump(self) -> bool:
         """Pass on what has come; False once nobody can write any more. Blocks where nothing has come."""
         chunk = os.read(self.read_end, 1 << 20)
-        self._log.write(chunk)
-        self._log.flush()
+        self._keep(chunk)
         if not self.muted:
             sys.stderr.write(self._decode(chunk))
             sys.stderr.flush()
@@ -220,7 +219,19 @@ class _Console:
         if self.write_end >= 0:
             self.close_write_end()
         os.close(self.read_end)
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _keep(self, chunk: bytes) -> None:
+        """Write to the log, or say that there is none from here on: the ranks are not to end with it."""
+        if self._log is None:
+            return
+        try:
+            self._log.write(chunk)
+        except OSError as error:
+            sys.stderr.write(f"megalite: {self._log.name} is not written any more: {error.strerror}\n")
+            self._log.close()
+            self._log = None
 
 
 class _Signals:
