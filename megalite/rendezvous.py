@@ -124,7 +124,8 @@ def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> 
     except TimeoutError as error:
         raise RanksMissing(
             f"rank {environment.rank} on {socket.gethostname()}: what listens at {_place(environment)} is not rank 0 "
-            "of this run: it does not answer; where another program has the port, set another MASTER_PORT for every rank"
+            "of this run: it does not answer; another program may have the port, so set another MASTER_PORT, the same "
+            "for every rank"
         ) from error
     except DistError as error:
         if opens and errno.errorcode[errno.EADDRINUSE] in str(error):

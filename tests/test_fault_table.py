@@ -287,7 +287,7 @@ def test_a_port_that_is_taken(run_file: Path, half: Path, goes_on: GoesOn) -> No
         ranks.start(0)
         ranks.start(1, "train.timeout_seconds=20")
         ended = ranks.end(60)
-    assert [status for status, _ in ended] == [2, 2]
+    assert [status for status, _ in ended] == [2, 1]  # rank 1 sees no more than that nobody answers
     assert f"MASTER_PORT={ranks.port}: is taken on {socket.gethostname()} by another process" in ended[0][1]
     goes_on(run_file, half)
 
