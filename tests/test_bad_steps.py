@@ -161,7 +161,7 @@ def spoil_gradient(stage: nn.Module, name: str) -> None:
     gradient.view(-1)[0] = torch.inf
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.full), 1, 3])
 @pytest.mark.parametrize(
     ("spoil", "rank", "where", "steps"),
     [

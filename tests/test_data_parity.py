@@ -43,7 +43,7 @@ def test_packed_batches_train_alike(run_file: Path, layout: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize("micro_batch_size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_blend_with_a_loss_mask_trains_alike(
     run_file: Path, corpus: Path, answers: Path, layout: tuple[int, int, int], micro_batch_size: int
 ) -> None:

@@ -152,9 +152,14 @@ def test_microbatches_add_up_as_in_fp32(
     assert all(abs(rank_norm / norm - 1) < 1e-5 for rank_norm, _ in ranks)
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(stage, "fp32") for stage in range(4)] + [(stage, "bf16") for stage in (1, 2, 3)]
-)
+QUICK = [(0, "fp32"), (2, "bf16"), (3, "bf16")]
+EVERY = [
+    pytest.param(stage, precision, marks=() if (stage, precision) in QUICK else pytest.mark.full)
+    for stage, precision in [*((stage, "fp32") for stage in range(4)), *((stage, "bf16") for stage in (1, 2, 3))]
+]
+
+
+@pytest.mark.parametrize(("stage", "precision"), EVERY)
 def test_gradients_that_are_handed_over_count_as_autograds_own(run_file: Path, stage: int, precision: str) -> None:
     """A backward in halves hands the gradients of matrices over. With a tied table: on the first stage autograd finds a
     gradient there, on the last the hand-over is the first."""

@@ -35,6 +35,7 @@ def by_deepspeed() -> list[str]:
 
 
 LAUNCHERS = [by_hand, by_torchrun, by_deepspeed]
+QUICKLY_BY_HAND = [by_hand, *(pytest.param(launcher, marks=pytest.mark.full) for launcher in LAUNCHERS[1:])]
 Launcher = Callable[[], list[str]]
 
 
@@ -85,7 +86,7 @@ def wait_for_first_step(run: Run) -> list[psutil.Process]:
     return sorted(run.family(), key=lambda member: int(member.environ().get("RANK", -1)))
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", QUICKLY_BY_HAND)
 def test_a_killed_rank_ends_the_run(launch: Callable[..., Run], launcher: Launcher) -> None:
     run = launch(launcher, "train.steps=1000000")
     processes = wait_for_first_step(run)
@@ -96,7 +97,7 @@ def test_a_killed_rank_ends_the_run(launch: Callable[..., Run], launcher: Launch
         assert f"megalite: rank 1 on {socket.gethostname()} was killed by signal SIGKILL" in run.output.read_text()
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", QUICKLY_BY_HAND)
 def test_a_killed_launcher_leaves_nobody(launch: Callable[..., Run], launcher: Launcher) -> None:
     run = launch(launcher, "train.steps=1000000")
     processes = wait_for_first_step(run)

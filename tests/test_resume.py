@@ -94,7 +94,7 @@ STOPPED = [
     ((1, 1, 2), 2, [BF16, "checkpoint.async=true"]),
     ((1, 2, 1), 3, [BF16]),
     pytest.param((1, 1, 2), 1, [FP16], marks=pytest.mark.full),
-    ((2, 1, 1), 3, [FP16, "checkpoint.async=true"]),
+    pytest.param((2, 1, 1), 3, [FP16, "checkpoint.async=true"], marks=pytest.mark.full),
     ((1, 2, 1), 2, ["model.num_hidden_layers=4", "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"]),
     ((1, 2, 1), 1, ["model.num_hidden_layers=4", "parallel.schedule=zb_v", "parallel.virtual_stages=2"]),
     ((1, 2, 1), 1, ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "train.recompute=full"]),
@@ -226,7 +226,14 @@ def test_every_layout_takes_over_every_other(run_file: Path, tmp_path: Path, lay
     exchange(run_file, tmp_path, [(layout, stage)], everywhere)
 
 
-@pytest.mark.parametrize(("before", "after"), [([], [BF16]), ([BF16], []), ([BF16], [FP16]), ([FP16], [BF16])])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([], [BF16]),
+        *(pytest.param(*pair, marks=pytest.mark.full) for pair in (([BF16], []), ([BF16], [FP16]))),
+        ([FP16], [BF16]),
+    ],
+)
 def test_a_checkpoint_goes_on_in_another_precision(
     run_file: Path, tmp_path: Path, before: list[str], after: list[str]
 ) -> None:
@@ -255,7 +262,13 @@ KEPT = [*at(PAIR, 1), "checkpoint.every=2", "checkpoint.keep_last=1"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.full)], ids=["sync", "async"])
-@pytest.mark.parametrize("point", [*POINTS, "written on the other rank"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        *(pytest.param(point, marks=() if point in ("written", "published") else pytest.mark.full) for point in POINTS),
+        "written on the other rank",
+    ],
+)
 def test_a_run_killed_in_a_save_goes_on_from_a_whole_checkpoint(
     run_file: Path, tmp_path: Path, point: str, asynchronous: bool
 ) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from test_train import TINY, megalite
 
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
@@ -50,6 +51,7 @@ def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> No
     assert steps(folder) == list(range(1, last + 1))
 
 
+@pytest.mark.full
 def test_another_models_checkpoint_is_refused_before_any_rank_starts(run_file: Path, tmp_path: Path) -> None:
     given = [*TINY, "train.steps=6", "checkpoint.every=2", "train.stop_after=2"]
     megalite("train", str(run_file), *given)

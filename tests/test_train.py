@@ -114,6 +114,7 @@ def test_a_run_stops_where_it_is_told_and_is_not_done(run_file: Path, tmp_path: 
     assert [line.split(" | tok/s")[0] for line in stopped if line.startswith("step")] == until
 
 
+@pytest.mark.full
 def test_the_resolved_configuration_trains_the_same(run_file: Path, tmp_path: Path) -> None:
     first = megalite("train", str(run_file), *TINY, "train.steps=3").stdout.splitlines()
     again = megalite(

@@ -71,7 +71,6 @@ def verdicts(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 BY_HAND = ["-m", "megalite"]
-LAUNCHERS = [by_torchrun, pytest.param(by_deepspeed, marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,8 @@ def test_a_broken_build_is_told_from_a_right_one(run_file: Path, tmp_path: Path)
     assert done.stdout.splitlines()[-1] == "not verified"
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", [by_torchrun, by_deepspeed])
 def test_the_ranks_of_a_launcher_verify_each_layout(run_file: Path, tmp_path: Path, launcher: Launcher) -> None:
     words = [str(run_file), "--scale", "model.vocab_size=256", "parallel.data=auto"]
     # The first layout takes one of the two ranks; the other goes ahead to the second.

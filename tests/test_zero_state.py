@@ -50,7 +50,7 @@ def assembled(run_file: Path, layout: tuple[int, int, int], *overrides: str) -> 
     return tensors
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2)), 3])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
 def test_the_state_is_that_of_one_process(run_file: Path, layout: tuple[int, int, int], stage: int) -> None:
     # With its usual epsilon AdamW moves a weight of no gradient to speak of by its sign, which is noise.
