@@ -3,13 +3,12 @@
 import datetime
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,20 +17,18 @@ from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
 from megalite.config.sections import SpikeSection
-from megalite.data.batches import BatchReader, BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
+from megalite.data.batches import BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
-from megalite.data.samples import Samples
 from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
+from megalite.feed import Feed
 from megalite.files import sole_user
 from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.launch import LaunchEnvironment
 from megalite.learning_rate import learning_rate
-from megalite.model.dropout import DropoutStreams
 from megalite.model.loading import load_stage
-from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
-from megalite.pipeline.executor import Microbatch, PipelineExecutor, StepResult
+from megalite.pipeline.executor import PipelineExecutor, StepResult
 from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
@@ -137,11 +134,12 @@ class Trainer:
         self.datasets = datasets
         self.schedule = BatchSchedule(train, self.start.passed_over)
         rules = SampleRules.of(self.config, datasets.fim)
-        self.reader = self._reader(datasets.train, rules)
+        self.feed = Feed(datasets.train, rules, self.config, grid, trains=True)
         self.batches = self._read_ahead()
-        # What is evaluated is text as it stands.
-        self.valid_readers = {
-            name: self._reader(samples, replace(rules, fim=None)) for name, samples in datasets.valid.items()
+        as_it_stands = replace(rules, fim=None)
+        self.valid_feeds = {
+            name: Feed(samples, as_it_stands, self.config, grid, trains=False)
+            for name, samples in datasets.valid.items()
         }
 
     def run(self) -> bool:
@@ -192,7 +190,7 @@ class Trainer:
     def _evaluate(self, step: int, recorder: RunRecorder) -> None:
         """Evaluate on every validation set, as long as nobody asks to stop."""
         self.progress.enter("evaluate", step)
-        for name in self.valid_readers:
+        for name in self.valid_feeds:
             loss = self.evaluate(name)
             if self.stop.agreed is None:
                 recorder.evaluation(step, name, loss)
@@ -286,7 +284,7 @@ class Trainer:
         self.executor.own_time.take()  # that of an evaluation before
         with self.engine.accumulate():
             with self.bad_steps.watched():
-                microbatches = self._microbatches(batch, self._counted(batch), trains=True)
+                microbatches = self.feed.microbatches(batch, self.feed.counted(batch))
                 result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
             loss = self._mean_loss(result)
             spike = self.spikes.look(loss)
@@ -317,15 +315,15 @@ class Trainer:
 
         Once the ranks have agreed to stop, it is of the batches so far, and worth nothing.
         """
-        size, reader = self.config.train.global_batch_size, self.valid_readers[name]
+        size, feed = self.config.train.global_batch_size, self.valid_feeds[name]
         batches = min(self.config.train.eval_batches, self.datasets.valid[name].samples_per_epoch // size)
         total, tokens = 0.0, 0.0
         for first in range(0, batches * size, size):
             if self.stop.agreed is not None:
                 break
-            batch = reader.microbatches(range(first, first + size))
-            counted = self._counted(batch)
-            microbatches = self._microbatches(batch, counted, trains=False)
+            batch = feed.read(range(first, first + size))
+            counted = feed.counted(batch)
+            microbatches = feed.microbatches(batch, counted)
             loss = self._mean_loss(self.executor.run(self._eval_stream(len(batch)), microbatches))
             weight = float(size if counted is None else counted)
             total, tokens = total + loss * weight, tokens + weight
@@ -339,18 +337,9 @@ class Trainer:
     def _read_ahead(self) -> ReadAhead[list[SampleMicrobatch]]:
         train, schedule = self.config.train, self.schedule
         return ReadAhead(
-            lambda step: self.reader.microbatches(schedule.samples(step)),
+            lambda step: self.feed.read(schedule.samples(step)),
             depth=self.config.data.prefetch,
             last=train.stop_after or train.steps,
-        )
-
-    def _reader(self, samples: Samples, rules: SampleRules) -> BatchReader:
-        return BatchReader(
-            samples,
-            rules,
-            micro_batch_size=self.config.train.micro_batch_size,
-            data_rank=self.grid.coordinate.data,
-            data_size=self.plan.layout.data,
         )
 
     def _train_stream(self, microbatches: int) -> tuple[Instruction, ...]:
@@ -359,40 +348,6 @@ class Trainer:
 
     def _eval_stream(self, microbatches: int) -> tuple[Instruction, ...]:
         return forward_only(self.grid.coordinate.pipeline, self.plan.placement, microbatches)
-
-    def _counted(self, batch: Sequence[SampleMicrobatch]) -> float | None:
-        """Return how many targets of the global batch count; None where all do. Collective over the data axis."""
-        if batch[0].counts is None:
-            return None
-        mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
-        total = torch.tensor(mine, dtype=torch.float64, device=self.grid.device)
-        dist.all_reduce(total, group=self.grid.data)
-        return float(total)
-
-    def _microbatches(
-        self, batch: Sequence[SampleMicrobatch], counted: float | None, *, trains: bool
-    ) -> list[Microbatch]:
-        return [self._microbatch(microbatch, counted, trains) for microbatch in batch]
-
-    def _microbatch(self, read: SampleMicrobatch, counted: float | None, trains: bool) -> Microbatch:
-        packing = weights = None
-        if read.document_lengths is not None or read.positions is not None:
-            positions = None if read.positions is None else self._to_device(read.positions)
-            packing = PackedDocuments(read.document_lengths, positions)
-        if read.counts is not None and counted is not None and self.grid.has_last_stage:
-            # The gradients of the data axis are averaged, and a mean over all that counts is asked for.
-            weight = self.plan.layout.data / max(counted, 1.0)
-            weights = self._to_device(read.counts).to(torch.float32) * weight
-        return Microbatch(
-            ids=self._to_device(read.ids) if self.grid.has_first_stage else None,
-            targets=self._to_device(read.targets) if self.grid.has_last_stage else None,
-            packing=packing,
-            loss_weights=weights,
-            dropout=DropoutStreams.of(self.config.model, self.config.run.seed, read.samples) if trains else None,
-        )
-
-    def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self.grid.device, non_blocking=True)
 
     def _learning_rate(self, step: int) -> float | None:
         if self.config.deepspeed.scheduler is not None:

@@ -23,6 +23,7 @@ from megalite.distributed import ModelParallelUnit, ProcessGrid
 from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
+from megalite.precision import DTYPES
 from megalite.tensor_parallel.deferral import DeferredProducts
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -33,7 +34,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 NEVER = 10**12
-_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ class ZeroEngine:
     @property
     def gradient_dtype(self) -> torch.dtype:
         """Precision in which the gradients of a step are added up, over microbatches and over ranks."""
-        return _DTYPES[self._gradient_precision]
+        return DTYPES[self._gradient_precision]
 
     def forward(
         self,

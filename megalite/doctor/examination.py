@@ -16,11 +16,11 @@ from megalite.doctor.speed import axis_rows, matrix_row
 from megalite.launch import LaunchEnvironment
 from megalite.layout import ParallelLayout
 from megalite.plan import Plan
+from megalite.precision import DTYPES
 from megalite.rendezvous import Meeting, exchange, meet, missing_line
 
 TIMEOUT = datetime.timedelta(seconds=30)
 _SHOWN = 8
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def examine(environment: LaunchEnvironment, plan: Plan | None, *, timeout: datetime.timedelta = TIMEOUT) -> Report:
@@ -101,5 +101,5 @@ def _title(environment: LaunchEnvironment, plan: Plan | None) -> str:
 
 def _dtype(plan: Plan | None, device: torch.device) -> torch.dtype:
     if plan is not None:
-        return _DTYPES[plan.config.precision]
+        return DTYPES[plan.config.precision]
     return torch.bfloat16 if device.type == "cuda" else torch.float32

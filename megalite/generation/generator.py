@@ -12,9 +12,8 @@ from megalite.generation.sampling import choose
 from megalite.model.cache import KeyValueCache
 from megalite.model.loading import load_stage
 from megalite.model.stage import Stage
+from megalite.precision import DTYPES
 from megalite.tensor_parallel.collectives import TensorGroup
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Generator:
@@ -63,7 +62,7 @@ def load_generator(
     model = job.weights.model
     stage = Stage(model, range(model.num_hidden_layers), index=0, num_stages=1, group=group)
     # Before the weights come: they are rounded one by one, and never all in memory twice.
-    stage.to(device=device, dtype=_DTYPES[job.precision])
+    stage.to(device=device, dtype=DTYPES[job.precision])
     stage.eval()
     load_stage(stage, job.weights, progress)
     return Generator(stage, device, job.sampling)
