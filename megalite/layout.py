@@ -3,13 +3,15 @@
 Pure arithmetic, the standard library alone: the same numbers for process groups, for the dry run and for tests.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Axis = Literal["pipeline", "data", "tensor"]
 AXES: tuple[Axis, ...] = ("pipeline", "data", "tensor")
 """Slowest first: neighbouring ranks, which share a node, differ along ``tensor``, the axis that talks most."""
+_STRETCHES = 8
+"""How many stretches of ranks a message names, before it leaves out those in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +84,30 @@ class ParallelLayout:
 
     def __str__(self) -> str:
         return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Write whole numbers, in order, as stretches; the first and the last of many.
+
+    >>> spans([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], number]
+        else:
+            found.append([number])
+    words = ["-".join(map(str, stretch)) for stretch in found]
+    if len(words) > _STRETCHES:
+        words = [*words[:2], "...", words[-1]]
+    return ", ".join(words)
+
+
+def name_ranks(numbers: Sequence[int]) -> str:
+    """Name ranks, in order, for a message.
+
+    >>> name_ranks([3]), name_ranks([0, 1, 5])
+    ('rank 3', 'ranks 0-1, 5')
+    """
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {spans(numbers)}"

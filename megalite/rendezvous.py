@@ -26,6 +26,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # pyright
 from megalite.agreement import Facts, difference
 from megalite.errors import CommonError, RanksMissing, UserError
 from megalite.launch import LaunchEnvironment
+from megalite.layout import name_ranks
 
 GRACE_SECONDS = 2.0
 """How long rank 0 waits for more ranks once one has refused, and at the end for those that read why."""
@@ -81,7 +82,7 @@ def meet(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedel
 def missing_line(missing: Sequence[int], environment: LaunchEnvironment, timeout: datetime.timedelta) -> str:
     """Say which ranks have not come."""
     return (
-        f"{ranks_in_words(missing)} of {environment.world_size} did not come to {_place(environment)} within "
+        f"{name_ranks(missing)} of {environment.world_size} did not come to {_place(environment)} within "
         f"{timeout.total_seconds():g} s; see whether they were started, and their own messages"
     )
 
@@ -178,7 +179,7 @@ class _Host:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
             if time.monotonic() > speaks_at:
                 speaks_at += QUIET_SECONDS
-                sys.stderr.write(f"megalite: waiting at {_place(self._environment)} for {ranks_in_words(missing)}\n")
+                sys.stderr.write(f"megalite: waiting at {_place(self._environment)} for {name_ranks(missing)}\n")
             time.sleep(_POLL_SECONDS)
         return self._conclude(missing)
 
@@ -254,12 +255,6 @@ def _entries(store: Store, log: str, known: int) -> list[str]:
 def _shortened(lines: list[str]) -> list[str]:
     more = len(lines) - _LINES
     return lines if more <= 0 else [*lines[:_LINES], f"{more} more ranks differ"]
-
-
-def ranks_in_words(numbers: Sequence[int]) -> str:
-    """Name ranks, the first few of many."""
-    shown = ", ".join(map(str, numbers[:_LINES])) + (", ..." if len(numbers) > _LINES else "")
-    return f"{'rank' if len(numbers) == 1 else 'ranks'} {shown}"
 
 
 def _place(environment: LaunchEnvironment) -> str:

@@ -165,7 +165,7 @@ def test_a_rank_of_another_world_is_refused_and_nobody_waits_for_more(sizes: lis
 def test_a_rank_that_never_comes_is_named_on_all_others() -> None:
     found = run_distributed(come, 4, [4, 4, 0, 0], 1.0, init=False)
     for refused, seconds in found[:2]:
-        assert refused.startswith("RanksMissing: ranks 2, 3 of 4 did not come to 127.0.0.1:")
+        assert refused.startswith("RanksMissing: ranks 2-3 of 4 did not come to 127.0.0.1:")
         assert seconds < WITHIN
     assert found[0][1] >= 1.0
 

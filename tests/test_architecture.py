@@ -66,10 +66,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "provenance": ("data", "plan"),
     "agreement": ("checkpoint.selection", "config", "data.fingerprint", "plan"),
-    "rendezvous": ("agreement", "launch"),
-    "doctor": ("distributed", "doctor", "launch"),
+    "rendezvous": ("agreement", "launch", "layout"),
+    "doctor": ("distributed", "doctor", "launch", "layout"),
     "doctor.report": (),
-    "doctor.speed": ("distributed", "doctor.report", "metrics"),
+    "doctor.speed": ("distributed", "doctor.report", "layout", "metrics"),
     "doctor.disk": ("checkpoint.retention", "distributed", "doctor.report", "plan"),
     "doctor.examination": ("agreement", "distributed", "doctor", "launch", "layout", "plan", "precision", "rendezvous"),
     "generation": (

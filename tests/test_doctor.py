@@ -19,9 +19,10 @@ import megalite
 from megalite.doctor.examination import examine
 from megalite.doctor.places import RankPlace, hosts_row, launcher_row
 from megalite.doctor.reach import ALL_PAIRS, Listener, listening, peers, unreached
-from megalite.doctor.report import Report, Row, spans
+from megalite.doctor.report import Report, Row
 from megalite.doctor.speed import rate_row
 from megalite.launch import LaunchEnvironment, launch_environment
+from megalite.layout import spans
 from megalite.plan import prepare
 
 HOST = socket.gethostname()

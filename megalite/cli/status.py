@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalite.layout import name_ranks
+
 if TYPE_CHECKING:
     from megalite.run_status import RunStatus
 
@@ -71,5 +73,4 @@ def _ranks(status: "RunStatus") -> Iterator[str]:
     if len(behind) > _SHOWN:
         yield f"  and {len(behind) - _SHOWN:,} more"
     if missing:
-        shown = ", ".join(map(str, missing[:_SHOWN]))
-        yield f"  not heard of: rank {shown}{', ...' if len(missing) > _SHOWN else ''}"
+        yield f"  not heard of: {name_ranks(missing)}"

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from megalite.doctor.report import Row, spans
+from megalite.doctor.report import Row
 from megalite.launch import LaunchEnvironment
+from megalite.layout import name_ranks, spans
 
 _SHOWN = 8
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_")
@@ -96,7 +97,7 @@ def hosts_row(places: Sequence[RankPlace]) -> Row:
 def _line(equipment: str, hosts: Sequence[str], by_host: Mapping[str, Sequence[RankPlace]]) -> str:
     places = [place for host in hosts for place in by_host[host]]
     names = ", ".join(hosts[:_SHOWN]) + (", ..." if len(hosts) > _SHOWN else "")
-    ranks = f"{'rank' if len(places) == 1 else 'ranks'} {spans([place.rank for place in places])}"
+    ranks = name_ranks([place.rank for place in places])
     return f"{names}: {ranks}, {equipment}, {min(place.memory for place in places) / 2**30:.1f} GiB free"
 
 
@@ -104,7 +105,7 @@ def _shared_accelerators(host: str, here: Sequence[RankPlace]) -> Iterator[str]:
     for device in dict.fromkeys(place.device_id for place in here):
         ranks = [place.rank for place in here if place.device_id == device]
         if device is not None and len(ranks) > 1:
-            yield f"{host}: ranks {spans(ranks)} share an accelerator; start one rank for each"
+            yield f"{host}: {name_ranks(ranks)} share an accelerator; start one rank for each"
 
 
 def _too_many_threads(host: str, here: Sequence[RankPlace]) -> Iterator[str]:

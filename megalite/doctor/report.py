@@ -1,7 +1,6 @@
 """What an examination found: a row for each thing that was looked at, and the table on the console."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,6 @@ Verdict = Literal["ok", "warn", "bad"]
 """``warn`` trains, though slower than it might, or by luck; ``bad`` does not train, or not to the end."""
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
-_STRETCHES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +69,6 @@ class Report:
 
     def _with(self, verdict: Verdict) -> list[str]:
         return [row.check for row in self.rows if row.verdict == verdict]
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """Write whole numbers, in order, as stretches; the first and the last of many.
-
-    >>> spans([0, 1, 2, 5, 7, 8])
-    '0-2, 5, 7-8'
-    """
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][-1] + 1:
-            found[-1] = [found[-1][0], number]
-        else:
-            found.append([number])
-    words = ["-".join(map(str, stretch)) for stretch in found]
-    if len(words) > _STRETCHES:
-        words = [*words[:2], "...", words[-1]]
-    return ", ".join(words)
 
 
 def _plain(text: str) -> str:

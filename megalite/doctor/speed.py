@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megalite.distributed import ProcessGrid, gather_json
-from megalite.doctor.report import Row, spans
+from megalite.doctor.report import Row
+from megalite.layout import name_ranks
 from megalite.metrics import matrix_rate, wait_for
 
 TOLERATED = 1.3
@@ -68,7 +69,7 @@ def _all_reduce_row(axis: str, grid: ProcessGrid, group: dist.ProcessGroup) -> R
     seconds = time.perf_counter() - started
     sent = _REPEATS * message.nbytes * 2 * (size - 1) / size
     told = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], grid)
-    rates = {f"ranks {spans(ranks)}": min(rate for others, rate in told if others == ranks) for ranks, _ in told}
+    rates = {name_ranks(ranks): min(rate for others, rate in told if others == ranks) for ranks, _ in told}
     return rate_row(f"{axis} axis", f"GB/s all-reduced over {size} ranks", rates)
 
 
