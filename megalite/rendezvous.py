@@ -165,7 +165,7 @@ class _Host:
         self._round = uuid.uuid4().hex
         self._greeted = self._heard = 0
         self._reports: dict[int, dict[str, Any]] = {}
-        self._refusals: list[str] = []
+        self._refusals: list[tuple[int, str]] = []
 
     def receive(self, facts: Facts) -> Meeting:
         me = _identity(self._environment.rank)
@@ -200,15 +200,16 @@ class _Host:
             rank = report["rank"]
             other = self._reports.setdefault(rank, report)
             if other is not report:
-                self._refusals.append(
+                twice = (
                     f"rank {rank} came twice: process {other['pid']} on {other['host']} and process {report['pid']} on "
                     f"{report['host']}; give each run a MASTER_PORT of its own"
                 )
+                self._refusals.append((rank, twice))
             if report["refusal"] is not None:
-                self._refusals.append(f"rank {rank} on {report['host']}: {report['refusal']}")
+                self._refusals.append((rank, f"rank {rank} on {report['host']}: {report['refusal']}"))
 
     def _conclude(self, missing: tuple[int, ...]) -> Meeting:
-        refusals = _shortened(self._refusals)
+        refusals = _shortened([line for _, line in sorted(self._refusals)])
         self._store.set(f"{self._round}/outcome", json.dumps({"refusals": refusals, "missing": missing}))
         if refusals or missing:
             # The store may end with this process: let the others read first.
