@@ -144,6 +144,24 @@ def test_a_killed_rank_costs_one_restart(
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_stopped_rank_is_named_and_costs_one_restart(
+    cluster: Cluster, submit: Submit, run_file: Path, train_here: Here, launcher: str
+) -> None:
+    job = submit("hung", launcher, *STEPS, "train.timeout_seconds=20")
+    job.wait_for_step(3)
+    ranks = ranks_of(job)
+    ranks[2].suspend()
+    _, alive = psutil.wait_procs(list(ranks.values()), timeout=90)
+    assert not alive, f"ranks live on: {alive}"
+    ended = cluster.wait(job.number)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), job.output()
+    assert "held up by rank 2 on node2" in job.output()
+    assert job.losses() == train_here(run_file, *STEPS)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
 def test_a_requeued_job_goes_on(cluster: Cluster, submit: Submit, run_file: Path, train_here: Here) -> None:
     job = submit("requeued", "srun", *STEPS, "--container", "env MEGALITE_INSIDE=yes")
     job.wait_for_step(3)
