@@ -43,7 +43,14 @@ def build_app() -> typer.Typer:
     app.callback()(_megalite)
     for verbs in (tokenizer, preprocess, doctor, train, slurm, status, verify, inspect, generate, convert):
         verbs.register(app)
+    for command in app.registered_commands:
+        command.help = _paragraphs(command.callback.__doc__ or "")
     return app
+
+
+def _paragraphs(docstring: str) -> str:
+    """A docstring with each paragraph on a line: the console has a width of its own."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
 
 
 def _show_version(asked: bool) -> None:
