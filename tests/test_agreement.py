@@ -18,7 +18,7 @@ import torch.distributed as dist
 from harness import run_distributed
 
 import megalite
-from megalite.agreement import FIXES, code_digests, difference, run_facts
+from megalite.agreement import FIXES, code_digests, difference, process_facts, run_facts
 from megalite.data.tokenizer import train_sentencepiece
 from megalite.errors import CommonError, RanksMissing, UserError
 from megalite.launch import LaunchEnvironment, launch_environment
@@ -147,7 +147,7 @@ def come(world_sizes: Sequence[int], seconds: float) -> tuple[str, float]:
     if not size:
         return "", 0.0
     environment, started = replace(environment, world_size=size), time.monotonic()
-    facts = {"launch": {"WORLD_SIZE": str(size)}}
+    facts = process_facts(size)
     refused = refusal(lambda: agree(environment, facts, timedelta(seconds=seconds)))
     return refused, time.monotonic() - started
 

@@ -231,6 +231,15 @@ def test_sizes_ports_and_arguments_reach_the_ranks(bench: Bench) -> None:
     ]
 
 
+def test_a_host_that_slurm_knows_by_name_is_looked_up_and_not_at_its_loopback(bench: Bench) -> None:
+    bench.program(
+        "scontrol", 'case "$*" in "show hostnames"*) printf "a1\\n" ;; *) echo "NodeAddr=$4 State=IDLE" ;; esac'
+    )
+    bench.program("getent", 'printf "127.0.1.1 STREAM a1\\n::1 STREAM a1\\n10.1.2.3 STREAM a1\\n"')
+    bench.run('echo "$MASTER_ADDR" >master')
+    assert (bench.folder / "master").read_text() == "10.1.2.3\n"
+
+
 def test_nodes_of_different_sizes_are_refused(bench: Bench) -> None:
     status, said, _ = bench.run("exit 0", SLURM_TASKS_PER_NODE="4(x2),3")
     assert (status, "give --ntasks-per-node, the same for all" in said) == (2, True)
