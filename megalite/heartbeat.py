@@ -83,7 +83,8 @@ def read_beats(run: Path, ranks: int) -> list[Beat]:
     for rank in range(ranks):
         with suppress(OSError, ValueError, TypeError):
             beat = Beat(**json.loads((run / FOLDER / f"rank_{rank}.json").read_bytes()))
-            if beat.phase in _ORDER:
+            numbers = (beat.rank, beat.pid, beat.step, beat.moved, beat.time)
+            if beat.phase in _ORDER and all(isinstance(number, int | float) for number in numbers):
                 beats.append(beat)
     return beats
 

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: configuration, metrics, pictures, and DONE.json at the end."""
 
+import itertools
 import json
 import socket
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from megalite.pipeline.trace import chrome_trace
 from megalite.plan import Plan
 from megalite.resume import Start
 from megalite.spikes import Spike
-from megalite.stopping import DONE, STOP, STOPPED
+from megalite.stopping import DONE, STOPPED, StopRequests
 from megalite.stragglers import StragglerWatch
 from megalite.zero import StepOutcome
 
@@ -70,11 +71,17 @@ class RunRecorder:
     """Leaves in `run.dir` what a run leaves there. Rank 0 writes; what needs every rank is collective."""
 
     def __init__(
-        self, plan: Plan, grid: ProcessGrid, dtype: torch.dtype, datasets: Datasets, start: Start | None = None
+        self,
+        plan: Plan,
+        grid: ProcessGrid,
+        dtype: torch.dtype,
+        datasets: Datasets,
+        start: Start | None = None,
+        stop: StopRequests | None = None,
     ) -> None:
         config, start = plan.config, start or Start()
         self.config, self.grid, self.plan = config, grid, plan
-        self.directory = config.run.dir
+        self.directory, self.stop = config.run.dir, stop
         self.log: MetricsLog | None = None
         self.tokens = 0
         self.valid_losses: dict[str, float] = {}
@@ -164,7 +171,7 @@ class RunRecorder:
             "action": spike.rule.action,
             "pieces": [{"sample": sample, **piece.as_json()} for sample, piece in pieces],
         }
-        file = self.directory / "spikes" / f"step_{report.step}.json"
+        file = _next_free(self.directory / "spikes" / f"step_{report.step}.json")
         write_whole(file, json.dumps(record).encode() + b"\n")
         documents = dict.fromkeys(f"{piece.prefix.name} {piece.document}" for _, piece in pieces)
         shown = ", ".join(list(documents)[:_SHOWN_DOCUMENTS])
@@ -217,7 +224,8 @@ class RunRecorder:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"step": step, "reason": reason, "checkpoint": checkpoint, "time": now}
         write_whole(self.directory / STOPPED, json.dumps(record).encode() + b"\n")
-        (self.directory / STOP).unlink(missing_ok=True)
+        if self.stop is not None:
+            self.stop.discard()
         kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
         if not self.config.checkpoint.every:
             kept = "no checkpoint is kept: checkpoint.every is 0"
@@ -254,8 +262,7 @@ class RunRecorder:
         """Make the run's folder ready; return what to say of it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         said = []
-        if (request := self.directory / STOP).exists():
-            request.unlink()
+        if self.stop is not None and (request := self.stop.discard_stale()) is not None:
             said.append(f"removed {request}, which was there before this start")
         if start.continues(self.plan.checkpoints):
             clean(self.plan.checkpoints)
@@ -287,6 +294,12 @@ def set_aside_earlier_run(directory: Path) -> None:
     aside.mkdir(parents=True)
     for path in left:
         path.rename(aside / path.name)
+
+
+def _next_free(file: Path) -> Path:
+    """The first of file.json, file_2.json, file_3.json that is not there: after a rollback a step may jump again."""
+    names = (file if number == 1 else file.with_stem(f"{file.stem}_{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def next_aside(directory: Path) -> Path:

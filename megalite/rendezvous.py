@@ -32,6 +32,9 @@ GRACE_SECONDS = 2.0
 """How long rank 0 waits for more ranks once one has refused, and at the end for those that read why."""
 QUIET_SECONDS = 30.0
 """How long rank 0 waits for ranks without a word, and then between two of them."""
+NAME_SECONDS = 10.0
+"""How long a name may lead nowhere: name servers have their moments."""
+_TRY_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 _LINES = 8
 
@@ -120,6 +123,7 @@ def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> 
         wait_for_workers=False,
         multi_tenant=True,
     )
+    _find(environment, timeout, listens=not opens)
     try:
         return _within(timeout + datetime.timedelta(seconds=GRACE_SECONDS), connect)
     except TimeoutError as error:
@@ -138,6 +142,36 @@ def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> 
             f"rank {environment.rank} on {socket.gethostname()} cannot reach rank 0 at {_place(environment)} "
             f"({str(error).splitlines()[0]})"
         ) from error
+
+
+def _find(environment: LaunchEnvironment, timeout: datetime.timedelta, *, listens: bool) -> None:
+    """Wait until the master's name leads to an address and, where it `listens`, somebody takes connections there.
+
+    torch would try as long, and fill the console with each of its tries.
+    """
+    host, began = socket.gethostname(), time.monotonic()
+    while True:
+        waited = time.monotonic() - began
+        try:
+            if not listens:
+                socket.getaddrinfo(environment.master_address, environment.master_port)
+                return
+            socket.create_connection((environment.master_address, environment.master_port or 0), _TRY_SECONDS).close()
+            return
+        except socket.gaierror as error:
+            if waited > min(NAME_SECONDS, timeout.total_seconds()):
+                raise UserError(
+                    f"MASTER_ADDR={environment.master_address}: {host} knows no host of that name ({error.strerror}); "
+                    "set the name or the address of rank 0's host, the same for every rank"
+                ) from error
+        except OSError as error:
+            if waited > timeout.total_seconds():
+                raise RanksMissing(
+                    f"rank 0 at {_place(environment)} does not answer rank {environment.rank} on {host} within "
+                    f"{timeout.total_seconds():g} s ({error.strerror or error}); see whether it was started, and its "
+                    "own messages"
+                ) from error
+        time.sleep(_POLL_SECONDS)
 
 
 def _within(timeout: datetime.timedelta, connect: Callable[[], Store]) -> Store:

@@ -95,12 +95,18 @@ def _last_steps(metrics: Path) -> list[dict[str, Any]]:
         for line in file.read().splitlines():
             with suppress(ValueError):  # of a line that is cut, or being written
                 entry = json.loads(line)
-                if isinstance(entry, dict) and "loss" in entry:
+                if isinstance(entry, dict) and _is_step(entry):
                     found.append(entry)
     return found
 
 
+def _is_step(entry: dict[str, Any]) -> bool:
+    numbers = [entry.get(name) for name in ("step", "tokens_per_second", "step_seconds")]
+    return "loss" in entry and all(isinstance(number, int | float) for number in [*numbers, entry["loss"] or 0.0])
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        return dict(json.loads(path.read_bytes()))
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else {}
     return {}

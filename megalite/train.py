@@ -24,7 +24,7 @@ from megalite.errors import STOPPED_STATUS, UserError
 from megalite.feed import Feed
 from megalite.files import sole_user
 from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
-from megalite.launch import LaunchEnvironment
+from megalite.launch import LaunchEnvironment, start_time
 from megalite.learning_rate import learning_rate
 from megalite.model.loading import load_stage
 from megalite.model.stage import Stage
@@ -54,7 +54,7 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     config = plan.config
     progress = Progress()
     file = config.run.dir / STOP if environment.rank == 0 else None
-    stop = StopRequests(file, config.train.max_minutes)
+    stop = StopRequests(file, config.train.max_minutes, since=start_time(os.environ))
     if environment.launcher != "megalite":  # which has looked already, once for all ranks
         plan.check_start()
         plan.check_data()
@@ -150,7 +150,7 @@ class Trainer:
         """
         train = self.config.train
         last = train.stop_after or train.steps
-        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start)
+        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop)
         if self.restarts:
             recorder.restarted(self.start.step, self.restarts)
         stopped, step = False, self.start.step

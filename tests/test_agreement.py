@@ -221,6 +221,21 @@ def test_rank_0_says_that_its_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> 
             meet(environment, {}, timedelta(seconds=5))
 
 
+def test_a_master_that_nobody_knows_or_where_nobody_listens_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        for rank in (0, 1):
+            environment = LaunchEnvironment(rank, 2, rank, 2, "environment", "nohost.invalid", 29500)
+            with pytest.raises(UserError, match=r"MASTER_ADDR=nohost.invalid: .* knows no host of that name"):
+                meet(environment, {}, timedelta(seconds=1))
+        environment = LaunchEnvironment(1, 2, 1, 2, "environment", "127.0.0.1", closed.getsockname()[1])
+        began = time.monotonic()
+        with pytest.raises(RanksMissing, match=r"rank 0 at 127.0.0.1:\d+ does not answer rank 1 on .* within 1 s"):
+            meet(environment, {}, timedelta(seconds=1))
+        assert time.monotonic() - began < 3
+
+
 def test_a_port_that_another_program_has_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     with socket.socket() as other:

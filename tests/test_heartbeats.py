@@ -179,6 +179,22 @@ def test_the_state_of_a_run_is_told_from_its_files(
     assert len(status.laggards) == (2 if state == "dead" and beats else 0)
 
 
+def test_what_is_odd_in_a_runs_files_is_passed_over(run_folder: Path) -> None:
+    write_run(run_folder, [beat(0, 5), beat(1, 5)])
+    (run_folder / FOLDER / "rank_0.json").write_text('{"rank": 0')
+    odd = {"rank": 1, "host": "a", "pid": 1, "step": "two", "phase": "data", "moved": "now", "time": "then"}
+    (run_folder / FOLDER / "rank_1.json").write_text(json.dumps(odd))
+    with (run_folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(
+            '\n{"loss": 1, "step": 9}\n[3]\n{"loss": "x", "step": 9, "step_seconds": 1, "tokens_per_second": 2}\n'
+        )
+    status = run_status(run_folder)
+    assert (status.beats, status.missing, status.steps[-1]["step"]) == ([], [0, 1], 4)
+    for content in ("3", "[1, 2]", "{}", ""):
+        (run_folder / "STOPPED.json").write_text(content)
+        assert megalite("status", str(run_folder)).stdout.startswith(f"{run_folder}: stopped\n")
+
+
 def test_there_is_no_status_of_no_run(tmp_path: Path) -> None:
     refused = megalite("status", str(tmp_path), status=2).stderr
     assert refused.startswith(f"megalite: error: {tmp_path}: holds no run: there is no config.yaml")

@@ -100,6 +100,25 @@ def test_a_file_and_the_time_are_requests(tmp_path: Path) -> None:
     assert by_time.agreed == STOP, "an agreement is not taken back"
 
 
+def test_a_file_of_an_earlier_start_is_none_and_a_folder_neither(tmp_path: Path) -> None:
+    file = tmp_path / STOP
+    requests = StopRequests(file, since=time.time() - 10)
+    file.mkdir()
+    assert sum(requests.asked()) == 0
+    requests.discard()
+    file.rmdir()
+    file.touch()
+    os.utime(file, (0, time.time() - 60))
+    assert sum(requests.asked()) == 0
+    assert requests.discard_stale() == file
+    assert not file.exists()
+    file.symlink_to("nowhere")
+    assert requests.discard_stale() is None
+    assert sum(requests.asked()) == 1
+    requests.discard()
+    assert not file.is_symlink()
+
+
 # ---- all ranks
 
 
@@ -232,6 +251,8 @@ def test_a_signal_to_one_rank_stops_all_under_any_launcher(
 def test_ranks_are_started_again_only_where_they_can_go_on(run_file: Path) -> None:
     with pytest.raises(UserError, match=r"train\.max_restarts=2 .* resume='never'; use resume=auto"):
         prepare(run_file, [*TINY, "train.max_restarts=2", "resume=never"], None)
+    with pytest.raises(UserError, match=r"train\.max_restarts=2 .* checkpoint\.every=0 there is none; set checkpoint"):
+        prepare(run_file, [*TINY, "train.max_restarts=2", "checkpoint.every=0"], None)
 
 
 def end_of(run_file: Path, folder: Path) -> dict[int, float]:

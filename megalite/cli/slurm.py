@@ -12,9 +12,30 @@ import typer
 
 from megalite.cluster import LAUNCHERS, Job, ranks_per_node, render
 from megalite.errors import UserError, nearest
+from megalite.files import writing
 
 if TYPE_CHECKING:
     from megalite.config import RunConfig
+
+
+_OWN = {
+    "job-name": "use --name",
+    "nodes": "use --nodes",
+    "ntasks": "use --ranks-per-node",
+    "ntasks-per-node": "use --ranks-per-node",
+    "cpus-per-task": "use --cpus-per-rank",
+    "gpus-per-node": "use --gpus-per-node",
+    "account": "use --account",
+    "partition": "use --partition",
+    "time": "use --time",
+    "signal": "use --stop-before",
+    "requeue": "use --max-restarts",
+    "no-requeue": "use --max-restarts 0",
+    "output": "the job logs to logs/NAME/JOB.log, see --name",
+    "array": "a run is one job",
+    "chdir": "submit from the folder that the run file's paths start in",
+}
+"""Options of sbatch that the script sets itself, and what to use in their place."""
 
 
 def register(app: typer.Typer) -> None:
@@ -75,9 +96,12 @@ def _slurm(
     --output and --dry-run submit nothing.
     """
     if launcher not in LAUNCHERS:
-        raise UserError(f"--launcher {launcher!r} is none{nearest(launcher, LAUNCHERS)}")
+        raise UserError(f"--launcher {launcher!r} is no launcher{nearest(launcher, LAUNCHERS)}")
+    _check_time(time, stop_before)
     config = _checked(run, overrides or [], nodes, ranks or gpus, max_restarts)
     name = name or re.sub(r"[^\w.-]", "_", config.run.dir.resolve().name, flags=re.ASCII)
+    if name in (".", "..") or "/" in name:
+        raise UserError(f"--name {name!r} is to be a folder in logs/; write it without slashes")
     options = {
         "job-name": name,
         "nodes": str(nodes),
@@ -98,16 +122,18 @@ def _slurm(
             options=options,
             path=str(Path(sys.executable).parent),
             max_restarts=max_restarts,
-            container=tuple(shlex.split(container or "")),
+            container=_words(container or ""),
         )
     )
     if dry_run:
         typer.echo(script, nl=False)
         return
     logs = Path("logs", name)
-    logs.mkdir(parents=True, exist_ok=True)  # Slurm makes none, and a job whose output has no folder fails
+    with writing(logs, "submit from a folder that you may write in"):
+        logs.mkdir(parents=True, exist_ok=True)  # Slurm makes none, and a job whose output has no folder fails
     if output is not None:
-        output.write_text(script, encoding="utf-8")
+        with writing(output, "give --output the path of a file, in a folder that is there"):
+            output.write_text(script, encoding="utf-8")
         typer.echo(f"{output}: written; submit it from this folder by: sbatch {shlex.quote(str(output))}")
         return
     job = _submit(script)
@@ -135,8 +161,41 @@ def _further(given: list[str]) -> dict[str, str | None]:
         name, _, value = text.removeprefix("--").partition("=")
         if not re.fullmatch(r"[a-z][a-z-]+", name):
             raise UserError(f"--sbatch {text!r} is no long option of sbatch; write NAME=VALUE, as in --sbatch qos=high")
+        if name in _OWN:
+            raise UserError(f"--sbatch {text!r}: {name} is not given to sbatch as it stands; {_OWN[name]}")
         options[name] = value
     return options
+
+
+def _words(container: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(container))
+    except ValueError as error:
+        raise UserError(f"--container {container!r} is no command line: {str(error).lower()}") from error
+
+
+def _check_time(time: str | None, stop_before: int) -> None:
+    """Refuse what is no time limit of sbatch's, and one that is over before the run may be asked to stop."""
+    if time is None or time.upper() in ("UNLIMITED", "INFINITE"):
+        return
+    limit = _seconds(time)
+    if limit is None:
+        raise UserError(f"--time {time!r} is none of sbatch's forms; write HH:MM:SS, minutes, or days-HH:MM:SS")
+    if limit <= stop_before:
+        raise UserError(
+            f"--time {time} is {limit} s, and the run is asked to stop --stop-before {stop_before} s before its end; "
+            "give it more time, or lower --stop-before"
+        )
+
+
+def _seconds(time: str) -> int | None:
+    """What sbatch reads of minutes, minutes:seconds, hours:minutes:seconds, and days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    numbers = rest.split(":")
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    if len(numbers) > len(units) or not all(number.isdecimal() for number in [*numbers, *([days] if dash else [])]):
+        return None
+    return 86400 * int(days or 0) + sum(int(number) * unit for number, unit in zip(numbers, units, strict=False))
 
 
 def _submit(script: str) -> str:

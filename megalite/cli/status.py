@@ -51,9 +51,9 @@ def _of_the_end(status: "RunStatus") -> str:
     if status.state == "dead":
         last = max((beat.time for beat in status.beats), default=None)
         return "" if last is None else f", no rank has written for {status.now - last:,.0f} s"
-    if status.state == "stopped":
+    if status.state == "stopped" and {"step", "reason"} <= set(status.stopped):
         checkpoint = status.stopped.get("checkpoint") or "no checkpoint"
-        return f" after step {status.stopped.get('step')}, asked by {status.stopped.get('reason')}; {checkpoint}"
+        return f" after step {status.stopped['step']}, asked by {status.stopped['reason']}; {checkpoint}"
     return ""
 
 
@@ -67,7 +67,8 @@ def _eta(status: "RunStatus") -> str:
 
 def _ranks(status: "RunStatus") -> Iterator[str]:
     behind, missing = status.laggards, status.missing
-    yield f"{status.ranks:,} ranks: {len(behind):,} behind or silent, {len(missing):,} not heard of yet"
+    ranks = "1 rank" if status.ranks == 1 else f"{status.ranks:,} ranks"
+    yield f"{ranks}: {len(behind):,} behind or silent, {len(missing):,} not heard of yet"
     for beat in sorted(behind, key=lambda beat: (beat.place(), beat.time))[:_SHOWN]:
         yield f"  {beat.describe(status.now)}"
     if len(behind) > _SHOWN:

@@ -59,6 +59,9 @@ class RunConfig(Section, frozen=True):
         if self.train.max_restarts and self.resume != "auto":
             text = f"={self.train.max_restarts} has ranks go on from the newest checkpoint, and resume="
             yield Fault(("train", "max_restarts"), f"{text}{show(self.resume)}; use resume=auto, or max_restarts=0")
+        if self.train.max_restarts and not self.checkpoint.every:
+            text = f"={self.train.max_restarts} has ranks go on from the newest checkpoint, and with checkpoint.every=0"
+            yield Fault(("train", "max_restarts"), f"{text} there is none; set checkpoint.every, or max_restarts=0")
         yield from recompute_faults(self.train, self.deepspeed)
         yield from rollback_faults(self)
         schedule = self.train.schedule

@@ -283,7 +283,7 @@ class TrainSection(Section, frozen=True):
     """A step whose gradient is not finite is skipped; so many in a row end the run."""
     spike: SpikeSection | None = None
     """Watch the loss for jumps; no jump is one unless given."""
-    timeout_seconds: Count = 1800
+    timeout_seconds: Annotated[int, whole(1, most=366 * 86400)] = 1800
     """How long a rank in training may stand still, waiting for a lost peer say."""
     max_restarts: Index = 0
     """How often ranks that megalite launched are started again, from the newest checkpoint, when one of them dies."""

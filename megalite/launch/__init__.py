@@ -8,7 +8,7 @@
 The standard library alone: a launcher has no use for torch.
 """
 
-from megalite.launch.environment import LaunchEnvironment, launch_environment
+from megalite.launch.environment import LaunchEnvironment, launch_environment, start_time
 from megalite.launch.lifeline import die_with_parent
 from megalite.launch.local import USER_ERROR_PREFIX, launch_local
 from megalite.launch.stand_in import run_stand_in
@@ -20,4 +20,5 @@ __all__ = [
     "launch_environment",
     "launch_local",
     "run_stand_in",
+    "start_time",
 ]

@@ -1,6 +1,7 @@
 """Which rank a process is: the variables of every launcher, read into one form."""
 
 import re
+import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ LAUNCHER_PID = "MEGALITE_LAUNCHER_PID"
 """`launch_local` names itself to its ranks by this variable."""
 RESTART_COUNT = "MEGALITE_RESTART_COUNT"
 """How often `launch_local` has started the ranks again."""
+STARTED = "MEGALITE_STARTED"
+"""When the start of this run began, in seconds since 1970, as job scripts and `launch_local` say it."""
+_IMPORTED = time.time()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,14 @@ class LaunchEnvironment:
             "MASTER_ADDR": str(self.master_address),
             "MASTER_PORT": str(self.master_port),
         }
+
+
+def start_time(env: Mapping[str, str]) -> float:
+    """Return when the start of this run began, in seconds since 1970: where nobody says it, with this process."""
+    try:
+        return float(env[STARTED])
+    except (KeyError, ValueError):
+        return _IMPORTED
 
 
 def launch_environment(env: Mapping[str, str]) -> LaunchEnvironment | None:

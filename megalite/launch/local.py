@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from megalite.errors import STOPPED_STATUS, USER_ERROR_STATUS, UserError
-from megalite.launch.environment import LAUNCHER_PID, RESTART_COUNT
+from megalite.launch.environment import LAUNCHER_PID, RESTART_COUNT, STARTED, start_time
 
 USER_ERROR_PREFIX = "megalite: error: "
 """How the lines begin with which a rank tells the user of a mistake; `launch_local` looks for them in a rank's log."""
@@ -97,6 +97,7 @@ def _variables(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         LAUNCHER_PID: str(os.getpid()),
+        STARTED: str(start_time(os.environ)),
     }
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,11 +88,26 @@ def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rende
             ("--nodes", "1", "--ranks-per-node", "6", "parallel.data=auto"),
             "no multiple of the 4 of tensor 2 x pipeline",
         ),
-        (("--nodes", "2", "--launcher", "srum"), "--launcher 'srum' is none; did you mean 'srun'?"),
+        (("--nodes", "2", "--launcher", "srum"), "--launcher 'srum' is no launcher; did you mean 'srun'?"),
         (("--nodes", "2", "resume=never"), "resume='never' would begin there again after every restart of the job; "),
         (("--nodes", "2", "--container", "x", "--launcher", "deepspeed"), "by its own Python, outside of it; use --la"),
         (("--nodes", "2", "--account", "a\n#SBATCH --wrap=x"), "sbatch would not read this as one value; leave out bl"),
         (("--nodes", "2", "--sbatch", "-N=3"), "is no long option of sbatch; write NAME=VALUE"),
+        (
+            ("--nodes", "2", "--sbatch", "job-name=x"),
+            "--sbatch 'job-name=x': job-name is not given to sbatch as it stands",
+        ),
+        (("--nodes", "2", "--container", 'run "x'), "--container 'run \"x' is no command line: no closing quotation"),
+        (("--nodes", "2", "--name", "../x"), "--name '../x' is to be a folder in logs/; write it without slashes"),
+        (("--nodes", "2", "--time", "tomorrow"), "--time 'tomorrow' is none of sbatch's forms; write HH:MM:SS"),
+        (("--nodes", "2", "--time", "1-2-3"), "--time '1-2-3' is none of sbatch's forms"),
+        (
+            ("--nodes", "2", "--time", "00:05:00"),
+            "--time 00:05:00 is 300 s, and the run is asked to stop --stop-before",
+        ),
+        (("--nodes", "2", "--time", "5:00"), "--time 5:00 is 300 s"),
+        (("--nodes", "2", "--time", "0-0:5"), "--time 0-0:5 is 300 s"),
+        (("--nodes", "2", "--time", "4"), "--time 4 is 240 s"),
         (("--nodes", "2", "train.stepz=3"), "command line: train.stepz is not a key; did you mean 'steps'?"),
     ],
 )
@@ -99,6 +115,16 @@ def test_what_cannot_be_is_said_with_its_fix(rendered: Rendered, arguments: tupl
     status, said = rendered(*arguments, "parallel.tensor=2", "parallel.pipeline=2")
     assert (status, said.startswith("megalite: error: ")) == (2, True)
     assert message in said
+
+
+def test_a_script_goes_into_a_file_or_the_reason_is_said(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for output, reason in ((tmp_path, "Is a directory"), (tmp_path / "none/x.sbatch", "No such file or directory")):
+        assert main(["slurm", str(run_file), "--nodes", "1", "--output", str(output)]) == 2
+        said = capsys.readouterr().err
+        assert f"{output}: cannot be written: {output}: {reason}; give --output the path of a file" in said
 
 
 def test_without_slurm_it_says_where_to_submit(
@@ -195,6 +221,21 @@ def test_the_files_of_the_run_decide_what_becomes_of_the_job(
     found = bench.run(does)
     assert (found[0], found[2]) == (status, requeued)
     assert said in found[1]
+
+
+def test_a_folder_that_looks_like_a_pattern_has_its_checkpoints(bench: Bench) -> None:
+    bench.run_dir = bench.folder / "runs" / "a[1] *"
+    assert bench.run(f"{CHECKPOINT}; exit 9")[0::2] == (9, True)
+    bench.run_dir = bench.folder / "runs" / "half"
+    assert "has no checkpoint to go on from" in bench.run('mkdir -p "$RUN/checkpoints/step_2.tmp"; exit 9')[1]
+
+
+def test_every_start_meets_at_another_port_and_knows_its_time(bench: Bench) -> None:
+    bench.run('echo "$MASTER_PORT $MEGALITE_STARTED" >first; exit 9')
+    bench.run('echo "$MASTER_PORT $MEGALITE_STARTED" >second; exit 9', SLURM_RESTART_COUNT="1")
+    (port, began), (other, _) = ((bench.folder / name).read_text().split() for name in ("first", "second"))
+    assert (port, other) == ("20030", "26040")
+    assert 0 <= time.time() - float(began) < 60
 
 
 def test_files_of_an_earlier_start_mean_nothing(bench: Bench) -> None:

@@ -41,7 +41,8 @@ address_of() {
 
 # Jobs on one node meet at ports of their own, and leave the next nine free: verification takes some of them.
 master=$(address_of "${hosts[0]}")
-port=$((20000 + SLURM_JOB_ID % 1200 * 10))
+# Another port for every start: a rank of the one before may have outlived it, out of Slurm's reach.
+port=$((20000 + (SLURM_JOB_ID + 601 * ${SLURM_RESTART_COUNT:-0}) % 1200 * 10))
 export MASTER_ADDR=$master MASTER_PORT=$port
 
 # A step asks for processors anew: srun does not take over what sbatch was told.
@@ -50,6 +51,9 @@ cpus_per_task=${SLURM_CPUS_PER_TASK:-1}
 # What the job was: its script, run file, command and commit.
 folder=$PWD/logs/$SLURM_JOB_NAME/$SLURM_JOB_ID
 mkdir -p "$folder" "$run_dir"
+touch "$folder/started"
+MEGALITE_STARTED=$(stat -c %Y "$folder/started")  # a STOP from now on is for this start
+export MEGALITE_STARTED
 cp "$0" "$folder/job.sbatch"
 cp "$run_file" "$folder/run.yaml"
 printf '%q ' python "${train[@]}" >"$folder/command"
@@ -74,7 +78,6 @@ write_hostfile() {
 # Run the launcher until it ends.
 launch() {
     local launcher status
-    touch "$folder/started"
     [ -z "$interrupted" ] || conclude 0  # there is no time left
     "$@" &
     launcher=$!
@@ -98,7 +101,7 @@ conclude() {
         finish 0 "the run was stopped by hand"
     elif [ "$status" = 0 ] && ! is_new STOPPED.json && grep -qs '^ *stop_after: [0-9]' "$run_dir/config.yaml"; then
         finish 0 "the run ended at train.stop_after"
-    elif ! compgen -G "$run_dir/checkpoints/step_*" >/dev/null; then
+    elif ! has_checkpoint; then
         finish "$failed" "the run ended with status $status and has no checkpoint to go on from"
     elif [ "$count" -ge "$most" ]; then
         finish "$failed" "the run ended with status $status; restarted $count times, of at most $most"
@@ -111,11 +114,16 @@ conclude() {
     finish "$status" "the run ended with status $status and goes on from its newest checkpoint; the job is requeued"
 }
 
+has_checkpoint() {
+    [ -n "$(find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*[0-9]' -print -quit 2>/dev/null)" ]
+}
+
 is_new() {  # whether the run's folder has a file since the launcher was started
     [ "$run_dir/$1" -nt "$folder/started" ]
 }
 
 finish() {  # status, message
+    rm -f "$folder/.deepspeed_env"  # it may have secrets
     echo "job $SLURM_JOB_ID: $2" >&2
     exit "$1"
 }
