@@ -174,6 +174,40 @@ def test_a_requeued_job_goes_on(cluster: Cluster, submit: Submit, run_file: Path
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
+def test_a_rank_that_outlives_its_job_does_not_hold_the_next_start_up(
+    cluster: Cluster, submit: Submit, run_file: Path, train_here: Here
+) -> None:
+    """pdsh's ranks are out of Slurm's reach, and one that is stopped hears nothing: it has the port and the folder."""
+    job = submit("left", "deepspeed", *STEPS)
+    job.wait_for_step(3)
+    stopped = ranks_of(job)[0]
+    stopped.suspend()
+    cluster.call("scontrol", "requeue", job.number)
+    ended = cluster.wait(job.number)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), job.output()
+    assert not stopped.is_running()
+    assert job.losses() == train_here(run_file, *STEPS)
+    assert not (job.folder / "logs" / job.name / job.number / ".deepspeed_env").exists()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_a_signal_while_the_ranks_start_is_heeded(
+    cluster: Cluster, submit: Submit, run_file: Path, train_here: Here
+) -> None:
+    job = submit("early", "srun", *STEPS)
+    cluster.wait_until(job.number, "RUNNING")
+    while not ranks_of(job):
+        time.sleep(0.1)
+    cluster.call("scancel", "--signal=USR1", "--batch", job.number)
+    ended = cluster.wait(job.number)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 1), job.output()
+    assert "stopped after step 1 of 30, asked by STOP; checkpoint step_1" in job.output()
+    assert job.losses() == train_here(run_file, *STEPS)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("victim", ["node1", "node2"])
 def test_a_run_goes_on_once_a_killed_node_is_back(
     cluster: Cluster,
@@ -294,12 +328,15 @@ def test_an_array_preprocesses_as_one_command_does(cluster: Cluster, tmp_path: P
     whole = ("--tokenizer=tok.model", "--output=whole", "--append-eod", "--workers=1")
     cluster.call(*megalite, "preprocess", *names, *whole, cwd=tmp_path)
     script = ("slurm/preprocess_array.sbatch", "tok.model", "data/parts", *names)
-    cluster.call("sbatch", "--array=0-2", *script, cwd=tmp_path, PREPROCESS="--append-eod")
-    deadline = time.monotonic() + 200
-    while cluster.call("squeue", "--noheader"):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    logs = "".join(path.read_text() for path in (tmp_path / "logs/preprocess").iterdir())
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"data/parts{suffix}").is_file(), logs
-        assert (tmp_path / f"data/parts{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+    for array in ("0-2", "0-1"):  # the parts of the first, larger array are left, and are none of the second's
+        cluster.call("sbatch", f"--array={array}", *script, cwd=tmp_path, PREPROCESS="--append-eod")
+        deadline = time.monotonic() + 200
+        while cluster.call("squeue", "--noheader"):
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        logs = "".join(path.read_text() for path in (tmp_path / "logs/preprocess").iterdir())
+        for suffix in (".bin", ".idx"):
+            merged = tmp_path / f"data/parts{suffix}"
+            assert merged.is_file(), logs
+            assert merged.read_bytes() == (tmp_path / f"whole{suffix}").read_bytes(), logs
+            merged.unlink()
