@@ -104,7 +104,11 @@ def exchange(store: Store, environment: LaunchEnvironment, name: str, value: Any
             for waiting_for in range(environment.world_size):
                 values.append(json.loads(store.get(f"{name}/{waiting_for}")))
             store.set(f"{name}/all", json.dumps(values))
-        return json.loads(store.get(f"{name}/all"))
+            _wait_for_readers(store, f"{name}/read", environment.world_size - 1)
+            return values
+        everything = json.loads(store.get(f"{name}/all"))
+        store.add(f"{name}/read", 1)
+        return everything
     except DistError as error:
         raise RanksMissing(f"rank {waiting_for} ended or hung before the ranks' exchange of their {name}") from error
 
@@ -246,10 +250,7 @@ class _Host:
         refusals = _shortened([line for _, line in sorted(self._refusals)])
         self._store.set(f"{self._round}/outcome", json.dumps({"refusals": refusals, "missing": missing}))
         if refusals or missing:
-            # The store may end with this process: let the others read first.
-            deadline = time.monotonic() + GRACE_SECONDS
-            while self._store.add(f"{self._round}/read", 0) < self._heard and time.monotonic() < deadline:
-                time.sleep(_POLL_SECONDS)
+            _wait_for_readers(self._store, f"{self._round}/read", self._heard)
         return Meeting(PrefixStore(self._round, self._store), tuple(refusals), missing)
 
 
@@ -266,6 +267,13 @@ def _report(store: Store, environment: LaunchEnvironment, facts: Facts, timeout:
     outcome = json.loads(store.get(f"{name}/outcome"))
     store.add(f"{name}/read", 1)
     return Meeting(PrefixStore(name, store), tuple(outcome["refusals"]), tuple(outcome["missing"]))
+
+
+def _wait_for_readers(store: Store, counter: str, count: int) -> None:
+    """On rank 0: the store may end with this process, so let the others read first."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while store.add(counter, 0) < count and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
 
 
 def _identity(rank: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.console import Console
 import megalite
 from megalite.doctor.examination import examine
 from megalite.doctor.places import RankPlace, hosts_row, launcher_row
-from megalite.doctor.reach import ALL_PAIRS, Listener, listening, peers, unreached
+from megalite.doctor.reach import ALL_PAIRS, Listener, listening, peers, unknown_interfaces, unreached
 from megalite.doctor.report import Report, Row
 from megalite.doctor.speed import rate_row
 from megalite.launch import LaunchEnvironment, launch_environment
@@ -172,6 +172,15 @@ def test_a_host_whose_name_leads_to_its_loopback_device_is_told_the_fix() -> Non
             "Connection refused; that is the loopback device of node1: set GLOO_SOCKET_IFNAME to its network's, or "
             "give its name the network's address in /etc/hosts"
         )
+
+
+def test_an_interface_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with listeners(1) as here:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,nosuch0")
+        (failure,) = unknown_interfaces(here[0])
+        assert f"rank 0 on {here[0].host}: GLOO_SOCKET_IFNAME=nosuch0 is none of its interfaces; it has lo" in failure
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+        assert list(unknown_interfaces(here[0])) == []
 
 
 @pytest.mark.parametrize("world_size", [2, 3, ALL_PAIRS, ALL_PAIRS + 1, 1000])

@@ -466,7 +466,7 @@ def test_ranks_that_save_have_the_time_they_need(tmp_path: Path, started: list[s
     launcher.terminate()
     _, err = launcher.communicate(timeout=DEADLINE)
     assert launcher.returncode == STOPPED_STATUS
-    assert err == "megalite: stopping after this step; once more to end at once\n"
+    assert err == "megalite: asked to stop, after this step if training; once more to end at once\n"
 
 
 def test_a_rank_that_dies_while_the_others_stop_does_not_hold_them_up(

@@ -33,7 +33,7 @@ def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> No
         running.send_signal(signal.SIGTERM)
         _, said = running.communicate(timeout=30)
     assert running.returncode == STOPPED_STATUS
-    assert said == "megalite: stopping after this step; once more to end at once\n"
+    assert said == "megalite: asked to stop, after this step if training; once more to end at once\n"
     found = checkpoints(folder / "checkpoints")
     assert all(CheckpointReader(path).faults() == [] for _, path in found)
 

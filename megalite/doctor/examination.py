@@ -10,7 +10,7 @@ from megalite.agreement import process_facts, run_facts
 from megalite.distributed import local_device, process_grid
 from megalite.doctor.disk import disk_row
 from megalite.doctor.places import RankPlace, hosts_row, launcher_row
-from megalite.doctor.reach import Listener, listening, own_address, unreached
+from megalite.doctor.reach import Listener, listening, own_address, unknown_interfaces, unreached
 from megalite.doctor.report import Report, Row
 from megalite.doctor.speed import axis_rows, matrix_row
 from megalite.launch import LaunchEnvironment
@@ -82,7 +82,9 @@ def _network_row(meeting: Meeting, environment: LaunchEnvironment, device: torch
     assert environment.master_address is not None
     with listening(environment.rank, own_address(device, environment.master_address)) as here:
         listeners = [Listener(**told) for told in exchange(meeting.store, environment, "listeners", here.to_json())]
-        told: Sequence[list[str]] = exchange(meeting.store, environment, "failures", unreached(here, listeners))
+        told: Sequence[list[str]] = exchange(
+            meeting.store, environment, "failures", [*unknown_interfaces(here), *unreached(here, listeners)]
+        )
     failures = [line for lines in told for line in lines]
     if failures:
         more = [f"and {len(failures) - _SHOWN} more pairs"] if len(failures) > _SHOWN else []

@@ -116,6 +116,17 @@ def own_address(device: torch.device, master_address: str) -> str:
     return _address_towards(master_address) if device.type == "cuda" else _address_of_name()
 
 
+def unknown_interfaces(here: Listener) -> Iterator[str]:
+    """Say which interfaces of GLOO_SOCKET_IFNAME this host does not have; gloo would say it in its own words, later."""
+    known = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in known:
+            yield (
+                f"rank {here.rank} on {here.host}: GLOO_SOCKET_IFNAME={name} is none of its interfaces; it has "
+                f"{', '.join(known)}"
+            )
+
+
 def _address_of_interface(name: str) -> str | None:
     if sys.platform != "linux" or name not in [known for _, known in socket.if_nameindex()]:
         return None

@@ -334,7 +334,7 @@ class _Watch:
             self.stopped_by = number
             self.kill_at = time.monotonic() + self.stop_grace
             if math.isinf(self.stop_grace):
-                sys.stderr.write("megalite: stopping after this step; once more to end at once\n")
+                sys.stderr.write("megalite: asked to stop, after this step if training; once more to end at once\n")
             for rank in self.alive:
                 rank.send(number)
 
