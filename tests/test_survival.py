@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -68,6 +67,8 @@ def test_a_rank_that_is_killed_in_a_step_costs_the_steps_since_the_checkpoint(
 # ------------------------------------------------------------------------------------------------------------- a soak
 
 KILLS, SOAK_STEPS = 20, 1000
+FORWARD = SOAK_STEPS // KILLS
+"""How many steps a run comes forward at most before it is killed."""
 SOAK = (
     *TINY,
     *("parallel.pipeline=2", "checkpoint.every=5", "checkpoint.keep_last=2", "checkpoint.async=true"),
@@ -86,10 +87,20 @@ def final(folder: Path) -> dict[str, str]:
     return {name: file["sha256"] for name, file in manifest["files"].items() if name.endswith(".safetensors")}
 
 
-def kill_some(running: subprocess.Popen[bytes], patience: float, chance: random.Random) -> bool:
-    """Kill the launcher or one of its ranks after `patience` seconds; return whether there was still one."""
-    with suppress(subprocess.TimeoutExpired):
-        running.wait(patience)
+def reached(folder: Path) -> int:
+    """The last step that a run has written down."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def kill_some(running: subprocess.Popen[bytes], folder: Path, chance: random.Random) -> bool:
+    """Kill the launcher or one of its ranks in some seconds or after some steps; return whether it had not ended."""
+    steps, seconds = chance.randrange(-FORWARD // 3, FORWARD), chance.uniform(0.2, 4.0)
+    goal, deadline = reached(folder) + steps, time.monotonic() + (seconds if steps <= 0 else 120)
+    while running.poll() is None and time.monotonic() < deadline and (steps <= 0 or reached(folder) < goal):
+        time.sleep(0.01)
+    if running.poll() is not None:
         return False
     launcher = psutil.Process(running.pid)
     everybody = [launcher, *launcher.children(recursive=True)]
@@ -112,13 +123,12 @@ def test_a_run_that_is_killed_twenty_times_ends_as_the_one_that_was_not(run_file
     began = time.perf_counter()
     assert start(run_file, whole).wait() == 0
     undisturbed, training = time.perf_counter() - began, seconds_of_training(whole)
-    starting = undisturbed - training
 
     began, kills = time.perf_counter(), 0
     while not (soaked / "DONE.json").exists():
         running = start(run_file, soaked)
         if kills < KILLS:
-            kills += kill_some(running, chance.uniform(0.3 * starting, starting + training / 10), chance)
+            kills += kill_some(running, soaked, chance)
         else:
             assert running.wait() == 0
     took = time.perf_counter() - began
