@@ -108,10 +108,12 @@ conclude() {
     elif [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != RUNNING ]; then
         # Such as by scancel, which is to be the last word.
         finish "$failed" "the run ended with status $status, since Slurm ended the job"
-    elif ! scontrol requeue "$SLURM_JOB_ID"; then
-        finish "$failed" "the run ended with status $status; Slurm does not requeue the job"
     fi
-    finish "$status" "the run ended with status $status and goes on from its newest checkpoint; the job is requeued"
+    # Slurm ends this script together with the job that it requeues: whatever is to be said is said before.
+    say "the run ended with status $status and goes on from its newest checkpoint; the job is requeued"
+    scontrol requeue "$SLURM_JOB_ID" ||
+        finish "$failed" "the run ended with status $status; Slurm does not requeue the job"
+    exit "$status"
 }
 
 has_checkpoint() {
@@ -122,9 +124,13 @@ is_new() {  # whether the run's folder has a file since the launcher was started
     [ "$run_dir/$1" -nt "$folder/started" ]
 }
 
-finish() {  # status, message
+say() {  # message
     rm -f "$folder/.deepspeed_env"  # it may have secrets
-    echo "job $SLURM_JOB_ID: $2" >&2
+    echo "job $SLURM_JOB_ID: $1" >&2
+}
+
+finish() {  # status, message
+    say "$2"
     exit "$1"
 }
 
