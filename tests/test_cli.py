@@ -115,7 +115,7 @@ def test_by_hand_the_layouts_ranks_are_launched(run_file: Path, monkeypatch: pyt
         return 137
 
     monkeypatch.setattr("megalite.cli.train.launch_local", launch_local)
-    overrides = ["parallel.tensor=2", "parallel.pipeline=2", "train.max_restarts=3"]
+    overrides = ["parallel.tensor=2", "parallel.pipeline=2", "train.max_restarts=3", "checkpoint.every=5"]
     assert main(["train", str(run_file), *overrides]) == 137
     more = {"stop_grace": math.inf, "max_restarts": 3}
     assert calls == [(["train", str(run_file), *overrides], 4, run_file.parent / "run/logs", more)]
