@@ -267,6 +267,20 @@ def test_rank_0_has_the_console_and_the_others_a_log(tmp_path: Path, capfd: pyte
     assert (tmp_path / "logs/rank_2.log").read_text() == "out 2\nerr 2 \N{SNOWMAN}\n" * 2
 
 
+def test_a_log_that_takes_no_more_ends_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank_0.log").symlink_to("/dev/full")
+    body = """
+        for number in range(2):
+            print(f"err {number}", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+    """
+    assert launch_local([str(tmp_path)], 1, tmp_path / "logs", command=program(body)) == 0
+    lost, *said = capfd.readouterr().err.splitlines()
+    assert lost == f"megalite: {tmp_path}/logs/rank_0.log is not written any more: No space left on device"
+    assert said == ["err 0", "err 1"]
+
+
 def test_the_port_is_nobody_elses_until_rank_0_listens(tmp_path: Path) -> None:
     body = """
         import socket

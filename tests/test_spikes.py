@@ -263,3 +263,5 @@ def test_a_run_goes_back_so_often_and_not_more(run_file: Path, tmp_path: Path) -
     with pytest.raises(RankError, match=r"train\.spike\.max_rollbacks=2 times the run went back") as error:
         run_distributed(jump_always, 1, str(run_file), [*SMALL, rule, f"run.dir={tmp_path / 'run'}"])
     assert "train.spike.action=skip" in str(error.value)
+    jumps = sorted(path.name for path in (tmp_path / "run/spikes").iterdir())
+    assert len(jumps) == 3, "a jump at a step is not to write over one before"
