@@ -63,7 +63,7 @@ CASES = [
     (schedule.name, layout, stage, drawn(number, layout[0], stage))
     for number, (schedule, layout, stage) in enumerate(product(SCHEDULES, LAYOUTS, range(4)))
 ]
-QUICK = [(4, 2), (3, 1), (0, 0)]
+QUICK = [(4, 2), pytest.param(2, 3, marks=pytest.mark.full), (3, 1), (0, 0)]
 """A schedule and a ZeRO stage each, at tensor 2 x pipeline 2 x data 1."""
 
 

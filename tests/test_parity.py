@@ -70,7 +70,11 @@ def test_stages_may_have_different_numbers_of_sub_groups(run_file: Path, corpus:
     check(run_file, corpus, (1, 2, 1), *given, tied=False)
 
 
-@pytest.mark.parametrize("layout", [(1, 4, 1), (2, 2, 2)], ids=lambda layout: "x".join(map(str, layout)))
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param((1, 2, 1), marks=pytest.mark.full), (1, 4, 1), (2, 2, 2)],
+    ids=lambda layout: "x".join(map(str, layout)),
+)
 def test_gpipe_trains_like_one_process(run_file: Path, corpus: Path, layout: tuple[int, int, int]) -> None:
     check(run_file, corpus, layout, "parallel.schedule=gpipe", tied=True)
 
