@@ -28,6 +28,7 @@ from megalite.resume import Start
 from megalite.spikes import Spike
 from megalite.stopping import DONE, STOPPED, StopRequests
 from megalite.stragglers import StragglerWatch
+from megalite.tensor_parallel.kernels import NATIVE, Kernels
 from megalite.zero import StepOutcome
 
 RUN_FILES = (
@@ -78,6 +79,7 @@ class RunRecorder:
         datasets: Datasets,
         start: Start | None = None,
         stop: StopRequests | None = None,
+        kernels: Kernels = NATIVE,
     ) -> None:
         config, start = plan.config, start or Start()
         self.config, self.grid, self.plan = config, grid, plan
@@ -105,6 +107,8 @@ class RunRecorder:
                 f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
                 f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
+            if grid.device.type == "cpu":
+                self.log.say(f"kernels: {kernels.describe(dtype)}")
             for line in (*datasets.describe(), *start.notes, *said):
                 self.log.say(line)
             if start.step >= (config.train.stop_after or config.train.steps):

@@ -15,6 +15,7 @@ from megalite.distributed import ProcessGrid, gather_json
 from megalite.errors import UserError
 from megalite.faults import validation_lines
 from megalite.plan import Plan
+from megalite.tensor_parallel.kernels import NATIVE, Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Start:
     passed_over: tuple[PassedOver, ...] = ()
     recent_losses: tuple[float, ...] = ()
     """Of the steps before, as `SpikeWatch` keeps them."""
+    kernels: Kernels | None = None
+    """What the checkpoint was trained with; None where training begins anew."""
 
     def continues(self, checkpoints: Path) -> bool:
         """Whether a run goes on whose checkpoints are in that folder."""
@@ -113,7 +116,13 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str]) -
             "order from its sample of that number on, and some text may be seen twice"
         )
     return Start(
-        step, CheckpointWeights(reader), reader, tuple(notes), tuple(state.passed_over), tuple(state.recent_losses)
+        step,
+        CheckpointWeights(reader),
+        reader,
+        tuple(notes),
+        tuple(state.passed_over),
+        tuple(state.recent_losses),
+        state.kernels,
     )
 
 
@@ -139,6 +148,7 @@ class _Progress:
     optimizer: _Optimizer
     passed_over: Sequence[PassedOver] = ()
     recent_losses: Sequence[float] = ()
+    kernels: Kernels = NATIVE  # as all checkpoints were trained before they told
 
 
 def _progress(reader: CheckpointReader) -> _Progress:

@@ -16,6 +16,7 @@ from megalite.agreement import run_facts
 from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
+from megalite.config import RunConfig
 from megalite.config.sections import SpikeSection
 from megalite.data.batches import BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
@@ -26,6 +27,7 @@ from megalite.files import sole_user
 from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.launch import LaunchEnvironment, start_time
 from megalite.learning_rate import learning_rate
+from megalite.model.kernel_choice import choose_kernels
 from megalite.model.loading import load_stage
 from megalite.model.stage import Stage
 from megalite.pipeline.executor import PipelineExecutor, StepResult
@@ -33,11 +35,13 @@ from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
+from megalite.precision import DTYPES
 from megalite.recorder import RunRecorder, StepReport
 from megalite.rendezvous import agree
 from megalite.resume import find_start
 from megalite.spikes import SpikeWatch
 from megalite.stopping import STOP, StopRequests
+from megalite.tensor_parallel.kernels import NATIVE, Kernels
 from megalite.zero import ZeroEngine
 from megalite.zero_state import ZeroState
 
@@ -103,7 +107,8 @@ class Trainer:
         self.plan, self.config, self.grid = plan, plan.config, grid
         self.stop, self.progress, self.restarts = stop or StopRequests(), progress or Progress(), restarts
         self.start = find_start(plan, grid)
-        self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
+        self.kernels = _agreed_kernels(self.config, grid, self.start.kernels)
+        self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights, self.kernels), self.config, grid)
         self.state = ZeroState(self.engine)
         self._restore()
         self.spikes = SpikeWatch(self.config.train.spike, self.start.recent_losses)
@@ -150,7 +155,9 @@ class Trainer:
         """
         train = self.config.train
         last = train.stop_after or train.steps
-        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop)
+        recorder = RunRecorder(
+            *(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop), kernels=self.kernels
+        )
         if self.restarts:
             recorder.restarted(self.start.step, self.restarts)
         stopped, step = False, self.start.step
@@ -219,6 +226,7 @@ class Trainer:
             },
             "passed_over": [asdict(gap) for gap in self.schedule.passed_over],
             "recent_losses": self.spikes.losses,
+            "kernels": asdict(self.kernels),
             "optimizer": self.state.numbers(),
         }
 
@@ -368,10 +376,24 @@ class Trainer:
         return loss / self.plan.layout.data
 
 
-def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> dict[int, Stage]:
+def _agreed_kernels(config: RunConfig, grid: ProcessGrid, saved: Kernels | None) -> Kernels:
+    """Measure on rank 0 how the device computes fastest, and let all ranks compute so. Collective."""
+    chosen = None
+    if grid.rank == 0:
+        products, attention = config.train.cpu_products, config.train.cpu_attention
+        dtype = DTYPES[config.precision]
+        chosen = asdict(choose_kernels(grid.device, dtype, products=products, attention=attention, saved=saved))
+    return Kernels(**gather_json(chosen, grid)[0])
+
+
+def build_stages(
+    plan: Plan, grid: ProcessGrid, weights: Weights | None = None, kernels: Kernels = NATIVE
+) -> dict[int, Stage]:
     """Build this rank's stages with the given weights, or with those that (seed, name) give them."""
     parallel = plan.config.parallel
-    group = replace(grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap)
+    group = replace(
+        grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap, kernels=kernels
+    )
     stages: dict[int, Stage] = {}
     for index in grid.stages:
         stage = stages[index] = Stage(

@@ -289,6 +289,10 @@ class TrainSection(Section, frozen=True):
     """How often ranks that megalite launched are started again, from the newest checkpoint, when one of them dies."""
     max_minutes: PositiveNumber | None = None
     """So many minutes after its start a rank asks to stop: a checkpoint is saved, and the run can go on later."""
+    cpu_products: Literal["native", "fp32"] | None = None
+    """How a CPU multiplies 16-bit matrices: natively, or in fp32 with the result rounded; the faster unless given."""
+    cpu_attention: Literal["written_out", "fused"] | None = None
+    """How a CPU computes attention: as plain matrix products, or by torch's fused kernel; the faster unless given."""
     straggler_factor: Annotated[float, number(above=1)] = 1.5
     """A rank that is at work so many times longer than the median of the ranks with its stages is named."""
 
