@@ -49,19 +49,21 @@ def matrix_row(grid: ProcessGrid, dtype: torch.dtype, hosts: Sequence[str]) -> R
     name = str(dtype).removeprefix("torch.")
     row = rate_row("matrix products", f"{unit} per rank in {name}", found)
     slow = [f"rank {rank} on {hosts[rank]}" for rank, way in enumerate(ways) if way == "fp32"]
+    return with_slow_precision(row, name, slow, len(hosts))
+
+
+def with_slow_precision(row: Row, precision: str, slow: Sequence[str], world_size: int) -> Row:
+    """Return the row with a warning where some ranks, named in `slow`, multiply matrices of a precision by way of
+    float32, since their CPU has no units for it."""
     if not slow:
         return row
-    who = "every rank" if len(slow) == len(hosts) else ", ".join(slow[:_SHOWN])
-    return replace(
-        row,
-        verdict="warn",
-        lines=(
-            *row.lines,
-            f"{who}: this CPU has no {name} units; products of {name} matrices are computed in float32 and rounded",
-            "fp32 is as fast here and more precise, for twice the memory: write bf16: {enabled: false} and "
-            "fp16: {enabled: false} in the DeepSpeed JSON",
-        ),
+    more = f" and {len(slow) - _SHOWN} more" if len(slow) > _SHOWN else ""
+    who = "every rank" if len(slow) == world_size else ", ".join(slow[:_SHOWN]) + more
+    lines = (
+        f"{who}: the CPU is slow in {precision}, so that matrix products are computed in float32 and rounded",
+        "float32 is as fast there and more precise, for more memory: write train.precision=fp32",
     )
+    return replace(row, verdict="warn", lines=(*row.lines, *lines))
 
 
 def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import run_distributed
+from model.cut_stages import LLAMA, model_config
+from training import build_trainer
 
 from megalite.metrics import device_peak, matrix_rate
 from megalite.model import kernel_choice
@@ -15,9 +18,6 @@ from megalite.model.transformer import causal_attention
 from megalite.tensor_parallel import kernels as kernels_module
 from megalite.tensor_parallel.collectives import TensorGroup
 from megalite.tensor_parallel.kernels import AttentionKernel, Kernels, Products, cpu_seconds, faster_products
-from tests.harness import run_distributed
-from tests.model.cut_stages import LLAMA, model_config
-from tests.training import build_trainer
 
 CPU = torch.device("cpu")
 WIDE = Kernels("fp32", "fused")
@@ -211,7 +211,7 @@ def test_fifty_steps_by_both_ways_agree_within_their_rounding(run_file: Path, pr
 
 
 def test_all_ranks_compute_alike(run_file: Path) -> None:
-    layout = ["parallel.tensor=2", "parallel.pipeline=1", "model.num_key_value_heads=2", "train.steps=1"]
+    layout = ["parallel.tensor=2", "parallel.pipeline=1", "model.num_key_value_heads=2", "train.steps=3"]
     overrides = [*SMALL, PRECISIONS["bf16"], *layout]
     (first, *_), (second, *_) = run_distributed(kernels_rank, 2, str(run_file), overrides)
     assert first == second
