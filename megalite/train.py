@@ -19,7 +19,7 @@ from megalite.checkpointer import Checkpointer
 from megalite.config.sections import SpikeSection
 from megalite.data.batches import BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
-from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
+from megalite.distributed import ProcessGrid, local_device, on_rank_zero, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.feed import Feed
 from megalite.files import sole_user
@@ -393,11 +393,4 @@ def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) 
 
 def claim_folder(folder: Path, grid: ProcessGrid, until: ExitStack) -> None:
     """Keep other runs out of a run's folder; raise UserError on every rank where one is in. Collective."""
-    refusal = None
-    if grid.rank == 0:
-        try:
-            until.enter_context(sole_user(folder, f"run.dir={folder}"))
-        except UserError as error:
-            refusal = str(error)
-    if refusal := gather_json(refusal, grid)[0]:
-        raise UserError(refusal)
+    on_rank_zero(lambda: until.enter_context(sole_user(folder, f"run.dir={folder}")), grid)
