@@ -34,7 +34,7 @@ from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
 from megalite.recorder import RunRecorder, StepReport
-from megalite.rendezvous import agree
+from megalite.rendezvous import agree, ask_rank_zero
 from megalite.resume import find_start
 from megalite.spikes import SpikeWatch
 from megalite.stopping import STOP, StopRequests
@@ -55,15 +55,15 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     progress = Progress()
     file = config.run.dir / STOP if environment.rank == 0 else None
     stop = StopRequests(file, config.train.max_minutes, since=start_time(os.environ))
-    if environment.launcher != "megalite":  # which has looked already, once for all ranks
-        plan.check_start()
-        plan.check_data()
     # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    plan.check_machine()
     store = agree(environment, run_facts(plan, environment.world_size), timeout)
+    if environment.launcher != "megalite":  # which has looked already
+        ask_rank_zero(store, environment, "check of start and data", lambda: _check(plan))
     with (
         ExitStack() as stack,
         process_grid(
@@ -79,6 +79,13 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
             stopped = trainer.run()
         trainer.close()
     return STOPPED_STATUS if stopped and environment.launcher == "megalite" else 0
+
+
+def _check(plan: Plan) -> None:
+    """Check start and data; raise UserError for what the user can mend. It reads whole files, so one rank does it:
+    that the other hosts have the same files, the ranks' facts have told."""
+    plan.check_start()
+    plan.check_data()
 
 
 class Trainer:
@@ -290,17 +297,19 @@ class Trainer:
             spike = self.spikes.look(loss)
             if drops := spike is not None and spike.drops_update:
                 self.engine.spoil()
-        rate = self._learning_rate(step)
+        own_rate = self._learning_rate(step)
+        # DeepSpeed's scheduler sets the next step's rate within the step: it is read before.
+        rate = self.engine.learning_rate if own_rate is None else own_rate
         self.progress.enter("update", step)
         self.checkpointer.before_update()
         before_update()
         with self.state.keeping_loss_scale() if drops else nullcontext():
-            outcome = self.engine.step(rate)
+            outcome = self.engine.step(own_rate)
         report = StepReport(
             step=step,
             loss=loss,
             outcome=outcome,
-            learning_rate=self.engine.learning_rate if rate is None else rate,
+            learning_rate=rate,
             samples=len(self.schedule.samples(step)),
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
