@@ -24,7 +24,7 @@ from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.retention import prune
 from megalite.checkpoint.store import Part
 from megalite.config.sections import CheckpointSection
-from megalite.distributed import ProcessGrid, gather_json
+from megalite.distributed import ProcessGrid, broadcast_json, gather_json
 from megalite.errors import UserError
 from megalite.files import write_whole
 from megalite.zero_state import ZeroState
@@ -148,7 +148,7 @@ class Checkpointer:
             if failures:
                 save.others_failed.set()
             finished = self._failure(save.finished) if save.finished is not None else None
-            report.failure = next(iter(failures), gather_json(finished, self._grid)[0])
+            report.failure = next(iter(failures), broadcast_json(finished, self._grid))
         if report.failure is not None and self._grid.rank == 0:
             store.discard(report.folder)
         self._judge(report)
@@ -180,7 +180,7 @@ class Checkpointer:
             except OSError as error:
                 failure = self._on_this_rank(error)
             self._reached("begun")
-        return gather_json(failure, self._grid)[0]
+        return broadcast_json(failure, self._grid)
 
     def _write(self, save: _Save, mine: Sequence[Part]) -> None:
         try:

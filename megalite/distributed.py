@@ -7,10 +7,10 @@ tags, so messages of different directions or kinds must not share one.
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,10 +19,13 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.allocator import keep_freed_memory
+from megalite.errors import CommonError, UserError
 from megalite.layout import Coordinate, ParallelLayout
 from megalite.pipeline.instructions import Kind
 from megalite.pipeline.placement import Placement
 from megalite.tensor_parallel.collectives import TensorGroup
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +228,36 @@ def gather_json(value: Any, grid: ProcessGrid) -> list[Any]:
     parts = [torch.empty_like(padded) for _ in range(grid.layout.world_size)]
     dist.all_gather(parts, padded)
     return [json.loads(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+
+def broadcast_json(value: Any, grid: ProcessGrid) -> Any:
+    """Return what rank 0 passed, on every rank; what the others pass is not looked at. Collective; JSON on the wire."""
+    text = np.frombuffer(json.dumps(value if grid.rank == 0 else None).encode(), dtype=np.uint8)
+    size = torch.tensor(len(text), dtype=torch.int64, device=grid.device)
+    dist.broadcast(size, src=0)
+    message = torch.zeros(int(size), dtype=torch.uint8, device=grid.device)
+    if grid.rank == 0:
+        message.copy_(torch.from_numpy(text.copy()))
+    dist.broadcast(message, src=0)
+    return json.loads(message.cpu().numpy().tobytes())
+
+
+def on_rank_zero(call: Callable[[], T], grid: ProcessGrid) -> T:
+    """Call on rank 0 alone and return what that returned, JSON, on every rank. Collective.
+
+    For what all ranks must find alike and each would find for itself in a file system, which may show one host what
+    another does not see yet. Raises CommonError on every rank where the call raises UserError.
+    """
+    found, refusal = None, None
+    if grid.rank == 0:
+        try:
+            found = call()
+        except UserError as error:
+            refusal = str(error)
+    found, refusal = broadcast_json([found, refusal], grid)
+    if refusal is not None:
+        raise CommonError(refusal)
+    return found
 
 
 class ModelParallelUnit:

@@ -20,7 +20,7 @@ from megalite.config import RunConfig
 from megalite.config.sections import SpikeSection
 from megalite.data.batches import BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
-from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
+from megalite.distributed import ProcessGrid, local_device, on_rank_zero, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.feed import Feed
 from megalite.files import sole_user
@@ -37,7 +37,7 @@ from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
 from megalite.precision import DTYPES
 from megalite.recorder import RunRecorder, StepReport
-from megalite.rendezvous import agree
+from megalite.rendezvous import agree, ask_rank_zero
 from megalite.resume import find_start
 from megalite.spikes import SpikeWatch
 from megalite.stopping import STOP, StopRequests
@@ -59,15 +59,15 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     progress = Progress()
     file = config.run.dir / STOP if environment.rank == 0 else None
     stop = StopRequests(file, config.train.max_minutes, since=start_time(os.environ))
-    if environment.launcher != "megalite":  # which has looked already, once for all ranks
-        plan.check_start()
-        plan.check_data()
     # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
     device = local_device(environment.local_rank)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    plan.check_machine()
     store = agree(environment, run_facts(plan, environment.world_size), timeout)
+    if environment.launcher != "megalite":  # which has looked already
+        ask_rank_zero(store, environment, "check of start and data", lambda: _check(plan))
     with (
         ExitStack() as stack,
         process_grid(
@@ -83,6 +83,13 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
             stopped = trainer.run()
         trainer.close()
     return STOPPED_STATUS if stopped and environment.launcher == "megalite" else 0
+
+
+def _check(plan: Plan) -> None:
+    """Check start and data; raise UserError for what the user can mend. It reads whole files, so one rank does it:
+    that the other hosts have the same files, the ranks' facts have told."""
+    plan.check_start()
+    plan.check_data()
 
 
 class Trainer:
@@ -298,17 +305,19 @@ class Trainer:
             spike = self.spikes.look(loss)
             if drops := spike is not None and spike.drops_update:
                 self.engine.spoil()
-        rate = self._learning_rate(step)
+        own_rate = self._learning_rate(step)
+        # DeepSpeed's scheduler sets the next step's rate within the step: it is read before.
+        rate = self.engine.learning_rate if own_rate is None else own_rate
         self.progress.enter("update", step)
         self.checkpointer.before_update()
         before_update()
         with self.state.keeping_loss_scale() if drops else nullcontext():
-            outcome = self.engine.step(rate)
+            outcome = self.engine.step(own_rate)
         report = StepReport(
             step=step,
             loss=loss,
             outcome=outcome,
-            learning_rate=self.engine.learning_rate if rate is None else rate,
+            learning_rate=rate,
             samples=len(self.schedule.samples(step)),
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
@@ -415,11 +424,4 @@ def build_stages(
 
 def claim_folder(folder: Path, grid: ProcessGrid, until: ExitStack) -> None:
     """Keep other runs out of a run's folder; raise UserError on every rank where one is in. Collective."""
-    refusal = None
-    if grid.rank == 0:
-        try:
-            until.enter_context(sole_user(folder, f"run.dir={folder}"))
-        except UserError as error:
-            refusal = str(error)
-    if refusal := gather_json(refusal, grid)[0]:
-        raise UserError(refusal)
+    on_rank_zero(lambda: until.enter_context(sole_user(folder, f"run.dir={folder}")), grid)

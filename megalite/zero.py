@@ -294,7 +294,8 @@ class ZeroEngine:
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next step applies, or that the last one did."""
+        """The rate that the next step applies, where it is given none: after a step of DeepSpeed's scheduler another
+        than the step applied."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def close(self) -> None:

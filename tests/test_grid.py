@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from harness import run_distributed
 
-from megalite.distributed import Link, ModelParallelUnit, build_grid, gather_json
+from megalite.distributed import Link, ModelParallelUnit, broadcast_json, build_grid, gather_json, on_rank_zero
+from megalite.errors import CommonError, UserError
 from megalite.layout import Axis, ParallelLayout
 from megalite.pipeline.p2p import Channel
 from megalite.pipeline.placement import Placement
@@ -115,3 +116,28 @@ def gather() -> list[object]:
 def test_json_is_gathered_in_the_order_of_ranks() -> None:
     expected = [{"rank": rank, "text": "é" * 10 * rank} for rank in range(3)]
     assert run_distributed(gather, 3) == [expected] * 3
+
+
+def asked_of_rank_zero(layout: ParallelLayout) -> list[object]:
+    """What every rank hears of rank 0's answers: one that each would give otherwise, nothing, and a refusal."""
+    rank = dist.get_rank()
+    grid = build_grid(layout, rank, device=CPU, timeout=timedelta(seconds=60))
+    asked = []
+
+    def refuse() -> None:
+        asked.append(rank)
+        raise UserError(f"rank {rank} refuses")
+
+    heard: list[object] = [broadcast_json({"rank": rank}, grid), on_rank_zero(lambda: [rank, "é" * (100 - rank)], grid)]
+    heard.append(on_rank_zero(lambda: None, grid))
+    try:
+        on_rank_zero(refuse, grid)
+    except CommonError as error:
+        heard.append(str(error))
+    return [*heard, asked]
+
+
+def test_what_rank_zero_finds_all_ranks_have_found() -> None:
+    ranks = run_distributed(asked_of_rank_zero, 3, ParallelLayout(tensor=1, pipeline=1, data=3))
+    for rank, heard in enumerate(ranks):
+        assert heard == [{"rank": 0}, [0, "é" * 100], None, "rank 0 refuses", [] if rank else [0]]
