@@ -109,7 +109,7 @@ class RunRecorder:
             )
             if grid.device.type == "cpu":
                 self.log.say(f"kernels: {kernels.describe(dtype)}")
-            for line in (*datasets.describe(), *start.notes, *said):
+            for line in (*plan.config.deepspeed.notes, *datasets.describe(), *start.notes, *said):
                 self.log.say(line)
             if start.step >= (config.train.stop_after or config.train.steps):
                 self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")

@@ -182,9 +182,9 @@ def test_an_override_replaces_the_deepspeed_json_before_others_reach_into_it(wri
     assert config.deepspeed.document["zero_optimization"]["sub_group_size"] == 7
 
 
-def test_without_a_deepspeed_json_a_run_is_fp32_at_stage_0(write: Callable[..., Path]) -> None:
+def test_without_a_deepspeed_json_a_run_is_fp32_at_stage_1(write: Callable[..., Path]) -> None:
     config = load_run_config(write({"deepspeed": ABSENT})).resolve(world_size=4, vocab_size=64)
-    assert (config.precision, config.zero_stage) == ("fp32", 0)
+    assert (config.precision, config.zero_stage) == ("fp32", 1)
 
 
 def test_the_optimizer_comes_from_whichever_place_states_it(write: Callable[..., Path]) -> None:
@@ -706,13 +706,15 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     # in both places
     (
         "two optimizers",
-        {"train.optimizer": {}, "deepspeed.optimizer": {"type": "AdamW"}},
-        "run.yaml: train.optimizer stands beside run.yaml: deepspeed.optimizer; keep one of them",
+        {"train.optimizer": {"lr": 0.5}, "deepspeed.optimizer": {"type": "AdamW", "params": {"lr": 0.25}}},
+        "run.yaml: train.optimizer.lr=0.5 disagrees with run.yaml: deepspeed.optimizer.params.lr=0.25; write 'auto' "
+        "there, or state it once",
     ),
     (
         "two schedules",
-        {"train.schedule": {}, "deepspeed.scheduler": {"type": "WarmupLR"}},
-        "run.yaml: train.schedule stands beside run.yaml: deepspeed.scheduler; keep one of them",
+        {"train.schedule": {"name": "cosine"}, "deepspeed.scheduler": {"type": "WarmupLR"}},
+        "run.yaml: train.schedule stands beside run.yaml: deepspeed.scheduler; keep one of them, or warmup_steps alone "
+        "here",
     ),
 ]
 
@@ -864,20 +866,6 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         "ranks, which is not even; use a data.sequence_length of 254 or 256, or a train.micro_batch_size of 8",
     ),
     (
-        "bf16 at stage 0",
-        {"deepspeed.zero_optimization": {"stage": 0}},
-        None,
-        "run.yaml: deepspeed.zero_optimization.stage=0 is refused with bf16: DeepSpeed's optimizer drifts there; "
-        "use stage 1, 2 or 3",
-    ),
-    (
-        "fp16 without zero",
-        {"deepspeed": {"fp16": {"enabled": True}}},
-        None,
-        "run.yaml: deepspeed.zero_optimization.stage=0 is refused with fp16: DeepSpeed's optimizer drifts there; "
-        "use stage 1, 2 or 3",
-    ),
-    (
         "global batch",
         {"deepspeed.train_batch_size": 64},
         None,
@@ -1012,9 +1000,9 @@ OVERRIDES: list[tuple[str, str]] = [
         "command line: parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
     ),
     (
-        "deepspeed.zero_optimization.stage=0",
-        "command line: deepspeed.zero_optimization.stage=0 is refused with bf16: DeepSpeed's optimizer drifts there; "
-        "use stage 1, 2 or 3",
+        "train.precision=fp32",
+        "run.yaml: deepspeed.bf16.enabled=true disagrees with train.precision='fp32' of run.yaml; write 'auto' or "
+        "false here, or change the other",
     ),
     ("deepspeed.bf16.enabld=true", "command line: deepspeed.bf16.enabld is not a key; did you mean 'enabled'?"),
     ("deepspeed=nowhere.json", "nowhere.json: no such file"),

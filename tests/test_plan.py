@@ -61,10 +61,10 @@ BAD: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
     ("vocabulary", spoil_nothing, ["model.vocab_size=1", "parallel.tensor=2"], ["model.vocab_size=1"]),
     ("positions", spoil_nothing, ["data.sequence_length=300"], ["300", "max_position_embeddings=256"]),
     (
-        "bf16 at stage 0",
+        "two precisions",
         spoil_nothing,
-        ["deepspeed.bf16={enabled: true}", "deepspeed.zero_optimization.stage=0"],
-        ["1"],
+        ["deepspeed.bf16={enabled: true}", "train.precision=fp16"],
+        ["deepspeed.bf16.enabled=true", "train.precision='fp16'"],
     ),
     ("missing idx", remove_index, [], ["corpus.idx", "no such file"]),
     ("missing bin", remove_tokens, [], ["corpus.bin", "no such file"]),

@@ -10,7 +10,7 @@ from pydantic import Field, InstanceOf
 
 from megalite.config.base import FilePath, Section
 from megalite.config.data import DataSection
-from megalite.config.fit import deepspeed_faults, fit_faults, recompute_faults, rollback_faults
+from megalite.config.fit import deepspeed_faults, fit_faults, optimizer_faults, recompute_faults, rollback_faults
 from megalite.config.recompute import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS, Recompute
 from megalite.config.sections import (
     CheckpointSection,
@@ -46,10 +46,7 @@ class RunConfig(Section, frozen=True):
     origin: InstanceOf[Origin] = Field(default=Origin(), exclude=True, repr=False)
 
     def faults(self) -> Iterator[Fault]:
-        for ours, theirs in (("optimizer", self.deepspeed.optimizer), ("schedule", self.deepspeed.scheduler)):
-            if getattr(self.train, ours) is not None and theirs is not None:
-                other = self.deepspeed.origin.line(Fault(("scheduler" if ours == "schedule" else ours,), ""))
-                yield Fault(("train", ours), f" stands beside {other}; keep one of them")
+        yield from optimizer_faults(self.train, self.deepspeed)
         if self.train.eval_every and not self.data.has_validation:
             text = f"={self.train.eval_every} has nothing to evaluate on; give data.valid or data.split"
             yield Fault(("train", "eval_every"), text)
@@ -107,9 +104,10 @@ class RunConfig(Section, frozen=True):
     @property
     def optimizer(self) -> OptimizerSection:
         """The optimizer, from whichever of the two places states it."""
-        stated = self.deepspeed.optimizer
+        section = self.train.optimizer
+        stated = self.deepspeed.optimizer_with(section.stated if section is not None else {})
         if stated is None:
-            return self.train.optimizer or OptimizerSection()
+            return section or OptimizerSection()
         return OptimizerSection(**stated.plain())
 
     @property

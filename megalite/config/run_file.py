@@ -15,7 +15,7 @@ from megalite.config.run import RunConfig
 from megalite.config.sections import ARCHITECTURES, ModelConfig
 from megalite.config.weights import read_weights
 from megalite.config.yaml12 import Loader
-from megalite.deepspeed_json import DeepSpeedSettings, read_document, read_json
+from megalite.deepspeed_json import DeepSpeedSettings, Precision, read_document, read_json
 from megalite.errors import UserError, nearest
 from megalite.faults import Fault, FaultsError, Key, Kind, Origin, alternatives, read_text, report, show
 
@@ -87,7 +87,8 @@ def _load_deepspeed(document: dict[str, Any], origin: Origin, folder: Path) -> O
     within = replace(origin, section=("deepspeed",))
     stated = document.get("deepspeed")
     if stated is None or isinstance(stated, Mapping):
-        document["deepspeed"] = dict(stated or {})
+        # Without a JSON the optimizer's state is divided among the replicas; a JSON that names no stage means 0.
+        document["deepspeed"] = {"zero_optimization": {"stage": 1}} if stated is None else dict(stated)
         return within
     if not isinstance(stated, str):
         raise UserError(origin.line(Fault(("deepspeed",), f"={show(stated)} is neither a path nor a section")))
@@ -112,21 +113,40 @@ def _load_sources(document: dict[str, Any]) -> None:
 
 
 def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin) -> RunConfig:
-    settings, json_faults = read_document(document["deepspeed"])
+    settings, json_faults, notes = read_document(document["deepspeed"], _stated_precision(document), origin.file)
     lines = [deepspeed_origin.line(fault) for fault in json_faults]
     if "origin" in document:
         lines.append(origin.line(Fault(("origin",), _unknown("origin", RunConfig))))
-    deepspeed = DeepSpeedSettings({} if json_faults else settings, deepspeed_origin)
+    told = tuple(map(deepspeed_origin.line, notes))
+    deepspeed = DeepSpeedSettings({} if json_faults else settings, deepspeed_origin, told)
     try:
         config = RunConfig.model_validate({**document, "deepspeed": deepspeed, "origin": origin})
     except ValidationError as error:
         found = [origin.line(fault) for details in error.errors(include_url=False) for fault in _translate(details)]
         raise UserError("\n".join(dict.fromkeys([*found, *lines]))) from None
     report(lines)
+    optimizer, schedule = config.train.optimizer, config.train.schedule
     resolved = deepspeed.resolve_auto(
-        hidden_size=config.model.hidden_size, steps=config.train.steps, lr=config.optimizer.lr
+        hidden_size=config.model.hidden_size,
+        steps=config.train.steps,
+        lr=config.optimizer.lr,
+        optimizer=optimizer.stated if optimizer is not None else None,
+        warmup_steps=schedule.warmup_steps if schedule is not None else None,
     )
-    return config.model_copy(update={"deepspeed": resolved})
+    # The JSON states in full what both may: nothing stands in the run twice.
+    train = {
+        "precision": resolved.precision,
+        "optimizer": optimizer if resolved.optimizer is None else None,
+        "schedule": schedule if resolved.scheduler is None else None,
+    }
+    return config.model_copy(update={"deepspeed": resolved, "train": config.train.model_copy(update=train)})
+
+
+def _stated_precision(document: Mapping[str, Any]) -> Precision | None:
+    """Return `train.precision` where that is one; what is none is told of with the other faults of the section."""
+    train = document.get("train")
+    stated = train.get("precision") if isinstance(train, Mapping) else None
+    return stated if stated in get_args(Precision) else None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

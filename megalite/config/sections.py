@@ -21,7 +21,7 @@ from megalite.config.base import (
     Share,
     divisors,
 )
-from megalite.deepspeed_json import AdamW
+from megalite.deepspeed_json import AdamW, Precision
 from megalite.faults import BETAS, POSITIVE, Fault, alternatives, choice, number, show, whole
 from megalite.pipeline.schedule import SCHEDULES
 
@@ -29,6 +29,7 @@ SCHEDULE = choice(*SCHEDULES)
 CURVE = choice("cosine", "linear", "constant", "wsd")
 LAYERS = whole(1, 10_000)
 ON_ERROR = choice("stop", "continue")
+PRECISION = choice("fp32", "bf16", "fp16")
 RECOMPUTE = choice("none", "selective", "full")
 ROPE_TYPE = choice("linear", "llama3")
 
@@ -219,6 +220,11 @@ class OptimizerSection(Section, frozen=True):
     eps: PositiveNumber = _ADAMW.eps
     weight_decay: Number = _ADAMW.weight_decay
 
+    @property
+    def stated(self) -> dict[str, object]:
+        """The parameters that the run file states, without those that are defaults here."""
+        return self.model_dump(include=self.model_fields_set - {"name"})
+
 
 class ScheduleSection(Section, frozen=True):
     """The learning rate over the steps: linear warm-up, then the named curve down to `min_lr`."""
@@ -263,6 +269,8 @@ class TrainSection(Section, frozen=True):
     steps: Count
     global_batch_size: Count
     micro_batch_size: Count
+    precision: Annotated[Precision | None, PRECISION] = None
+    """The dtype of parameters and activations. Unless given it is what the DeepSpeed JSON states, else fp32."""
     batch_size_rampup: RampupSection | None = None
     """A smaller global batch at the start (arXiv:2005.14165)."""
     optimizer: OptimizerSection | None = None
