@@ -139,12 +139,13 @@ class _Encoder:
     """A template and a tokenizer that has its control tokens."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._inner = tokenizer, InnerText(tokenizer)
         self._ids: dict[str, int] = {}
         for name in template.control_tokens:
             if name not in tokenizer.control_tokens:
                 raise UserError(_lacking(template, name, tokenizer))
             self._ids[name] = tokenizer.control_tokens[name]
+        self._encode = tokenizer.message_encoder(template.control_tokens)
+        self._inner = InnerText(tokenizer, self._encode)
         longest_first = sorted(map(re.escape, template.control_tokens), key=len, reverse=True)
         self._control = re.compile(f"({'|'.join(longest_first)})") if longest_first else None
 
@@ -156,7 +157,7 @@ class _Encoder:
         for (is_text, counts), run in groupby(pieces, lambda piece: (isinstance(piece[0], str), piece[1])):
             if is_text:
                 text = "".join(str(piece) for piece, _ in run)
-                found = self._inner.encode(text) if ids else self._tokenizer.encode_plain(text)
+                found = self._inner.encode(text) if ids else self._encode(text)
             else:
                 found = [int(piece) for piece, _ in run]
             ids += found

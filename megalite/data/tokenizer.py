@@ -66,6 +66,14 @@ class Tokenizer(Protocol):
         """Return the token ids of a text in which names of control tokens stay text, whatever `encode` does."""
         ...
 
+    def message_encoder(self, names: Iterable[str]) -> Callable[[str], list[int]]:
+        """Return an encoder of messages, which are text by strangers.
+
+        No special token, no end of a document and none of `names` comes of them. The other tokens that a vocabulary
+        adds to its pieces, such as ``<think>``, are read, as transformers reads them.
+        """
+        ...
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""
         ...

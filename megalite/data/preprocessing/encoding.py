@@ -18,6 +18,7 @@ from megalite.data.preprocessing.long_text import LongText
 from megalite.data.preprocessing.places import Malformed, Place
 from megalite.data.preprocessing.readers import Batch, Extract, read
 from megalite.data.tokenizer import Tokenizer
+from megalite.data.tokenizers.control_tokens import TextRefused
 from megalite.files import write_whole
 
 if TYPE_CHECKING:
@@ -156,13 +157,17 @@ def finished_report(files: ShardFiles, source: str, recipe: Recipe) -> ShardRepo
 
 def encode_long(text: LongText, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Yield the token ids of a text part by part, each as int32[tokens]."""
-    line_end = tokenizer.encode("\n")
+    try:
+        line_end = tokenizer.encode("\n")
+    except TextRefused:  # then no part that begins with one can be encoded either, and each is encoded bare
+        line_end = None
     for number, part in enumerate(text.parts()):
         # Behind a line end no tokenizer adds the space that some put before a text.
-        (ids,) = tokenizer.encode_arrays([f"\n{part}" if number else part])
-        if number and ids[: len(line_end)].tolist() == line_end:
+        behind = number > 0 and line_end is not None
+        (ids,) = tokenizer.encode_arrays([f"\n{part}" if behind else part])
+        if behind and line_end is not None and ids[: len(line_end)].tolist() == line_end:
             ids = ids[len(line_end) :]
-        elif number:
+        elif behind:
             (ids,) = tokenizer.encode_arrays([part])
         yield ids
 
@@ -224,9 +229,19 @@ class _ShardWriter:
                 if isinstance(document, LongText):
                     self._add_long(segment, document, place)
                 else:
-                    self._append(segment, [document], [place], self._coder.tokenizer.encode_arrays([document]))
+                    self._add_texts(segment, [document], [place])
         elif documents:
+            self._add_texts(segment, documents, places)
+
+    def _add_texts(self, segment: int, documents: Sequence[str], places: Sequence[Place]) -> None:
+        try:
             self._append(segment, documents, places, self._coder.tokenizer.encode_arrays(documents))
+        except TextRefused as error:
+            if len(documents) == 1:
+                self._leave_out(segment, Malformed(places[0], str(error)))
+            else:  # one of them; the others have tokens
+                for document, place in zip(documents, places, strict=True):
+                    self._add_texts(segment, [document], [place])
 
     def _add_conversations(
         self, segment: int, documents: Sequence[Any], places: Sequence[Place], template: "ChatTemplate"
@@ -235,7 +250,7 @@ class _ShardWriter:
         for conversation, place in zip(documents, places, strict=True):
             try:
                 encoded.append((conversation, place, *template.encode(conversation, self._coder.tokenizer)))
-            except ValueError as error:
+            except (ValueError, TextRefused) as error:
                 self._leave_out(segment, Malformed(place, str(error)))
         if encoded:
             self._append(segment, *zip(*encoded, strict=True))
@@ -273,10 +288,16 @@ class _ShardWriter:
 
     def _add_long(self, segment: int, text: LongText, place: Place) -> None:
         start, length, counts = self._tokens.tell(), 0, np.zeros_like(self._counts)
-        for ids in encode_long(text, self._coder.tokenizer):
-            counts += np.bincount(ids, minlength=len(counts))
-            self._tokens.write(ids.astype(self._dtype).data)
-            length += len(ids)
+        try:
+            for ids in encode_long(text, self._coder.tokenizer):
+                counts += np.bincount(ids, minlength=len(counts))
+                self._tokens.write(ids.astype(self._dtype).data)
+                length += len(ids)
+        except TextRefused as error:
+            self._tokens.seek(start)
+            self._tokens.truncate()
+            self._leave_out(segment, Malformed(place, str(error)))
+            return
         if self._recipe.min_tokens <= length < _MOST_TOKENS:
             if self._recipe.eod is not None:
                 self._tokens.write(np.array([self._recipe.eod], self._dtype).data)
