@@ -17,14 +17,17 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from megalite.checkpoint.companions import run_companions, tokenizer_companions, tokenizer_name
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.selection import CHECKPOINTS, Expectation, candidates
 from megalite.checkpoint.shapes import weight_shapes
-from megalite.checkpoint.weights import open_weights
+from megalite.checkpoint.special_tokens import DocumentTokens
+from megalite.checkpoint.weights import CheckpointWeights, Weights, companion_contents, documents_of, open_weights
 from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.data.batches import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
+from megalite.data.index_format import DatasetSidecar
 from megalite.data.indexed import IndexedDataset
 from megalite.data.tokenizer import load_tokenizer, standard_name, tokenizer_file
 from megalite.errors import UserError
@@ -100,15 +103,49 @@ class Plan:
             precision=self.config.precision,
             config_sha256=sha256(self.config.to_yaml().encode()).hexdigest(),
             tokenizer_sha256=self.tokenizer_digest,
+            documents=self.documents,
         )
 
     def companion_files(self) -> dict[str, bytes]:
-        """Return the small files that a checkpoint has with it: the resolved run file and the tokenizer."""
-        files = {CONFIG: self.config.to_yaml().encode()}
+        """Return the small files that a checkpoint has with it: the resolved run file, the tokenizer's files, and how
+        to generate, from `data.tokenizer` and `init_from`, byte for byte."""
+        weights = self._first_weights
+        of_weights = companion_contents(weights, weights.companions) if weights else {}
+        tokenizer = None
         if self.config.data.tokenizer is not None:
-            tokenizer = tokenizer_file(self.config.data.tokenizer)
-            files[standard_name(tokenizer)] = tokenizer.read_bytes()
-        return files
+            file = tokenizer_file(self.config.data.tokenizer)
+            tokenizer = tokenizer_companions(file, standard_name(file))
+        elif (name := tokenizer_name(of_weights)) and (digests := {one.tokenizer_sha256 for one in self._sidecars}):
+            # The weights' own tokenizer is that of the run, unless the data were made with another.
+            of_weights = of_weights if digests == {sha256(of_weights[name]).hexdigest()} else {}
+        return run_companions(tokenizer, of_weights) | {CONFIG: self.config.to_yaml().encode()}
+
+    @cached_property
+    def documents(self) -> DocumentTokens:
+        """What stands around the documents of the training data; weights to begin with may have seen more ends, and a
+        token before every text, which they still know."""
+        ends = [one.eod_id for one in self._sidecars if one.eod_id is not None]
+        begins = [one for one in (getattr(sidecar, "bos_id", None) for sidecar in self._sidecars) if one is not None]
+        before = documents_of(self._first_weights) if self._first_weights else None
+        if isinstance(self._first_weights, CheckpointWeights) and self.tokenizer_digest is not None:
+            theirs = self._first_weights.reader.manifest.tokenizer_sha256
+            before = before if theirs in (None, self.tokenizer_digest) else None  # its ids are other tokens here
+        beginning: tuple[int, ...] | None = tuple(begins[:1])
+        if not beginning and self._first_weights:
+            beginning = before.beginning if before is not None else None
+        elif not beginning and not self._sidecars:
+            beginning = None
+        return DocumentTokens(tuple(dict.fromkeys([*ends, *(before.ends if before is not None else ())])), beginning)
+
+    @cached_property
+    def _first_weights(self) -> Weights | None:
+        return open_weights(self.config.init_from) if self.config.init_from is not None else None
+
+    @cached_property
+    def _sidecars(self) -> list[DatasetSidecar]:
+        """What is told of the training data, as far as anything is."""
+        found = [IndexedDataset(source.prefix).sidecar for source in self.config.data.train]
+        return [sidecar for sidecar in found if sidecar is not None]
 
     def check_machine(self) -> None:
         """Raise UserError where this host lacks what the run takes: a run.dir to write in, libraries. Every host's own

@@ -118,6 +118,7 @@ class Trainer:
         self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights, self.kernels), self.config, grid)
         self.state = ZeroState(self.engine)
         self._restore()
+        _ = plan.documents  # read at the start: at the first save the folder of `init_from` may be gone
         self.spikes = SpikeWatch(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
         self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid)

@@ -75,6 +75,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "generation": (
         "checkpoint.companions",
         "checkpoint.manifest",
+        "checkpoint.special_tokens",
         "checkpoint.weights",
         "config",
         "data.tokenizer",

@@ -38,7 +38,9 @@ class HuggingFaceWeights:
     def __init__(self, folder: Path, *, max_positions: int | None = None) -> None:
         self.origin = folder
         path = inside(folder, CONFIG)
-        self.family, self.model = model_of(read_json(path), path, max_positions)
+        self.config = read_json(path)
+        """What ``config.json`` holds."""
+        self.family, self.model = model_of(self.config, path, max_positions)
         self._files = TensorFiles(folder)
         tensors = {tensor.name: tensor for tensor in self.family.tensors(self.model)}
         self.precision = self._precision()
