@@ -22,6 +22,7 @@ from megalite.faults import (
     BETAS,
     FLAG,
     NOT_NEGATIVE,
+    PATH_TEXT,
     POSITIVE,
     TEXT,
     TEXTS,
@@ -37,6 +38,7 @@ from megalite.faults import (
     show,
     whole,
 )
+from megalite.paths import spell
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -144,7 +146,7 @@ RECOMPUTE_KEYS = {
 
 OFFLOAD_PARAM: dict[str, Rule] = {
     "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
-    "nvme_path": Honoured(TEXT, "refused"),
+    "nvme_path": Honoured(PATH_TEXT, "refused"),
     "buffer_count": Honoured(whole(0)),
     "buffer_size": Honoured(whole(0)),
     "max_in_cpu": Honoured(whole(0)),
@@ -153,7 +155,7 @@ OFFLOAD_PARAM: dict[str, Rule] = {
 
 OFFLOAD_OPTIMIZER: dict[str, Rule] = {
     "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
-    "nvme_path": Honoured(TEXT, "refused"),
+    "nvme_path": Honoured(PATH_TEXT, "refused"),
     "buffer_count": Honoured(whole(0)),
     "ratio": Refused("a share on the device needs DeepSpeed's CPUAdam", "write 1.0", (1, 1.0)),
     **_flags("pin_memory pipeline_read pipeline_write fast_init"),
@@ -833,6 +835,14 @@ class DeepSpeedSettings:
                 section = section.get(name, {})
             section.pop(key[-1], None)
         return replace(self, document=document)
+
+    def spelled(self) -> dict[str, Any]:
+        """Return the JSON as it is written into a file: a path reads back as it is."""
+        document = copy.deepcopy(dict(self.document))
+        for section in document.get("zero_optimization", {}).values():
+            if isinstance(section, dict) and "nvme_path" in section:
+                section["nvme_path"] = spell(section["nvme_path"])
+        return document
 
     def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:
         """Return the JSON for ``deepspeed.initialize``, without the optimizer, which megalite builds itself."""

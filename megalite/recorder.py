@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint import forecast
 from megalite.checkpoint.retention import clean, set_aside_later
 from megalite.checkpointer import SaveReport
 from megalite.data.datasets import Datasets
@@ -105,7 +106,13 @@ class RunRecorder:
                 f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
                 f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
-            for line in (*datasets.describe(), *start.notes, *said):
+            for line in (
+                *config.notes,
+                *datasets.describe(),
+                *start.notes,
+                *said,
+                *forecast.warnings(config, plan.checkpoint_bytes),
+            ):
                 self.log.say(line)
             if start.step >= (config.train.stop_after or config.train.steps):
                 self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
@@ -227,8 +234,8 @@ class RunRecorder:
         if self.stop is not None:
             self.stop.discard()
         kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
-        if not self.config.checkpoint.every:
-            kept = "no checkpoint is kept: checkpoint.every is 0"
+        if not self.config.checkpoint.last and not checkpoint:
+            kept = "no checkpoint of it is kept: checkpoint.last is false"
         self.log.say(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
 
     def finish(self, *, complete: bool) -> None:

@@ -66,7 +66,8 @@ def rollback_faults(config: Run) -> Iterator[Fault]:
         return
     action = ("train", "spike", "action")
     if not config.checkpoint.every:
-        yield Fault(action, "='rollback' has no checkpoint to go back to; set checkpoint.every, or write skip")
+        text = "='rollback' has no checkpoint to go back to before the last step; set checkpoint.every, or write skip"
+        yield Fault(action, text)
     if config.data.order != "streaming":
         text = f"='rollback' passes samples over, and data.order={show(config.data.order)} has no more than it needs"
         yield Fault(action, f"{text}; write data.order=streaming, or skip")
@@ -205,10 +206,13 @@ def deepspeed_faults(config: Run) -> Iterator[Fault]:
     if config.precision != "fp32" and config.zero_stage == 0:
         text = f"=0 is refused with {config.precision}: DeepSpeed's optimizer drifts there; use stage 1, 2 or 3"
         yield Fault(("zero_optimization", "stage"), text)
-    for section in config.deepspeed.on_nvme if config.checkpoint.every else ():
-        text = f"='nvme' does not go with checkpoint.every={config.checkpoint.every}: a checkpoint reads the state in "
-        text += "memory; write 'cpu', or checkpoint.every=0"
-        yield Fault(("zero_optimization", section, "device"), text)
+    checkpoint = config.checkpoint
+    every = [f"checkpoint.every={checkpoint.every}"] if checkpoint.every else []
+    asked = every + (["checkpoint.last=true"] if checkpoint.last else [])
+    fix = ["checkpoint.every=0"] * len(every) + ["checkpoint.last=false"] * checkpoint.last
+    for section in config.deepspeed.on_nvme if asked else ():
+        text = f"='nvme' does not go with {asked[0]}: a checkpoint reads the state in memory; write 'cpu', or "
+        yield Fault(("zero_optimization", section, "device"), text + " and ".join(fix))
     train = config.train
     microbatches, rest = divmod(train.global_batch_size, train.micro_batch_size * config.layout.data)
     values = {
