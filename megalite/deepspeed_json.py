@@ -24,6 +24,7 @@ from megalite.faults import (
     BETAS,
     FLAG,
     NOT_NEGATIVE,
+    PATH_TEXT,
     POSITIVE,
     TEXT,
     TEXTS,
@@ -39,6 +40,7 @@ from megalite.faults import (
     show,
     whole,
 )
+from megalite.paths import spell
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -174,7 +176,7 @@ RECOMPUTE_KEYS = {
 
 OFFLOAD_PARAM: dict[str, Rule] = {
     "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
-    "nvme_path": Honoured(TEXT, "refused"),
+    "nvme_path": Honoured(PATH_TEXT, "refused"),
     "buffer_count": Honoured(whole(0)),
     "buffer_size": Honoured(whole(0)),
     "max_in_cpu": Honoured(whole(0)),
@@ -183,7 +185,7 @@ OFFLOAD_PARAM: dict[str, Rule] = {
 
 OFFLOAD_OPTIMIZER: dict[str, Rule] = {
     "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
-    "nvme_path": Honoured(TEXT, "refused"),
+    "nvme_path": Honoured(PATH_TEXT, "refused"),
     "buffer_count": Honoured(whole(0)),
     "ratio": Refused("a share on the device needs DeepSpeed's CPUAdam", "write 1.0", (1, 1.0)),
     **_flags("pin_memory pipeline_read pipeline_write fast_init"),
@@ -714,7 +716,7 @@ def _first_names(data: dict[str, Any], reader: _Reader) -> dict[str, Any]:
         return data
     renamed: dict[str, Any] = {}
     for name, value in zero.items():
-        first = _SECOND_NAMES.get(name, name)
+        first = str(_SECOND_NAMES.get(name, name))
         if first != name and first in zero:
             reader.fault(("zero_optimization", name), f" stands beside {first}, another name for it; keep {first}")
         else:
@@ -1006,6 +1008,14 @@ class DeepSpeedSettings:
                 section = section.get(name, {})
             section.pop(key[-1], None)
         return replace(self, document=document)
+
+    def spelled(self) -> dict[str, Any]:
+        """Return the JSON as it is written into a file: a path reads back as it is."""
+        document = copy.deepcopy(dict(self.document))
+        for section in document.get("zero_optimization", {}).values():
+            if isinstance(section, dict) and "nvme_path" in section:
+                section["nvme_path"] = spell(section["nvme_path"])
+        return document
 
     def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:
         """Return the JSON for ``deepspeed.initialize``, without the optimizer, which megalite builds itself."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from megalite.checkpoint import forecast
 from megalite.checkpoint.companions import run_companions, tokenizer_companions, tokenizer_name
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.reader import CheckpointReader
@@ -85,6 +86,10 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint's tensors: of every weight its master and two moments, in fp32."""
         return 12 * sum(map(prod, self.expectation.shapes.values()))
+
+    def describe_checkpoints(self) -> str:
+        """Return a line on what the run will keep, and the room that this takes."""
+        return forecast.describe(self.config, self.checkpoint_bytes)
 
     @property
     def checkpoints(self) -> Path:
@@ -191,7 +196,7 @@ class Plan:
             f"ZeRO-{config.zero_stage}, {config.precision}\n"
             f"{train.steps:,} steps x {sizes} sequences x {config.data.sequence_length:,} tokens "
             f"= {tokens:,} tokens; {config.gradient_accumulation_steps} microbatches of "
-            f"{train.micro_batch_size} a rank and step"
+            f"{train.micro_batch_size} per rank and step"
         )
 
     def _rank_map(self) -> Table:

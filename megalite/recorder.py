@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint import forecast
 from megalite.checkpoint.retention import clean, set_aside_later
 from megalite.checkpointer import SaveReport
 from megalite.data.datasets import Datasets
@@ -109,7 +110,14 @@ class RunRecorder:
             )
             if grid.device.type == "cpu":
                 self.log.say(f"kernels: {kernels.describe(dtype)}")
-            for line in (*plan.config.deepspeed.notes, *datasets.describe(), *start.notes, *said):
+            for line in (
+                *config.notes,
+                *config.deepspeed.notes,
+                *datasets.describe(),
+                *start.notes,
+                *said,
+                *forecast.warnings(config, plan.checkpoint_bytes),
+            ):
                 self.log.say(line)
             if start.step >= (config.train.stop_after or config.train.steps):
                 self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
@@ -231,8 +239,8 @@ class RunRecorder:
         if self.stop is not None:
             self.stop.discard()
         kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
-        if not self.config.checkpoint.every:
-            kept = "no checkpoint is kept: checkpoint.every is 0"
+        if not self.config.checkpoint.last and not checkpoint:
+            kept = "no checkpoint of it is kept: checkpoint.last is false"
         self.log.say(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
 
     def finish(self, *, complete: bool) -> None:

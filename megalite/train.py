@@ -388,12 +388,12 @@ class Trainer:
 
 def _agreed_kernels(config: RunConfig, grid: ProcessGrid, saved: Kernels | None) -> Kernels:
     """Measure on rank 0 how the device computes fastest, and let all ranks compute so. Collective."""
-    chosen = None
-    if grid.rank == 0:
-        products, attention = config.train.cpu_products, config.train.cpu_attention
-        dtype = DTYPES[config.precision]
-        chosen = asdict(choose_kernels(grid.device, dtype, products=products, attention=attention, saved=saved))
-    return Kernels(**gather_json(chosen, grid)[0])
+    products, attention, dtype = config.train.cpu_products, config.train.cpu_attention, DTYPES[config.precision]
+
+    def choose() -> dict[str, str]:
+        return asdict(choose_kernels(grid.device, dtype, products=products, attention=attention, saved=saved))
+
+    return Kernels(**on_rank_zero(choose, grid))
 
 
 def build_stages(

@@ -23,11 +23,12 @@ PURE_PIPELINE = tuple(
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "layout": (),
-    "faults": (),
-    "deepspeed_json": ("faults",),
+    "paths": (),
+    "faults": ("paths",),
+    "deepspeed_json": ("faults", "paths"),
     "deepspeed_table": ("deepspeed_json", "faults"),
     "composition": ("config",),
-    "config": ("config", "deepspeed_json", "faults", "layout", "pipeline.placement", "pipeline.schedule"),
+    "config": ("config", "deepspeed_json", "faults", "layout", "paths", "pipeline.placement", "pipeline.schedule"),
     "launch": ("launch",),
     "cluster": ("cluster", "config"),
     "files": (),
@@ -142,7 +143,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "parity.table": ("layout", "parity.finding"),
     "cli": (
         *("checkpoint", "cli", "cluster", "config", "data", "doctor", "files", "generation", "launch", "layout"),
-        *("parity", "plan", "plots", "provenance", "run_status", "train", "verification"),
+        *("parity", "paths", "plan", "plots", "provenance", "run_status", "train", "verification"),
     ),
     "__main__": ("cli",),
 }

@@ -60,7 +60,7 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     if dry_run:
         datasets = plan.check_data(keep_index=False)
         _show(plan)
-        for line in (*datasets.describe(), start):
+        for line in (*plan.config.notes, *datasets.describe(), plan.describe_checkpoints(), start):
             typer.echo(line)
         return
     plan.check_data()
@@ -90,6 +90,8 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
         raise typer.Exit(train(plan, environment))
     if environment.rank == 0:
         _show(plan)
+        for line in plan.config.notes:
+            typer.echo(line)
 
 
 def _show(plan: "Plan") -> None:

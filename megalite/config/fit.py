@@ -88,7 +88,8 @@ def rollback_faults(config: Run) -> Iterator[Fault]:
         return
     action = ("train", "spike", "action")
     if not config.checkpoint.every:
-        yield Fault(action, "='rollback' has no checkpoint to go back to; set checkpoint.every, or write skip")
+        text = "='rollback' has no checkpoint to go back to before the last step; set checkpoint.every, or write skip"
+        yield Fault(action, text)
     if config.data.order != "streaming":
         text = f"='rollback' passes samples over, and data.order={show(config.data.order)} has no more than it needs"
         yield Fault(action, f"{text}; write data.order=streaming, or skip")
@@ -224,10 +225,13 @@ def _batch_faults(train: TrainSection, data_size: int) -> Iterator[Fault]:
 
 
 def deepspeed_faults(config: Run) -> Iterator[Fault]:
-    for section in config.deepspeed.on_nvme if config.checkpoint.every else ():
-        text = f"='nvme' does not go with checkpoint.every={config.checkpoint.every}: a checkpoint reads the state in "
-        text += "memory; write 'cpu', or checkpoint.every=0"
-        yield Fault(("zero_optimization", section, "device"), text)
+    checkpoint = config.checkpoint
+    every = [f"checkpoint.every={checkpoint.every}"] if checkpoint.every else []
+    asked = every + (["checkpoint.last=true"] if checkpoint.last else [])
+    fix = ["checkpoint.every=0"] * len(every) + ["checkpoint.last=false"] * checkpoint.last
+    for section in config.deepspeed.on_nvme if asked else ():
+        text = f"='nvme' does not go with {asked[0]}: a checkpoint reads the state in memory; write 'cpu', or "
+        yield Fault(("zero_optimization", section, "device"), text + " and ".join(fix))
     train = config.train
     microbatches, rest = divmod(train.global_batch_size, train.micro_batch_size * config.layout.data)
     values = {

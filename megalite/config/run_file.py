@@ -11,13 +11,15 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megalite.config.base import Section, fields_of
+from megalite.config.guesses import guess
 from megalite.config.run import RunConfig
 from megalite.config.sections import ARCHITECTURES, ModelConfig
+from megalite.config.shorter import shorten
 from megalite.config.weights import read_weights
 from megalite.config.yaml12 import Loader
 from megalite.deepspeed_json import DeepSpeedSettings, Precision, read_document, read_json
-from megalite.errors import UserError, nearest
-from megalite.faults import Fault, FaultsError, Key, Kind, Origin, alternatives, read_text, report, show
+from megalite.errors import UserError
+from megalite.faults import PATH_TEXT, Fault, FaultsError, Key, Kind, Origin, alternatives, read_text, report, show
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -38,7 +40,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             document["deepspeed"] = value
     deepspeed_origin = _load_deepspeed(document, origin, path.parent)
     report([line for key, value in given if key != ("deepspeed",) and (line := _assign(document, key, value))])
-    _load_sources(document)
+    _load_sources(document, origin)
+    origin = replace(origin, notes=tuple(shorten(document, [key for key, _ in given])))
     return _validate(document, origin, deepspeed_origin)
 
 
@@ -92,7 +95,7 @@ def _load_deepspeed(document: dict[str, Any], origin: Origin, folder: Path) -> O
         return within
     if not isinstance(stated, str):
         raise UserError(origin.line(Fault(("deepspeed",), f"={show(stated)} is neither a path nor a section")))
-    path = Path(stated)
+    path = _expanded(origin, ("deepspeed",), stated)
     if not path.is_file() and (folder / path).is_file():
         text = f"={show(stated)} is relative to the working directory; write {show(str(folder / path))}"
         raise UserError(origin.line(Fault(("deepspeed",), text)))
@@ -102,11 +105,19 @@ def _load_deepspeed(document: dict[str, Any], origin: Origin, folder: Path) -> O
     return replace(within, file=path.name, own_file=True, overrides=inside)
 
 
-def _load_sources(document: dict[str, Any]) -> None:
+def _expanded(origin: Origin, key: tuple[str, ...], stated: str) -> Path:
+    """Return the path that a file stands at; raise UserError where a variable in it is not known."""
+    try:
+        return Path(PATH_TEXT.read(stated))
+    except ValueError as error:
+        raise UserError(origin.line(Fault(key, str(error)))) from None
+
+
+def _load_sources(document: dict[str, Any], origin: Origin) -> None:
     """Put the sources that a file lists in the place of its path."""
     data = document.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
-        path = Path(data["train"])
+        path = _expanded(origin, ("data", "train"), data["train"])
         if not path.exists() and path.with_name(f"{path.name}.idx").exists():
             raise UserError(f"data.train={path}: is a prefix, not a file of weights; write [{{prefix: {path}}}]")
         data["train"] = read_weights(path)
@@ -229,4 +240,4 @@ def _words(section: type[Section], name: str) -> str:
 
 
 def _unknown(name: str, section: type[Section]) -> str:
-    return f" is not a key{nearest(name, fields_of(section))}"
+    return f" is not a key{guess(name, section, RunConfig)}"

@@ -231,9 +231,19 @@ class ScheduleSection(Section, frozen=True):
 
     name: Annotated[Literal["cosine", "linear", "constant", "wsd"], CURVE] = "cosine"
     warmup_steps: Index = 0
-    min_lr: Number = 0.0
+    min_lr: Number | None = None
+    """The rate of the last step but under constant; a tenth of the optimizer's lr unless given, so that it trains."""
     decay_steps: Count | None = None
     """Length of the final decay of wsd: warm-up, stable, decay (arXiv 2404.06395)."""
+
+    def lowest(self, lr: float) -> float:
+        """Return the rate of the last step under a schedule that decays from `lr`."""
+        # Rounded, so that a tenth of 3e-4 is 3e-5 to the last digit.
+        return float(f"{lr / 10:.12g}") if self.min_lr is None else self.min_lr
+
+    def resolved(self, lr: float) -> "ScheduleSection":
+        """Return the schedule with its `min_lr` written out, where it has a use."""
+        return self if self.name == "constant" else self.model_copy(update={"min_lr": self.lowest(lr)})
 
     def faults(self) -> Iterator[Fault]:
         if self.name == "wsd" and self.decay_steps is None:
@@ -304,6 +314,11 @@ class TrainSection(Section, frozen=True):
     straggler_factor: Annotated[float, number(above=1)] = 1.5
     """A rank that is at work so many times longer than the median of the ranks with its stages is named."""
 
+    @property
+    def last_step(self) -> int:
+        """The step that this start ends with, unless it is stopped."""
+        return self.stop_after or self.steps
+
     def faults(self) -> Iterator[Fault]:
         if self.stop_after and self.stop_after > self.steps:
             text = f"={self.stop_after} is beyond train.steps={self.steps}; use at most {self.steps}"
@@ -336,7 +351,10 @@ class CheckpointSection(Section, frozen=True):
     """When checkpoints are written, into ``checkpoints/`` of the run's folder, and which are kept."""
 
     every: Index = 0
-    """Steps between checkpoints; the last step has one too. 0 means none at all."""
+    """Steps between checkpoints; 0 means none on the way."""
+    last: Flag = True
+    """The last step has a checkpoint too, whatever makes it the last: `train.steps`, `train.stop_after`, a request to
+    stop, or `train.max_minutes`. Without it and with `every` 0 a run leaves no model."""
     keep_last: Count | None = None
     """How many of the newest are kept; all unless given."""
     keep_every: Count | None = None
@@ -345,6 +363,15 @@ class CheckpointSection(Section, frozen=True):
     """Training goes on while the checkpoint is written, for a copy of the state in host memory."""
     on_error: Annotated[Literal["stop", "continue"], ON_ERROR] = "stop"
     """What a checkpoint that cannot be written does to the run."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a run leaves a checkpoint at all."""
+        return self.last or self.every > 0
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether `step` ends with a checkpoint, in a run that ends after step `last`."""
+        return (self.every > 0 and step % self.every == 0) or (self.last and step == last)
 
     def faults(self) -> Iterator[Fault]:
         if self.keep_every is not None and self.keep_last is None:

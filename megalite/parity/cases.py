@@ -75,7 +75,7 @@ def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
                     "trace_steps": (),
                 }
             ),
-            "checkpoint": CheckpointSection(),
+            "checkpoint": CheckpointSection(last=False),
             "resume": "never",
             "deepspeed": _in_fp32(config.deepspeed),
         }
