@@ -390,7 +390,7 @@ def _agreed_kernels(config: RunConfig, grid: ProcessGrid, saved: Kernels | None)
     """Measure on rank 0 how the device computes fastest, and let all ranks compute so. Collective."""
     products, attention, dtype = config.train.cpu_products, config.train.cpu_attention, DTYPES[config.precision]
 
-    def choose() -> dict[str, str]:
+    def choose() -> dict[str, Any]:
         return asdict(choose_kernels(grid.device, dtype, products=products, attention=attention, saved=saved))
 
     return Kernels(**on_rank_zero(choose, grid))
