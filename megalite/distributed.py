@@ -50,6 +50,8 @@ class ProcessGrid:
 
     `model` spans tensor x pipeline: the ranks that hold one copy of the model together. `embedding` joins the ranks of
     the first and the last stage, which both hold a tied token table; None on other ranks, and where one rank has both.
+    `replicas` joins the `embedding` ranks of all data coordinates, all of whom hold the same share of that table; None
+    also where there are fewer than three data coordinates, whose sums come out alike in any order.
     """
 
     layout: ParallelLayout
@@ -62,6 +64,7 @@ class ProcessGrid:
     pipeline: dist.ProcessGroup
     model: dist.ProcessGroup
     embedding: dist.ProcessGroup | None
+    replicas: dist.ProcessGroup | None
     links: Links
 
     @property
@@ -72,6 +75,14 @@ class ProcessGrid:
     def stages(self) -> tuple[int, ...]:
         """The pipeline stages that this rank holds."""
         return self.placement.stages_of(self.coordinate.pipeline)
+
+    @property
+    def tied_copies_may_part(self) -> bool:
+        """Whether a tied table, where there is one, has two copies whose sums over the data axis the order decides.
+
+        The same on every rank.
+        """
+        return _first_and_last(self.placement) is not None and self.layout.data > 2
 
     @property
     def has_first_stage(self) -> bool:
@@ -151,6 +162,7 @@ def build_grid(
         pipeline=mesh.get_group("pipeline"),
         model=mesh["pipeline", "tensor"]._flatten("model").get_group(),
         embedding=_embedding_group(layout, placement, rank, timeout),
+        replicas=_replicas_group(layout, placement, rank, timeout),
         links=_stage_links(layout, placement, rank, device, timeout),
     )
 
@@ -158,13 +170,32 @@ def build_grid(
 def _embedding_group(
     layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta
 ) -> dist.ProcessGroup | None:
-    first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
-    if first == last:
+    ends = _first_and_last(placement)
+    if ends is None:
         return None
     mine = None
     for ranks in layout.groups("pipeline"):
-        mine = _new_group([ranks[first], ranks[last]], rank, timeout, "embedding") or mine
+        mine = _new_group([ranks[end] for end in ends], rank, timeout, "embedding") or mine
     return mine
+
+
+def _replicas_group(
+    layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta
+) -> dist.ProcessGroup | None:
+    ends = _first_and_last(placement)
+    if ends is None or layout.data < 3:
+        return None
+    mine = None
+    for ranks in layout.groups("pipeline", "data"):
+        members = [member for member in ranks if layout.coordinate(member).pipeline in ends]
+        mine = _new_group(members, rank, timeout, "replicas") or mine
+    return mine
+
+
+def _first_and_last(placement: Placement) -> tuple[int, int] | None:
+    """The pipeline ranks of the first and the last stage; None where one rank has both."""
+    first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
+    return None if first == last else (first, last)
 
 
 def _stage_links(

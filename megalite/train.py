@@ -130,7 +130,10 @@ class Trainer:
             tensor_bytes=plan.checkpoint_bytes,
             files=plan.companion_files() if grid.rank == 0 else {},
             reached=reached,
+            moved=self.progress.moved,
         )
+        for hook in (self.engine.optimizer.register_step_pre_hook, self.engine.optimizer.register_step_post_hook):
+            hook(lambda *_: self.progress.moved())  # of several groups, or parts that are on the host, each is a move
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
@@ -291,8 +294,6 @@ class Trainer:
     def _timed_step(
         self, step: int, *, record: bool, before_update: Callable[[], None] = lambda: None
     ) -> tuple[StepReport, tuple[Span, ...]]:
-        if record:
-            dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
         self.progress.enter("data", step)
         batch = self.batches.take(step)
@@ -301,6 +302,8 @@ class Trainer:
         with self.engine.accumulate():
             with self.bad_steps.watched():
                 microbatches = self.feed.microbatches(batch, self.feed.counted(batch))
+                if record:
+                    dist.barrier()  # one zero of time for all ranks, however long each waited for its batch
                 result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
             loss = self._mean_loss(result)
             spike = self.spikes.look(loss)

@@ -30,6 +30,7 @@ def group_members(layout: ParallelLayout, placement: Placement | None = None) ->
         "pipeline": grid.pipeline,
         "model": grid.model,
         "embedding": grid.embedding,
+        "replicas": grid.replicas,
     }
     links = {f"{kind} from {peer}": link.group for (kind, peer), link in grid.links.incoming.items()}
     links |= {f"{kind} to {peer}": link.group for (kind, peer), link in grid.links.outgoing.items()}
@@ -38,7 +39,13 @@ def group_members(layout: ParallelLayout, placement: Placement | None = None) ->
 
 
 @pytest.mark.parametrize(
-    "layout", [ParallelLayout(tensor=2, pipeline=2, data=2), ParallelLayout(tensor=1, pipeline=4, data=1)], ids=str
+    "layout",
+    [
+        ParallelLayout(tensor=2, pipeline=2, data=2),
+        ParallelLayout(tensor=1, pipeline=4, data=1),
+        ParallelLayout(tensor=1, pipeline=3, data=3),
+    ],
+    ids=str,
 )
 def test_groups_are_those_of_the_layout(layout: ParallelLayout) -> None:
     axes: dict[str, tuple[Axis, ...]] = {
@@ -53,6 +60,9 @@ def test_groups_are_those_of_the_layout(layout: ParallelLayout) -> None:
         pipeline = next(group for group in layout.groups("pipeline") if rank in group)
         ends = [pipeline[0], pipeline[-1]]
         assert found["embedding"] == (ends if rank in ends else None)
+        plane = next(group for group in layout.groups("pipeline", "data") if rank in group)
+        replicas = [one for one in plane if layout.coordinate(one).pipeline in (0, layout.pipeline - 1)]
+        assert found["replicas"] == (replicas if layout.data > 2 and rank in replicas else None)
         place = pipeline.index(rank)
         before, after = pipeline[place - 1 : place + 1], pipeline[place : place + 2]
         expected = {f"activation from {place - 1}": before, f"gradient to {place - 1}": before} if place else {}

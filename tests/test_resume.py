@@ -90,6 +90,7 @@ STOPPED = [
     pytest.param((2, 1, 2), 1, [], marks=pytest.mark.full),
     ((1, 2, 2), 2, []),
     pytest.param((1, 2, 2), 3, [], marks=pytest.mark.full),
+    pytest.param((1, 2, 3), 2, ["train.global_batch_size=6"], marks=pytest.mark.full),
     pytest.param((2, 2, 1), 1, [BF16], marks=pytest.mark.full),
     ((1, 1, 2), 2, [BF16, "checkpoint.async=true"]),
     ((1, 2, 1), 3, [BF16]),

@@ -69,12 +69,15 @@ def discard(folder: Path) -> None:
     remove(temporary(folder))
 
 
-def write_rank(folder: Path, rank: int, parts: Sequence[Part]) -> None:
-    """Write this rank's parts and, once they are on the disk, the record that says so."""
+def write_rank(folder: Path, rank: int, parts: Sequence[Part], moved: Callable[[], None] = lambda: None) -> None:
+    """Write this rank's parts and, once they are on the disk, the record that says so.
+
+    `moved` is called whenever some of it is written.
+    """
     growing, file = temporary(folder), f"rank_{rank:05d}.safetensors"
     keys = [f"{part.name}@{','.join(map(str, part.box.offset))}" for part in parts]
     shapes = {key: part.box.shape for key, part in zip(keys, parts, strict=True)}
-    record = write_safetensors(growing / file, shapes, (part.load() for part in parts))
+    record = write_safetensors(growing / file, shapes, (part.load() for part in parts), moved=moved)
     tensors: dict[str, StoredTensor] = {}
     for key, part in zip(keys, parts, strict=True):
         chunk = Chunk(file, key, part.box.offset, part.box.shape)
