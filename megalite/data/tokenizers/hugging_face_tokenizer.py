@@ -87,9 +87,7 @@ class HuggingFaceTokenizer:
         ids = {name: self._vocabulary[name] for name in names if name in self._vocabulary}
         key = frozenset(ids)
         if key not in self._encoders:
-            added = [
-                {**token, "special": token["content"] in ids} for token in self._content.get("added_tokens") or []
-            ]
+            added = [{**token, "special": token["content"] in ids} for token in self._content.get("added_tokens") or []]
             plain = _bare(tokenizers.Tokenizer.from_str(json.dumps({**self._content, "added_tokens": added})))
             plain.encode_special_tokens = True
 
