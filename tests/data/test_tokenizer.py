@@ -472,10 +472,8 @@ def test_only_what_a_library_raises_is_told_as_refused():
         """Named as that of Rust, which has no class to import."""
 
     for raised in (Exception("two\nlines"), RuntimeError(), PanicException("index out of bounds")):
-        refused = pytest.raises(
-            TextRefused, match="^the tokenizer refuses this text: (two lines|RuntimeError|index out)"
-        )
-        with refused, refusals_named():
+        reasons = "(two lines|RuntimeError|index out)"
+        with pytest.raises(TextRefused, match=f"^the tokenizer refuses this text: {reasons}"), refusals_named():
             raise raised
     for passed in (KeyboardInterrupt, SystemExit, MemoryError, UserError):
         with pytest.raises(passed), refusals_named():
@@ -492,7 +490,7 @@ def test_messages_read_the_added_tokens_that_are_not_special(tmp_path):
     ids = tokenizer.encode(text)
     found = tokenizer.message_encoder(["<|im_end|>"])(text)
     for name in ADDED:
-        assert [token for token in found if token == tokenizer.token_id(name)] == [tokenizer.token_id(name)], name
+        assert [tokenizer.token_id(name)] == [token for token in found if token == tokenizer.token_id(name)], name
     for name in ("<|im_end|>", "</s>", "<|endoftext|>"):
         assert tokenizer.token_id(name) in ids
         assert tokenizer.token_id(name) not in found, name
