@@ -716,7 +716,7 @@ def _first_names(data: dict[str, Any], reader: _Reader) -> dict[str, Any]:
         return data
     renamed: dict[str, Any] = {}
     for name, value in zero.items():
-        first = str(_SECOND_NAMES.get(name, name))
+        first = _SECOND_NAMES.get(name) or name
         if first != name and first in zero:
             reader.fault(("zero_optimization", name), f" stands beside {first}, another name for it; keep {first}")
         else:

@@ -59,6 +59,18 @@ def sole_user(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
+def require_unused(folder: Path, what: str) -> None:
+    """Raise UserError where `sole_user` would; makes and changes nothing."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = (folder / LOCK).read_text(encoding="utf-8").strip()
+        raise UserError(f"{what} is in use by {text or 'another run'}; wait for its end, or set another") from None
+    except OSError:
+        return  # no lock yet, or a file system that knows none
+
+
 def partial_path(path: Path) -> Path:
     """Return the name under which this process writes `path` until it is whole; in the same folder, ending ``.tmp``."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -62,9 +62,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "zero": ("config", "distributed", "model", "precision", "tensor_parallel.deferral", "tensor_parallel.sharding"),
     "bad_steps": ("distributed", "model.stage"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
-    "resume": ("checkpoint", "data.batches", "distributed", "faults", "plan", "tensor_parallel.kernels"),
+    "resume": (
+        *("checkpoint", "config", "data.batches", "data.order_digest", "distributed", "faults", "plan"),
+        "tensor_parallel.kernels",
+    ),
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
-    "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
+    "plan": (
+        *("checkpoint", "config", "data", "files", "layout", "memory", "model", "tensor_parallel.collectives"),
+        *PURE_PIPELINE,
+    ),
+    "memory": ("config",),
     "provenance": ("data", "plan"),
     "agreement": ("checkpoint.selection", "config", "data.fingerprint", "plan"),
     "rendezvous": ("agreement", "launch", "layout"),
@@ -143,7 +150,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "parity.table": ("layout", "parity.finding"),
     "cli": (
         *("checkpoint", "cli", "cluster", "config", "data", "doctor", "files", "generation", "launch", "layout"),
-        *("parity", "paths", "plan", "plots", "provenance", "run_status", "train", "verification"),
+        *("parity", "paths", "plan", "plots", "provenance", "resume", "run_status", "train", "verification"),
     ),
     "__main__": ("cli",),
 }

@@ -233,7 +233,7 @@ def test_the_run_files_that_ship_pass_a_dry_run(
         ([], ["no pipeline", "ZeRO-1, fp32"]),
         (["parallel.pipeline=2", "parallel.tensor=2"], ["simulated bubble 20.0%", "at most 2 microbatches in flight"]),
         (["parallel.pipeline=2", "parallel.schedule=gpipe"], ["at most 4 microbatches in flight"]),
-        (["parallel.data=4"], ["0, 1, 2, 3"]),
+        (["parallel.data=4"], ["0-3"]),
     ],
 )
 def test_the_plan_tells_ranks_parameters_and_bubble(run_file: Path, overrides: list[str], parts: list[str]) -> None:
