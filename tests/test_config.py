@@ -1356,6 +1356,11 @@ def test_every_malformed_override_is_told(write: Callable[..., Path]) -> None:
 
 TEXTS: list[tuple[str, str, str]] = [
     ("syntax", "run: {dir: x\n", "run.yaml: line 2, column 1: expected ',' or '}', but got '<stream end>'"),
+    (
+        "variable in braces",
+        "run: {dir: ${SCRATCH}/x}\n",
+        "run.yaml: line 1, column 13: expected ',' or '}', but got '{'; put a text with ${NAME} in quotes here",
+    ),
     ("tab", "run:\n\tdir: x\n", "run.yaml: line 2, column 1: found character '\\t' that cannot start any token"),
     ("colon", "run: dir: x\n", "run.yaml: line 1, column 9: mapping values are not allowed here"),
     (
