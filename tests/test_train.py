@@ -108,8 +108,9 @@ def test_megatrons_order_leaves_its_index_in_the_runs_folder(run_file: Path, tmp
 
 
 def test_a_run_stops_where_it_is_told_and_is_not_done(run_file: Path, tmp_path: Path) -> None:
-    whole = megalite("train", str(run_file), *TINY, "train.steps=6").stdout.splitlines()
-    stopped = megalite("train", str(run_file), *TINY, "train.steps=6", "train.stop_after=3").stdout.splitlines()
+    given = [*TINY, "train.steps=6", "checkpoint.last=false"]  # so that the second begins anew
+    whole = megalite("train", str(run_file), *given).stdout.splitlines()
+    stopped = megalite("train", str(run_file), *given, "train.stop_after=3").stdout.splitlines()
     assert not (tmp_path / "run" / "DONE.json").exists()
     assert json.loads((tmp_path / "run" / "earlier" / "1" / "DONE.json").read_text())["step"] == 6
     assert len((tmp_path / "run" / "earlier" / "1" / "metrics.jsonl").read_text().splitlines()) == 6

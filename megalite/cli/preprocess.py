@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megalite.cli.progress import token_progress
+from megalite.errors import UserError
+from megalite.paths import expand
 
 if TYPE_CHECKING:
     from megalite.data.preprocess import PreprocessReport
@@ -87,7 +89,7 @@ def preprocess(
                 min_tokens=min_tokens,
                 dedup=dedup,
                 document_shuffle=document_shuffle,
-                chat=chat,
+                chat=chat if chat is None else _template(chat),
                 progress=progress,
             )
     except Interrupted as stop:
@@ -95,6 +97,14 @@ def preprocess(
         raise typer.Exit(stop.status) from None
     for line in summary(output, report):
         typer.echo(line)
+
+
+def _template(chat: str) -> str:
+    """Return the name of a chat template as it is, and the path of its file expanded."""
+    try:
+        return expand(chat)
+    except ValueError as error:
+        raise UserError(f"--chat={chat!r}{error}") from None
 
 
 def summary(output: Path, report: "PreprocessReport") -> list[str]:

@@ -129,6 +129,11 @@ def _slurm(
             container=_words(container or ""),
         )
     )
+    if max_restarts and not config.checkpoint.every:
+        note = f"only a stop, as before the time limit, and the last step, {config.train.last_step:,}, are saved"
+        typer.echo(
+            f"note: checkpoint.every=0: {note}; after a fault the job begins at the stop before, or anew", err=True
+        )
     if dry_run:
         typer.echo(script, nl=False)
         return
@@ -166,7 +171,18 @@ def _checked(
             f"{run.name}: resume={config.resume!r} would begin there again after every restart of the job; "
             "write resume=auto, or give --max-restarts 0"
         )
-    return prepare(run, overrides, nodes * ranks_per_node(config, nodes, ranks, gpus)).config
+    resolved = prepare(run, overrides, nodes * ranks_per_node(config, nodes, ranks, gpus)).config
+    _check_checkpoints(resolved, max_restarts)
+    return resolved
+
+
+def _check_checkpoints(config: "RunConfig", max_restarts: int) -> None:
+    """Refuse a job that would be requeued with nothing to go on from."""
+    if max_restarts and not config.checkpoint.keeps:
+        raise UserError(
+            f"{config.source}: checkpoint.every=0 and checkpoint.last=false keep nothing that the job could go on from "
+            "after its time limit or a fault; leave out last=false, set checkpoint.every, or give --max-restarts 0"
+        )
 
 
 def _further(given: list[str]) -> dict[str, str | None]:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local
+from megalite.paths import spell
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +64,7 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     with sole_user(folder, f"run.dir={folder}"):
         pass  # rank 0 takes it for the run; this ends a second run before its ranks start
     status = launch_local(
-        ["train", str(run), *overrides],
+        ["train", spell(run), *overrides],
         plan.layout.world_size,
         folder / "logs",
         stop_grace=math.inf,  # they save a checkpoint before they end

@@ -21,6 +21,7 @@ from megalite.config.sections import (
     TrainSection,
 )
 from megalite.config.yaml12 import Dumper
+from megalite.deepspeed_defaults import with_defaults
 from megalite.deepspeed_json import DeepSpeedSettings, Precision
 from megalite.faults import Fault, Origin, report, show
 from megalite.layout import ParallelLayout
@@ -174,7 +175,9 @@ class RunConfig(Section, frozen=True):
         if self.deepspeed.on_nvme and "last" not in checkpoint.model_fields_set:
             # A checkpoint cannot read what lies on NVMe: nobody asked for one, so the run is not refused.
             checkpoint = checkpoint.model_copy(update={"last": False})
-        return self.model_copy(update={"parallel": parallel, "model": model, "train": train, "checkpoint": checkpoint})
+        deepspeed = with_defaults(self.deepspeed, lr=self.optimizer.lr)
+        completed = {"parallel": parallel, "model": model, "train": train, "checkpoint": checkpoint}
+        return self.model_copy(update={**completed, "deepspeed": deepspeed})
 
     def to_yaml(self) -> str:
         """Return the run file that loads back to an equal config, the DeepSpeed JSON within it."""

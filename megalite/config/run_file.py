@@ -175,7 +175,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+        # Braces of a variable end a plain text that stands within braces itself.
+        within = mark.buffer is not None and mark.buffer[max(0, mark.pointer - 1) : mark.pointer + 1] == "${"
+        hint = "; put a text with ${NAME} in quotes here" if within else ""
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}{hint}"
     return str(error).splitlines()[0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from megalite.data.index_format import BLOCK, DatasetSidecar, with_suffix
 from megalite.data.index_map import MappedIndex, map_file
-from megalite.errors import UserError, nearest
+from megalite.errors import UserError, if_near
 
 
 class IndexedDataset:
@@ -252,6 +252,6 @@ def _fix_for_missing(prefix: Path) -> str:
     if prefix.suffix in (".bin", ".idx"):
         return f"; a prefix has no {prefix.suffix}, use {prefix.with_suffix('')}"
     datasets = [path.with_suffix("").name for path in prefix.parent.glob("*.idx")]
-    if datasets and prefix.name not in datasets:
-        return nearest(prefix.name, datasets)
+    if prefix.name not in datasets and (near := if_near(prefix.name, datasets)):
+        return near
     return f"; make the dataset with `megalite preprocess INPUT --output {prefix}`"

@@ -119,6 +119,10 @@ def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rende
         ),
         (("--nodes", "2", "--launcher", "srum"), "--launcher 'srum' is no launcher; did you mean 'srun'?"),
         (("--nodes", "2", "resume=never"), "resume='never' would begin there again after every restart of the job; "),
+        (
+            ("--nodes", "2", "checkpoint.last=false"),
+            "checkpoint.every=0 and checkpoint.last=false keep nothing ",
+        ),
         (("--nodes", "2", "--container", "x", "--launcher", "deepspeed"), "by its own Python, outside of it; use --la"),
         (("--nodes", "2", "--account", "a\n#SBATCH --wrap=x"), "sbatch would not read this as one value; leave out bl"),
         (("--nodes", "2", "--sbatch", "-N=3"), "is no long option of sbatch; write NAME=VALUE"),
@@ -144,6 +148,22 @@ def test_what_cannot_be_is_said_with_its_fix(rendered: Rendered, arguments: tupl
     status, said = rendered(*arguments, "parallel.tensor=2", "parallel.pipeline=2")
     assert (status, said.startswith("megalite: error: ")) == (2, True)
     assert message in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "noted"),
+    [
+        ((), True),
+        (("checkpoint.every=5",), False),
+        (("checkpoint.every=5", "checkpoint.last=false"), False),
+        (("--max-restarts", "0", "checkpoint.last=false"), False),
+    ],
+)
+def test_a_job_that_saves_late_is_told_what_a_fault_costs(
+    rendered: Rendered, arguments: tuple[str, ...], noted: bool
+) -> None:
+    status, said = rendered("--nodes", "2", *arguments, "parallel.tensor=2", "parallel.pipeline=2")
+    assert (status, "note: checkpoint.every=0: only a stop" in said) == (0, noted)
 
 
 def test_a_script_goes_into_a_file_or_the_reason_is_said(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megalite.data.preprocessing import tables
 from megalite.data.preprocessing.zstd import ZstdError, ZstdReader
-from megalite.errors import UserError, nearest
+from megalite.errors import UserError, if_near
 
 SUFFIXES = (
     *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt", ".txt.gz", ".txt.zst"),
@@ -75,7 +75,7 @@ def find_inputs(inputs: Sequence[Path]) -> list[Path]:
             files += [_readable(Path(match)) for match in matches if not Path(match).is_dir()]
         else:
             neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"{path}: no such file or folder{nearest(path.name, neighbours) if neighbours else ''}")
+            raise UserError(f"{path}: no such file or folder{if_near(path.name, neighbours)}")
     return files
 
 
