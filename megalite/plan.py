@@ -23,7 +23,14 @@ from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.selection import CHECKPOINTS, Expectation, candidates
 from megalite.checkpoint.shapes import weight_shapes
 from megalite.checkpoint.special_tokens import DocumentTokens
-from megalite.checkpoint.weights import CheckpointWeights, Weights, companion_contents, documents_of, open_weights
+from megalite.checkpoint.weights import (
+    CheckpointWeights,
+    Weights,
+    companion_contents,
+    documents_of,
+    open_weights,
+    section_of_weights,
+)
 from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.data.batches import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
@@ -139,7 +146,13 @@ class Plan:
 
     @cached_property
     def _first_weights(self) -> Weights | None:
-        return open_weights(self.config.init_from) if self.config.init_from is not None else None
+        """The weights of `init_from`; raises UserError where there are none, even where a checkpoint is before them."""
+        if self.config.init_from is None:
+            return None
+        try:
+            return open_weights(self.config.init_from)
+        except UserError as error:
+            raise UserError(f"init_from={error}") from error
 
     @cached_property
     def _sidecars(self) -> list[DatasetSidecar]:
@@ -157,6 +170,7 @@ class Plan:
                 f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine has not; "
                 "install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
             )
+        weights = self._first_weights
         for folder in candidates(self.config):
             try:
                 reader = CheckpointReader(folder)
@@ -165,11 +179,20 @@ class Plan:
                     raise
                 continue
             self.expectation.require_resumable(reader)
-            return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole"
-        if self.config.init_from is None:
+            passed_over = f"; {self.init_from_passed_over}" if weights is not None else ""
+            return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole{passed_over}"
+        if weights is None:
             return "start: anew"
-        self.expectation.require_weights(open_weights(self.config.init_from))
+        self.expectation.require_weights(weights)
         return f"start: with the weights of {self.config.init_from}"
+
+    @property
+    def init_from_passed_over(self) -> str:
+        """What is said where a run has checkpoints and names weights to begin with too."""
+        return (
+            f"init_from={self.config.init_from} is passed over, since the run goes on; to begin with those weights, "
+            "set another run.dir, or resume=never"
+        )
 
     def describe(self) -> RenderableType:
         """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""
@@ -259,7 +282,7 @@ def prepare(path: Path, overrides: Sequence[str], world_size: int | None) -> Pla
 
     `world_size` is the number of ranks that a launcher started, None where megalite will start them itself.
     """
-    config = load_run_config(path, overrides)
+    config = load_run_config(path, overrides, section_of_weights)
     tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer is not None else None
     config = config.resolve(world_size=world_size, vocab_size=tokenizer.vocab_size if tokenizer else None)
     return plan_of(config, tokenizer.digest if tokenizer else None)

@@ -104,6 +104,8 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str]) -
     notes.append(
         f"resumed: {reader.folder}, step {step:,}, {consumed:,} samples; it was saved at {reader.manifest.layout}"
     )
+    if plan.config.init_from is not None:
+        notes.append(plan.init_from_passed_over)
     last = plan.config.train.stop_after or plan.config.train.steps
     if step > last:
         notes.append(f"warning: the checkpoint is past the last step that is asked for, {last:,}")

@@ -149,6 +149,14 @@ def open_weights(path: Path) -> Weights:
     return CheckpointWeights(CheckpointReader(path))
 
 
+def section_of_weights(path: Path) -> dict[str, Any]:
+    """Return the section `model` of the weights of `init_from`, every key of it; raise UserError for no weights."""
+    try:
+        return open_weights(path).model.model_dump(mode="json")
+    except UserError as error:
+        raise UserError(f"init_from={error}") from error
+
+
 def _what_it_is(path: Path) -> str:
     if not path.exists():
         return "there is no such folder"
