@@ -60,6 +60,7 @@ def find_start(plan: Plan, grid: ProcessGrid) -> Start:
         raise UserError(f"init_from={weights.origin}: {'; '.join(faults)}; the checkpoint is damaged, name another")
     notes = (
         f"weights: {weights.origin}",
+        *(f"note: {line}" for line in getattr(weights, "notes", ())),
         *(f"warning: {line}" for line in plan.expectation.differing_settings(weights)),
     )
     return Start(weights=weights, notes=notes)
