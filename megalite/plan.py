@@ -24,7 +24,14 @@ from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.selection import CHECKPOINTS, Expectation, candidates
 from megalite.checkpoint.shapes import weight_shapes
 from megalite.checkpoint.special_tokens import DocumentTokens
-from megalite.checkpoint.weights import CheckpointWeights, Weights, companion_contents, documents_of, open_weights
+from megalite.checkpoint.weights import (
+    CheckpointWeights,
+    Weights,
+    companion_contents,
+    documents_of,
+    open_weights,
+    section_of_weights,
+)
 from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.data.batches import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
@@ -195,7 +202,13 @@ class Plan:
 
     @cached_property
     def _first_weights(self) -> Weights | None:
-        return open_weights(self.config.init_from) if self.config.init_from is not None else None
+        """The weights of `init_from`; raises UserError where there are none, even where a checkpoint is before them."""
+        if self.config.init_from is None:
+            return None
+        try:
+            return open_weights(self.config.init_from)
+        except UserError as error:
+            raise UserError(f"init_from={error}") from error
 
     @cached_property
     def _sidecars(self) -> list[DatasetSidecar]:
@@ -219,6 +232,7 @@ class Plan:
         Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes.
         """
         self.check_machine()
+        weights = self._first_weights
         for folder in candidates(self.config):
             try:
                 reader = CheckpointReader(folder)
@@ -227,11 +241,20 @@ class Plan:
                     raise
                 continue
             self.expectation.require_resumable(reader)
-            return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole"
-        if self.config.init_from is None:
+            passed_over = f"; {self.init_from_passed_over}" if weights is not None else ""
+            return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole{passed_over}"
+        if weights is None:
             return "start: anew"
-        self.expectation.require_weights(open_weights(self.config.init_from))
+        self.expectation.require_weights(weights)
         return f"start: with the weights of {self.config.init_from}"
+
+    @property
+    def init_from_passed_over(self) -> str:
+        """What is said where a run has checkpoints and names weights to begin with too."""
+        return (
+            f"init_from={self.config.init_from} is passed over, since the run goes on; to begin with those weights, "
+            "set another run.dir, or resume=never"
+        )
 
     def describe(self) -> RenderableType:
         """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""
@@ -369,7 +392,7 @@ def prepare(
     `tokenizer_may_be_absent` a tokenizer that is not there is told in `Plan.unchecked`, where `model.vocab_size` is
     given beside it.
     """
-    config = load_run_config(path, overrides)
+    config = load_run_config(path, overrides, section_of_weights)
     named, tokenizer, unchecked = config.data.tokenizer, None, ()
     if named is not None and tokenizer_may_be_absent and not named.exists():
         if config.model.vocab_size is None:

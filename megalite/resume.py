@@ -143,6 +143,7 @@ def _find(plan: Plan, look: _Look, *, data_is_there: bool = True) -> Start:
         raise UserError(f"init_from={weights.origin}: {'; '.join(faults)}; the checkpoint is damaged, name another")
     notes = (
         f"weights: {weights.origin}",
+        *(f"note: {line}" for line in getattr(weights, "notes", ())),
         *(f"warning: {line}" for line in plan.expectation.differing_settings(weights)),
     )
     return Start(weights=weights, notes=notes)
@@ -249,6 +250,8 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *
     notes.append(
         f"resumed: {reader.folder}, step {step:,}, {consumed:,} samples; it was saved at {reader.manifest.layout}"
     )
+    if plan.config.init_from is not None:
+        notes.append(plan.init_from_passed_over)
     last = plan.config.train.stop_after or plan.config.train.steps
     if step > last:
         notes.append(f"warning: the checkpoint is past the last step that is asked for, {last:,}")

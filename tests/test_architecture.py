@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": ("cluster", "config"),
     "files": (),
     "heartbeat": ("files",),
-    "run_status": ("config", "heartbeat", "stopping"),
+    "run_status": ("checkpoint.weights", "config", "heartbeat", "stopping"),
     "stopping": (),
     "stragglers": ("layout",),
     "data": ("config", "data", "faults", "files"),

@@ -20,7 +20,7 @@ from megalite.checkpoint.shapes import weight_shapes
 from megalite.checkpoint.special_tokens import TOKEN_IDS, DocumentTokens
 from megalite.config import ModelConfig, read_model
 from megalite.errors import UserError
-from megalite.faults import validation_lines
+from megalite.faults import show, validation_lines
 
 WEIGHT = f"{KINDS[0]}/"
 """How the names of weights begin in a checkpoint; optimizer state has the optimizer's names for it."""
@@ -149,13 +149,34 @@ def open_weights(path: Path) -> Weights:
     return CheckpointWeights(CheckpointReader(path))
 
 
+def section_of_weights(path: Path) -> dict[str, Any]:
+    """Return the section `model` of the weights of `init_from`, every key of it; raise UserError for no weights."""
+    try:
+        return open_weights(path).model.model_dump(mode="json")
+    except UserError as error:
+        raise UserError(f"init_from={error}") from error
+
+
 def _what_it_is(path: Path) -> str:
     if not path.exists():
         return "there is no such folder"
     if not path.is_dir():
         return "is a file, not a folder"
     if (path / "config.json").exists():
-        return "its config.json is no object with a model_type"
+        return _what_is_wrong_with(path / "config.json")
     if any(path.glob("*.safetensors")):
         return "has safetensors, but no config.json beside them"
     return "holds no model"
+
+
+def _what_is_wrong_with(config: Path) -> str:
+    """Say why a config.json is not that of a model of Hugging Face's."""
+    try:
+        content = json.loads(config.read_bytes())
+    except (OSError, ValueError) as error:
+        return f"its config.json cannot be read as JSON ({error}), fetch the file again"
+    if not isinstance(content, dict):
+        return f"its config.json holds {show(content)}, where an object with a model_type is read"
+    if "model_type" not in content:
+        return "its config.json has no model_type, which says what the model computes"
+    return f"its config.json has model_type={show(content['model_type'])}, where a name such as 'llama' is read"

@@ -162,10 +162,11 @@ def _checked(
     run: Path, overrides: list[str], nodes: int, ranks: int | None, gpus: int | None, max_restarts: int
 ) -> "RunConfig":
     """Return the run as its ranks will resolve it."""
+    from megalite.checkpoint.weights import section_of_weights
     from megalite.config import load_run_config
     from megalite.plan import prepare
 
-    config = load_run_config(run, overrides)
+    config = load_run_config(run, overrides, section_of_weights)
     if config.resume != "auto" and max_restarts:
         raise UserError(
             f"{run.name}: resume={config.resume!r} would begin there again after every restart of the job; "

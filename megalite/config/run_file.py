@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megalite.config.base import Section, fields_of
+from megalite.config.first_weights import SectionReader, fill_model
 from megalite.config.guesses import guess
 from megalite.config.run import RunConfig
 from megalite.config.sections import ARCHITECTURES, ModelConfig
@@ -22,11 +23,12 @@ from megalite.errors import UserError
 from megalite.faults import PATH_TEXT, Fault, FaultsError, Key, Kind, Origin, alternatives, read_text, report, show
 
 
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(path: Path, overrides: Sequence[str] = (), read_section: SectionReader | None = None) -> RunConfig:
     """Read a run file, with the DeepSpeed JSON that it names and ``section.key=value`` overrides.
 
     An override's value is YAML, and its key may reach into the JSON: ``deepspeed.zero_optimization.stage=2``. The
-    JSON's path is relative to the working directory.
+    JSON's path is relative to the working directory. With `read_section` the weights of `init_from` complete the
+    section `model`.
 
     Raises:
         UserError: a file that is missing or cannot be parsed; keys, types or values that are not allowed; all of them
@@ -41,6 +43,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     deepspeed_origin = _load_deepspeed(document, origin, path.parent)
     report([line for key, value in given if key != ("deepspeed",) and (line := _assign(document, key, value))])
     _load_sources(document, origin)
+    if read_section is not None:
+        report(list(map(origin.line, fill_model(document, read_section))))
     origin = replace(origin, notes=tuple(shorten(document, [key for key, _ in given])))
     return _validate(document, origin, deepspeed_origin)
 

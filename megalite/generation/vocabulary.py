@@ -31,7 +31,7 @@ class Vocabulary:
         model_size: int,
         begins_document: Sequence[int] = (),
     ) -> None:
-        self._tokenizer, self._leading, self._begins_document = tokenizer, list(leading), list(begins_document)
+        self._tokenizer, self.leading, self._begins_document = tokenizer, list(leading), list(begins_document)
         # A model's vocabulary is often padded: what no tokenizer knows has no text.
         self._known = min(tokenizer.vocab_size, model_size)
         self._model_size = model_size
@@ -42,7 +42,7 @@ class Vocabulary:
 
         Raises UserError, which begins with `where`, for ids beyond the model's, and where nothing begins a document.
         """
-        ids = self._leading + self._tokenizer.encode(text)
+        ids = self.leading + self._tokenizer.encode(text)
         if not ids:
             ids = list(self._begins_document)
         if not ids and self._tokenizer.eod_id is not None:
