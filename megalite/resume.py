@@ -14,7 +14,7 @@ from megalite.checkpoint.manifest import MANIFEST, STATE
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.selection import CHECKPOINTS, candidates
 from megalite.checkpoint.weights import CheckpointWeights, Weights, open_weights
-from megalite.config import RunConfig
+from megalite.config import RunConfig, TrainSection
 from megalite.data.batches import BatchSchedule, PassedOver
 from megalite.data.order_digest import order_digest_of_before
 from megalite.distributed import ProcessGrid, broadcast_json, gather_json, on_rank_zero
@@ -41,6 +41,12 @@ class Start:
     """Of the steps before, as `SpikeWatch` keeps them."""
     kernels: Kernels | None = None
     """What the checkpoint was trained with; None where training begins anew."""
+    consumed_samples: int = 0
+    """Of the steps up to `step` and with it."""
+
+    def batches(self, train: TrainSection) -> BatchSchedule:
+        """Return the samples of the steps from here on."""
+        return BatchSchedule(train, self.passed_over, after=self.step, consumed=self.consumed_samples)
 
     def continues(self, checkpoints: Path) -> bool:
         """Whether a run goes on whose checkpoints are in that folder."""
@@ -233,11 +239,13 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *
     plan.expectation.require_resumable(reader)
     state = _progress(reader)
     step, consumed = state.step, state.consumed_samples
-    here = BatchSchedule(plan.config.train).consumed(step)
-    if here != consumed:
+    train, here = plan.config.train, BatchSchedule(plan.config.train).consumed(step)
+    if here != consumed and plan.config.data.order == "megatron":
         raise UserError(
             f"{reader.folder}: stands at sample {consumed:,} after step {step:,}, where this run file's batches would "
-            f"stand at {here:,}; keep train.global_batch_size and its ramp-up, or take the weights alone with init_from"
+            f"stand at {here:,}, and data.order=megatron shuffles as many samples as all steps take: of another number "
+            "the order is another; keep train.global_batch_size and its ramp-up, or take the weights alone with "
+            "init_from"
         )
     if state.passed_over and plan.config.data.order != "streaming":
         samples = sum(gap.samples for gap in state.passed_over)
@@ -252,7 +260,15 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *
     )
     if plan.config.init_from is not None:
         notes.append(plan.init_from_passed_over)
-    last = plan.config.train.stop_after or plan.config.train.steps
+    if here != consumed:
+        next_size = len(BatchSchedule(train, after=step, consumed=consumed).samples(step + 1))
+        grows = f", growing to {train.global_batch_size:,}" if next_size < train.global_batch_size else ""
+        notes.append(
+            f"batches of another size: {next_size:,} sequences a step from step {step + 1:,} on{grows}, and on from "
+            f"sample {consumed:,}, where batches of the run file's size would stand at {here:,}; optimizer and "
+            "learning rate go on by steps"
+        )
+    last = train.stop_after or train.steps
     if step > last:
         notes.append(f"warning: the checkpoint is past the last step that is asked for, {last:,}")
     if not data_is_there:
@@ -270,6 +286,7 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *
         tuple(state.passed_over),
         tuple(state.recent_losses),
         state.kernels,
+        consumed,
     )
 
 

@@ -18,7 +18,7 @@ from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
 from megalite.config import RunConfig
 from megalite.config.sections import SpikeSection
-from megalite.data.batches import BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
+from megalite.data.batches import PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.distributed import ProcessGrid, local_device, on_rank_zero, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
@@ -148,7 +148,7 @@ class Trainer:
             moved=self.progress.moved,
         )
         self.datasets = datasets
-        self.schedule = BatchSchedule(train, self.start.passed_over)
+        self.schedule = self.start.batches(train)
         rules = SampleRules.of(self.config, datasets.fim)
         self.feed = Feed(datasets.train, rules, self.config, grid, trains=True)
         self.batches = self._read_ahead()
@@ -265,9 +265,9 @@ class Trainer:
                 f"step {step}; lower train.optimizer.lr or gradient_clipping, or resume with train.spike.action=skip"
             )
         self.rollbacks += 1
-        begin = BatchSchedule(self.config.train, start.passed_over).position(start.step)
+        begin = start.batches(self.config.train).position(start.step)
         gap = PassedOver(start.step, self.schedule.position(step) - begin)
-        self.schedule = BatchSchedule(self.config.train, (*start.passed_over, gap))
+        self.schedule = replace(start, passed_over=(*start.passed_over, gap)).batches(self.config.train)
         self.spikes = SpikeWatch(rule, start.recent_losses)
         self.state.restore(start.reader, start.reader.state["optimizer"])
         self.engine.publish_weights()
@@ -332,21 +332,23 @@ class Trainer:
         return report, result.spans
 
     def evaluate(self, name: str) -> float:
-        """Return the mean loss over the first `eval_batches` global batches of a validation set, or all it has.
+        """Return the mean loss over the targets of a validation set that count: of the samples in its first
+        `eval_batches` global batches, or of all where it has no more, whether or not these fill a batch.
 
         Once the ranks have agreed to stop, it is of the batches so far, and worth nothing.
         """
         size, feed = self.config.train.global_batch_size, self.valid_feeds[name]
-        batches = min(self.config.train.eval_batches, self.datasets.valid[name].samples_per_epoch // size)
+        end = self.datasets.num_evaluated(name)
         total, tokens = 0.0, 0.0
-        for first in range(0, batches * size, size):
+        for first in range(0, end, size):
             if self.stop.agreed is not None:
                 break
-            batch = feed.read(range(first, first + size))
+            samples = range(first, min(first + size, end))
+            batch = feed.read_padded(samples)
             counted = feed.counted(batch)
             microbatches = feed.microbatches(batch, counted)
             loss = self._mean_loss(self.executor.run(self._eval_stream(len(batch)), microbatches))
-            weight = float(size if counted is None else counted)
+            weight = float(len(samples) * self.config.data.sequence_length if counted is None else counted)
             total, tokens = total + loss * weight, tokens + weight
         return total / max(tokens, 1.0)
 
