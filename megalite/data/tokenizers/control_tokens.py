@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from megalite.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+BEGINNING_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|bos|>")
 END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
 
 _BRACKETED = re.compile("\u2581?(?:<.+>|\\[.+\\])", re.DOTALL)

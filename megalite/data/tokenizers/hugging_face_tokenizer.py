@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from megalite.data.tokenizers.control_tokens import (
+    BEGINNING_NAMES,
     END_OF_DOCUMENT_NAMES,
     PlainText,
+    TextRefused,
     looks_like_control,
     refusals_named,
 )
@@ -32,12 +34,12 @@ class HuggingFaceTokenizer:
         # The library passes over an added token without a name.
         added = [token for token in self._content.get("added_tokens") or [] if token["content"] in self._vocabulary]
         # Runs of spaces are added tokens too, but no control tokens.
-        named = [token for token in added if token["content"].strip()]
-        self._special = {token["content"] for token in named if token.get("special", False)}
+        visible = [token for token in added if token["content"].strip()]
+        self._special = {token["content"] for token in visible if token.get("special", False)}
         # Of an added token the library makes its own id, whatever the file says, and texts are encoded with that.
         self.control_tokens: dict[str, int] = {
             token["content"]: self._vocabulary[token["content"]]
-            for token in named
+            for token in visible
             if token["content"] in self._special or looks_like_control(token["content"])
         }
         self.notes = tuple(
@@ -46,12 +48,20 @@ class HuggingFaceTokenizer:
             for token in added
             if token["id"] != self._vocabulary[token["content"]]
         )
+        self.leading_id = self._leading()
+        named = (self.control_tokens[name] for name in BEGINNING_NAMES if name in self.control_tokens)
+        self.bos_id = self.leading_id if self.leading_id is not None else next(named, None)
+        self.unknown_id = self._unknown()
         self._encoders: dict[frozenset[str], PlainText] = {}
         self._plain = self._without(self.control_tokens)
 
     def token_id(self, name: str) -> int | None:
         """Return the id of a piece or control token by its exact name."""
         return self._vocabulary.get(name)
+
+    def token_name(self, token: int) -> str | None:
+        """Return the name of a piece or control token by its id."""
+        return self._tokenizer.id_to_token(token)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with no token added before or after."""
@@ -79,6 +89,28 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; control tokens have none."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _leading(self) -> int | None:
+        """Return what the post-processor puts before a text, where that is one token."""
+        if not self._content.get("post_processor"):
+            return None
+        for letter in ("a", " "):
+            try:
+                with refusals_named():
+                    bare, dressed = (
+                        self._tokenizer.encode(letter, add_special_tokens=added).ids for added in (False, True)
+                    )
+            except TextRefused:
+                continue
+            starts = (at for at in range(len(dressed)) if bare and dressed[at : at + len(bare)] == bare)
+            if (start := next(starts, None)) is not None:
+                return dressed[0] if start == 1 else None
+        return None
+
+    def _unknown(self) -> int | None:
+        model = self._content.get("model") or {}
+        name, token = model.get("unk_token"), model.get("unk_id")
+        return self._vocabulary.get(name) if isinstance(name, str) else token if isinstance(token, int) else None
 
     def _without(self, names: Iterable[str]) -> PlainText:
         """Return an encoder of texts in which these names stay text."""

@@ -33,6 +33,10 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.control_tokens = _control_tokens(proto)
         self.eod_id = self._end_of_document()
+        self.bos_id = _known(self._processor.bos_id())
+        self.unknown_id = _known(self._processor.unk_id())
+        self.leading_id: int | None = None
+        self.notes: Sequence[str] = ()
         self.digest = hashlib.sha256(data).hexdigest()
         self._data = data
         self._encoders: dict[frozenset[str], PlainText] = {}
@@ -42,6 +46,10 @@ class SentencePieceTokenizer:
         """Return the id of a piece or control token by its exact name."""
         token = self._processor.piece_to_id(name)
         return token if self._processor.id_to_piece(token) == name else None
+
+    def token_name(self, token: int) -> str | None:
+        """Return the name of a piece or control token by its id."""
+        return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else None
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with no token added before or after."""
@@ -75,8 +83,7 @@ class SentencePieceTokenizer:
 
     def _end_of_document(self) -> int | None:
         known = end_of_document(self.control_tokens)
-        declared = self._processor.eos_id()
-        return known if known is not None else declared if declared >= 0 else None
+        return known if known is not None else _known(self._processor.eos_id())
 
     def _without(self, names: Iterable[str]) -> PlainText:
         """Return an encoder that reads none of these names as a symbol of the user's."""
@@ -104,6 +111,11 @@ class SentencePieceTokenizer:
                 return processor.encode(text)
 
         return encode
+
+
+def _known(token: int) -> int | None:
+    """Return an id that the library gives; it says -1 where there is none."""
+    return token if token >= 0 else None
 
 
 def _control_tokens(proto: Any) -> dict[str, int]:

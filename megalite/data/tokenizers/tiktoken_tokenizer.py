@@ -94,6 +94,8 @@ class TiktokenTokenizer:
         self.control_tokens = encoding.control_tokens
         self.vocab_size: int = self._encoding.n_vocab
         self.eod_id: int | None = encoding.control_tokens[END_OF_DOCUMENT]
+        self.bos_id = self.leading_id = self.unknown_id = None
+        self.notes: Sequence[str] = ()
         self.digest = hashlib.sha256(data).hexdigest()
 
     def token_id(self, name: str) -> int | None:
@@ -102,6 +104,16 @@ class TiktokenTokenizer:
             return self.control_tokens[name]
         try:
             return self._encoding.encode_single_token(name)
+        except KeyError:
+            return None
+
+    def token_name(self, token: int) -> str | None:
+        """Return the name of a control token, or the text of another, by its id."""
+        for name, control in self.control_tokens.items():
+            if control == token:
+                return name
+        try:
+            return self._encoding.decode_single_token_bytes(token).decode(errors="replace")
         except KeyError:
             return None
 
