@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megalite.cli.progress import token_progress
-<<<<<<< HEAD
+from megalite.cli.words import file_name
 from megalite.errors import UserError
 from megalite.paths import expand
-=======
-from megalite.cli.words import file_name
->>>>>>> data
 
 if TYPE_CHECKING:
     from megalite.data.preprocess import PreprocessReport
@@ -121,12 +118,8 @@ def preprocess(
                 min_tokens=min_tokens,
                 dedup=dedup,
                 document_shuffle=document_shuffle,
-<<<<<<< HEAD
                 chat=chat if chat is None else _template(chat),
-=======
-                chat=chat,
                 overwrite=force,
->>>>>>> data
                 progress=progress,
             )
     except Interrupted as stop:
