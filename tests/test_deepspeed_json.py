@@ -279,6 +279,7 @@ def test_a_json_that_many_people_have_is_taken_as_it_is(deepspeed: Any, tmp_path
             "warmup_min_lr": 0.0,
             "warmup_max_lr": 1e-4,
             "warmup_num_steps": 7,
+            "warmup_type": "log",
             **({"total_num_steps": 100} if "total_num_steps" in document["scheduler"]["params"] else {}),
         }
         assert config.train.schedule is None
@@ -411,7 +412,7 @@ def test_the_optimizer_may_stand_in_both_files_where_they_agree(
         ({"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}, {"warmup_steps": 0}, 1),
         ({"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}, {"warmup_steps": 9}, 9),
         ({"type": "WarmupLR", "params": {}}, {"warmup_steps": 9}, 9),
-        ({"type": "WarmupLR", "params": {}}, None, None),
+        ({"type": "WarmupLR", "params": {}}, None, 1000),  # DeepSpeed's own default, written out
         ({"type": "WarmupLR", "params": {"warmup_num_steps": 9}}, {"warmup_steps": 9}, 9),
         (
             {"type": "WarmupLR", "params": {"warmup_num_steps": 9}},
@@ -432,7 +433,7 @@ def test_the_optimizer_may_stand_in_both_files_where_they_agree(
     ],
 )
 def test_the_schedulers_warm_up_follows_the_run_file(
-    tmp_path: Path, scheduler: dict[str, Any], schedule: Any, expected: int | str | None
+    tmp_path: Path, scheduler: dict[str, Any], schedule: Any, expected: int | str
 ) -> None:
     run = RUN | {"train": RUN["train"] | {"schedule": schedule}}
     if isinstance(expected, str):
@@ -442,7 +443,7 @@ def test_the_schedulers_warm_up_follows_the_run_file(
         return
     resolved = load(tmp_path, {"scheduler": scheduler}, run=run).deepspeed.scheduler
     assert resolved is not None
-    assert resolved["params"].get("warmup_num_steps") == expected
+    assert resolved["params"]["warmup_num_steps"] == expected
 
 
 def test_deepspeed_is_told_to_print_never(tmp_path: Path) -> None:

@@ -144,8 +144,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         )
         reason = str(error).replace("\n", " ")
         raise UserError(
-            f"{file}: not {form} ({reason}); allowed: tokenizer.json, a sentencepiece .model, vocab.json with merges.txt, a "
-            ".tiktoken"
+            f"{file}: not {form} ({reason}); allowed: tokenizer.json, a sentencepiece .model, vocab.json with "
+            "merges.txt, a .tiktoken"
         ) from error
 
 
@@ -199,8 +199,8 @@ def _no_tokenizer(path: Path) -> str:
     if path.suffix in (".json", ".txt", tiktoken_tokenizer.SUFFIX):
         return f"no such tokenizer; give another, which may be {forms}, or a folder with one of them"
     return (
-        f"no such tokenizer, neither a file nor a folder; nothing is fetched by its name: give {forms}, or a folder with "
-        f"one of them; or make one with `megalite tokenizer train INPUT --output {path.name or 'tok'}.model`"
+        f"no such tokenizer, neither a file nor a folder; nothing is fetched by its name: give {forms}, or a folder "
+        f"with one of them; or make one with `megalite tokenizer train INPUT --output {path.name or 'tok'}.model`"
     )
 
 

@@ -1,9 +1,21 @@
 """Tokens of text that stands within a text: where tokenizers put a space before all text and take it off again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from megalite.data.tokenizer import Tokenizer
 from megalite.data.tokenizers.control_tokens import TextRefused
+
+
+class TextCodec(Protocol):
+    """What `InnerText` needs of a tokenizer."""
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a text in which names of control tokens are text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids."""
+        ...
 
 
 class InnerText:
@@ -15,7 +27,7 @@ class InnerText:
     _MARKS = ("\x01", "\n", ".")
     _BROKEN_CHARACTER = "\ufffd"
 
-    def __init__(self, tokenizer: Tokenizer, encode: Callable[[str], list[int]] | None = None) -> None:
+    def __init__(self, tokenizer: TextCodec, encode: Callable[[str], list[int]] | None = None) -> None:
         self._tokenizer = tokenizer
         self._encode = encode or tokenizer.encode_plain
         self._mark, self._mark_ids = "", []
