@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "zero": ("config", "distributed", "model", "precision", "tensor_parallel.deferral", "tensor_parallel.sharding"),
     "bad_steps": ("distributed", "model.stage"),
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
-    "resume": ("checkpoint", "data.batches", "distributed", "faults", "plan"),
+    "resume": ("checkpoint", "config", "data.batches", "distributed", "faults", "plan"),
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
     "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
     "provenance": ("data", "plan"),
