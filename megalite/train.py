@@ -61,7 +61,7 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     stop = StopRequests(file, config.train.max_minutes, since=start_time(os.environ))
     # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
-    device = local_device(environment.local_rank)
+    device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     plan.check_machine()

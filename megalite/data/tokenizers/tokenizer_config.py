@@ -4,12 +4,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from megalite.errors import UserError
-
-if TYPE_CHECKING:
-    from megalite.data.tokenizer import Tokenizer
 
 NAME = "tokenizer_config.json"
 
@@ -25,6 +22,19 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no JSON object; mend or remove it")
     return content
+
+
+class NamedTokens(Protocol):
+    """What a tokenizer's own file says of its control tokens."""
+
+    @property
+    def leading_id(self) -> int | None:
+        """The token that the file puts before every text."""
+        ...
+
+    def token_id(self, name: str) -> int | None:
+        """Return the id of a token by its name."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,7 @@ class TokenizerConfig:
         name = token.get("content") if isinstance(token, Mapping) else token
         return name if isinstance(name, str) else None
 
-    def puts_before(self, tokenizer: "Tokenizer") -> int | None:
+    def puts_before(self, tokenizer: NamedTokens) -> int | None:
         """Return the token that stands before every text by this file, else by the tokenizer's own."""
         told = self.content.get("add_bos_token")
         if isinstance(told, bool):
