@@ -53,7 +53,7 @@ class Plan:
     def check_data(self, *, keep_index: bool = True) -> Datasets:
         """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
         vocabulary, or where nothing can be written in `run.dir`."""
-        require_writable_folder(self.config.run.dir, f"run.dir={self.config.run.dir}", "set another run.dir")
+        self.check_machine()
         vocab_size, path, digest = self.config.model.vocab_size, self.config.data.tokenizer, self.tokenizer_digest
         assert vocab_size is not None
         for source in (*self.config.data.train, *self.config.data.valid):
@@ -110,16 +110,22 @@ class Plan:
             files[standard_name(tokenizer)] = tokenizer.read_bytes()
         return files
 
-    def check_start(self) -> str:
-        """Return a line on where the run will begin; raise UserError where that is not of this run's model.
-
-        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes.
-        """
+    def check_machine(self) -> None:
+        """Raise UserError where this host lacks what the run takes: a run.dir to write in, libraries. Every host's own
+        matter, and quickly seen; `check_start` and `check_data` begin with it."""
+        require_writable_folder(self.config.run.dir, f"run.dir={self.config.run.dir}", "set another run.dir")
         if (sections := self.config.deepspeed.on_nvme) and find_library("aio") is None:
             raise UserError(
                 f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine has not; "
                 "install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
             )
+
+    def check_start(self) -> str:
+        """Return a line on where the run will begin; raise UserError where that is not of this run's model.
+
+        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes.
+        """
+        self.check_machine()
         for folder in candidates(self.config):
             try:
                 reader = CheckpointReader(folder)

@@ -13,6 +13,9 @@ from megalite.checkpoint.manifest import STATE, Chunk, Manifest
 from megalite.checkpoint.safetensors_file import SafetensorsFile, file_record
 from megalite.errors import UserError
 
+REPLACED = ".replaced"
+"""What is added to the name of a checkpoint while one of the same step takes its place."""
+
 
 class CheckpointReader:
     """One checkpoint folder; the manifest is checked when it is opened, digests only by `verify`.
@@ -91,10 +94,13 @@ class CheckpointReader:
 
 
 def checkpoints(root: Path) -> Sequence[tuple[int, Path]]:
-    """Return the steps and folders of a run's checkpoints, the newest first."""
-    found = []
-    for path in root.glob("step_*") if root.is_dir() else ():
-        number = path.name.removeprefix("step_")
+    """Return the steps and folders of a run's checkpoints, the newest first.
+
+    A checkpoint that stands aside for one of the same step counts as long as that one is not there.
+    """
+    found: dict[int, Path] = {}
+    for path in sorted(root.glob("step_*")) if root.is_dir() else ():
+        number = path.name.removeprefix("step_").removesuffix(REPLACED)
         if path.is_dir() and number.isdigit():
-            found.append((int(number), path))
-    return sorted(found, reverse=True)
+            found.setdefault(int(number), path)  # step_N is sorted before step_N.replaced
+    return sorted(found.items(), reverse=True)

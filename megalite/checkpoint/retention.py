@@ -4,8 +4,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalite.checkpoint.reader import checkpoints
-from megalite.checkpoint.store import TEMPORARY
+from megalite.checkpoint.reader import REPLACED, checkpoints
+from megalite.checkpoint.store import TEMPORARY, remove
 
 
 def kept(steps: Sequence[int], keep_last: int | None, keep_every: int | None) -> set[int]:
@@ -33,7 +33,14 @@ def prune(root: Path, keep_last: int | None, keep_every: int | None) -> list[Pat
 
 
 def clean(root: Path) -> None:
-    """Remove what saves and removals that were killed have left."""
+    """Remove what saves and removals that were killed have left; a checkpoint that stood aside for one of the same step
+    gets its name back where that one is not there."""
+    for aside in root.glob(f"step_*{REPLACED}") if root.is_dir() else ():
+        folder = aside.with_name(aside.name.removesuffix(REPLACED))
+        if folder.exists():
+            remove(aside)
+        else:
+            aside.rename(folder)
     for left in root.glob(f"step_*{TEMPORARY}") if root.is_dir() else ():
         shutil.rmtree(left)
 

@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pydantic import TypeAdapter
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.manifest import MANIFEST, STATE, Chunk, Manifest, StoredTensor
+from megalite.checkpoint.reader import REPLACED
 from megalite.checkpoint.safetensors_file import FileRecord, file_record, write_safetensors
 from megalite.files import publish, write_whole
 
@@ -51,6 +53,11 @@ def temporary(folder: Path) -> Path:
     return folder.with_name(folder.name + TEMPORARY)
 
 
+def replaced(folder: Path) -> Path:
+    """Return where a checkpoint stands aside while a new one of the same step takes its name."""
+    return folder.with_name(folder.name + REPLACED)
+
+
 def begin(folder: Path) -> None:
     """Make room for a checkpoint; what a killed save of it left is removed. One rank, before the others write."""
     discard(folder)
@@ -59,16 +66,18 @@ def begin(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Remove what a save of `folder` that did not end has left."""
-    if temporary(folder).exists():
-        shutil.rmtree(temporary(folder))
+    remove(temporary(folder))
 
 
-def write_rank(folder: Path, rank: int, parts: Sequence[Part]) -> None:
-    """Write this rank's parts and, once they are on the disk, the record that says so."""
+def write_rank(folder: Path, rank: int, parts: Sequence[Part], moved: Callable[[], None] = lambda: None) -> None:
+    """Write this rank's parts and, once they are on the disk, the record that says so.
+
+    `moved` is called whenever some of it is written.
+    """
     growing, file = temporary(folder), f"rank_{rank:05d}.safetensors"
     keys = [f"{part.name}@{','.join(map(str, part.box.offset))}" for part in parts]
     shapes = {key: part.box.shape for key, part in zip(keys, parts, strict=True)}
-    record = write_safetensors(growing / file, shapes, (part.load() for part in parts))
+    record = write_safetensors(growing / file, shapes, (part.load() for part in parts), moved=moved)
     tensors: dict[str, StoredTensor] = {}
     for key, part in zip(keys, parts, strict=True):
         chunk = Chunk(file, key, part.box.offset, part.box.shape)
@@ -110,10 +119,25 @@ def finish(
     for record in records:
         record.unlink()
     reached("described")
+    aside = replaced(folder)
     if folder.exists():
-        shutil.rmtree(folder)
+        # A kill before the new one has the name leaves the old one where `checkpoints` still finds it.
+        remove(aside)
+        folder.rename(aside)
+        reached("set aside")
     publish(growing, folder)
+    reached("named")
+    with suppress(OSError):  # the new one is whole; what cannot be removed is left to the next start
+        remove(aside)
     return folder
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _merge(told: Iterable[_Record]) -> dict[str, StoredTensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megalite.checkpoint.retention import kept
-from megalite.distributed import ProcessGrid, gather_json
+from megalite.distributed import ProcessGrid, broadcast_json, gather_json
 from megalite.doctor.report import Row
 from megalite.plan import Plan
 
@@ -29,7 +29,7 @@ def disk_row(plan: Plan, grid: ProcessGrid, hosts: list[str]) -> Row:
         blind = [rank for rank, sees in enumerate(gather_json(_sees(folder), grid)) if not sees]
         if blind:
             return Row("disk", "bad", (_not_shared(plan, blind, hosts),))
-        free = gather_json(shutil.disk_usage(folder).free, grid)[0]
+        free = broadcast_json(shutil.disk_usage(folder).free, grid)
         room, room_is_bad = _room(plan, checkpoint, free)
         share = min(_PROBE_BYTES, max(1 << 16, checkpoint // grid.layout.world_size))
         if share * grid.layout.world_size > free // 2:
@@ -76,7 +76,7 @@ def _probe_folder(run: Path, grid: ProcessGrid) -> Iterator[tuple[Path, str | No
         except OSError as error:
             refusal = f"run.dir={run}: {parent} cannot be written in: {error.strerror}; set another run.dir"
             made = "", missing, refusal
-    name, missing, refusal = gather_json(made, grid)[0]
+    name, missing, refusal = broadcast_json(made, grid)
     try:
         # Where this rank has the run's folder: hosts may reach it by other paths.
         yield _above(run, missing) / Path(name).name, refusal

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.fragments import Fragment
 from megalite.data.datasets import open_datasets
-from megalite.distributed import gather_json, local_device, process_grid
+from megalite.distributed import broadcast_json, gather_json, local_device, process_grid
 from megalite.launch import LaunchEnvironment
 from megalite.parity.finding import (
     GRADIENT_TOLERANCE,
@@ -112,7 +112,7 @@ class _Comparison:
             gradients=gradients,
             update=update,
         )
-        return replace(found, miscounted=gather_json(self._miscounted(found), self.grid)[0])
+        return replace(found, miscounted=broadcast_json(self._miscounted(found), self.grid))
 
     # ------------------------------------------------------------------------------------------ what this rank holds
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,8 @@ from safetensors import safe_open
 from megalite.checkpoint import store
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.manifest import Manifest
-from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.checkpoint.reader import REPLACED, CheckpointReader, checkpoints
+from megalite.checkpoint.retention import clean
 from megalite.checkpoint.safetensors_file import file_record, write_safetensors
 from megalite.checkpoint.store import Part
 from megalite.checkpoint.weights import CheckpointWeights
@@ -105,6 +107,77 @@ def test_a_save_is_given_up_where_a_rank_is_gone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
         store.finish(folder, ranks=2, manifest=Manifest(10, {}, {}), state={}, alive=gone)
     assert checkpoints(tmp_path) == []
+
+
+class Killed(Exception):
+    """Ends a save where a kill would."""
+
+
+def save_again(folder: Path, killed_at: str | None) -> list[str]:
+    """Save a step that was saved before, with another state, and die at a point; return the points passed."""
+    passed: list[str] = []
+
+    def reached(point: str) -> None:
+        passed.append(point)
+        if point == killed_at:
+            raise Killed
+
+    store.begin(folder)
+    for rank in (1, 0):
+        store.write_rank(folder, rank, parts_of(rank))
+    manifest = Manifest(int(folder.name.removeprefix("step_")), {}, {})
+    with suppress(Killed):
+        store.finish(folder, ranks=2, manifest=manifest, state={"saved": "again"}, reached=reached)
+    return passed
+
+
+POINTS = ["recorded", "described", "set aside", "named"]
+
+
+@pytest.mark.parametrize("point", [*POINTS, None])
+def test_a_checkpoint_is_replaced_by_one_of_its_step_or_stays(saved: Path, point: str | None) -> None:
+    older = save(saved.parent / "step_9")
+    passed = save_again(saved, point)
+    assert passed == (POINTS[: POINTS.index(point) + 1] if point else POINTS)
+    for _ in range(2):  # as the kill left it, and after the next start has cleaned up
+        (step, newest), other = checkpoints(saved.parent)
+        assert (step, other) == (10, (9, older))
+        reader = CheckpointReader(newest)
+        assert reader.faults() == []
+        assert reader.state == ({"saved": "again"} if point in ("named", None) else {"step": 10})
+        clean(saved.parent)
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["step_10", "step_9"]
+    save_again(saved, None)
+    assert CheckpointReader(saved).state == {"saved": "again"}
+
+
+@pytest.mark.parametrize("left", ["file", "dangling link", "link to a folder", "folder"])
+def test_what_lies_in_the_way_of_a_save_is_removed(saved: Path, left: str) -> None:
+    growing, kept = saved.parent / "step_11.tmp", saved.parent / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("stays")
+    if left == "file":
+        growing.write_text("")
+    elif left == "folder":
+        (growing / "deep").mkdir(parents=True)
+    else:
+        growing.symlink_to(kept if left == "link to a folder" else "nowhere")
+    assert CheckpointReader(save(saved.parent / "step_11")).faults() == []
+    assert (kept / "file").read_text() == "stays"
+
+
+def test_an_old_one_that_cannot_be_removed_fails_no_save(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = store.remove
+
+    def refuse(path: Path) -> None:
+        if path.name.endswith(REPLACED) and path.exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path)
+
+    monkeypatch.setattr(store, "remove", refuse)
+    save_again(saved, None)
+    assert checkpoints(saved.parent) == [(10, saved)]
+    assert CheckpointReader(saved).state == {"saved": "again"}
 
 
 def flip(path: Path) -> None:
