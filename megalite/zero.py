@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megalite.config import OptimizerSection, RunConfig
 from megalite.distributed import ModelParallelUnit, ProcessGrid
+from megalite.lean_torch import AdamW, leave_the_compiler_out
 from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
@@ -31,7 +32,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 import deepspeed.runtime.zero.partitioned_param_coordinator as parameter_coordinator
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
+
+leave_the_compiler_out()
 
 NEVER = 10**12
 
@@ -382,7 +386,7 @@ def make_adamw(
     fused = _apex_fused_adam() if device.type == "cuda" else None
     if fused is not None:
         return fused(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def _apex_fused_adam() -> Any:
@@ -428,7 +432,19 @@ def _quieten_deepspeed(reports: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
+def _import_muon_uncompiled() -> None:
+    # DeepSpeed: ZeRO imports the Muon optimizer, whoever asks for it, and the functions there are handed to
+    # torch.compile as they are defined: two seconds of imports that nothing here uses.
+    compiled = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compiled  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _adapt_deepspeed(grid: ProcessGrid) -> None:
+    _import_muon_uncompiled()
     if grid.device.type == "cpu":
         # DeepSpeed: on CPU every start compiles a shared-memory all-reduce with g++, a minute long, and a build that
         # is killed leaves a lock on which every later run hangs. gloo serves.
