@@ -26,7 +26,7 @@ from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.data.batches import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed import IndexedDataset
-from megalite.data.tokenizer import load_tokenizer, standard_name, tokenizer_file
+from megalite.data.tokenizer import load_tokenizer, standard_files
 from megalite.errors import UserError
 from megalite.files import require_writable_folder
 from megalite.layout import Coordinate, ParallelLayout
@@ -106,8 +106,7 @@ class Plan:
         """Return the small files that a checkpoint has with it: the resolved run file and the tokenizer."""
         files = {CONFIG: self.config.to_yaml().encode()}
         if self.config.data.tokenizer is not None:
-            tokenizer = tokenizer_file(self.config.data.tokenizer)
-            files[standard_name(tokenizer)] = tokenizer.read_bytes()
+            files |= standard_files(self.config.data.tokenizer)
         return files
 
     def check_start(self) -> str:

@@ -139,13 +139,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # the libraries raise bare Exception and RuntimeError
-        form = (
-            "GPT-2's vocabulary" if file.name in gpt2_files.NAMES else _FORMS.get(file.suffix, "a sentencepiece model")
-        )
+        form = _FORMS.get(file.suffix, "a sentencepiece model")
+        if file.name in gpt2_files.NAMES:
+            form = "GPT-2's vocabulary"
         reason = str(error).replace("\n", " ")
         raise UserError(
-            f"{file}: not {form} ({reason}); allowed: tokenizer.json, a sentencepiece .model, vocab.json with merges.txt, a "
-            ".tiktoken"
+            f"{file}: not {form} ({reason}); allowed: tokenizer.json, a sentencepiece .model, vocab.json with "
+            "merges.txt, a .tiktoken"
         ) from error
 
 
@@ -199,8 +199,8 @@ def _no_tokenizer(path: Path) -> str:
     if path.suffix in (".json", ".txt", tiktoken_tokenizer.SUFFIX):
         return f"no such tokenizer; give another, which may be {forms}, or a folder with one of them"
     return (
-        f"no such tokenizer, neither a file nor a folder; nothing is fetched by its name: give {forms}, or a folder with "
-        f"one of them; or make one with `megalite tokenizer train INPUT --output {path.name or 'tok'}.model`"
+        f"no such tokenizer, neither a file nor a folder; nothing is fetched by its name: give {forms}, or a folder "
+        f"with one of them; or make one with `megalite tokenizer train INPUT --output {path.name or 'tok'}.model`"
     )
 
 
