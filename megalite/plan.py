@@ -38,7 +38,7 @@ from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.index_format import DatasetSidecar, with_suffix
 from megalite.data.indexed import IndexedDataset
 from megalite.data.order_digest import order_digest
-from megalite.data.tokenizer import load_tokenizer, standard_name, tokenizer_file
+from megalite.data.tokenizer import load_tokenizer, standard_files, tokenizer_file
 from megalite.errors import UserError
 from megalite.files import require_writable_folder
 from megalite.layout import Coordinate, ParallelLayout, spans
@@ -174,14 +174,15 @@ class Plan:
         to generate, from `data.tokenizer` and `init_from`, byte for byte."""
         weights = self._first_weights
         of_weights = companion_contents(weights, weights.companions) if weights else {}
-        tokenizer = None
+        tokenizer, standard = None, {}
         if self.config.data.tokenizer is not None:
             file = tokenizer_file(self.config.data.tokenizer)
-            tokenizer = tokenizer_companions(file, standard_name(file))
+            standard = standard_files(self.config.data.tokenizer)
+            tokenizer = tokenizer_companions(file, next(iter(standard)))
         elif (name := tokenizer_name(of_weights)) and (digests := {one.tokenizer_sha256 for one in self._sidecars}):
             # The weights' own tokenizer is that of the run, unless the data were made with another.
             of_weights = of_weights if digests == {sha256(of_weights[name]).hexdigest()} else {}
-        return run_companions(tokenizer, of_weights) | {CONFIG: self.config.to_yaml().encode()}
+        return run_companions(tokenizer, of_weights) | standard | {CONFIG: self.config.to_yaml().encode()}
 
     @cached_property
     def documents(self) -> DocumentTokens:

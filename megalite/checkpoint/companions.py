@@ -37,7 +37,7 @@ def tokenizer_companions(file: Path, name: str) -> dict[str, Path]:
     name, the files may be those of another tokenizer. A second tokenizer that would be found before `file` is left out.
     """
     beside: Mapping[str, Path] = {}
-    if file.name == name:
+    if file.name in (name, "vocab.json"):  # GPT-2's two files, which go as one tokenizer.json
         beside = companions_among(file.parent, sorted(path.name for path in file.parent.iterdir() if path.is_file()))
     found = {**beside, name: file}
     while (first := tokenizer_name(found)) not in (None, name):

@@ -26,8 +26,8 @@ def preprocess(
         list[Path],
         typer.Argument(
             metavar="INPUT",
-            help="jsonl (also .gz, .zst, or a JSON array), parquet, arrow or txt: files, folders, quoted patterns; "
-            "in the order given.",
+            help="jsonl (also .gz, .zst, or a JSON array), parquet, arrow or txt: files, folders, quoted patterns; in "
+            "the order given.",
         ),
     ],
     tokenizer: Annotated[

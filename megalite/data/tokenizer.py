@@ -139,9 +139,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # the libraries raise bare Exception and RuntimeError
-        form = (
-            "GPT-2's vocabulary" if file.name in gpt2_files.NAMES else _FORMS.get(file.suffix, "a sentencepiece model")
-        )
+        form = _FORMS.get(file.suffix, "a sentencepiece model")
+        if file.name in gpt2_files.NAMES:
+            form = "GPT-2's vocabulary"
         reason = str(error).replace("\n", " ")
         raise UserError(
             f"{file}: not {form} ({reason}); allowed: tokenizer.json, a sentencepiece .model, vocab.json with "

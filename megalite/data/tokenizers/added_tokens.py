@@ -75,17 +75,16 @@ def added_tokens_file(added: Iterable[AddedToken]) -> bytes:
 def with_added_tokens(model: SentencePieceTokenizer, file: Path) -> "SentencePieceTokenizer | AddedTokens":
     """Return a model with what the files beside add to it; the model itself where that is nothing.
 
-    Raises UserError where an added token has the id of another of the model's pieces.
+    A token with the id of one of the model's own pieces is not added; that is noted where it has another name.
     """
-    beyond = []
-    for one in added_tokens_beside(file):
-        if one.token >= model.vocab_size:
-            beyond.append(one)
-        elif model.token_name(one.token) != one.name:
-            raise UserError(
-                f"{file.parent}: adds {one.name!r} as id {one.token}, which is {model.token_name(one.token)!r} in "
-                f"{file.name}; give the {ADDED_TOKENS} that belongs to it"
-            )
+    added = added_tokens_beside(file)
+    beyond = [one for one in added if one.token >= model.vocab_size]
+    model.notes = tuple(
+        f"{one.name!r}, which a file beside adds as id {one.token}, is not read: the id is that of "
+        f"{model.token_name(one.token)!r}"
+        for one in added
+        if one.token < model.vocab_size and model.token_name(one.token) != one.name
+    )
     return AddedTokens(model, beyond) if beyond else model
 
 
@@ -135,7 +134,12 @@ class AddedTokens:
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text as int32[tokens]."""
-        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
+        return [
+            np.array(self.encode(text), dtype=np.int32)
+            if any(name in text for name in self._ids)
+            else self._model.encode_arrays([text])[0]
+            for text in texts
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; special tokens have none."""

@@ -91,8 +91,8 @@ def _merges(path: Path, vocabulary: dict[str, int]) -> list[list[str]]:
         known = len(pair) == 2 and all(piece in vocabulary for piece in (*pair, "".join(pair)))
         if not known:
             raise UserError(
-                f"{path}:{number}: {line[:60]!r} is no merge of two tokens of the vocab.json beside; give the pair "
-                "that belongs together"
+                f"{path}:{number}: {line[:60]!r} is no merge of two tokens of the vocab.json beside; give the two "
+                "files that belong together"
             )
         merges.append(pair)
     return merges
