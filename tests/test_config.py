@@ -674,9 +674,10 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "key without a neighbour",
         {"model.gpt2": 1},
-        "run.yaml: model.gpt2 is not a key; allowed: architecture, attention_bias, attention_dropout, head_dim, "
+        "run.yaml: model.gpt2 is not a key; allowed: architecture, attention_bias, attention_dropout, "
+        "attention_output_bias, head_dim, "
         "hidden_dropout, hidden_size, initializer_range, "
-        "intermediate_size, max_position_embeddings, num_attention_heads, num_hidden_layers, "
+        "intermediate_size, max_position_embeddings, mlp_bias, num_attention_heads, num_hidden_layers, "
         "num_key_value_heads, qk_norm, rms_norm_eps, rope_scaling, rope_theta, tie_word_embeddings, vocab_size",
     ),
     # missing

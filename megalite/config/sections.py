@@ -126,7 +126,11 @@ class LlamaConfig(RotaryConfig, frozen=True):
     rope_scaling: RopeScaling | None = None
     """Rotary positions stretched over longer sequences, as in Llama 3.1."""
     attention_bias: Flag = False
-    """A bias on q, k and v, as in Qwen2; the output projection never has one."""
+    """A bias on q, k and v, as in Qwen2."""
+    attention_output_bias: Flag = False
+    """A bias on the output projection of attention; what Hugging Face calls attention_bias in Llama has both."""
+    mlp_bias: Flag = False
+    """A bias on gate, up and down."""
     qk_norm: Flag = False
     """An RMSNorm over each head of q and k before they turn, as in Qwen3 (arXiv:2505.09388)."""
 

@@ -7,7 +7,7 @@
 | heads       | grouped-query (arXiv:2305.13245) | multi-head                | multi-head                      |
 | q and k     | plain, or normed (Qwen3)         | plain                     | plain                           |
 | MLP         | SwiGLU (arXiv:2002.05202)        | GELU, tanh form           | GELU, exact or tanh form        |
-| biases      | none, or on q, k, v (Qwen2)      | everywhere                | everywhere, or not in attention |
+| biases      | none, or where they are asked for | everywhere               | everywhere, or not in attention |
 | MLP reads   | what attention leaves            | what attention leaves     | the same as attention, or that  |
 
 Query, key and value are one product, gate and up another, whatever their names in checkpoints. Legend for shapes:
@@ -195,7 +195,7 @@ class Attention(nn.Module):
 def _attention_biases(config: ModelConfig) -> tuple[bool, bool]:
     """Whether query, key and value have biases, and whether the output projection has one."""
     if isinstance(config, LlamaConfig):
-        return config.attention_bias, False
+        return config.attention_bias, config.attention_output_bias
     on = not isinstance(config, GPTNeoXConfig) or config.attention_bias
     return on, on
 
@@ -301,13 +301,13 @@ def _written_out_attention(
 class SwiGLU(nn.Module):
     """``down(silu(gate(x)) * up(x))``, its inner width divided over the group; ``[B, S, H]`` in and out."""
 
-    def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
+    def __init__(self, config: LlamaConfig, group: TensorGroup) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, _inner_size(config)
+        hidden, inner, bias = config.hidden_size, _inner_size(config), config.mlp_bias
         self.gate_up = ColumnParallelLinear(
-            hidden, 2 * inner, group=group, bias=False, parts={"gate": inner, "up": inner}
+            hidden, 2 * inner, group=group, bias=bias, parts={"gate": inner, "up": inner}
         )
-        self.down = RowParallelLinear(inner, hidden, group=group, bias=False)
+        self.down = RowParallelLinear(inner, hidden, group=group, bias=bias)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BSH).chunk(2, dim=-1)

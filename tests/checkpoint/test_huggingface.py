@@ -317,6 +317,8 @@ OURS: dict[str, Any] = {
     ("settings", "message"),
     [
         ({"attention_bias": True, "qk_norm": True}, "attention_bias=true and qk_norm=true"),
+        ({"attention_output_bias": True}, "attention_output_bias=true and none of the other biases"),
+        ({"attention_bias": True, "mlp_bias": True}, "attention_bias=true and mlp_bias=true"),
         ({"hidden_size": 36, "num_attention_heads": 8, "head_dim": 4}, "num_attention_heads=8 divides hidden_size=36"),
         ({"architecture": "gpt2", "head_dim": 4}, "head_dim=4: transformers' GPT2LMHeadModel"),
     ],
@@ -330,8 +332,9 @@ REFUSED = [
     ("llama", {"model_type": "lama"}, "model_type='lama' is none .* did you mean 'llama'"),
     ("llama", {"model_type": "mixtral"}, "model_type='mixtral' is none of the families"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not what megalite computes"),
-    ("llama", {"attention_bias": True}, "attention_bias=true .* output projection"),
-    ("llama", {"mlp_bias": True}, "mlp_bias=true"),
+    ("llama", {"attention_bias": 1}, "attention_bias"),
+    ("llama", {"mlp_bias": "yes"}, "mlp_bias"),
+    ("mistral", {"mlp_bias": True}, "mlp_bias=true is not known of a mistral"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type='yarn'"),
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type='dynamic'"),
@@ -347,7 +350,7 @@ REFUSED = [
     ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window=4096 is below"),
     (
         "qwen2",
-        {"use_sliding_window": True, "sliding_window": 16, "layer_types": ...},
+        {"use_sliding_window": True, "sliding_window": 16, "layer_types": ..., "max_window_layers": 1},
         "sliding_window=16 is below",
     ),
     (
@@ -356,7 +359,6 @@ REFUSED = [
         "sliding_window=16 is below",
     ),
     ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),
-    ("qwen3", {"attention_bias": True}, "attention_bias=true"),
     ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=false"),
@@ -415,6 +417,24 @@ def test_a_window_no_shorter_than_the_sequences_changes_nothing(saved: Callable[
         HuggingFaceWeights(source, max_positions=65)
     with pytest.raises(UserError, match="--max-positions=8: .* each has weights"):
         HuggingFaceWeights(saved("gpt2"), max_positions=8)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_sliding_window": False, "max_window_layers": 1},
+        {"use_sliding_window": True, "max_window_layers": 2},
+        {"use_sliding_window": True, "max_window_layers": 70},
+        {"use_sliding_window": True, "max_window_layers": ...},
+    ],
+)
+def test_a_window_that_no_layer_has_changes_nothing(
+    saved: Callable[[str], Path], keys: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = rewrite(saved("qwen2"), tmp_path / "model", sliding_window=16, layer_types=..., **keys)
+    weights = open_weights(folder)
+    assert weights.model.max_position_embeddings == 64
+    assert largest_difference(weights, folder)[0] <= PARITY
 
 
 def test_tensors_that_are_not_the_models_are_a_table(saved: Callable[[str], Path], tmp_path: Path) -> None:
