@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import warm
 from harness import run_distributed
 from rich.console import Console
 
@@ -312,7 +313,7 @@ def doctor(launcher: Sequence[str], *words: str, scratch: Path) -> subprocess.Co
         **{"PYTHONPATH": str(Path(megalite.__file__).parents[1]), "COLUMNS": "120"},
     }
     command = [sys.executable, *launcher, "doctor", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    return warm.run(command, timeout=200, env=environment)
 
 
 def test_by_hand_it_launches_the_ranks_of_the_layout(run_file: Path, tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from rich.console import Console
 
 from megalite.cli import main
@@ -108,8 +107,8 @@ def test_bad_input_is_one_line_and_status_2_before_any_rank(
 
 def test_a_launcher_must_start_as_many_ranks_as_the_layout_has(run_file: Path) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    command = [sys.executable, "-m", "megalite", "train", str(run_file), "parallel.tensor=2", "parallel.data=auto"]
-    done = subprocess.run(command, env=os.environ | place, capture_output=True, text=True, timeout=60, check=False)
+    command = [*warm.MEGALITE, "train", str(run_file), "parallel.tensor=2", "parallel.data=auto"]
+    done = warm.run(command, timeout=60, env=os.environ | place)
     assert done.returncode == 2
     assert done.stderr.startswith("megalite: error: ")
     assert "parallel.tensor=2" in done.stderr

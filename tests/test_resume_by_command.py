@@ -3,11 +3,11 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from test_train import TINY, megalite
 
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
@@ -23,8 +23,8 @@ def steps(run: Path) -> list[int]:
 
 def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "megalite", "train", str(run_file), *GIVEN, "train.steps=100000"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+    command = [*warm.MEGALITE, "train", str(run_file), *GIVEN, "train.steps=100000"]
+    with warm.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
         while len(checkpoints(folder / "checkpoints")) < 2:
             assert running.poll() is None
             time.sleep(0.05)

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+import warm
 from harness import run_distributed
 from test_launchers import ON_CPU, Launcher, by_deepspeed, by_hand, by_torchrun
 from test_train import TINY, megalite
@@ -41,7 +42,7 @@ def start(run_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start_run(folder: Path, *overrides: str, launcher: Launcher = by_hand) -> subprocess.Popen[str]:
         command = [sys.executable, *launcher(), "train", str(run_file), *GIVEN, f"run.dir={folder}", *overrides]
-        process = subprocess.Popen(
+        process = warm.Popen(
             command, env=os.environ | ON_CPU, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         started.append(process)
@@ -64,7 +65,7 @@ def wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int) -> 
 
 def rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
     for child in psutil.Process(process.pid).children(recursive=True):
-        if child.environ().get("RANK") == str(number):
+        if warm.rank_of(child) == number:
             return child
     raise AssertionError(f"no rank {number}")
 
