@@ -213,6 +213,9 @@ def test_words_say_causes_first_and_what_agrees() -> None:
     assert list(finding(elements_missing=32).faults()) == ["the ranks update 32 elements fewer than the model has"]
     assert list(finding(loss=2.1).faults()) == ["loss differs: 2.1, in one process 2"]
     assert not finding(loss=float("nan")).agrees
+    for value in (float("nan"), float("inf")):  # equal in both, and no proof
+        assert not finding(loss=value, reference_loss=value).agrees
+        assert not finding(norm=value, reference_norm=value).agrees
     doubled = [difference(2, 1.0, factor=2.0), difference(4, 3.0, rank=1)]
     both = finding(gradients=Agreement.of(doubled, 1e-5), norm=1.5)
     assert list(both.faults()) == [
