@@ -72,7 +72,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
     "resume": ("checkpoint", "data.batches", "distributed", "faults", "plan"),
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
-    "plan": ("checkpoint", "config", "data", "files", "layout", "model", "tensor_parallel.collectives", *PURE_PIPELINE),
+    "plan": (
+        *("checkpoint", "config", "data", "layout", "model", "run_folder", "tensor_parallel.collectives"),
+        *PURE_PIPELINE,
+    ),
+    "run_folder": ("files",),
     "provenance": ("data", "plan"),
     "agreement": ("checkpoint.selection", "config", "data.fingerprint", "plan"),
     "rendezvous": ("agreement", "launch", "layout"),
@@ -155,7 +159,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
     *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli", "cluster"),
-    *("heartbeat", "run_status", "stopping", "stragglers"),
+    *("files", "heartbeat", "run_folder", "run_status", "stopping", "stragglers"),
     *("doctor.report", "parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,
