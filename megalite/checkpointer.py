@@ -102,8 +102,7 @@ class Checkpointer:
 
     def due(self, step: int, last: int) -> bool:
         """Whether `step` ends with a save."""
-        every = self._settings.every
-        return bool(every) and (step % every == 0 or step == last)
+        return self._settings.due(step, last)
 
     def save(self, manifest: Manifest, state: Mapping[str, Any]) -> None:
         """Save, once the save before is done. Collective.

@@ -7,6 +7,7 @@ tags, so messages of different directions or kinds must not share one.
 
 import datetime
 import json
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,11 +94,34 @@ class ProcessGrid:
         return self.placement.num_stages - 1 in self.stages
 
 
-def local_device(local_rank: int) -> torch.device:
-    """Return the accelerator of this rank, or the CPU where there is none."""
+_SHOWING_ALL = frozenset({"megalite", "torchrun", "deepspeed"})
+"""Launchers that show every rank all devices of its host."""
+
+
+def local_device(local_rank: int, launcher: str | None = None) -> torch.device:
+    """Return the accelerator of this rank, or the CPU where there is none; `launcher` is who started it, if known.
+
+    Raises UserError where this rank would share a device with another one.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+        return torch.device("cuda", device_index(local_rank, torch.cuda.device_count(), launcher))
     return torch.device("cpu")
+
+
+def device_index(local_rank: int, devices: int, launcher: str | None = None) -> int:
+    """Return which of the devices that a rank sees is its own: that of its number on the host, or the only one where
+    the launcher may have shown it no other (Slurm's ``--gpus-per-task``).
+
+    Raises UserError where there is none: two ranks on one device have half its memory, and NCCL refuses them.
+    """
+    if local_rank < devices:
+        return local_rank
+    if devices == 1 and launcher not in _SHOWING_ALL:
+        return 0
+    raise UserError(
+        f"rank {local_rank} (counted from 0) of {socket.gethostname()} has no device of its own: {devices} are visible "
+        f"there; start at most {devices} ranks a host, or make more devices visible (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def require_writable_folder(folder: Path, what: str, fix: str) -> None:
             if existing.is_symlink():
                 target = os.readlink(existing)
                 raise UserError(
-                    f"{what}: {existing} is a link to {target}, which is not there; make that folder, or remove the link"
+                    f"{what}: {existing} is a link to {target}, which is not there; make that folder or remove the link"
                 )
             existing = existing.parent
     except OSError as error:
@@ -70,6 +70,18 @@ def sole_user(folder: Path, what: str) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         yield
+
+
+def require_unused(folder: Path, what: str) -> None:
+    """Raise UserError where `sole_user` would; makes and changes nothing."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = (folder / LOCK).read_text(encoding="utf-8").strip()
+        raise UserError(f"{what} is in use by {text or 'another run'}; wait for its end, or set another") from None
+    except OSError:
+        return  # no lock yet, or a file system that knows none
 
 
 def partial_path(path: Path) -> Path:

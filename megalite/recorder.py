@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint import forecast
 from megalite.checkpoint.retention import clean, set_aside_later
 from megalite.checkpointer import SaveReport
 from megalite.data.datasets import Datasets
@@ -28,6 +29,7 @@ from megalite.resume import Start
 from megalite.spikes import Spike
 from megalite.stopping import DONE, STOPPED, StopRequests
 from megalite.stragglers import StragglerWatch
+from megalite.tensor_parallel.kernels import NATIVE, Kernels
 from megalite.zero import StepOutcome
 
 RUN_FILES = (
@@ -78,6 +80,7 @@ class RunRecorder:
         datasets: Datasets,
         start: Start | None = None,
         stop: StopRequests | None = None,
+        kernels: Kernels = NATIVE,
     ) -> None:
         config, start = plan.config, start or Start()
         self.config, self.grid, self.plan = config, grid, plan
@@ -107,7 +110,16 @@ class RunRecorder:
                 f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
                 f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
-            for line in (*datasets.describe(), *start.notes, *said):
+            if grid.device.type == "cpu":
+                self.log.say(f"kernels: {kernels.describe(dtype)}")
+            for line in (
+                *config.notes,
+                *config.deepspeed.notes,
+                *datasets.describe(),
+                *start.notes,
+                *said,
+                *forecast.warnings(config, plan.checkpoint_bytes),
+            ):
                 self.log.say(line)
             if start.step >= (config.train.stop_after or config.train.steps):
                 self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
@@ -229,8 +241,8 @@ class RunRecorder:
         if self.stop is not None:
             self.stop.discard()
         kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
-        if not self.config.checkpoint.every:
-            kept = "no checkpoint is kept: checkpoint.every is 0"
+        if not self.config.checkpoint.last and not checkpoint:
+            kept = "no checkpoint of it is kept: checkpoint.last is false"
         self.log.say(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
 
     def finish(self, *, complete: bool) -> None:

@@ -16,6 +16,7 @@ from megalite.agreement import run_facts
 from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
+from megalite.config import RunConfig
 from megalite.config.sections import SpikeSection
 from megalite.data.batches import PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
@@ -26,6 +27,7 @@ from megalite.files import sole_user
 from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.launch import LaunchEnvironment, start_time
 from megalite.learning_rate import learning_rate
+from megalite.model.kernel_choice import choose_kernels
 from megalite.model.loading import load_stage
 from megalite.model.stage import Stage
 from megalite.pipeline.executor import PipelineExecutor, StepResult
@@ -33,11 +35,13 @@ from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
+from megalite.precision import DTYPES
 from megalite.recorder import RunRecorder, StepReport
 from megalite.rendezvous import agree, ask_rank_zero
 from megalite.resume import find_start
 from megalite.spikes import SpikeWatch
 from megalite.stopping import STOP, StopRequests
+from megalite.tensor_parallel.kernels import NATIVE, Kernels
 from megalite.zero import ZeroEngine
 from megalite.zero_state import ZeroState
 
@@ -57,7 +61,7 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     stop = StopRequests(file, config.train.max_minutes, since=start_time(os.environ))
     # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
-    device = local_device(environment.local_rank)
+    device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     plan.check_machine()
@@ -110,9 +114,11 @@ class Trainer:
         self.plan, self.config, self.grid = plan, plan.config, grid
         self.stop, self.progress, self.restarts = stop or StopRequests(), progress or Progress(), restarts
         self.start = find_start(plan, grid)
-        self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
+        self.kernels = _agreed_kernels(self.config, grid, self.start.kernels)
+        self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights, self.kernels), self.config, grid)
         self.state = ZeroState(self.engine)
         self._restore()
+        _ = plan.documents  # read at the start: at the first save the folder of `init_from` may be gone
         self.spikes = SpikeWatch(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
         self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid)
@@ -160,7 +166,9 @@ class Trainer:
         """
         train = self.config.train
         last = train.stop_after or train.steps
-        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop)
+        recorder = RunRecorder(
+            *(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop), kernels=self.kernels
+        )
         if self.restarts:
             recorder.restarted(self.start.step, self.restarts)
         stopped, step = False, self.start.step
@@ -229,6 +237,7 @@ class Trainer:
             },
             "passed_over": [asdict(gap) for gap in self.schedule.passed_over],
             "recent_losses": self.spikes.losses,
+            "kernels": asdict(self.kernels),
             "optimizer": self.state.numbers(),
         }
 
@@ -382,10 +391,24 @@ class Trainer:
         return loss / self.plan.layout.data
 
 
-def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> dict[int, Stage]:
+def _agreed_kernels(config: RunConfig, grid: ProcessGrid, saved: Kernels | None) -> Kernels:
+    """Measure on rank 0 how the device computes fastest, and let all ranks compute so. Collective."""
+    products, attention, dtype = config.train.cpu_products, config.train.cpu_attention, DTYPES[config.precision]
+
+    def choose() -> dict[str, Any]:
+        return asdict(choose_kernels(grid.device, dtype, products=products, attention=attention, saved=saved))
+
+    return Kernels(**on_rank_zero(choose, grid))
+
+
+def build_stages(
+    plan: Plan, grid: ProcessGrid, weights: Weights | None = None, kernels: Kernels = NATIVE
+) -> dict[int, Stage]:
     """Build this rank's stages with the given weights, or with those that (seed, name) give them."""
     parallel = plan.config.parallel
-    group = replace(grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap)
+    group = replace(
+        grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap, kernels=kernels
+    )
     stages: dict[int, Stage] = {}
     for index in grid.stages:
         stage = stages[index] = Stage(

@@ -74,12 +74,14 @@ def _our_logits(weights: Weights, ids_BS: Tensor, progress: Callable[[int, int],
 @torch.no_grad()
 def _their_logits(transformers: Any, folder: Path, ids_BS: Tensor) -> Tensor:
     log = transformers.utils.logging
+    # Files of torch's are read there as they are here, as plain tensors alone.
+    safe = any(path.suffix == ".safetensors" for path in folder.iterdir())
     level, had_bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=safe, local_files_only=True
         )
         return model.eval()(ids_BS, use_cache=False).logits
     except Exception as error:  # whatever it has against the folder

@@ -1,5 +1,6 @@
 """What the server of `harness` imports, once, on behalf of every rank."""
 
+import gc
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -19,3 +20,7 @@ for name in NAMES:
 if "deepspeed" in sys.modules:
     # Otherwise its first engine on a CPU compiles this operator, also over a process group that was there before.
     sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# A collection would visit, and so copy into every rank, all that is loaded by now.
+gc.collect()
+gc.freeze()

@@ -7,7 +7,15 @@ import torch
 import torch.distributed as dist
 from harness import run_distributed
 
-from megalite.distributed import Link, ModelParallelUnit, broadcast_json, build_grid, gather_json, on_rank_zero
+from megalite.distributed import (
+    Link,
+    ModelParallelUnit,
+    broadcast_json,
+    build_grid,
+    device_index,
+    gather_json,
+    on_rank_zero,
+)
 from megalite.errors import CommonError, UserError
 from megalite.layout import Axis, ParallelLayout
 from megalite.pipeline.p2p import Channel
@@ -151,3 +159,27 @@ def test_what_rank_zero_finds_all_ranks_have_found() -> None:
     ranks = run_distributed(asked_of_rank_zero, 3, ParallelLayout(tensor=1, pipeline=1, data=3))
     for rank, heard in enumerate(ranks):
         assert heard == [{"rank": 0}, [0, "é" * 100], None, "rank 0 refuses", [] if rank else [0]]
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "devices", "launcher", "index"),
+    [
+        (0, 1, "megalite", 0),
+        (3, 4, "torchrun", 3),
+        (7, 8, None, 7),
+        (3, 1, "slurm", 0),  # each task sees a device of its own
+        (2, 1, "openmpi", 0),
+        (5, 1, None, 0),
+        (4, 4, "slurm", None),
+        (7, 4, "torchrun", None),
+        (1, 1, "megalite", None),
+        (1, 1, "deepspeed", None),
+        (5, 4, None, None),
+    ],
+)
+def test_no_two_ranks_share_a_device(local_rank: int, devices: int, launcher: str | None, index: int | None) -> None:
+    if index is not None:
+        assert device_index(local_rank, devices, launcher) == index
+        return
+    with pytest.raises(UserError, match=f"has no device of its own: {devices} are visible .*at most {devices} ranks"):
+        device_index(local_rank, devices, launcher)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm
 
 SMALL = ("model.hidden_size=32", "model.intermediate_size=64", "model.vocab_size=256", "parallel.tensor=2")
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -60,11 +61,12 @@ def launch(run_file: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Starts a run by a launcher; what is left of it is killed after the test."""
     started: list[Run] = []
 
-    def launch_run(launcher: Launcher, *overrides: str) -> Run:
+    def launch_run(launcher: Launcher, *overrides: str, fresh: bool = False) -> Run:
         directory, output = tmp_path / launcher.__name__, tmp_path / f"{launcher.__name__}.out"
         command = [sys.executable, *launcher(), "train", str(run_file), f"run.dir={directory}", *SMALL, *overrides]
         with output.open("wb") as out:
-            process = subprocess.Popen(command, env=os.environ | ON_CPU, stdout=out, stderr=subprocess.STDOUT)
+            start = subprocess.Popen if fresh else warm.Popen
+            process = start(command, env=os.environ | ON_CPU, stdout=out, stderr=subprocess.STDOUT)
         started.append(Run(process, directory, output))
         return started[-1]
 
@@ -83,7 +85,7 @@ def wait_for_first_step(run: Run) -> list[psutil.Process]:
         assert run.process.poll() is None, run.output.read_text()
         assert time.monotonic() < patience, "the run does not come to its first step"
         time.sleep(0.1)
-    return sorted(run.family(), key=lambda member: int(member.environ().get("RANK", -1)))
+    return sorted(run.family(), key=warm.rank_of)
 
 
 @pytest.mark.parametrize("launcher", QUICKLY_BY_HAND)
@@ -108,7 +110,7 @@ def test_a_killed_launcher_leaves_nobody(launch: Callable[..., Run], launcher: L
 def test_a_run_file_trains_alike_under_every_launcher(launch: Callable[..., Run]) -> None:
     losses = {}
     for launcher in LAUNCHERS:
-        run = launch(launcher, "train.steps=3")
+        run = launch(launcher, "train.steps=3", fresh=True)
         assert run.process.wait(120) == 0, run.output.read_text()
         assert (run.directory / "DONE.json").exists()
         losses[launcher] = [json.loads(line)["loss"] for line in (run.directory / "metrics.jsonl").open()]

@@ -60,7 +60,7 @@ def test_a_case_is_the_run_but_for_its_precision_and_where_it_writes(run_file: P
     assert case.config.precision == "fp32"
     assert case.config.zero_stage == plan.config.zero_stage == 1
     assert case.config.run.dir == tmp_path / "case"
-    assert case.config.checkpoint.every == 0
+    assert not case.config.checkpoint.keeps
     assert case.config.resume == "never"
     assert case.stage_layers == plan.stage_layers == (range(0, 3), range(3, 4))
     for kept in ("model", "data", "init_from"):

@@ -3,11 +3,11 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 from test_train import TINY, megalite
 
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
@@ -23,8 +23,8 @@ def steps(run: Path) -> list[int]:
 
 def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "megalite", "train", str(run_file), *GIVEN, "train.steps=100000"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+    command = [*warm.MEGALITE, "train", str(run_file), *GIVEN, "train.steps=100000"]
+    with warm.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
         while len(checkpoints(folder / "checkpoints")) < 2:
             assert running.poll() is None
             time.sleep(0.05)
@@ -65,7 +65,9 @@ def test_another_models_checkpoint_is_refused_before_any_rank_starts(run_file: P
     wrong = megalite("train", str(run_file), *given, f"resume={tmp_path}/run", status=2).stderr
     assert wrong.endswith(f"is no checkpoint; the newest there is {tmp_path}/run/checkpoints/step_2\n")
     dry = megalite("train", str(run_file), *given, "--dry-run").stdout
-    assert dry.endswith(f"start: from {tmp_path}/run/checkpoints/step_2, step 2, if it is whole\n")
+    assert dry.endswith(
+        f"start: from {tmp_path}/run/checkpoints/step_2, step 2\nnothing is left to train: step 2 is done\n"
+    )
     anew = megalite("train", str(run_file), *given, "resume=never").stdout
     assert "resumed" not in anew
     assert (tmp_path / "run/earlier/1/checkpoints/step_2/manifest.json").is_file()

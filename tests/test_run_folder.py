@@ -46,7 +46,7 @@ def test_links_that_lead_somewhere_are_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("run", "found"),
     [
-        ("link", "link is a link to nowhere, which is not there; make that folder, or remove the link"),
+        ("link", "link is a link to nowhere, which is not there; make that folder or remove the link"),
         ("link/deeper/run", "link is a link to nowhere, which is not there"),
         ("loop", "loop is a link to loop, which is not there"),
         ("file", "file is no folder; set another run.dir"),

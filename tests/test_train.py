@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from harness import run_distributed
 from training import build_trainer
@@ -24,17 +24,16 @@ TINY = (
 )
 
 
-def megalite(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "megalite", *arguments], capture_output=True, text=True, timeout=150, check=False
-    )
+def megalite(*arguments: str, status: int = 0, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; its processes are forked with all imported unless they are to be `fresh`."""
+    done = warm.run([*warm.MEGALITE, *arguments], timeout=150, fresh=fresh)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 
 
 def test_a_run_leaves_its_metrics_its_pictures_and_done(run_file: Path, tmp_path: Path) -> None:
     overrides = [*TINY, "parallel.tensor=2", "parallel.pipeline=2", "train.steps=6", "train.trace_steps=[4]"]
-    done = megalite("train", str(run_file), *overrides, "train.eval_every=3", "train.eval_batches=2")
+    done = megalite("train", str(run_file), *overrides, "train.eval_every=3", "train.eval_batches=2", fresh=True)
     lines = done.stdout.splitlines()
     directory = tmp_path / "run"
     assert [line for line in lines if line.startswith("step 2/6 | loss ")]
@@ -108,8 +107,9 @@ def test_megatrons_order_leaves_its_index_in_the_runs_folder(run_file: Path, tmp
 
 
 def test_a_run_stops_where_it_is_told_and_is_not_done(run_file: Path, tmp_path: Path) -> None:
-    whole = megalite("train", str(run_file), *TINY, "train.steps=6").stdout.splitlines()
-    stopped = megalite("train", str(run_file), *TINY, "train.steps=6", "train.stop_after=3").stdout.splitlines()
+    given = [*TINY, "train.steps=6", "checkpoint.last=false"]  # so that the second begins anew
+    whole = megalite("train", str(run_file), *given).stdout.splitlines()
+    stopped = megalite("train", str(run_file), *given, "train.stop_after=3").stdout.splitlines()
     assert not (tmp_path / "run" / "DONE.json").exists()
     assert json.loads((tmp_path / "run" / "earlier" / "1" / "DONE.json").read_text())["step"] == 6
     assert len((tmp_path / "run" / "earlier" / "1" / "metrics.jsonl").read_text().splitlines()) == 6

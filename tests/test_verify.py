@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 
 Launcher = Callable[[int], list[str]]
 SMALL = ("--scale", "model.vocab_size=256", "parallel.pipeline=2")
@@ -63,7 +64,7 @@ def verify(
         (folder / "sitecustomize.py").write_text(site)
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment["PYTHONPATH"]])
     command = [sys.executable, *launcher, "verify", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    return warm.run(command, timeout=200, fresh=site is not None, env=environment)
 
 
 def verdicts(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -123,7 +123,7 @@ def half_precision_at_stage_0() -> str:
 
 
 def test_stage_0_keeps_no_fp32_zero_optimizer_in_bf16() -> None:
-    """The configuration refuses bf16 and fp16 at stage 0 and names stage 1."""
+    """The configuration runs stage 0 in bf16 and fp16 as stage 1, and says so."""
     assert run_distributed(half_precision_at_stage_0, 1) == ["FP16_UnfusedOptimizer"]
 
 

@@ -108,12 +108,13 @@ class SampleRules:
     def microbatch(self, samples: Samples, indices: Sequence[int]) -> SampleMicrobatch:
         """Read the samples of one microbatch and lay them out.
 
-        Raises UserError for a token id beyond the vocabulary, as in a file that was damaged.
+        Raises UserError for a token id outside the vocabulary, as in a file that was damaged.
         """
         rows = np.array(indices, dtype=np.int64)
         tokens, counts = samples.tokens(rows), samples.loss_mask(rows)
-        if self.vocab_size is not None and int(tokens.max()) >= self.vocab_size:
-            self._refuse(samples, int(rows[tokens.max(axis=1).argmax()]), int(tokens.max()))
+        if self.vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            row, column = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0]
+            self._refuse(samples, int(rows[row]), int(tokens[row, column]))
         if counts is not None:
             counts = counts[:, 1:].astype(bool)
         if not (self.reset_attention_mask or self.reset_position_ids or self.eod_mask_loss or self.fim):

@@ -80,7 +80,7 @@ def open_datasets(config: RunConfig, *, keep_index: bool = True) -> Datasets:
     size = BatchSchedule(train).consumed(train.steps)
     layer = _Layer(config, keep_index)
     sources = [IndexedDataset(source.prefix) for source in data.train]
-    splits = [split_documents(_num_units(source, data), data.split or (1.0,)) for source in sources]
+    splits = [split_documents(num_units(source, data), data.split or (1.0,)) for source in sources]
     training, valid = [split[0] for split in splits], {}
     mixture, uses = layer.mixture(sources, training, size)
     _at_least_a_batch(config, sum(use.epoch_tokens // data.sequence_length for use in uses))
@@ -91,7 +91,7 @@ def open_datasets(config: RunConfig, *, keep_index: bool = True) -> Datasets:
             valid[SPLIT_VALIDATION] = layer.held_out(sources, held_out, wanted)
         for named in data.valid:
             indexed = IndexedDataset(named.prefix)
-            valid[named.name] = layer.samples(indexed, range(_num_units(indexed, data)), None)
+            valid[named.name] = layer.samples(indexed, range(num_units(indexed, data)), None)
     sidecar = sources[0].sidecar if len(sources) == 1 else None
     if data.fim_rate:
         _require_no_loss_mask(sources)
@@ -141,7 +141,7 @@ class _Layer:
             samples = self.samples(sources[0], documents[0], num_samples)
             return samples, (self._use(sources[0], samples, num_samples),)
         weights = [
-            float(_num_tokens(indexed, chosen)) if source.weight == "auto" else source.weight
+            float(num_tokens(indexed, chosen)) if source.weight == "auto" else source.weight
             for source, indexed, chosen in zip(self._data.train, sources, documents, strict=True)
         ]
         sizes = [num_samples] * len(sources)
@@ -158,12 +158,13 @@ class _Layer:
         return SourceUse(indexed.prefix, count, count / samples.samples_per_epoch, epoch_tokens)
 
 
-def _num_units(indexed: IndexedDataset, data: DataSection) -> int:
-    """What an order shuffles and splits: documents, or Megatron's notion of them."""
+def num_units(indexed: IndexedDataset, data: DataSection) -> int:
+    """Return the number of what the run's order shuffles and splits: documents, or Megatron's notion of them."""
     return indexed.num_sequences if data.order == "megatron" else indexed.num_documents
 
 
-def _num_tokens(indexed: IndexedDataset, documents: range) -> int:
+def num_tokens(indexed: IndexedDataset, documents: range) -> int:
+    """Return how many tokens some documents hold."""
     if not documents:
         return 0
     return indexed.document_span(documents[-1])[1] - indexed.document_span(documents[0])[0]

@@ -44,7 +44,7 @@ def verify_layout(plan: Plan, environment: LaunchEnvironment) -> Finding:
     Raises UserError for what the user can mend, FloatingPointError where the gradient is no number.
     """
     timeout = datetime.timedelta(seconds=plan.config.train.timeout_seconds)
-    device = local_device(environment.local_rank)
+    device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     with process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from generating import GREEDY, LLAMA, continued, save_model, train_tokenizer
 
 from megalite.cli import main
@@ -165,14 +166,7 @@ def test_an_interrupt_is_no_traceback(
 
 
 def run(*words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megalite", "generate", *map(str, words)],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return warm.run([*warm.MEGALITE, "generate", *map(str, words)], timeout=120, env=os.environ | variables)
 
 
 @pytest.mark.full

@@ -89,10 +89,14 @@ def test_the_sidecar_says_what_the_tokens_are(corpus, sentences, tokenizer_path,
         "max_token_id": max(counts),
         "token_counts_entropy": pytest.approx(entropy, rel=1e-12),
         "eod_id": 2,
+        "eod_token": "<|endoftext|>",
+        "bos_id": None,
+        "bos_token": None,
         "skipped": 0,
         "empty": 0,
         "short": 0,
         "duplicates": 0,
+        "ignored": {},
         "document_shuffle": None,
         "sha256": {".bin": hashlib.sha256((tmp_path / "data.bin").read_bytes()).hexdigest()},
     }
@@ -265,7 +269,10 @@ def test_documents_without_tokens_are_empty_also_where_they_hold_text(tmp_path, 
     model = {"type": "BPE", "vocab": {"a": 0, "<|endoftext|>": 1}, "merges": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
     path = write_jsonl(tmp_path / "a.jsonl", ["a", " ", "aa"])
-    with pytest.raises(UserError, match=r"a\.jsonl:2: byte 14: an empty document; mend it"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.jsonl:2: byte 14: an empty document to the tokenizer, which makes no token of its text; mend",
+    ):
         preprocess([path], tmp_path, tmp_path / "data", append_eod=True, workers=1)
     report = preprocess([path], tmp_path, tmp_path / "data", append_eod=True, workers=1, on_error="skip")
     assert (report.documents, report.empty) == (2, 1)

@@ -154,7 +154,7 @@ def test_conversations_are_taken_as_they_are(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
-        assert read_all(tmp_path / name, Extract(("messages",), structured=True)) == [turns]
+        assert read_all(tmp_path / name, Extract(("messages",), structured=True)) == [{"messages": turns}]
         assert read_all(tmp_path / name, Extract((), structured=True)) == [{"messages": turns}]
 
 

@@ -3,6 +3,8 @@ import hashlib
 import io
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from megalite.data.preprocessing import long_text
 from megalite.data.preprocessing.encoding import encode_long
 from megalite.data.preprocessing.long_text import LongText
 from megalite.data.tokenizer import load_tokenizer, train_sentencepiece
+from megalite.data.tokenizers.control_tokens import TextRefused, refusals_named
+from megalite.data.tokenizers.hugging_face_tokenizer import HuggingFaceTokenizer
 from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from megalite.data.tokenizers.tiktoken_tokenizer import ENCODINGS
 from megalite.errors import UserError
@@ -442,3 +446,88 @@ def test_a_long_text_in_parts_has_the_ids_of_the_whole(
     parts = list(encode_long(LongText(lambda: [text]), encoder))
     assert len(parts) > 50
     assert np.concatenate(parts).tolist() == encoder.encode(text)
+
+
+def refusing(folder) -> Path:
+    """A tokenizer that has no token for letters beyond "a" and "b", and none for what it does not know."""
+    model = tokenizers.Tokenizer(models.Unigram([("\u2581", -1.0), ("a", -2.0), ("b", -2.0)]))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    model.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_what_the_library_refuses_is_told_without_a_traceback(tmp_path):
+    tokenizer = load_tokenizer(refusing(tmp_path))
+    ways: list[Any] = [tokenizer.encode, tokenizer.encode_plain, tokenizer.message_encoder(())]
+    ways += [lambda text: tokenizer.encode_batch(["a", text]), lambda text: tokenizer.encode_arrays([text, "b"])]
+    for way in ways:
+        assert way("a b")
+        with pytest.raises(TextRefused, match="^the tokenizer refuses this text: .*unk_id") as caught:
+            way("a 日本")
+        assert isinstance(caught.value, UserError)
+
+
+def test_only_what_a_library_raises_is_told_as_refused():
+    class PanicException(BaseException):
+        """Named as that of Rust, which has no class to import."""
+
+    for raised in (Exception("two\nlines"), RuntimeError(), PanicException("index out of bounds")):
+        reasons = "(two lines|RuntimeError|index out)"
+        with pytest.raises(TextRefused, match=f"^the tokenizer refuses this text: {reasons}"), refusals_named():
+            raise raised
+    for passed in (KeyboardInterrupt, SystemExit, MemoryError, UserError):
+        with pytest.raises(passed), refusals_named():
+            raise passed
+
+
+ADDED = ("<think>", "</think>", "<tool_call>", "[TOOL]", "domainword")
+
+
+def test_messages_read_the_added_tokens_that_are_not_special(tmp_path):
+    added = [tokenizers.AddedToken(name, special=False, normalized=False) for name in (*ADDED, "<|im_end|>", "</s>")]
+    tokenizer = byte_level(tmp_path, added)
+    text = "<think>\nplan</think> the fox<tool_call>[TOOL]domainword<|im_end|></s><|endoftext|>"
+    ids = tokenizer.encode(text)
+    found = tokenizer.message_encoder(["<|im_end|>"])(text)
+    for name in ADDED:
+        assert [tokenizer.token_id(name)] == [token for token in found if token == tokenizer.token_id(name)], name
+    for name in ("<|im_end|>", "</s>", "<|endoftext|>"):
+        assert tokenizer.token_id(name) in ids
+        assert tokenizer.token_id(name) not in found, name
+    assert tokenizer.decode(found) == text
+    # Whoever does not name it has it read: the file does not call it special.
+    assert tokenizer.token_id("<|im_end|>") in tokenizer.message_encoder(())(text)
+
+
+def test_messages_read_the_symbols_of_sentencepiece_that_are_not_named(sentences):
+    options = {"user_defined_symbols": ["<|im_end|>", "<think>"], "normalization_rule_name": "identity"}
+    tokenizer = SentencePieceTokenizer(train(sentences, **options))
+    end, think = tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<think>")
+    text = "<think> the fox <|im_end|></s>"
+    named, unnamed = tokenizer.message_encoder(["<|im_end|>"])(text), tokenizer.message_encoder([])(text)
+    assert think in named
+    assert end not in named
+    assert {think, end} < set(unnamed)
+    assert 2 not in unnamed
+    assert tokenizer.decode(named) == tokenizer.decode(unnamed) == text
+
+
+@pytest.mark.parametrize("ids", [(6000, 6001), (1001, 1000), (300, 302), (0, 1)])
+def test_added_tokens_have_the_ids_that_the_library_gives_them(tmp_path, ids):
+    added = [tokenizers.AddedToken(name, special=True, normalized=False) for name in ("<|im_start|>", "<|im_end|>")]
+    byte_level(tmp_path, added)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token, told in zip(content["added_tokens"][-2:], ids, strict=True):
+        token["id"] = told
+    content["added_tokens"].append({**content["added_tokens"][-1], "content": "", "id": 999})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.control_tokens
+    for name, token in tokenizer.control_tokens.items():
+        assert token == theirs.token_to_id(name) == tokenizer.token_id(name)
+        assert tokenizer.encode(name) == [token]
+        assert token not in tokenizer.encode_plain(name)
+    assert tokenizer.vocab_size == theirs.get_vocab_size()
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert any(str(told) in note for told in ids for note in tokenizer.notes)
