@@ -39,7 +39,7 @@ SETTLE_SECONDS = 8.0
 @dataclass(slots=True)
 class SaveReport:
     """One save: its size in bytes over all ranks, the seconds that training waited for it on this rank, and those
-    until it was on the disk. `failure` says why there is no checkpoint."""
+    until it was on the disk. `failure` says why there is no checkpoint, `warnings` what else did not go as asked."""
 
     step: int
     folder: Path
@@ -47,6 +47,7 @@ class SaveReport:
     blocked_seconds: float = 0.0
     durable_seconds: float = 0.0
     failure: str | None = None
+    warnings: list[str] = field(default_factory=list)
     told: bool = False
 
 
@@ -97,6 +98,7 @@ class Checkpointer:
         self._buffer: torch.Tensor | None = None
         self._under_way: _Save | None = None
         self._untold: list[SaveReport] = []
+        self._warned: set[str] = set()
 
     def due(self, step: int, last: int) -> bool:
         """Whether `step` ends with a save."""
@@ -268,11 +270,26 @@ class Checkpointer:
         save.report.durable_seconds = time.perf_counter() - save.began
         save.report.bytes = sum(file.stat().st_size for file in folder.iterdir())
         reached("published")
-        write_whole(self._root / LATEST, f"{folder.name}\n".encode())
+        # The checkpoint is there: what fails from here on is told, and is no failure of the save.
+        try:
+            write_whole(self._root / LATEST, f"{folder.name}\n".encode())
+        except OSError as error:
+            self._warn(save.report, f"{self._root / LATEST}", f"is not up to date: {error.strerror or error}")
         reached("latest")
-        prune(self._root, self._settings.keep_last, self._settings.keep_every)
+        prune(
+            self._root,
+            self._settings.keep_last,
+            self._settings.keep_every,
+            tell=lambda old, what: self._warn(save.report, f"the old checkpoint {old}", what),
+        )
         reached("pruned")
         return folder
+
+    def _warn(self, report: SaveReport, subject: str, what: str) -> None:
+        """Add to a report's warnings, once in a run about each thing."""
+        if subject not in self._warned:
+            self._warned.add(subject)
+            report.warnings.append(f"{subject}: {what}")
 
     def _failure(self, future: Future[Any]) -> str | None:
         """Wait for a future; return how it failed."""

@@ -193,6 +193,9 @@ class MetricsLog:
             f"{head} {report.folder.name} | {report.bytes / 1e6:,.1f} MB | blocked {report.blocked_seconds:.2f} s"
             f" | durable after {report.durable_seconds:.2f} s"
         )
+        for warning in report.warnings:
+            self._write({"step": report.step, "checkpoint_warning": warning})
+            self.say(f"warning: {warning}")
 
     def restart(self, step: int, count: int) -> None:
         """Record that the run goes on after `step` since its ranks were started again, the `count`-th time."""

@@ -40,13 +40,13 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.order_digest import order_digest
 from megalite.data.tokenizer import load_tokenizer, standard_files, tokenizer_file
 from megalite.errors import UserError
-from megalite.files import require_writable_folder
 from megalite.layout import Coordinate, ParallelLayout, spans
 from megalite.memory import rank_bytes, unit_for
 from megalite.pipeline.partition import partition
 from megalite.pipeline.placement import Placement
 from megalite.pipeline.schedule import SCHEDULES, all_streams
 from megalite.pipeline.simulate import simulate
+from megalite.run_folder import require_run_folder
 
 CONFIG = "config.yaml"
 """The resolved run file in a checkpoint."""
@@ -220,7 +220,7 @@ class Plan:
     def check_machine(self) -> None:
         """Raise UserError where this host lacks what the run takes: a run.dir to write in, libraries. Every host's own
         matter, and quickly seen; `check_start` and `check_data` begin with it."""
-        require_writable_folder(self.config.run.dir, f"run.dir={self.config.run.dir}", "set another run.dir")
+        require_run_folder(self.config.run.dir)
         if (sections := self.config.deepspeed.on_nvme) and find_library("aio") is None:
             raise UserError(
                 f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine has not; "

@@ -17,7 +17,7 @@ from megalite.checkpoint.retention import clean, set_aside_later
 from megalite.checkpointer import SaveReport
 from megalite.data.datasets import Datasets
 from megalite.distributed import ProcessGrid, gather_json
-from megalite.files import write_whole
+from megalite.files import write_whole, writing
 from megalite.metrics import MetricsLog, Peak, StepMetrics, device_peak, flops_per_token, peak_memory
 from megalite.pipeline.instructions import parse
 from megalite.pipeline.schedule import SCHEDULES, all_streams
@@ -92,14 +92,16 @@ class RunRecorder:
         self.samples = datasets.train
         self.unigram_entropy = datasets.unigram_entropy
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
-        said = self._start_directory(start) if grid.rank == 0 else []
+        said: list[str] = []
         if grid.rank == 0:
-            self.log = MetricsLog(
-                self.directory,
-                total_steps=config.train.steps,
-                world_size=plan.layout.world_size,
-                after=start.step,
-            )
+            with writing(self.directory, "make it writable, or set another run.dir"):
+                said = self._start_directory(start)
+                self.log = MetricsLog(
+                    self.directory,
+                    total_steps=config.train.steps,
+                    world_size=plan.layout.world_size,
+                    after=start.step,
+                )
         self.stragglers = StragglerWatch(plan.layout, config.train.straggler_factor)
         self.hosts = gather_json(socket.gethostname(), grid)
         self.peak = self._measure_peak(dtype)
@@ -277,12 +279,13 @@ class RunRecorder:
         if self.stop is not None and (request := self.stop.discard_stale()) is not None:
             said.append(f"removed {request}, which was there before this start")
         if start.continues(self.plan.checkpoints):
-            clean(self.plan.checkpoints)
+            said += [f"warning: {line}" for line in clean(self.plan.checkpoints)]
             for name in (DONE, STOPPED):  # which tell how the run ended before
                 (self.directory / name).unlink(missing_ok=True)
             aside = next_aside(self.directory) / "checkpoints"
-            if moved := set_aside_later(self.plan.checkpoints, start.step, aside):
-                said.append(f"set aside: {', '.join(moved)}, to {aside}")
+            moved, place = set_aside_later(self.plan.checkpoints, start.step, aside)
+            if moved:
+                said.append(f"set aside: {', '.join(moved)}, to {place}")
             keep_metrics_until(self.directory / "metrics.jsonl", start.step)
         else:
             set_aside_earlier_run(self.directory)

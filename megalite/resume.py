@@ -50,7 +50,11 @@ class Start:
 
     def continues(self, checkpoints: Path) -> bool:
         """Whether a run goes on whose checkpoints are in that folder."""
-        return self.reader is not None and self.reader.folder.resolve().parent == checkpoints.resolve()
+        if self.reader is None:
+            return False
+        # A checkpoint there may be a link to another disk, and the one that was named a link to one there.
+        folder = self.reader.folder
+        return checkpoints.resolve() in (folder.parent.resolve(), folder.resolve().parent)
 
 
 Found = tuple[CheckpointReader | None, Sequence[str]]

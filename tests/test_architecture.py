@@ -87,10 +87,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
     "plan": (
-        *("checkpoint", "config", "data", "files", "layout", "memory", "model", "tensor_parallel.collectives"),
+        *("checkpoint", "config", "data", "layout", "memory", "model", "run_folder", "tensor_parallel.collectives"),
         *PURE_PIPELINE,
     ),
     "memory": ("config",),
+    "run_folder": ("files",),
     "provenance": ("data", "plan"),
     "agreement": ("checkpoint.selection", "config", "data.fingerprint", "plan"),
     "rendezvous": ("agreement", "launch", "layout"),
@@ -178,7 +179,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
     *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli", "cluster"),
-    *("heartbeat", "run_status", "stopping", "stragglers"),
+    *("files", "heartbeat", "run_folder", "run_status", "stopping", "stragglers"),
     *("doctor.report", "parity.cases", "parity.finding", "parity.scale", "parity.table"),
     "tensor_parallel.sharding",
     *PURE_PIPELINE,

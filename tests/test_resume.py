@@ -339,6 +339,27 @@ def test_a_run_killed_in_a_save_goes_on_from_a_whole_checkpoint(
     assert_same_run(folder, tmp_path / "whole")
 
 
+def test_what_cannot_be_removed_ends_no_run(run_file: Path, tmp_path: Path) -> None:
+    """An old checkpoint that was moved to another disk, a file of a save's name, LATEST that cannot be written."""
+    folder, archive = tmp_path / "run", tmp_path / "archive"
+    alone = [*at((1, 1, 1), 1), "checkpoint.every=2"]
+    run(run_file, folder, (1, 1, 1), *alone, "train.stop_after=2")
+    (folder / "checkpoints/step_2").rename(archive)
+    (folder / "checkpoints/step_2").symlink_to(archive)
+    (folder / "checkpoints/step_6.tmp").touch()
+    (folder / "checkpoints/step_1.tmp").symlink_to("nowhere")
+    (folder / "checkpoints/LATEST").unlink()
+    (folder / "checkpoints/LATEST").mkdir()
+    assert run(run_file, folder, (1, 1, 1), *alone, "checkpoint.keep_last=1")[0] == 2
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["LATEST", "step_6"]
+    assert (archive / "manifest.json").is_file()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["checkpoint_bytes"] > 0 for line in lines if "checkpoint_bytes" in line] == [True, True, True]
+    latest, link = [line["checkpoint_warning"] for line in lines if "checkpoint_warning" in line]  # each is told once
+    assert latest == f"{folder}/checkpoints/LATEST: is not up to date: Is a directory"
+    assert link.endswith(f"step_2: it is a link: the link is removed, and {archive} stays")
+
+
 # -------------------------------------------------------------------------------------------- damaged, or another's
 
 

@@ -5,11 +5,11 @@ waits for all records, turns them into ``manifest.json``, and renames the folder
 of each other, so that a background thread can do its part without a process group.
 """
 
+import itertools
 import json
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from megalite.checkpoint.safetensors_file import FileRecord, file_record, write_
 from megalite.files import publish, write_whole
 
 TEMPORARY = ".tmp"
+MOST_POLL_SECONDS = 0.5
+"""How long the rank that waits for the others' records looks away at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +61,56 @@ def replaced(folder: Path) -> Path:
 
 
 def begin(folder: Path) -> None:
-    """Make room for a checkpoint; what a killed save of it left is removed. One rank, before the others write."""
+    """Make room for a checkpoint; what a killed save of it left is removed, or set aside where it cannot be removed.
+    One rank, before the others write."""
     discard(folder)
     temporary(folder).mkdir(parents=True)
 
 
 def discard(folder: Path) -> None:
-    """Remove what a save of `folder` that did not end has left."""
-    remove(temporary(folder))
+    """Remove what a save of `folder` that did not end has left; raise OSError where it cannot even be renamed."""
+    left = temporary(folder)
+    if remove_what_can_be(left) is not None:
+        rename_to_free(left, folder.name)  # the next start tries again, and tells
+
+
+def rename_to_free(path: Path, name: str) -> Path:
+    """Rename to ``name.tmp``, or ``name.1.tmp`` and so on where something of that name is there that cannot be removed;
+    return the new path. Raises OSError where it cannot be renamed."""
+    for number in itertools.count():
+        free = path.with_name(f"{name}.{number}{TEMPORARY}" if number else name + TEMPORARY)
+        if free != path and remove_what_can_be(free) is None:
+            path.rename(free)
+            return free
+    raise AssertionError("numbers end")
+
+
+def remove_what_can_be(path: Path) -> OSError | None:
+    """Remove a folder with what is in it, a file or a link; nothing where there is none.
+
+    Returns why some of it is still there: a file that is in use, or of another user, does not keep the others.
+    """
+    first: list[OSError] = []
+
+    def attempt(action: Callable[[Path], None], target: Path) -> None:
+        try:
+            action(target)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            first.append(error)
+
+    if path.is_symlink() or not path.is_dir():
+        attempt(Path.unlink, path)
+        return first[0] if first else None
+    for folder, folders, files in os.walk(path, topdown=False, onerror=first.append):
+        for name in files:
+            attempt(Path.unlink, Path(folder, name))
+        for name in folders:
+            inner = Path(folder, name)
+            attempt(Path.unlink if inner.is_symlink() else Path.rmdir, inner)
+    attempt(Path.rmdir, path)
+    return first[0] if first else None
 
 
 def write_rank(folder: Path, rank: int, parts: Sequence[Part], moved: Callable[[], None] = lambda: None) -> None:
@@ -106,9 +150,11 @@ def finish(
     """
     growing = temporary(folder)
     records = [growing / f"rank_{rank:05d}.json" for rank in range(ranks)]
-    while not all(record.exists() for record in records):
-        alive()
-        time.sleep(poll_seconds)
+    for record in records:  # each is asked for until it is there, however many there are, and ever more seldom
+        while not record.exists():
+            alive()
+            time.sleep(poll_seconds)
+            poll_seconds = min(2 * poll_seconds, MOST_POLL_SECONDS)
     reached("recorded")
     told = [TypeAdapter(_Record).validate_json(record.read_bytes()) for record in records]
     small = {**(files or {}), STATE: (json.dumps(state, indent=1) + "\n").encode()}
@@ -122,22 +168,14 @@ def finish(
     aside = replaced(folder)
     if folder.exists():
         # A kill before the new one has the name leaves the old one where `checkpoints` still finds it.
-        remove(aside)
+        if remove_what_can_be(aside) is not None:
+            rename_to_free(aside, f"{folder.name}.old")
         folder.rename(aside)
         reached("set aside")
     publish(growing, folder)
     reached("named")
-    with suppress(OSError):  # the new one is whole; what cannot be removed is left to the next start
-        remove(aside)
+    remove_what_can_be(aside)  # the new one is whole; what cannot be removed is left to the next start
     return folder
-
-
-def remove(path: Path) -> None:
-    """Remove a folder, a file or a link; nothing where there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _merge(told: Iterable[_Record]) -> dict[str, StoredTensor]:

@@ -1,7 +1,9 @@
 """What many ranks write is one checkpoint, there whole or not at all, and read in any other cut."""
 
+import errno
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -14,8 +16,8 @@ from safetensors import safe_open
 from megalite.checkpoint import store
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.manifest import Manifest
-from megalite.checkpoint.reader import REPLACED, CheckpointReader, checkpoints
-from megalite.checkpoint.retention import clean
+from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.checkpoint.retention import clean, prune, set_aside_later
 from megalite.checkpoint.safetensors_file import file_record, write_safetensors
 from megalite.checkpoint.store import Part
 from megalite.checkpoint.weights import CheckpointWeights
@@ -166,18 +168,119 @@ def test_what_lies_in_the_way_of_a_save_is_removed(saved: Path, left: str) -> No
     assert (kept / "file").read_text() == "stays"
 
 
-def test_an_old_one_that_cannot_be_removed_fails_no_save(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    remove = store.remove
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have the system refuse to remove files of some names, and to rename folders of some names: a file that NFS holds
+    for another process, a mount, a folder of another user."""
 
-    def refuse(path: Path) -> None:
-        if path.name.endswith(REPLACED) and path.exists():
-            raise PermissionError(13, "Permission denied", str(path))
-        remove(path)
+    def refuse(*, remove: Sequence[str] = (), rename: Sequence[str] = ()) -> None:
+        plain = {"unlink": Path.unlink, "rename": Path.rename}
 
-    monkeypatch.setattr(store, "remove", refuse)
-    save_again(saved, None)
-    assert checkpoints(saved.parent) == [(10, saved)]
-    assert CheckpointReader(saved).state == {"saved": "again"}
+        def unlink(path: Path, missing_ok: bool = False) -> None:
+            if path.name in remove:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+            plain["unlink"](path, missing_ok=missing_ok)
+
+        def move(path: Path, target: Path) -> Path:
+            if path.name in rename:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return plain["rename"](path, target)
+
+        monkeypatch.setattr(Path, "unlink", unlink)
+        monkeypatch.setattr(Path, "rename", move)
+
+    return refuse
+
+
+def test_an_old_one_that_cannot_be_removed_fails_no_save(saved: Path, busy: Callable[..., None]) -> None:
+    (saved / ".nfs0").write_text("in use")
+    busy(remove=[".nfs0"])
+    for number in (1, 2, 3):  # what is left of one is in the way of the next
+        save_again(saved, None)
+        assert checkpoints(saved.parent) == [(10, saved)]
+        assert CheckpointReader(saved).state == {"saved": "again"}
+        assert CheckpointReader(saved).faults() == []
+        assert len(clean(saved.parent)) == number
+        (saved / ".nfs0").write_text(f"in use for the time {number}")
+
+
+def test_a_save_passes_by_what_cannot_be_removed(saved: Path, busy: Callable[..., None]) -> None:
+    left = saved.parent / "step_11.tmp"
+    left.mkdir()
+    (left / ".nfs0").write_text("in use")
+    (left / "large").write_text("goes")
+    busy(remove=[".nfs0"])
+    folder = save(saved.parent / "step_11")
+    assert CheckpointReader(folder).faults() == []
+    assert [path.name for path in (saved.parent / "step_11.1.tmp").iterdir()] == [".nfs0"]
+    (warning,) = clean(saved.parent)
+    assert "step_11.1.tmp: cannot be removed and stays: " in warning
+    assert ".nfs0: Device or resource busy" in warning
+
+
+def test_pruning_goes_on_past_what_cannot_be_removed(saved: Path, busy: Callable[..., None]) -> None:
+    root = saved.parent
+    archive = root / "archive"
+    for step in (1, 2, 3, 4):
+        save(root / f"step_{step}")
+    (root / "step_1").rename(archive)
+    (root / "step_1").symlink_to(archive)
+    (root / "step_3/.nfs0").write_text("in use")
+    busy(remove=[".nfs0"], rename=["step_2"])
+    told: dict[str, str] = {}
+    gone = prune(root, 1, None, lambda folder, what: told.update({folder.name: what}))
+    assert [folder.name for folder in gone] == ["step_1", "step_3", "step_4"]
+    assert told["step_1"] == f"it is a link: the link is removed, and {archive} stays"
+    assert told["step_2"] == f"it cannot be removed and stays: {root}/step_2: Permission denied"
+    rest = root / "step_3.tmp"
+    assert told["step_3"] == (
+        f"a part of it cannot be removed and stays in {rest}: {rest}/.nfs0: Device or resource busy"
+    )
+    assert CheckpointReader(archive).faults() == []
+    assert [step for step, _ in checkpoints(root)] == [10, 2]
+    assert [path.name for path in (root / "step_3.tmp").iterdir()] == [".nfs0"]
+    assert "step_4" not in told
+
+
+@pytest.mark.parametrize("left", ["a file", "a link to a folder", "a dangling link", "a folder", "a folder with links"])
+def test_a_start_removes_whatever_bears_the_name_of_a_save(saved: Path, left: str) -> None:
+    growing, kept_folder = saved.parent / "step_3.tmp", saved.parent / "kept"
+    kept_folder.mkdir()
+    (kept_folder / "file").write_text("stays")
+    if left == "a file":
+        growing.write_text("")
+    elif left.startswith("a folder"):
+        growing.mkdir()
+        (growing / "inner").symlink_to(kept_folder)
+        (growing / "dangling").symlink_to("nowhere")
+    else:
+        growing.symlink_to("nowhere" if left == "a dangling link" else kept_folder)
+    assert clean(saved.parent) == []
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["kept", saved.name]
+    assert (kept_folder / "file").read_text() == "stays"
+
+
+def test_later_ones_are_set_aside_beside_where_checkpoints_lie_on_another_disk(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = tmp_path / "earlier/4/checkpoints"
+    plain = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if target.is_relative_to(tmp_path / "earlier"):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert set_aside_later(saved.parent, 9, aside) == (["step_10"], saved.parent / "earlier_4")
+    assert checkpoints(saved.parent) == []
+    assert CheckpointReader(saved.parent / "earlier_4/step_10").faults() == []
+
+
+def test_a_later_one_that_cannot_be_set_aside_is_an_error(saved: Path, busy: Callable[..., None]) -> None:
+    busy(rename=["step_10"])
+    with pytest.raises(UserError, match=r"step_10: is of a later step than 9, .* Permission denied; move it away"):
+        set_aside_later(saved.parent, 9, saved.parent / "earlier/1/checkpoints")
 
 
 def flip(path: Path) -> None:
