@@ -99,7 +99,7 @@ class Provenance:
                     yield SeenSample(sample, data_rank, microbatch, tuple(self._samples.pieces(sample)))
 
     def samples_of_step(self, step: int) -> range:
-        """Return the samples of a step: as many as it consumed, where it is done, else as many as its batch will have."""
+        """Return the samples of a step: as many as it consumed if it is done, else as many as its batch will have."""
         after = max(done for done in self._consumed if done < step)
         schedule = BatchSchedule(self.config.train, self._passed_over, after=after, consumed=self._consumed[after])
         samples = schedule.samples(step)
