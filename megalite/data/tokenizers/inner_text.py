@@ -1,9 +1,15 @@
 """Tokens of text that stands within a text: where tokenizers put a space before all text and take it off again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from megalite.data.tokenizer import Tokenizer
 from megalite.data.tokenizers.control_tokens import TextRefused
+
+
+class _Tokenizer(Protocol):
+    def encode_plain(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class InnerText:
@@ -15,7 +21,7 @@ class InnerText:
     _MARKS = ("\x01", "\n", ".")
     _BROKEN_CHARACTER = "\ufffd"
 
-    def __init__(self, tokenizer: Tokenizer, encode: Callable[[str], list[int]] | None = None) -> None:
+    def __init__(self, tokenizer: _Tokenizer, encode: Callable[[str], list[int]] | None = None) -> None:
         self._tokenizer = tokenizer
         self._encode = encode or tokenizer.encode_plain
         self._mark, self._mark_ids = "", []

@@ -4,14 +4,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from megalite.errors import UserError
 
-if TYPE_CHECKING:
-    from megalite.data.tokenizer import Tokenizer
-
 NAME = "tokenizer_config.json"
+
+
+class _Tokenizer(Protocol):
+    @property
+    def leading_id(self) -> int | None: ...
+
+    def token_id(self, name: str) -> int | None: ...
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -46,7 +50,7 @@ class TokenizerConfig:
         name = token.get("content") if isinstance(token, Mapping) else token
         return name if isinstance(name, str) else None
 
-    def puts_before(self, tokenizer: "Tokenizer") -> int | None:
+    def puts_before(self, tokenizer: _Tokenizer) -> int | None:
         """Return the token that stands before every text by this file, else by the tokenizer's own."""
         told = self.content.get("add_bos_token")
         if isinstance(told, bool):
