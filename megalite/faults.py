@@ -102,7 +102,8 @@ def validation_lines(error: ValidationError, *, below: int = 0, whole: str = "th
     for found in error.errors(include_url=False):
         where = ".".join(map(str, found["loc"][below:])) or whole
         raised = found.get("ctx", {}).get("error") if found["type"] == "value_error" else None
-        lines.append(": ".join(filter(None, (where, str(raised or found["msg"])))))
+        text = str(raised or found["msg"])
+        lines.append(f"{where}{text}" if text.startswith(("=", " ")) else ": ".join(filter(None, (where, text))))
     return lines
 
 

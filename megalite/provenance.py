@@ -94,12 +94,12 @@ class Provenance:
                 data_rank=data_rank,
                 data_size=self.plan.layout.data,
             )
-            for microbatch, samples in enumerate(reader.slices(self._samples_of_step(step))):
+            for microbatch, samples in enumerate(reader.slices(self.samples(step))):
                 for sample in samples:
                     yield SeenSample(sample, data_rank, microbatch, tuple(self._samples.pieces(sample)))
 
-    def _samples_of_step(self, step: int) -> range:
-        """The samples of a step: as many as it consumed, where it is done, else as many as its batch will have."""
+    def samples(self, step: int) -> range:
+        """Return the numbers of the samples of a step: as many as it consumed, else as many as its batch will have."""
         after = max(done for done in self._consumed if done < step)
         schedule = BatchSchedule(self.config.train, self._passed_over, after=after, consumed=self._consumed[after])
         samples = schedule.samples(step)

@@ -135,7 +135,7 @@ class Trainer:
         _ = plan.documents  # read at the start: at the first save the folder of `init_from` may be gone
         self.spikes = SpikeWatch(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
-        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid)
+        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid, self.config.run.dir)
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
             plan.checkpoints,

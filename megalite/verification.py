@@ -38,7 +38,7 @@ def largest_difference(
     """Return the largest absolute difference of the two models' logits, and how many tokens they read.
 
     `weights` run here, the folder `hugging_face` in transformers, without code of its own. Both are in memory, in
-    fp32. A logit that is no number in one of them alone counts as infinitely far.
+    fp32. Raises UserError where a logit of either is not finite: numbers that are none prove nothing.
     """
     transformers = require_transformers()
     ids = _tokens(weights.model)
@@ -46,9 +46,13 @@ def largest_difference(
     theirs = _their_logits(transformers, hugging_face, ids)
     if ours.shape != theirs.shape:
         return math.inf, ids.numel()
-    differences = torch.where(ours.isfinite() & theirs.isfinite(), (ours - theirs).abs(), math.inf)
-    differences[ours.isnan() & theirs.isnan() | (ours == theirs)] = 0.0
-    return float(differences.max()), ids.numel()
+    for logits, where in ((ours, weights.origin), (theirs, hugging_face)):
+        if strange := logits.numel() - int(logits.isfinite().sum()):
+            raise UserError(
+                f"{where}: {strange:,} of {logits.numel():,} logits are infinite or no numbers, which proves nothing "
+                "of a conversion; convert without --verify to look at the weights"
+            )
+    return float((ours - theirs).abs().max()), ids.numel()
 
 
 def _tokens(model: ModelConfig) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import run_distributed
-from training import Trace, train_in_plain_torch, train_rank
+from training import FEW_TOKENS, Trace, resized, train_in_plain_torch, train_rank
 
 from megalite.data.writer import IndexedDatasetWriter
 
@@ -13,6 +13,11 @@ TOLERANCE = 1e-5
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
 PACKED = ("data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true")
 RAMPED = ("train.batch_size_rampup={start: 2, increment: 2, samples: 10}", "train.steps=8")
+
+
+@pytest.fixture
+def run_file(run_file: Path) -> Path:
+    return resized(run_file, hidden_size=64, intermediate_size=176, vocab_size=FEW_TOKENS)
 
 
 @pytest.fixture

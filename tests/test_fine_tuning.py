@@ -332,7 +332,9 @@ def test_the_files_of_a_run_are_those_of_its_tokenizer_and_then_of_its_weights(t
     assert set(tokenizer_companions(tmp_path / "README.md", "tokenizer.model")) == {"tokenizer.model"}
 
     own = tokenizer_companions(json_file, "tokenizer.json")
-    same = dict.fromkeys(("tokenizer.model", "chat_template.jinja", "generation_config.json"), b"theirs")
+    same: dict[str, bytes] = dict.fromkeys(
+        ("tokenizer.model", "chat_template.jinja", "generation_config.json"), b"theirs"
+    )
     same["tokenizer.json"] = b"data's tokenizer.json"
     found = run_companions(own, same)
     assert set(found) == everything | {"chat_template.jinja"}

@@ -24,6 +24,13 @@ from megalite.heartbeat import FOLDER, SILENT_SECONDS, Beat, Heart, Phase, Progr
 from megalite.run_status import run_status
 
 NOW = 1_000_000.0
+QUICK = 0.05
+"""How often a heart beats where a test waits for several beats, in seconds."""
+
+
+@pytest.fixture
+def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalite.heartbeat.BEAT_SECONDS", QUICK)
 
 
 def beat(rank: int, step: int, phase: Phase = "compute", moved: float = 0.0, written: float = 0.0) -> Beat:
@@ -48,7 +55,7 @@ def test_the_ranks_that_hold_the_others_up_are_found(beats: list[Beat], behind: 
     assert [found.rank for found in laggards(beats, NOW)] == behind
 
 
-def test_a_rank_writes_where_it_is_when_that_changes(tmp_path: Path) -> None:
+def test_a_rank_writes_where_it_is_when_that_changes(tmp_path: Path, quick_beats: None) -> None:
     progress = Progress()
     with Heart(tmp_path, 1, 2, progress, timeout=60):
         wait_until(lambda: len(read_beats(tmp_path, 2)) == 1)
@@ -61,7 +68,7 @@ def test_a_rank_writes_where_it_is_when_that_changes(tmp_path: Path) -> None:
         assert second.phase == "update"
         assert second.moved > first.moved
         written = (tmp_path / FOLDER / "rank_1.json").stat().st_mtime_ns
-        time.sleep(2.5)
+        time.sleep(5 * QUICK)
         assert (tmp_path / FOLDER / "rank_1.json").stat().st_mtime_ns == written, "it wrote though nothing changed"
 
 
@@ -72,11 +79,11 @@ def test_what_is_no_beat_is_passed_over(tmp_path: Path) -> None:
     assert read_beats(tmp_path, 5) == []
 
 
-def test_a_folder_that_takes_nothing_does_not_end_a_rank(tmp_path: Path) -> None:
+def test_a_folder_that_takes_nothing_does_not_end_a_rank(tmp_path: Path, quick_beats: None) -> None:
     (tmp_path / FOLDER).write_text("a file in place of the folder")
     heart = Heart(tmp_path, 0, 1, Progress(), timeout=60)
     with heart:
-        time.sleep(1.5)
+        time.sleep(3 * QUICK)
         assert heart._thread.is_alive()
 
 
@@ -116,11 +123,12 @@ def test_a_rank_that_hangs_shows_its_stacks_and_who_it_waits_for(
 
 
 def test_to_start_takes_as_long_as_it_takes() -> None:
-    code = """if True:
+    code = f"""if True:
         import sys, time
         from pathlib import Path
-        from megalite.heartbeat import Heart, Progress
-        with Heart(Path(sys.argv[1]), 0, 1, Progress(), timeout=0.1): time.sleep(2.5)
+        from megalite import heartbeat
+        heartbeat.BEAT_SECONDS = {QUICK}
+        with heartbeat.Heart(Path(sys.argv[1]), 0, 1, heartbeat.Progress(), timeout={QUICK}): time.sleep({8 * QUICK})
     """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", code, folder], check=True)

@@ -9,7 +9,15 @@ import yaml
 
 from megalite.errors import UserError
 from megalite.layout import ParallelLayout
-from megalite.parity.cases import case_plan, layouts_of, read_layouts, require_ranks, write_layout
+from megalite.parity.cases import (
+    case_plan,
+    layouts_of,
+    read_layouts,
+    require_cores,
+    require_ranks,
+    smaller_layouts,
+    write_layout,
+)
 from megalite.parity.finding import Agreement, Difference, Finding
 from megalite.parity.scale import scale_down
 from megalite.pipeline.partition import partition
@@ -43,6 +51,41 @@ def test_a_layout_of_more_ranks_than_were_started_is_refused() -> None:
 
 def target(run_file: Path, *overrides: str) -> Plan:
     return prepare(run_file, [*ALL, *overrides], None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "smaller"),
+    [
+        pytest.param((8, 1, 1), 4, ["2x1x1"], id="an axis of eight"),
+        pytest.param((4, 2, 2), 4, ["1x1x2", "1x2x1", "2x1x1", "1x2x2", "2x1x2", "2x2x1"], id="every axis"),
+        pytest.param((4, 2, 2), 8, ["1x1x2", "1x2x1", "2x1x1", "1x2x2", "2x1x2", "2x2x1", "2x2x2"], id="more cores"),
+        pytest.param((2, 1, 4), 2, ["1x1x2", "2x1x1"], id="two ranks and no more"),
+        pytest.param((2, 2, 2), 1, [], id="no rank beside another"),
+        pytest.param((4, 1, 3), 4, ["2x1x1"], id="a batch that two replicas do not divide"),
+    ],
+)
+def test_more_ranks_than_a_machine_is_good_for_are_refused(
+    run_file: Path, sizes: tuple[int, int, int], limit: int, smaller: list[str]
+) -> None:
+    given = [f"parallel.{axis}={size}" for axis, size in zip(("tensor", "pipeline", "data"), sizes, strict=True)]
+    batch = 3 if sizes[2] == 3 else 16
+    plan = prepare(run_file, [*given, "model.num_key_value_heads=8", f"train.global_batch_size={batch}"], None)
+    layout = ParallelLayout(*sizes)
+    with pytest.raises(UserError) as refused:
+        require_cores(plan, layouts_of(layout), limit, cores=2)
+    message = str(refused.value)
+    assert (
+        f"{layout} is {layout.world_size} ranks, each a process on this machine of 2 cores; at most {limit} " in message
+    )
+    assert message.endswith("start them all the same with --oversubscribe")
+    assert (f"with --layouts {','.join(smaller)}, use" in message) == bool(smaller)
+    # What is named as smaller is taken.
+    require_cores(plan, smaller_layouts(plan, limit), limit, cores=2)
+
+
+def test_as_many_ranks_as_may_start_are_no_matter(run_file: Path) -> None:
+    plan = target(run_file)
+    require_cores(plan, layouts_of(plan.layout), 8, cores=4)
 
 
 def test_a_case_is_the_run_but_for_its_precision_and_where_it_writes(run_file: Path, tmp_path: Path) -> None:
@@ -213,6 +256,9 @@ def test_words_say_causes_first_and_what_agrees() -> None:
     assert list(finding(elements_missing=32).faults()) == ["the ranks update 32 elements fewer than the model has"]
     assert list(finding(loss=2.1).faults()) == ["loss differs: 2.1, in one process 2"]
     assert not finding(loss=float("nan")).agrees
+    for value in (float("nan"), float("inf")):  # equal in both, and no proof
+        assert not finding(loss=value, reference_loss=value).agrees
+        assert not finding(norm=value, reference_norm=value).agrees
     doubled = [difference(2, 1.0, factor=2.0), difference(4, 3.0, rank=1)]
     both = finding(gradients=Agreement.of(doubled, 1e-5), norm=1.5)
     assert list(both.faults()) == [

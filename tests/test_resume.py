@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from harness import RankError, run_distributed
-from training import build_trainer
+from training import NARROW, build_trainer
 
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.retention import kept
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Layout = tuple[int, int, int]
 LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
 PAIR: Layout = (1, 1, 2)
-SMALL = ("model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=3")
+SMALL = (*NARROW, "model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=3")
 BF16, FP16 = "deepspeed.bf16={enabled: true}", "deepspeed.fp16={enabled: true, initial_scale_power: 24, hysteresis: 1}"
 
 
@@ -415,8 +415,8 @@ def test_no_whole_checkpoint_is_no_reason_to_begin_anew(run_file: Path, tmp_path
 
 
 OTHERS = [
-    ("model.hidden_size=128", r"model.hidden_size +128 +256"),
-    ("model.num_hidden_layers=3", r"weight/layers.2.mlp.up.weight +688 x 256 +missing"),
+    ("model.hidden_size=128", r"model.hidden_size +128 +64"),
+    ("model.num_hidden_layers=3", r"weight/layers.2.mlp.up.weight +176 x 64 +missing"),
     ("model.rope_theta=5.0e5", r"model.rope_theta +500000.0 +10000.0"),
 ]
 

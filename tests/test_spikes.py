@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from harness import RankError, run_distributed
-from training import build_trainer
+from training import NARROW, build_trainer
 
 from megalite.config import TrainSection
 from megalite.config.sections import SpikeSection
@@ -21,7 +21,10 @@ from megalite.spikes import SpikeWatch
 if TYPE_CHECKING:
     from megalite.train import Trainer
 
-SMALL = ("model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=2", "data.prefetch=2")
+SMALL = (
+    *NARROW,
+    *("model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=2", "data.prefetch=2"),
+)
 WATCH = "train.spike.window=2"
 
 

@@ -16,11 +16,11 @@ import pytest
 from harness import RankError, run_distributed
 from test_resume import Layout, assert_same_run, at, run, size
 from test_train import TINY
-from training import build_trainer
+from training import NARROW, build_trainer
 
 STEP = 5
 """The step in which a rank is killed: two after a checkpoint, one before the next."""
-SMALL = ("model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=3")
+SMALL = (*NARROW, "model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=3")
 KEPT = ("checkpoint.keep_last=2",)
 
 

@@ -148,6 +148,10 @@ def test_a_layout_that_fails_is_no_reason_not_to_compare_the_next(run_file: Path
         (("--scale", "init_from=nowhere"), "nowhere"),
         (("--layouts=1x1x3",), "does not divide train.global_batch_size=4"),
         (("data.train=[{prefix: /nowhere/corpus}]",), "/nowhere/corpus"),
+        (
+            ("parallel.data=4096", "train.global_batch_size=4096", "data.train=[{prefix: /nowhere/corpus}]"),
+            "cores; at most ",
+        ),
     ],
 )
 def test_mistakes_end_at_once_with_status_2(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import nn
 
 if TYPE_CHECKING:
@@ -23,6 +24,19 @@ QUICKSTART_MODEL: dict[str, Any] = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
+
+NARROW = ("model.hidden_size=64", "model.intermediate_size=176")
+"""Overrides that leave that model's heads and layers, and a tenth of its arithmetic: for tests of anything else."""
+FEW_TOKENS = 512
+"""A vocabulary that still holds the made-up corpus's tokens; that model's own is half of its parameters."""
+
+
+def resized(run_file: Path, **sizes: int) -> Path:
+    """Give a run file other sizes of its model, where no override may: one that replaces the model has its own."""
+    content = yaml.safe_load(run_file.read_text())
+    content["model"] |= sizes
+    run_file.write_text(yaml.safe_dump(content))
+    return run_file
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,10 @@ def section_of_weights(path: Path) -> dict[str, Any]:
 
 
 def _what_it_is(path: Path) -> str:
+    if path.is_symlink() and not path.exists():
+        return f"is a link to {path.readlink()}, where there is nothing"
     if not path.exists():
-        return "there is no such folder"
+        return "there is no such folder" if path.is_absolute() else f"there is no such folder in {Path.cwd()}"
     if not path.is_dir():
         return "is a file, not a folder"
     if (path / "config.json").exists():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from megalite.plan import Plan
 
 _STOPPED = 128
+_FEW_RANKS = 4
+"""So many ranks are started on any machine without asking: the quickstart's layout has them."""
 
 
 def register(app: typer.Typer) -> None:
@@ -44,6 +46,10 @@ def _verify(
             help="Tensor x pipeline x data of what is compared; unless given, each axis alone and then the whole.",
         ),
     ] = None,
+    oversubscribe: Annotated[
+        bool,
+        typer.Option("--oversubscribe", help="Start more ranks on this machine than twice its cores, and than 4."),
+    ] = False,
     rank_into: Annotated[
         Path | None, typer.Option(hidden=True, help="Be a rank of the one layout; write what is found there.")
     ] = None,
@@ -53,8 +59,8 @@ def _verify(
     One step in fp32, with the run's own model, data, layout and ZeRO stage: the loss, every parameter's gradient, the
     global norm and the weights after the step. Ends with status 1 where something differs, and says what.
 
-    Started by hand, it launches the ranks on this machine, layout by layout. Started by a launcher, as for
-    `megalite train`, it uses the launcher's ranks.
+    Started by hand, it launches the ranks on this machine, layout by layout, and refuses a layout of more than twice
+    as many ranks as there are cores. Started by a launcher, as for `megalite train`, it uses the launcher's ranks.
     """
     environment = launch_environment(os.environ)
     if environment is not None:
@@ -69,7 +75,8 @@ def _verify(
         return
     world_size = None if environment is None else environment.world_size
     plan, notes = _prepare(run, overrides or [], scale, world_size)
-    chosen = _layouts(plan, layouts, world_size)
+    limit = None if oversubscribe or world_size is not None else max(_FEW_RANKS, 2 * _cores())
+    chosen = _layouts(plan, layouts, world_size, limit)
     speaks = environment is None or environment.rank == 0
     if speaks:
         _introduce(plan, notes, [plan.layout] if layouts is None else chosen)
@@ -97,9 +104,18 @@ def _prepare(
     return plan_of(config, plan.tokenizer_digest), notes
 
 
-def _layouts(plan: "Plan", given: str | None, world_size: int | None) -> "tuple[ParallelLayout, ...]":
-    """Return the layouts to compare, each of which can run; raise UserError where one cannot."""
-    from megalite.parity.cases import case_plan, layouts_of, read_layouts, require_ranks, write_layout
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _layouts(
+    plan: "Plan", given: str | None, world_size: int | None, limit: int | None
+) -> "tuple[ParallelLayout, ...]":
+    """Return the layouts to compare, each of which can run; raise UserError where one cannot.
+
+    A layout of more than `limit` ranks cannot, where there is a limit; this is found before any data are read.
+    """
+    from megalite.parity.cases import case_plan, layouts_of, read_layouts, require_cores, require_ranks, write_layout
 
     chosen = layouts_of(plan.layout) if given is None else read_layouts(given)
     if world_size is not None:
@@ -110,6 +126,8 @@ def _layouts(plan: "Plan", given: str | None, world_size: int | None) -> "tuple[
             cases.append(case_plan(plan, layout, plan.config.run.dir))
         except UserError as error:
             raise UserError(f"layout {write_layout(layout)}: {error}") from None
+    if limit is not None:
+        require_cores(plan, chosen, limit, _cores())
     cases[-1].check_start()
     cases[-1].check_data(keep_index=False)
     return chosen

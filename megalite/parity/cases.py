@@ -1,7 +1,9 @@
 """Which layouts of a run are held against one process, and the run that each of them is for one step."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,35 @@ def require_ranks(layouts: Sequence[ParallelLayout], started: int) -> None:
                 f"--layouts: {write_layout(layout)} is {layout.world_size} ranks, but {started} were started; "
                 f"start {max(each.world_size for each in layouts)}, or leave it out"
             )
+
+
+def require_cores(plan: Plan, layouts: Sequence[ParallelLayout], limit: int, cores: int) -> None:
+    """Raise UserError, naming layouts that would do, where one has more ranks than may start on this machine."""
+    large = [layout for layout in layouts if layout.world_size > limit]
+    if not large:
+        return
+    most = max(large, key=lambda layout: layout.world_size)
+    smaller = ",".join(map(write_layout, smaller_layouts(plan, limit)))
+    raise UserError(
+        f"{plan.config.source}: {most} is {most.world_size:,} ranks, each a process on this machine of "
+        f"{cores:,} cores; at most {limit:,} start unasked; "
+        + (f"compare smaller layouts with --layouts {smaller}, " if smaller else "")
+        + "use the ranks of a launcher, or start them all the same with --oversubscribe"
+    )
+
+
+def smaller_layouts(plan: Plan, limit: int) -> tuple[ParallelLayout, ...]:
+    """Return layouts of at most `limit` ranks in which each axis of several ranks has two, alone and with the others.
+
+    Those that the run's own settings refuse are left out.
+    """
+    whole = plan.layout
+    sizes = (whole.tensor, whole.pipeline, whole.data)
+    found = []
+    for tensor, pipeline, data in product(*((1, 2) if size > 1 else (1,) for size in sizes)):
+        layout = ParallelLayout(tensor, pipeline, data)
+        if 1 < layout.world_size <= limit and layout != whole:
+            with suppress(UserError):
+                case_plan(plan, layout, plan.config.run.dir)
+                found.append(layout)
+    return tuple(sorted(found, key=lambda layout: layout.world_size))

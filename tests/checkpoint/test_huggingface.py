@@ -344,7 +344,8 @@ REFUSED = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={...} is not known of a llama"),
     ("llama", {"vocab_size": ...}, "vocab_size is missing"),
-    ("llama", {"hidden_size": "wide"}, "describes no model that megalite knows: hidden_size"),
+    ("llama", {"hidden_size": "wide"}, "describes no model that megalite knows: hidden_size='wide' is not an integer"),
+    ("llama", {"rope_theta": "1000000", "rope_parameters": ...}, "knows: rope_theta='1000000' is not a number above 0"),
     ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_x.Model"}}, "auto_map names code .* never run"),
     ("mistral", {"sliding_window": 16}, "sliding_window=16 is below max_position_embeddings=64.*--max-positions 16"),
     ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window=4096 is below"),
@@ -452,6 +453,36 @@ def test_tensors_that_are_not_the_models_are_a_table(saved: Callable[[str], Path
         ["model.norm.weight", "32", "33"],
         ["score.weight", "missing", "2 x 32"],
     ]
+
+
+def test_a_head_that_is_missing_may_be_tied(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    def without_head(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: one for name, one in held.items() if name != "lm_head.weight"}
+
+    folder = rewrite(saved("llama"), tmp_path / "model", without_head)
+    with pytest.raises(UserError, match="holds no lm_head.weight, and .*; if the head is model.embed_tokens.weight, "):
+        open_weights(folder)
+    open_weights(rewrite(folder, tmp_path / "tied", tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_prove_nothing(saved: Callable[[str], Path], value: float, tmp_path: Path) -> None:
+    def spoiled(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        return held | {"model.norm.weight": torch.full_like(held["model.norm.weight"], value)}
+
+    good, bad = saved("llama"), rewrite(saved("llama"), tmp_path / "model", spoiled)
+    for weights, folder in ((good, bad), (bad, good), (bad, bad)):
+        with pytest.raises(UserError, match=r"model: [\d,]+ of 12,416 logits are infinite or no numbers"):
+            largest_difference(open_weights(weights), folder)
+
+
+def test_paths_count_from_the_folder_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"gone: there is no such folder in {tmp_path}; give a checkpoint"):
+        open_weights(Path("gone"))
+    Path("link").symlink_to("gone")
+    with pytest.raises(UserError, match="link: is a link to gone, where there is nothing"):
+        open_weights(Path("link"))
 
 
 def test_other_elements_than_floats_are_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:

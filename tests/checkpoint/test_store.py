@@ -382,5 +382,5 @@ def test_a_model_that_is_none_is_told_in_our_words(tmp_path: Path) -> None:
     folder = store.finish(tmp_path / "step_1", ranks=1, manifest=replace(Manifest(1, {}, {}), model=model), state={})
     with pytest.raises(UserError) as caught:
         CheckpointWeights(CheckpointReader(folder))
-    told = "its manifest names no model that megalite knows: hidden_size: =0 is not an integer of at least 1"
+    told = "its manifest names no model that megalite knows: hidden_size=0 is not an integer of at least 1"
     assert str(caught.value) == f"{folder}: {told}"

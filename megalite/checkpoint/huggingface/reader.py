@@ -82,6 +82,11 @@ class HuggingFaceWeights:
             self._require_equal(stored.pop(head), stored.get(table, table))
         wanted = {name: tensor.shape for name, tensor in tensors.items()}
         rows = shape_differences(wanted, {name: self._files.shapes[one] for name, one in stored.items()})
+        if len(rows) == 1 and head in wanted and head not in stored:
+            raise UserError(
+                f"{self.origin}: holds no {head}, and its {CONFIG} says tie_word_embeddings=false; if the head is "
+                f"{table}, write tie_word_embeddings: true there, else take a folder with all files of the model"
+            )
         if rows:
             raise UserError(
                 f"{self.origin}: its tensors are not those of the {self.family.model_type} in its {CONFIG}:\n"
