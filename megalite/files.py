@@ -102,6 +102,13 @@ def file_clock(folder: Path) -> float:
             probe.unlink()
 
 
+def on_file_clock(folder: Path, moment: float) -> float:
+    """Return what the clock of a folder's file system said at a `moment` of this host's clock, both in seconds since
+    1970; `moment` itself where the two agree within a second, as the kernel gives files slightly older times."""
+    ahead = file_clock(folder) - time.time()
+    return moment if abs(ahead) < 1.0 else moment + ahead
+
+
 def partial_path(path: Path) -> Path:
     """Return the name under which this process writes `path` until it is whole; in the same folder, ending ``.tmp``."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")

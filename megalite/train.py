@@ -23,7 +23,7 @@ from megalite.data.datasets import Datasets, open_datasets
 from megalite.distributed import ProcessGrid, local_device, on_rank_zero, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.feed import Feed
-from megalite.files import sole_user
+from megalite.files import on_file_clock, sole_user
 from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.launch import LaunchEnvironment, start_time
 from megalite.learning_rate import learning_rate
@@ -63,7 +63,8 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunMarker | Non
     marker = marker if environment.rank == 0 else None
     doing = marker.starting if marker is not None else lambda text: None
     file = config.run.dir / STOP if environment.rank == 0 else None
-    stop = StopRequests(file, config.train.max_minutes, since=start_time(os.environ))
+    since = on_file_clock(config.run.dir, start_time(os.environ)) if file is not None else 0.0
+    stop = StopRequests(file, config.train.max_minutes, since=since)
     # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
     device = local_device(environment.local_rank, environment.launcher)
