@@ -4,8 +4,9 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megalite.errors import UserError
@@ -82,6 +83,30 @@ def require_unused(folder: Path, what: str) -> None:
         raise UserError(f"{what} is in use by {text or 'another run'}; wait for its end, or set another") from None
     except OSError:
         return  # no lock yet, or a file system that knows none
+
+
+def file_clock(folder: Path) -> float:
+    """Return the time by the clock of a folder's file system, in seconds since 1970.
+
+    The times of files are a file server's, whose clock may be minutes away from this host's. Where nothing can be
+    written in the folder, this host's time is returned.
+    """
+    probe = folder / f".clock.{socket.gethostname()}.{os.getpid()}.tmp"
+    try:
+        probe.write_bytes(b"")
+        return probe.stat().st_mtime
+    except OSError:
+        return time.time()
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def on_file_clock(folder: Path, moment: float) -> float:
+    """Return what the clock of a folder's file system said at a `moment` of this host's clock, both in seconds since
+    1970; `moment` itself where the two agree within a second, as the kernel gives files slightly older times."""
+    ahead = file_clock(folder) - time.time()
+    return moment if abs(ahead) < 1.0 else moment + ahead
 
 
 def partial_path(path: Path) -> Path:

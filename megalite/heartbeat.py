@@ -9,12 +9,12 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-from megalite.files import partial_path
+from megalite.files import file_clock, partial_path
 
 FOLDER = "heartbeats"
 BEAT_SECONDS = 1.0
@@ -23,9 +23,13 @@ REST_SECONDS = 10.0
 """and at least so often, though nothing has changed."""
 SILENT_SECONDS = 15.0
 """A rank that has written nothing for so long is stopped, gone, or cut off from the folder."""
+BEATS_A_SECOND = 100.0
+"""All ranks together write at most so many files a second: a folder on a shared disk bears no more."""
 HEAD_START_SECONDS = 10.0
 """How much longer than a heart the process groups are to wait for a lost rank."""
 _SHOWN = 8
+_NEARLY = 0.9
+"""Of the time between two beats: a thread wakes up a little early or late."""
 
 Phase = Literal["start", "data", "compute", "update", "evaluate", "save"]
 _ORDER: Sequence[str] = get_args(Phase)
@@ -54,7 +58,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a rank last wrote: `time`, when it did, and `moved`, when its work last went on, are seconds since 1970."""
+    """What a rank last wrote: `time`, when it did, and `moved`, when its work last went on, are seconds since 1970, by
+    the clock of the file system once they are read."""
 
     rank: int
     host: str
@@ -78,14 +83,20 @@ class Beat:
 
 
 def read_beats(run: Path, ranks: int) -> list[Beat]:
-    """Return what the first `ranks` ranks of a run last wrote, those aside that wrote nothing."""
+    """Return what the first `ranks` ranks of a run last wrote, those aside that wrote nothing.
+
+    The ranks' hosts may have clocks that differ: when a rank wrote is the time of its file, which one clock gives to
+    all, and what it says itself of a time counts from there.
+    """
     beats = []
     for rank in range(ranks):
+        path = run / FOLDER / f"rank_{rank}.json"
         with suppress(OSError, ValueError, TypeError):
-            beat = Beat(**json.loads((run / FOLDER / f"rank_{rank}.json").read_bytes()))
+            beat = Beat(**json.loads(path.read_bytes()))
             numbers = (beat.rank, beat.pid, beat.step, beat.moved, beat.time)
             if beat.phase in _ORDER and all(isinstance(number, int | float) for number in numbers):
-                beats.append(beat)
+                written = path.stat().st_mtime
+                beats.append(replace(beat, time=written, moved=written - (beat.time - beat.moved)))
     return beats
 
 
@@ -114,6 +125,7 @@ class Heart:
         self._run, self._rank, self._ranks = run, rank, ranks
         self._progress, self._timeout = progress, timeout
         self._host = socket.gethostname()
+        self._seconds = min(max(BEAT_SECONDS, ranks / BEATS_A_SECOND), REST_SECONDS / 2)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._written: tuple[tuple[int, Phase], float] | None = None
@@ -132,7 +144,8 @@ class Heart:
         self._beat()
         while not self._closed.wait(BEAT_SECONDS):
             changed = self._written != (self._progress.at, self._progress.moved_at)
-            if changed or time.monotonic() - self._written_at >= REST_SECONDS:
+            waited = time.monotonic() - self._written_at
+            if (changed and waited >= self._seconds * _NEARLY) or waited >= REST_SECONDS:
                 self._beat()
             if self._progress.at[1] != "start" and self._progress.seconds_still() > self._timeout:
                 self._end()
@@ -158,7 +171,7 @@ class Heart:
         sys.stderr.write(f"{mark}{words}\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr)
-        now, beats = time.time(), read_beats(self._run, self._ranks)
+        now, beats = file_clock(self._run / FOLDER), read_beats(self._run, self._ranks)
         found = sorted(laggards(beats, now), key=lambda beat: beat.time)
         lines = [f"held up by {beat.describe(now)}" for beat in found[:_SHOWN]]
         if len(found) > _SHOWN:

@@ -17,6 +17,7 @@ from megalite.checkpointer import SaveReport
 from megalite.config import ModelConfig
 from megalite.config.data import SPLIT_VALIDATION
 from megalite.files import writing
+from megalite.launch import end_announcement
 from megalite.stragglers import WINDOW, Straggler
 from megalite.tensor_parallel.kernels import Kernels, faster_products
 
@@ -146,6 +147,8 @@ class MetricsLog:
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=after + 1 if after else None)
         self._seconds = 0.0
         self._steps = 0
+        if stream is None:
+            end_announcement()  # that of the start, on a terminal
 
     def say(self, text: str) -> None:
         """Print one line that is no metric."""

@@ -26,6 +26,7 @@ from megalite.pipeline.timeline import Span, Timeline
 from megalite.pipeline.trace import chrome_trace
 from megalite.plan import Plan
 from megalite.resume import Start
+from megalite.run_state import RunMarker
 from megalite.spikes import Spike
 from megalite.stopping import DONE, STOPPED, StopRequests
 from megalite.stragglers import StragglerWatch
@@ -81,10 +82,11 @@ class RunRecorder:
         start: Start | None = None,
         stop: StopRequests | None = None,
         kernels: Kernels = NATIVE,
+        marker: RunMarker | None = None,
     ) -> None:
         config, start = plan.config, start or Start()
         self.config, self.grid, self.plan = config, grid, plan
-        self.directory, self.stop = config.run.dir, stop
+        self.directory, self.stop, self.marker = config.run.dir, stop, marker
         self.log: MetricsLog | None = None
         self.tokens = 0
         self.valid_losses: dict[str, float] = {}
@@ -121,6 +123,8 @@ class RunRecorder:
                 *forecast.warnings(config, plan.checkpoint_bytes),
             ):
                 self.log.say(line)
+            if marker is not None:
+                marker.running()
             if start.step >= (config.train.stop_after or config.train.steps):
                 self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
 
@@ -233,11 +237,12 @@ class RunRecorder:
         """Leave STOPPED.json of a run that ends after `step` since it was asked to, and remove the file that asked."""
         if self.log is None:
             return
-        folder = self.plan.checkpoints / f"step_{step}"
-        checkpoint = str(folder) if folder.is_dir() else None
+        checkpoint, folder = self._checkpoint_of(step), self.plan.checkpoints / f"step_{step}"
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"step": step, "reason": reason, "checkpoint": checkpoint, "time": now}
         write_whole(self.directory / STOPPED, json.dumps(record).encode() + b"\n")
+        if self.marker is not None:
+            self.marker.ended("stopped", step=step, reason=reason, checkpoint=checkpoint)
         if self.stop is not None:
             self.stop.discard()
         kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
@@ -245,8 +250,13 @@ class RunRecorder:
             kept = "no checkpoint of it is kept: checkpoint.last is false"
         self.log.say(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
 
-    def finish(self, *, complete: bool) -> None:
-        """Draw the curves; leave DONE.json where the run went to its last step."""
+    def _checkpoint_of(self, step: int) -> str | None:
+        folder = self.plan.checkpoints / f"step_{step}"
+        return str(folder) if folder.is_dir() else None
+
+    def finish(self, step: int, *, complete: bool, stopped: bool) -> None:
+        """Draw the curves after `step`; leave DONE.json where the run went to its last step. Where it did not and was
+        not `stopped` either, train.stop_after has ended it."""
         if self.log is None:
             return
         from megalite.plots import loss_curve
@@ -266,6 +276,11 @@ class RunRecorder:
         if complete:
             done = {"step": self.config.train.steps, "tokens": self.tokens}
             write_whole(self.directory / DONE, json.dumps(done).encode())
+        if self.marker is not None and complete:
+            self.marker.ended("done", step=step, checkpoint=self._checkpoint_of(step))
+        elif self.marker is not None and not stopped:
+            reason = f"train.stop_after={self.config.train.stop_after}"
+            self.marker.ended("stopped", step=step, reason=reason, checkpoint=self._checkpoint_of(step))
         self.log.say(f"run: {self.directory}")
 
     def close(self) -> None:

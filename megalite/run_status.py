@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,19 +12,22 @@ from typing import Any, Literal
 from megalite.checkpoint.weights import section_of_weights
 from megalite.config import load_run_config
 from megalite.errors import UserError
-from megalite.heartbeat import Beat, laggards, read_beats
+from megalite.files import file_clock
+from megalite.heartbeat import SILENT_SECONDS, Beat, laggards, read_beats
+from megalite.run_state import RunState, read_state
 from megalite.stopping import DONE, STOPPED
 
-State = Literal["running", "stopped", "done", "dead"]
+State = Literal["starting", "running", "stopped", "done", "failed", "dead"]
 TAIL_BYTES = 1 << 16
 """How much of a run's metrics is read, from the end: hundreds of steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """What the files of a run tell of it at the time `now`, in seconds since 1970.
+    """What the files of a run tell of it at the time `now`, in seconds since 1970 by the clock of their file system.
 
-    `state` is running where a rank has written of late, and dead where none has and the run left no word of its end.
+    `state` is starting or running where a process has written of late, and dead where none has and the run left no word
+    of its end.
     """
 
     folder: Path
@@ -38,6 +40,8 @@ class RunStatus:
     beats: Sequence[Beat]
     stopped: dict[str, Any]
     """The content of STOPPED.json, if there is one."""
+    told: RunState | None = None
+    """The content of STATE.json, if there is one."""
 
     @property
     def laggards(self) -> list[Beat]:
@@ -63,28 +67,38 @@ def run_status(path: Path) -> RunStatus:
     Raises UserError where there is no run.
     """
     folder = path if path.is_dir() else load_run_config(path, [], section_of_weights).run.dir
-    resolved = folder / "config.yaml"
-    if not resolved.is_file():
+    resolved, told = folder / "config.yaml", read_state(folder)
+    if not resolved.is_file() and told is None:
         raise UserError(f"{folder}: holds no run: there is no {resolved.name}; give a run file, or a run's folder")
-    config = load_run_config(resolved, [])
-    now, ranks = time.time(), config.layout.world_size
+    now = file_clock(folder)
+    if resolved.is_file() and (told is None or told.state in ("running", "done", "stopped")):
+        config = load_run_config(resolved, [])
+        ranks, steps = config.layout.world_size, config.train.steps
+    else:  # the file is of an earlier start, or is not there yet
+        assert told is not None
+        ranks, steps = told.ranks, told.steps
     beats = read_beats(folder, ranks)
     return RunStatus(
         folder=folder,
-        state=_state(folder, beats, now),
+        state=_state(folder, beats, told, now),
         now=now,
         ranks=ranks,
-        total_steps=config.train.steps,
+        total_steps=steps,
         steps=_last_steps(folder / "metrics.jsonl"),
         beats=beats,
         stopped=_read_json(folder / STOPPED),
+        told=told,
     )
 
 
-def _state(folder: Path, beats: Sequence[Beat], now: float) -> State:
+def _state(folder: Path, beats: Sequence[Beat], told: RunState | None, now: float) -> State:
+    if told is not None and told.state == "starting":  # whatever an earlier run has left
+        return "starting" if told.is_going_on(now, SILENT_SECONDS) else "dead"
+    if told is not None and told.state == "failed":
+        return "failed"
     if (folder / DONE).is_file():
         return "done"
-    if (folder / STOPPED).is_file():
+    if (folder / STOPPED).is_file() or (told is not None and told.state == "stopped"):
         return "stopped"
     return "running" if any(not beat.is_silent(now) for beat in beats) else "dead"
 

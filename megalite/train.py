@@ -23,7 +23,7 @@ from megalite.data.datasets import Datasets, open_datasets
 from megalite.distributed import ProcessGrid, local_device, on_rank_zero, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.feed import Feed
-from megalite.files import sole_user
+from megalite.files import on_file_clock, sole_user
 from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.launch import LaunchEnvironment, start_time
 from megalite.learning_rate import learning_rate
@@ -39,6 +39,7 @@ from megalite.precision import DTYPES
 from megalite.recorder import RunRecorder, StepReport
 from megalite.rendezvous import agree, ask_rank_zero
 from megalite.resume import find_start
+from megalite.run_state import RunMarker
 from megalite.spikes import SpikeWatch
 from megalite.stopping import STOP, StopRequests
 from megalite.tensor_parallel.kernels import NATIVE, Kernels
@@ -46,8 +47,10 @@ from megalite.zero import ZeroEngine
 from megalite.zero_state import ZeroState
 
 
-def train(plan: Plan, environment: LaunchEnvironment) -> int:
+def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunMarker | None = None) -> int:
     """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
+
+    `marker` hears on rank 0 what the start is doing, that training begins, and how it ended.
 
     Returns the exit status: `STOPPED_STATUS` where the run was asked to stop before its end and megalite launched it,
     else 0, since other launchers take anything else for a failure.
@@ -57,16 +60,23 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     """
     config = plan.config
     progress = Progress()
+    marker = marker if environment.rank == 0 else None
+    doing = marker.starting if marker is not None else lambda text: None
     file = config.run.dir / STOP if environment.rank == 0 else None
-    stop = StopRequests(file, config.train.max_minutes, since=start_time(os.environ))
+    since = on_file_clock(config.run.dir, start_time(os.environ)) if file is not None else 0.0
+    stop = StopRequests(file, config.train.max_minutes, since=since)
     # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
     device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     plan.check_machine()
+    if environment.world_size > 1:
+        others = environment.world_size - 1
+        doing(f"waiting for the other {others:,} ranks" if others > 1 else "waiting for the other rank")
     store = agree(environment, run_facts(plan, environment.world_size), timeout)
     if environment.launcher != "megalite":  # which has looked already
+        doing("checking the checkpoints and the data")
         ask_rank_zero(store, environment, "check of start and data", lambda: _check(plan))
     with (
         ExitStack() as stack,
@@ -78,7 +88,10 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
         heart = Heart(config.run.dir, grid.rank, plan.layout.world_size, progress, config.train.timeout_seconds)
         stack.enter_context(heart)
         restarts = environment.restarts
-        trainer = Trainer(plan, grid, open_datasets(config), stop=stop, progress=progress, restarts=restarts)
+        doing("opening the data")
+        datasets = open_datasets(config)
+        doing("building the model")
+        trainer = Trainer(plan, grid, datasets, stop=stop, progress=progress, restarts=restarts, marker=marker)
         with stop.heeding_signals():
             stopped = trainer.run()
         trainer.close()
@@ -104,15 +117,17 @@ class Trainer:
         stop: StopRequests | None = None,
         progress: Progress | None = None,
         restarts: int = 0,
+        marker: RunMarker | None = None,
         reached: Callable[[str], None] = lambda point: None,
     ) -> None:
         """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says.
 
-        `stop` is what may end its training early, `progress` hears where it is, and `restarts` says how often the ranks
-        were started again.
+        `stop` is what may end its training early, `progress` hears where it is, `restarts` says how often the ranks
+        were started again, and `marker` hears on rank 0 that training begins and how it ended.
         """
         self.plan, self.config, self.grid = plan, plan.config, grid
         self.stop, self.progress, self.restarts = stop or StopRequests(), progress or Progress(), restarts
+        self.marker = marker
         self.start = find_start(plan, grid)
         self.kernels = _agreed_kernels(self.config, grid, self.start.kernels)
         self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights, self.kernels), self.config, grid)
@@ -167,7 +182,9 @@ class Trainer:
         train = self.config.train
         last = train.stop_after or train.steps
         recorder = RunRecorder(
-            *(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop), kernels=self.kernels
+            *(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop),
+            kernels=self.kernels,
+            marker=self.marker,
         )
         if self.restarts:
             recorder.restarted(self.start.step, self.restarts)
@@ -202,7 +219,8 @@ class Trainer:
             recorder.checkpoints(self.checkpointer.take_reports())
             if stopped:
                 recorder.stopped(step, self.stop.agreed)
-            recorder.finish(complete=not stopped and max(last, self.start.step) == train.steps)
+            complete = not stopped and max(last, self.start.step) == train.steps
+            recorder.finish(step, complete=complete, stopped=stopped)
         return stopped
 
     def _evaluate(self, step: int, recorder: RunRecorder) -> None:

@@ -1,11 +1,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from megalite.files import partial_path, publish, sole_user, write_whole
+from megalite.files import file_clock, on_file_clock, partial_path, publish, sole_user, write_whole
 
 
 def test_write_whole_makes_the_folder_and_leaves_nothing_else(tmp_path):
@@ -51,3 +52,18 @@ def test_a_folder_has_one_user_at_a_time(tmp_path: Path) -> None:
         refused = enter()
     assert f"UserError: run.dir=here is in use by process {os.getpid()} on " in refused.stderr
     assert enter().returncode == 0
+
+
+@pytest.mark.parametrize(("ahead", "moved"), [(0.0, 0.0), (0.4, 0.0), (-0.4, 0.0), (90.0, 90.0), (-3600.0, -3600.0)])
+def test_a_moment_is_told_by_the_clock_of_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float, moved: float
+) -> None:
+    """A file server's clock that is ahead of this host's, which is as if this host's were behind."""
+    now = time.time()
+    monkeypatch.setattr("megalite.files.time.time", lambda: now - ahead)
+    assert on_file_clock(tmp_path, 500.0) == pytest.approx(500.0 + moved, abs=0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_this_hosts_clock_serves(tmp_path: Path) -> None:
+    assert abs(file_clock(tmp_path / "missing") - time.time()) < 5

@@ -137,14 +137,19 @@ def test_to_start_takes_as_long_as_it_takes() -> None:
 # ---- megalite status
 
 
-def write_run(folder: Path, beats: list[Beat], steps: int = 4) -> None:
-    """Leave what a run of two tensor ranks leaves in its folder."""
+def write_run(folder: Path, beats: list[Beat], steps: int = 4, skew: float = 0.0) -> None:
+    """Leave what a run of two tensor ranks leaves in its folder; the clocks of its hosts are `skew` seconds, and twice
+    that, ahead of the file system's."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     now = time.time()
     for one in beats:
         record = {name: getattr(one, name) for name in ("rank", "host", "pid", "step", "phase")}
-        record |= {"moved": now - (NOW - one.moved), "time": now - (NOW - one.time)}
-        (folder / FOLDER / f"rank_{one.rank}.json").write_text(json.dumps(record))
+        ahead = skew * (1 + one.rank)
+        record |= {"moved": now - (NOW - one.moved) + ahead, "time": now - (NOW - one.time) + ahead}
+        path = folder / FOLDER / f"rank_{one.rank}.json"
+        path.write_text(json.dumps(record))
+        written = now - (NOW - one.time)
+        os.utime(path, (written, written))
     lines = [
         {"step": step, "loss": 3.0 - step / 8, "tokens_per_second": 1000.0, "step_seconds": 2.0}
         for step in range(1, steps + 1)
@@ -171,6 +176,39 @@ def test_status_of_a_run_that_runs_names_who_is_behind(run_folder: Path, run_fil
     assert lines[1] == "step 4/100 | loss 2.5000 | 1,000 tok/s | 2.00 s a step | ETA 0:03:12"
     assert lines[2] == "2 ranks: 1 behind or silent, 0 not heard of yet"
     assert lines[3].startswith("  rank 1 on node1: data of step 3 for 6")
+
+
+@pytest.mark.parametrize("skew", [-3600.0, -20.0, 20.0, 3600.0])
+def test_clocks_of_hosts_that_differ_make_no_rank_silent_or_behind(run_folder: Path, skew: float) -> None:
+    write_run(run_folder, [beat(0, 5), beat(1, 5)], skew=skew)
+    status = run_status(run_folder)
+    assert (status.state, status.laggards) == ("running", [])
+    write_run(run_folder, [beat(0, 5), beat(1, 3, "data", moved=60)], skew=skew)
+    status = run_status(run_folder)
+    assert [found.rank for found in status.laggards] == [1]
+    assert status.laggards[0].describe(status.now).startswith("rank 1 on node1: data of step 3 for 6")
+    write_run(run_folder, [beat(0, 5), beat(1, 5, written=SILENT_SECONDS + 9)], skew=skew)
+    assert [found.rank for found in run_status(run_folder).laggards] == [1]
+
+
+@pytest.mark.parametrize(("ranks", "writes"), [(2, 6), (200, 3), (10_000, 1)])
+def test_many_ranks_write_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, writes: int) -> None:
+    """In five seconds of work that goes on all the time; a rank never rests for longer than makes it silent."""
+    progress, clock, written = Progress(), [100.0], []
+    heart = Heart(tmp_path, 0, ranks, progress, timeout=60)
+    monkeypatch.setattr("megalite.heartbeat.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: written.append(clock[0]))
+
+    class Seconds:
+        def wait(self, seconds: float) -> bool:
+            clock[0] += seconds
+            progress.moved()
+            return clock[0] > 105
+
+    heart._closed = Seconds()  # pyright: ignore[reportAttributeAccessIssue]
+    heart._live()
+    assert len(written) == writes + (ranks == 10_000)
+    assert heart._seconds < SILENT_SECONDS / 2
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,9 @@ def _begin(request: Mapping[str, Any], streams: Sequence[int]) -> None:
 
     import torch
 
+    from megalite.launch import environment
+
+    environment._IMPORTED = time.time()  # an interpreter would import it now
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     sys.argv = [str(Path(sys.modules["megalite"].__path__[0], "__main__.py")), *request["argv"]]
     if "RANK" in os.environ:

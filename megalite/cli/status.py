@@ -24,7 +24,8 @@ def _status(
 ) -> None:
     """Show how a run is doing, from the files in its folder: its state, its last step, and the ranks that are behind.
 
-    It is running, stopped (it was asked to, and can go on), done, or dead: ended without a word.
+    It is starting, running, stopped (it was asked to, and can go on), done, failed (it said why), or dead: it ended
+    without a word.
     """
     from megalite.run_status import run_status
 
@@ -43,18 +44,48 @@ def _lines(status: "RunStatus") -> Iterator[str]:
         )
     else:
         yield f"no step of {status.total_steps:,} is done yet"
-    if status.state in ("running", "dead"):
+    if status.state in ("running", "dead") and not _is_start(status):
         yield from _ranks(status)
+    yield from _how_to_go_on(status)
+
+
+def _is_start(status: "RunStatus") -> bool:
+    return status.told is not None and status.told.state == "starting"
 
 
 def _of_the_end(status: "RunStatus") -> str:
+    told = status.told
+    if status.state == "starting":
+        assert told is not None
+        return f" {told.ranks:,} {'rank' if told.ranks == 1 else 'ranks'}: {told.doing}"
+    if status.state == "failed":
+        assert told is not None
+        first, *more = (told.reason or "").splitlines() or [""]
+        return f": {first}" + (f" (and {len(more):,} more lines)" if more else "")
     if status.state == "dead":
+        if told is not None and _is_start(status):
+            return f", while it was starting ({told.doing}): nothing was written for {status.now - told.time:,.0f} s"
         last = max((beat.time for beat in status.beats), default=None)
         return "" if last is None else f", no rank has written for {status.now - last:,.0f} s"
-    if status.state == "stopped" and {"step", "reason"} <= set(status.stopped):
-        checkpoint = status.stopped.get("checkpoint") or "no checkpoint"
-        return f" after step {status.stopped['step']}, asked by {status.stopped['reason']}; {checkpoint}"
+    if status.state == "stopped":
+        found = status.stopped
+        if not found and told is not None:
+            found = {"step": told.step, "reason": told.reason, "checkpoint": told.checkpoint}
+        if {"step", "reason"} <= set(found):
+            checkpoint = found.get("checkpoint") or "no checkpoint"
+            return f" after step {found['step']}, asked by {found['reason']}; {checkpoint}"
     return ""
+
+
+def _how_to_go_on(status: "RunStatus") -> Iterator[str]:
+    if status.state == "stopped":
+        by_steps = not status.stopped and status.told is not None
+        kept = status.stopped.get("checkpoint") or (status.told.checkpoint if status.told else None)
+        how = "without train.stop_after, or with a later one" if by_steps else "as before"
+        whence = "it goes on from there" if kept else "it begins with the newest checkpoint there is, or anew"
+        yield f"to go on: start it again {how}; {whence}"
+    elif status.state in ("failed", "dead"):
+        yield f"logs of the ranks: {status.folder / 'logs'}; started again, it goes on from its newest checkpoint"
 
 
 def _eta(status: "RunStatus") -> str:

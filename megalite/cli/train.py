@@ -3,13 +3,26 @@
 import faulthandler
 import math
 import os
+import socket
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local
+from megalite.launch import (
+    LaunchEnvironment,
+    announce,
+    die_with_parent,
+    end_announcement,
+    launch_environment,
+    launch_local,
+    start_name,
+)
 from megalite.paths import spell
+
+if TYPE_CHECKING:
+    from megalite.plan import Plan
+    from megalite.run_state import RunMarker
 
 
 def register(app: typer.Typer) -> None:
@@ -51,26 +64,48 @@ def _train(
 
 
 def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
-    from megalite.files import sole_user
-    from megalite.plan import prepare
-
     if dry_run:
         _dry_run(run, overrides, None)
         return
+    announce(f"checking {run.name}")  # before the imports, which may take a second
+    from megalite.files import sole_user
+    from megalite.finished import step_of_a_finished_run
+    from megalite.plan import prepare
+
     plan = prepare(run, overrides, None)
+    folder, world_size = plan.config.run.dir, plan.layout.world_size
     plan.check_start()
+    if (step := step_of_a_finished_run(plan)) is not None:
+        end_announcement()
+        typer.echo(f"nothing is left to train: step {step:,} of {plan.config.train.steps:,} is done")
+        typer.echo(f"run: {folder}")
+        return
     plan.check_data()
-    folder = plan.config.run.dir
     with sole_user(folder, f"run.dir={folder}"):
         pass  # rank 0 takes it for the run; this ends a second run before its ranks start
+    marker = _marker(plan)
+    marker.starting(f"starting {world_size:,} {'rank' if world_size == 1 else 'ranks'}")
     status = launch_local(
         ["train", spell(run), *overrides],
-        plan.layout.world_size,
+        world_size,
         folder / "logs",
         stop_grace=math.inf,  # they save a checkpoint before they end
         max_restarts=plan.config.train.max_restarts,
+        failed=marker.failed,
     )
     raise typer.Exit(status)
+
+
+def _marker(plan: "Plan") -> "RunMarker":
+    from megalite.run_state import RunMarker
+
+    return RunMarker(
+        plan.config.run.dir,
+        start_name(os.environ, socket.gethostname(), os.getpid()),
+        ranks=plan.layout.world_size,
+        steps=plan.config.train.steps,
+        tell=announce,
+    )
 
 
 def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: LaunchEnvironment) -> None:
@@ -78,13 +113,26 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
     die_with_parent()
     faulthandler.enable()
     os.environ.update(environment.variables())
+    if dry_run:
+        if environment.rank == 0:
+            _dry_run(run, overrides, environment.world_size)
+        return
     from megalite.plan import prepare
-    from megalite.train import train
 
-    if not dry_run:
-        raise typer.Exit(train(prepare(run, overrides, environment.world_size), environment))
-    if environment.rank == 0:
-        _dry_run(run, overrides, environment.world_size)
+    plan = prepare(run, overrides, environment.world_size)
+    marker = _marker(plan)
+    try:
+        if environment.rank == 0:
+            marker.starting("importing torch and DeepSpeed")
+            marker.keep_fresh()
+        from megalite.train import train
+
+        status = train(plan, environment, marker=marker)
+    except Exception as error:
+        if environment.launcher != "megalite":  # which tells of the first failure, once all ranks have ended
+            marker.failed(f"rank {environment.rank} on {socket.gethostname()}: {str(error) or type(error).__name__}")
+        raise
+    raise typer.Exit(status)
 
 
 def _dry_run(run: Path, overrides: list[str], world_size: int | None) -> None:

@@ -68,6 +68,14 @@ def start_time(env: Mapping[str, str]) -> float:
         return _IMPORTED
 
 
+def start_name(env: Mapping[str, str], host: str, pid: int) -> str:
+    """Return a name that the processes of one start share: `launch_local`'s own and its ranks', or any other launcher's
+    ranks, which meet in one place. Process `pid` on `host` asks."""
+    if "RANK" in env and LAUNCHER_PID not in env:
+        return f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+    return f"process {env.get(LAUNCHER_PID, pid)} on {host}"
+
+
 def launch_environment(env: Mapping[str, str]) -> LaunchEnvironment | None:
     """Return the rank that a launcher made of this process, or None when it was started by hand.
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from megalite.errors import STOPPED_STATUS, USER_ERROR_STATUS, UserError
+from megalite.launch.announce import clear_for_stderr
 from megalite.launch.environment import LAUNCHER_PID, RESTART_COUNT, STARTED, start_time
 
 USER_ERROR_PREFIX = "megalite: error: "
@@ -36,6 +37,7 @@ def launch_local(
     failure_grace: float = 5.0,
     stop_grace: float = 10.0,
     max_restarts: int = 0,
+    failed: Callable[[str], None] = lambda words: None,
 ) -> int:
     """Run `command` with `argv` as `world_size` ranks on this machine; return the exit status of the run.
 
@@ -47,7 +49,7 @@ def launch_local(
     which have `stop_grace` seconds from then, math.inf for as long as it takes; a second one kills them at once.
 
     Ranks that were taken down because one died are started again, at most `max_restarts` times; not where that was
-    the user's mistake, nor where a signal came.
+    the user's mistake, nor where a signal came. Where the run fails in the end, `failed` is told how, in words.
 
     Returns 0 when every rank ended well, `STOPPED_STATUS` when they stopped as they were asked to, the status of the
     rank that failed first, or 128 + N for signal N.
@@ -61,8 +63,11 @@ def launch_local(
         for restarts in range(max_restarts + 1):
             watch = _Watch(signals, failure_grace, stop_grace)
             _run_ranks([*command, *argv], world_size, restarts, log_dir, watch)
+            clear_for_stderr()
             status = watch.verdict()
             if not watch.saw_a_rank_die or restarts == max_restarts:
+                if watch.last_words:
+                    failed(watch.last_words)
                 return status
             sys.stderr.write(f"megalite: all ranks are started again, time {restarts + 1} of {max_restarts}\n")
     raise AssertionError(f"max_restarts={max_restarts} is below 0")
@@ -207,6 +212,7 @@ class _Console:
         chunk = os.read(self.read_end, 1 << 20)
         self._keep(chunk)
         if not self.muted:
+            clear_for_stderr()
             sys.stderr.write(self._decode(chunk))
             sys.stderr.flush()
         return bool(chunk)
@@ -283,6 +289,8 @@ class _Watch:
     interrupted: bool = False
     """Whether a signal came, be it after a failure."""
     kill_at: float = math.inf
+    last_words: str = ""
+    """How the run failed."""
 
     @property
     def saw_a_rank_die(self) -> bool:
@@ -355,7 +363,8 @@ class _Watch:
         if statuses <= {0, STOPPED_STATUS}:
             return max(statuses)
         if self.stopped_by is not None:
-            sys.stderr.write(f"megalite: stopped by signal {signal.Signals(self.stopped_by).name}\n")
+            self.last_words = f"stopped by signal {signal.Signals(self.stopped_by).name}"
+            sys.stderr.write(f"megalite: {self.last_words}\n")
             return 128 + self.stopped_by
         assert self.failed is not None
         self._report(self.failed)
@@ -364,12 +373,17 @@ class _Watch:
     def _report(self, rank: _Rank) -> None:
         """Say which rank failed first and show its last words, which the console has where it was rank 0."""
         lines = rank.tail()
+        self.last_words = f"{rank.epitaph()}; its log: {rank.log}"
         if rank.status == USER_ERROR_STATUS:
-            if self.ranks[0].status == USER_ERROR_STATUS:
+            speaker = self.ranks[0] if self.ranks[0].status == USER_ERROR_STATUS else rank
+            messages = [line for line in speaker.tail() if line.startswith(USER_ERROR_PREFIX)]
+            if messages:
+                self.last_words = "\n".join(line.removeprefix(USER_ERROR_PREFIX) for line in messages)
+            if speaker is self.ranks[0]:
                 return
-            if messages := [line for line in lines if line.startswith(USER_ERROR_PREFIX)]:
+            if messages:
                 sys.stderr.write("".join(f"{line}\n" for line in messages))
                 return
         start = next((at for at, line in enumerate(lines) if "Traceback (most recent call last)" in line), -20)
         shown = lines[start:] if rank.number else []
-        sys.stderr.write("".join(f"{line}\n" for line in (*shown, f"megalite: {rank.epitaph()}; its log: {rank.log}")))
+        sys.stderr.write("".join(f"{line}\n" for line in (*shown, f"megalite: {self.last_words}")))
