@@ -721,7 +721,8 @@ def test_a_text_that_the_tokenizer_refuses_is_malformed(tmp_path, name, workers,
 
 
 def test_a_token_begins_every_document(corpus, sentences, tokenizer_path, tmp_path, monkeypatch):
-    for options in ({"prepend_bos": True}, {"bos_token": "<s>"}):
+    wanted: list[dict[str, Any]] = [{"prepend_bos": True}, {"bos_token": "<s>"}]
+    for options in wanted:
         preprocess([corpus], tokenizer_path, tmp_path / "data", append_eod=True, workers=1, **options)
         dataset = IndexedDataset(tmp_path / "data")
         expected = [[1, *ids, 2] for ids in load_tokenizer(tokenizer_path).encode_batch(sentences)]

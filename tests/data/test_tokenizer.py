@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from megalite.data.preprocessing import long_text
 from megalite.data.preprocessing.encoding import encode_long
 from megalite.data.preprocessing.long_text import LongText
-from megalite.data.tokenizer import load_tokenizer, standard_files, train_sentencepiece
+from megalite.data.tokenizer import load_tokenizer, standard_files, tokenizer_paths, train_sentencepiece
 from megalite.data.tokenizers.control_tokens import TextRefused, refusals_named
 from megalite.data.tokenizers.hugging_face_tokenizer import HuggingFaceTokenizer
 from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -709,3 +709,13 @@ def test_what_begins_a_text_is_found(tmp_path, sentences, hugging_face_path):
 def test_a_tokenizer_that_is_not_there_is_told_with_a_fix_that_fits(name, fix):
     with pytest.raises(UserError, match=fix):
         load_tokenizer(Path(name))
+
+
+def test_a_tokenizers_files_have_the_names_under_which_they_are_looked_for(tmp_path, sentences, tokenizer_path):
+    assert tokenizer_paths(tokenizer_path) == {"tokenizer.model": tokenizer_path}
+    gpt2_pair(tmp_path, sentences)
+    pair = {name: tmp_path / name for name in ("vocab.json", "merges.txt")}
+    assert tokenizer_paths(tmp_path) == tokenizer_paths(tmp_path / "merges.txt") == pair
+    beside_model(tmp_path, sentences, added_tokens={"<a>": 400})
+    files = {name: tmp_path / name for name in ("tokenizer.model", "added_tokens.json")}
+    assert tokenizer_paths(tmp_path) == tokenizer_paths(tmp_path / "tokenizer.model") == files
