@@ -3,11 +3,12 @@
 import itertools
 import json
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,7 +104,10 @@ class RunRecorder:
                     total_steps=config.train.steps,
                     world_size=plan.layout.world_size,
                     after=start.step,
+                    last=config.train.last_step,
+                    log_every=config.train.log_every,
                 )
+                self.log.configuration(config.to_yaml(), dict(_flat(config.model_dump(mode="json"))))
         self.stragglers = StragglerWatch(plan.layout, config.train.straggler_factor)
         self.hosts = gather_json(socket.gethostname(), grid)
         self.peak = self._measure_peak(dtype)
@@ -270,6 +274,8 @@ class RunRecorder:
         for name, loss in self.valid_losses.items():
             which = "" if len(self.valid_losses) == 1 else f" on {name}"
             self.log.say(f"validation loss{which}: {loss:.4f} nats a token{beside}")
+        if (throughput := self.log.throughput()) is not None:
+            self.log.say(throughput)
         self.log.say(f"loss curve: {curve}")
         if self.picture is not None:
             self.log.say(f"pipeline timeline: {self.picture}")
@@ -324,6 +330,17 @@ def set_aside_earlier_run(directory: Path) -> None:
     aside.mkdir(parents=True)
     for path in left:
         path.rename(aside / path.name)
+
+
+def _flat(node: Any, key: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
+    """Every setting under its dotted key; a list as the text of its JSON, and those without a value left out."""
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _flat(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, str | int | float):
+        yield key, node
+    elif node is not None:
+        yield key, json.dumps(node, default=str)
 
 
 def _next_free(file: Path) -> Path:

@@ -295,6 +295,8 @@ class TrainSection(Section, frozen=True):
     """Global batches an evaluation reads."""
     stop_after: Count | None = None
     """End after this step, with the schedules still those of `steps`."""
+    log_every: Count = 1
+    """The console shows every so many-th step, and the first and the last; metrics.jsonl has all."""
     trace_steps: Annotated[tuple[int, ...], COUNTS] = ()
     """Steps whose pipeline timeline is recorded; the first step is 1."""
     recompute: Annotated[Literal["none", "selective", "full"] | None, RECOMPUTE] = None
