@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ class BadSteps:
     gradient. No other step costs anything.
     """
 
-    def __init__(self, limit: int, stages: Mapping[int, Stage], grid: ProcessGrid) -> None:
-        self.limit, self._stages, self._grid = limit, stages, grid
+    def __init__(self, limit: int, stages: Mapping[int, Stage], grid: ProcessGrid, run: Path) -> None:
+        self.limit, self._stages, self._grid, self._run = limit, stages, grid, run
         self._in_a_row = 0
         self._first: list[Any] | None = None
         """[order, words] of the first tensor of this rank that was not finite in the step that was watched."""
@@ -60,7 +61,7 @@ class BadSteps:
             fix += " train.max_bad_steps where it is still coming down, lower train.optimizer.lr"
         raise UserError(
             f"train.max_bad_steps={self.limit} steps in a row, to step {step}, had a gradient that is not finite, and "
-            f"were skipped; {cause}. {fix}, or look at what the step read: megalite inspect RUN.DIR --step {step}"
+            f"were skipped; {cause}. {fix}, or look at what the step read: megalite inspect {self._run} --step {step}"
         )
 
     def _note(self, order: tuple[int, ...], words: Callable[[], str], tensor: Tensor) -> None:

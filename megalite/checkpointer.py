@@ -24,12 +24,14 @@ from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.retention import prune
 from megalite.checkpoint.store import Part
 from megalite.config.sections import CheckpointSection
-from megalite.distributed import ProcessGrid, gather_json
+from megalite.distributed import ProcessGrid, broadcast_json, gather_json
 from megalite.errors import UserError
 from megalite.files import write_whole
 from megalite.zero_state import ZeroState
 
 LATEST = "LATEST"
+TELL_SECONDS = 1.0
+"""How often the ranks that wait for a save tell each other that it goes on."""
 SETTLE_SECONDS = 8.0
 """How long a rank that has to end waits for the others' parts."""
 
@@ -37,7 +39,7 @@ SETTLE_SECONDS = 8.0
 @dataclass(slots=True)
 class SaveReport:
     """One save: its size in bytes over all ranks, the seconds that training waited for it on this rank, and those
-    until it was on the disk. `failure` says why there is no checkpoint."""
+    until it was on the disk. `failure` says why there is no checkpoint, `warnings` what else did not go as asked."""
 
     step: int
     folder: Path
@@ -45,6 +47,7 @@ class SaveReport:
     blocked_seconds: float = 0.0
     durable_seconds: float = 0.0
     failure: str | None = None
+    warnings: list[str] = field(default_factory=list)
     told: bool = False
 
 
@@ -55,15 +58,25 @@ class _Save:
     report: SaveReport
     began: float
     written: Future[None] = field(default_factory=Future)
-    copied: threading.Event = field(default_factory=threading.Event)
+    copied: Future[None] = field(default_factory=Future)
+    may_change: bool = False
+    """Whether every rank has copied what it saves."""
     others_failed: threading.Event = field(default_factory=threading.Event)
     finished: Future[Path] | None = None
+    moves: int = 0
+    """Grows as this rank's thread gets on with its work."""
+
+    def moved(self) -> None:
+        """Take note that this rank's thread got on."""
+        self.moves += 1
 
 
 class Checkpointer:
     """Writes ``step_N`` folders below `root`. Collective where it says so; one save at a time.
 
-    `reached` is called with the name of each point of a save that is passed, so that a test can stop there.
+    `reached` is called with the name of each point of a save that is passed, so that a test can stop there. `moved` is
+    called on every rank that waits for a save, as long as one of the ranks gets on with it: a save may take longer than
+    a rank may stand still.
     """
 
     def __init__(
@@ -76,18 +89,20 @@ class Checkpointer:
         tensor_bytes: int,
         files: Mapping[str, bytes],
         reached: Callable[[str], None] = lambda point: None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
+        self._moved = moved
         self._settings, self._root, self._state, self._grid = settings, root, state, grid
         self._needed, self._files, self._reached = tensor_bytes, files, reached
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffer: torch.Tensor | None = None
         self._under_way: _Save | None = None
         self._untold: list[SaveReport] = []
+        self._warned: set[str] = set()
 
     def due(self, step: int, last: int) -> bool:
         """Whether `step` ends with a save."""
-        every = self._settings.every
-        return bool(every) and (step % every == 0 or step == last)
+        return self._settings.due(step, last)
 
     def save(self, manifest: Manifest, state: Mapping[str, Any]) -> None:
         """Save, once the save before is done. Collective.
@@ -113,10 +128,12 @@ class Checkpointer:
             self.wait()
 
     def before_update(self) -> None:
-        """Wait until the state that is being saved may change."""
-        if self._under_way is not None:
-            with self._blocking(self._under_way.report):
-                self._under_way.copied.wait()
+        """Wait until the state that is being saved may change. Collective in the first call after a save began."""
+        save = self._under_way
+        if save is not None and not save.may_change:
+            with self._blocking(save.report):
+                self._wait_together(save, save.copied)
+            save.may_change = True
 
     def take_reports(self) -> list[SaveReport]:
         """Return the saves that ended since the last call, as far as this rank knows: rank 0 knows first.
@@ -144,14 +161,34 @@ class Checkpointer:
             return
         report = save.report
         with self._blocking(report):
+            self._wait_together(save, save.written)
             failures = [told for told in gather_json(self._failure(save.written), self._grid) if told is not None]
             if failures:
                 save.others_failed.set()
+            self._wait_together(save, save.finished)
             finished = self._failure(save.finished) if save.finished is not None else None
-            report.failure = next(iter(failures), gather_json(finished, self._grid)[0])
+            report.failure = next(iter(failures), broadcast_json(finished, self._grid))
         if report.failure is not None and self._grid.rank == 0:
             store.discard(report.folder)
         self._judge(report)
+
+    def _wait_together(self, save: _Save, future: Future[Any] | None) -> None:
+        """Wait until every rank's future is done, where it has one. Collective.
+
+        No rank waits in a collective for as long as another writes: it would be taken for one that hangs, and the
+        collective would give up.
+        """
+        before, everywhere = -1, False
+        while not everywhere:
+            with suppress(TimeoutError):
+                if future is not None:
+                    future.exception(TELL_SECONDS)
+            told = gather_json([future is None or future.done(), save.moves], self._grid)
+            everywhere = all(done for done, _ in told)
+            moves = sum(number for _, number in told)
+            if moves != before:
+                before = moves
+                self._moved()
 
     def close(self) -> None:
         """End the thread, without waiting for the other ranks."""
@@ -180,22 +217,23 @@ class Checkpointer:
             except OSError as error:
                 failure = self._on_this_rank(error)
             self._reached("begun")
-        return gather_json(failure, self._grid)[0]
+        return broadcast_json(failure, self._grid)
 
     def _write(self, save: _Save, mine: Sequence[Part]) -> None:
         try:
             if self._settings.asynchronous:
-                mine = self._copy(mine)
-            save.copied.set()
-            store.write_rank(save.report.folder, self._grid.rank, mine)
+                mine = self._copy(mine, save.moved)
+            save.copied.set_result(None)
+            store.write_rank(save.report.folder, self._grid.rank, mine, save.moved)
             self._reached("written")
             save.written.set_result(None)
         except BaseException as error:
             save.written.set_exception(error)
         finally:
-            save.copied.set()
+            if not save.copied.done():
+                save.copied.set_result(None)
 
-    def _copy(self, mine: Sequence[Part]) -> list[Part]:
+    def _copy(self, mine: Sequence[Part], moved: Callable[[], None]) -> list[Part]:
         """Copy the parts into one buffer, which stays: memory that is new costs more than the copy."""
         sizes = [part.box.numel for part in mine]
         if self._buffer is None or self._buffer.numel() < sum(sizes):
@@ -207,12 +245,17 @@ class Checkpointer:
             np.copyto(room, part.load())
             copies.append(Part(part.name, part.global_shape, part.box, _Held(room)))
             start += size
+            moved()
         return copies
 
     def _finish(self, save: _Save, manifest: Manifest, state: Mapping[str, Any]) -> Path:
         def alive() -> None:
             if save.others_failed.is_set():
                 raise UserError("another rank failed")
+
+        def reached(point: str) -> None:
+            save.moved()
+            self._reached(point)
 
         ranks = self._grid.layout.world_size
         folder = store.finish(
@@ -222,16 +265,31 @@ class Checkpointer:
             state=state,
             files=self._files,
             alive=alive,
-            reached=self._reached,
+            reached=reached,
         )
         save.report.durable_seconds = time.perf_counter() - save.began
         save.report.bytes = sum(file.stat().st_size for file in folder.iterdir())
-        self._reached("published")
-        write_whole(self._root / LATEST, f"{folder.name}\n".encode())
-        self._reached("latest")
-        prune(self._root, self._settings.keep_last, self._settings.keep_every)
-        self._reached("pruned")
+        reached("published")
+        # The checkpoint is there: what fails from here on is told, and is no failure of the save.
+        try:
+            write_whole(self._root / LATEST, f"{folder.name}\n".encode())
+        except OSError as error:
+            self._warn(save.report, f"{self._root / LATEST}", f"is not up to date: {error.strerror or error}")
+        reached("latest")
+        prune(
+            self._root,
+            self._settings.keep_last,
+            self._settings.keep_every,
+            tell=lambda old, what: self._warn(save.report, f"the old checkpoint {old}", what),
+        )
+        reached("pruned")
         return folder
+
+    def _warn(self, report: SaveReport, subject: str, what: str) -> None:
+        """Add to a report's warnings, once in a run about each thing."""
+        if subject not in self._warned:
+            self._warned.add(subject)
+            report.warnings.append(f"{subject}: {what}")
 
     def _failure(self, future: Future[Any]) -> str | None:
         """Wait for a future; return how it failed."""

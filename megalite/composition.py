@@ -110,7 +110,8 @@ _PAGE = """\
 Made by `python -m megalite.composition` from the rules that a run is checked by before it starts: each pair is written
 into the run file below and resolved. ✓: goes together; tests/test_composition.py and tests/test_parity.py hold it
 against one process, but for the optimizer on NVMe, which has run nowhere yet. A number: refused, for the reason under
-the table. Tensor, pipeline and data parallelism go with each other and with all that stands here.
+the table. In bf16 and fp16 ZeRO-0 runs as ZeRO-1, and the start says so. Tensor, pipeline and data parallelism go with
+each other and with all that stands here.
 
 {table}
 {notes}

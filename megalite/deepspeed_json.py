@@ -5,6 +5,7 @@ key in silence (``gradient_cliping``); here a key outside the table is an error 
 
 - `Honoured`: handed to the engine as written. ``"auto"`` means DeepSpeed's default, or what `resolve_auto` computes.
 - `Derived`: stated once, in the run file; here it may be ``"auto"`` or must agree.
+- `Unused`: accepted, left out, and told of at the start: it changes no number, or DeepSpeed does not read it.
 - `Refused`: cannot be had. A value that asks for nothing (``false``, the default) is accepted and left out.
 
 The document that results is plain JSON: `DeepSpeedSettings.engine_config` is what ``deepspeed.initialize`` is given.
@@ -12,16 +13,18 @@ The document that results is plain JSON: `DeepSpeedSettings.engine_config` is wh
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from megalite.errors import UserError, nearest
 from megalite.faults import (
     BETAS,
     FLAG,
     NOT_NEGATIVE,
+    PATH_TEXT,
     POSITIVE,
     TEXT,
     TEXTS,
@@ -37,6 +40,7 @@ from megalite.faults import (
     show,
     whole,
 )
+from megalite.paths import spell
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -61,6 +65,15 @@ class Derived:
 
     kind: Kind
     follows: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """Accepted and left out; a value other than `quiet` is told of, with the reason."""
+
+    kind: Kind
+    reason: str
+    quiet: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +110,7 @@ class ByType:
     """Types that DeepSpeed has and that cannot be had here, with the reason."""
 
 
-Rule = Honoured | Derived | Refused | Off | ByType | Mapping[str, Any]
+Rule = Honoured | Derived | Unused | Refused | Off | ByType | Mapping[str, Any]
 """A mapping is a section: its keys and their rules."""
 
 
@@ -108,6 +121,16 @@ def _even(value: Any) -> int:
 
 
 _EVEN = Kind("an even integer of at least 2", _even)
+
+
+def _count_or_never(value: Any) -> int | None:
+    # accelerate writes Infinity, in JSON or as a string.
+    if value in (math.inf, "inf", "Infinity"):
+        return None
+    return whole(1).convert(value)
+
+
+_COUNT_OR_NEVER = Kind("an integer of at least 1, or Infinity for never", _count_or_never)
 
 
 def _flags(keys: str) -> dict[str, Rule]:
@@ -124,7 +147,15 @@ def _removed(feature: str) -> Refused:
 
 def _monitor(keys: str) -> Off:
     reason = "under a pipeline DeepSpeed would record a stage's gradient product as the loss"
-    return Off(reason, "read metrics.jsonl and tensorboard/ in run.dir", _known("enabled " + keys))
+    return Off(reason, "read metrics.jsonl and tensorboard/ in run.dir", _known(keys))
+
+
+_MONITORS = {
+    "tensorboard": "enabled output_path job_name",
+    "csv_monitor": "enabled output_path job_name",
+    "wandb": "enabled group team project",
+    "comet": "enabled samples_log_interval project workspace api_key experiment_name experiment_key online mode",
+}
 
 
 _NOT_ADAMW = "AdamW is the only optimizer here"
@@ -135,7 +166,8 @@ _ONE_BIT = "its compressed all-reduce is in DeepSpeed's nccl and mpi backends al
 _ULYSSES = "it belongs to Ulysses, which divides attention by heads on an axis of its own"
 _ULYSSES_INSTEAD = "write parallel.sequence_parallel, which divides the tokens over the tensor axis"
 _OWN_CHECKPOINTS = "megalite writes checkpoints of its own"
-_ONE_PRECISION = "bf16 and fp16 state the precision, and nothing else does"
+_ONE_PRECISION = "train.precision, bf16 and fp16 state the precision, and nothing else does"
+_NOT_READ = "DeepSpeed 0.19 does not read it"
 
 RECOMPUTE_KEYS = {
     "activation_checkpointing": ("partition_activations", "cpu_checkpointing", "number_checkpoints"),
@@ -144,7 +176,7 @@ RECOMPUTE_KEYS = {
 
 OFFLOAD_PARAM: dict[str, Rule] = {
     "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
-    "nvme_path": Honoured(TEXT, "refused"),
+    "nvme_path": Honoured(PATH_TEXT, "refused"),
     "buffer_count": Honoured(whole(0)),
     "buffer_size": Honoured(whole(0)),
     "max_in_cpu": Honoured(whole(0)),
@@ -153,7 +185,7 @@ OFFLOAD_PARAM: dict[str, Rule] = {
 
 OFFLOAD_OPTIMIZER: dict[str, Rule] = {
     "device": Honoured(choice("none", "cpu", "nvme"), "refused"),
-    "nvme_path": Honoured(TEXT, "refused"),
+    "nvme_path": Honoured(PATH_TEXT, "refused"),
     "buffer_count": Honoured(whole(0)),
     "ratio": Refused("a share on the device needs DeepSpeed's CPUAdam", "write 1.0", (1, 1.0)),
     **_flags("pin_memory pipeline_read pipeline_write fast_init"),
@@ -173,9 +205,10 @@ ZERO: dict[str, Rule] = {
     **_flags("stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save"),
     "reduce_bucket_size": Honoured(whole(1), "resolved"),
     "allgather_bucket_size": Honoured(_EVEN),
-    "round_robin_gradients": Refused(
-        "it cuts the optimizer's state up by another rule than the one that checkpoints are written by",
-        "write false",
+    # It would cut the optimizer's state up by another rule than the one that checkpoints are written by.
+    "round_robin_gradients": Unused(
+        FLAG,
+        "it only spreads the copying of gradients under CPU offload over the ranks, and changes no number",
         (False,),
     ),
     "enable_sanity_checks": Refused("it compares ranks that hold different stages", "write false", (False,)),
@@ -242,14 +275,14 @@ ADAM_PARAMS: dict[str, Rule] = {
     "adam_w_mode": Refused("Adam with L2 regularisation is not available", "write true, which is AdamW", (True,)),
     "bias_correction": Refused("AdamW corrects its bias here", "write true", (True,)),
     "amsgrad": Refused("AMSGrad is not available", "write false", (False,)),
-    "torch_adam": Refused(_OWN_ADAMW, "leave it out", (False,)),
+    "torch_adam": Refused(_OWN_ADAMW, "leave it out", (True, False)),
     "set_grad_none": Refused("gradients are dropped between steps", "leave it out", (True,)),
     "fp32_optimizer_states": Refused("optimizer states are fp32", "leave it out", (True,)),
     "max_grad_norm": Refused("DeepSpeed takes it as gradient_clipping", "write gradient_clipping", (0,)),
 }
 
 _WARMUP: dict[str, Rule] = {
-    "warmup_num_steps": Honoured(whole(1), "refused"),
+    "warmup_num_steps": Honoured(whole(1), "resolved"),
     "warmup_type": Honoured(choice("log", "linear")),
     "last_batch_iteration": Refused("a run resumes its own schedule", "leave it out", (-1,)),
 }
@@ -395,15 +428,22 @@ TABLE: dict[str, Rule] = {
         "thread_count": Refused("DeepSpeed 0.19 does not read it", "write intra_op_parallelism"),
     },
     # What DeepSpeed prints of itself.
-    "steps_per_print": Honoured(whole(1)),
+    "steps_per_print": Honoured(_COUNT_OR_NEVER),
     "log_level": Honoured(choice("debug", "info", "warning", "error", "critical")),
     **_flags("wall_clock_breakdown memory_breakdown dump_state disable_python_gc"),
     "comms_logger": {**_flags("enabled verbose prof_all debug"), "prof_ops": Honoured(TEXTS)},
+    # Both stand in LLaMA-Factory's files.
+    "comms_config": {"verbose": Unused(FLAG, f"{_NOT_READ}; comms_logger has a verbose of its own", (False,))},
+    "monitor_config": {
+        "enabled": Unused(FLAG, f"{_NOT_READ}; read metrics.jsonl and tensorboard/ in run.dir", (False,)),
+        "tag": Unused(TEXT, _NOT_READ, ("DeepSpeedMonitor",)),
+        **{
+            name: Off(f"{_NOT_READ} there", "read metrics.jsonl and tensorboard/ in run.dir", _known(keys))
+            for name, keys in _MONITORS.items()
+        },
+    },
     "timers": {"throughput": _flags("enabled synchronized")},
-    "tensorboard": _monitor("output_path job_name"),
-    "csv_monitor": _monitor("output_path job_name"),
-    "wandb": _monitor("group team project"),
-    "comet": _monitor("samples_log_interval project workspace api_key experiment_name experiment_key online mode"),
+    **{name: _monitor(keys) for name, keys in _MONITORS.items()},
     "flops_profiler": Off(
         "it counts one stage's modules as the whole model",
         "read mfu in metrics.jsonl",
@@ -493,10 +533,11 @@ TABLE: dict[str, Rule] = {
 
 
 class _Reader:
-    """Walks a document beside the table, keeps what is honoured or stated, and collects the faults."""
+    """Walks a document beside the table, keeps what is honoured or stated, and collects the faults and the notes."""
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
+        self.notes: list[Fault] = []
 
     def fault(self, key: Key, text: str) -> None:
         self.faults.append(Fault(key, text))
@@ -530,6 +571,8 @@ class _Reader:
                 return self.off(rule, value, key)
             case Refused():
                 return self.refused(rule, value, key)
+            case Unused():
+                return self.unused(rule, value, key)
             case Honoured() if value == "auto":
                 return self.auto(rule, key)
             case Derived() if value == "auto":
@@ -549,6 +592,15 @@ class _Reader:
         if value not in (*rule.harmless, "auto"):
             shown = "" if isinstance(value, Mapping) else f"={show(value)}"
             self.fault(key, f"{shown} is refused: {rule.reason}; {rule.instead}")
+
+    def unused(self, rule: Unused, value: Any, key: Key) -> None:
+        try:
+            read = value if value == "auto" else rule.kind.read(value)
+        except ValueError as error:
+            self.fault(key, str(error))
+            return
+        if read not in (*rule.quiet, "auto"):
+            self.notes.append(Fault(key, f"={show(value)} is not used: {rule.reason}"))
 
     def off(self, rule: Off, value: Any, key: Key) -> None:
         if not isinstance(value, Mapping):
@@ -591,7 +643,7 @@ def _missing(rule: Honoured) -> str:
 
 
 def _usable(rules: Mapping[str, Rule]) -> list[str]:
-    return [name for name, rule in rules.items() if not isinstance(rule, Refused | Off)]
+    return [name for name, rule in rules.items() if not isinstance(rule, Refused | Off | Unused)]
 
 
 def _nearest_key(name: str, rules: Mapping[str, Rule]) -> str:
@@ -599,10 +651,40 @@ def _nearest_key(name: str, rules: Mapping[str, Rule]) -> str:
     return close if close.startswith("; did you mean") else nearest(name, _usable(rules))
 
 
-def read_document(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]:
-    """Return the JSON in our terms, and every fault in it.
+class Reading(NamedTuple):
+    """What became of a JSON: the document in megalite's terms, what is wrong with it, and what the user should hear.
 
-    The document keeps the honoured and stated keys only, with DeepSpeed's defaults for the optimizer's parameters.
+    A note is a `Fault` that ends nothing.
+    """
+
+    document: dict[str, Any]
+    faults: list[Fault]
+    notes: list[Fault]
+
+
+_SECOND_NAMES = {
+    name: f"stage3_{name}"
+    for name in (
+        "prefetch_bucket_size",
+        "param_persistence_threshold",
+        "model_persistence_threshold",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "gather_16bit_weights_on_model_save",
+        "module_granularity_threshold",
+        "use_all_reduce_for_fetch_params",
+        "allgather_sequential",
+    )
+}
+"""Names of ZeRO's keys that DeepSpeed takes as well, with those that it documents."""
+
+
+def read_document(data: Mapping[str, Any], precision: Precision | None = None, run_file: str = "run.yaml") -> Reading:
+    """Return the JSON in megalite's terms, every fault in it, and what of it is taken otherwise than it is written.
+
+    The document keeps the honoured and stated keys only. `precision` is ``train.precision`` of `run_file`, None where
+    that is not given: ``enabled: auto`` of bf16 and fp16 follows it, and a stated ``enabled`` must agree. Where nothing
+    but "auto" asks, it is bf16, or fp16 where bf16 is ruled out. "auto" stays where `resolve_auto` computes it.
     """
     reader = _Reader()
     data = dict(data)
@@ -610,34 +692,89 @@ def read_document(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault]]
         if "bf16" in data:
             reader.fault(("bfloat16",), " stands beside bf16, its newer name; keep bf16")
         data.setdefault("bf16", data.pop("bfloat16"))
+    data = _first_names(data, reader)
     document = reader.section(TABLE, data, ())
     if reader.clean("bf16", "fp16"):
-        reader.faults.extend(_precision_faults(document))
-    if reader.clean("bf16", "fp16", "data_types"):
-        reader.faults.extend(_accumulation_faults(document))
+        reader.faults.extend(_precision_faults(document, precision, run_file))
+    if reader.clean("bf16", "fp16"):
+        chosen = _choose_precision(document, precision, reader)
+        if chosen != "fp32" and reader.clean("zero_optimization"):
+            _leave_stage_0(document, chosen, reader)
+        if reader.clean("data_types"):
+            reader.faults.extend(_accumulation_faults(document, chosen))
     if reader.clean("zero_optimization"):
         reader.faults.extend(_zero_faults(document))
     if reader.clean("activation_checkpointing", "pipeline"):
         reader.faults.extend(_recompute_faults(document))
-    return _normalised(document), reader.faults
+    return Reading(_normalised(document), reader.faults, reader.notes)
 
 
-def _precision_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
+def _first_names(data: dict[str, Any], reader: _Reader) -> dict[str, Any]:
+    """Return the JSON with ZeRO's keys under the names that DeepSpeed documents."""
+    zero = data.get("zero_optimization")
+    if not isinstance(zero, Mapping):
+        return data
+    renamed: dict[str, Any] = {}
+    for name, value in zero.items():
+        first = _SECOND_NAMES.get(name) or name
+        if first != name and first in zero:
+            reader.fault(("zero_optimization", name), f" stands beside {first}, another name for it; keep {first}")
+        else:
+            renamed[first] = value
+    return {**data, "zero_optimization": renamed}
+
+
+def _precision_faults(document: Mapping[str, Any], precision: Precision | None, run_file: str) -> Iterator[Fault]:
     enabled = {name: document.get(name, {}).get("enabled") for name in ("bf16", "fp16")}
     if enabled["bf16"] is True and enabled["fp16"] is True:
         yield Fault(("fp16", "enabled"), "=true stands beside bf16.enabled=true; keep one of them")
-    if True not in enabled.values():
+    elif precision is not None:
         for name, value in enabled.items():
-            if value == "auto":
-                text = "='auto' has nothing to follow, since precision is stated here alone; write true or false"
-                yield Fault((name, "enabled"), text)
+            if isinstance(value, bool) and value != (name == precision) and (value or name == precision):
+                text = f"={show(value)} disagrees with train.precision={show(precision)} of {run_file}"
+                yield Fault((name, "enabled"), f"{text}; write 'auto' or {show(not value)} here, or change the other")
 
 
-def _accumulation_faults(document: Mapping[str, Any]) -> Iterator[Fault]:
+def _choose_precision(document: dict[str, Any], precision: Precision | None, reader: _Reader) -> Precision:
+    """Write the run's precision out in the document, in the place of "auto", and return it."""
+    switches: tuple[Precision, Precision] = ("bf16", "fp16")
+    enabled: dict[Precision, Any] = {name: document.get(name, {}).get("enabled") for name in switches}
+    chosen: Precision | None = precision or next((name for name, value in enabled.items() if value is True), None)
+    if chosen is None:
+        asking = [name for name, value in enabled.items() if value == "auto"]
+        chosen = "fp32"
+        if asking:
+            chosen = "fp16" if enabled["bf16"] is False else "bf16"
+            text = f"='auto' is taken for {chosen}, since train.precision is not given; write fp32, bf16 or fp16 there"
+            reader.notes.append(Fault((asking[0], "enabled"), text))
+    for name in enabled:
+        if name == chosen:
+            document.setdefault(name, {})["enabled"] = True
+        elif enabled[name] == "auto":
+            del document[name]["enabled"]
+            if not document[name]:
+                del document[name]
+    return chosen
+
+
+def _leave_stage_0(document: dict[str, Any], precision: Precision, reader: _Reader) -> None:
+    """Have stage 1 in the place of stage 0, and say so.
+
+    At stage 0 DeepSpeed has no optimizer with fp32 master weights that reduces gradients once a step and takes their
+    norm over a pipeline. Stage 1 is the same training: it only divides the optimizer's state among the replicas.
+    """
+    zero = document.get("zero_optimization", {})
+    if zero.get("stage", 0) == 0:
+        was = "=0" if "stage" in zero else " is not given, which is stage 0, and"
+        document["zero_optimization"] = {**zero, "stage": 1}
+        text = f"{was} runs as stage 1: in {precision} the fp32 master weights are ZeRO's. The training is the same; "
+        text += "the replicas share the optimizer's state"
+        reader.notes.append(Fault(("zero_optimization", "stage"), text))
+
+
+def _accumulation_faults(document: Mapping[str, Any], precision: Precision) -> Iterator[Fault]:
     stated = document.get("data_types", {}).get("grad_accum_dtype", "fp32")
-    switches = {name: document.get(name, {}).get("enabled") for name in ("bf16", "fp16")}
-    if stated != "fp32" and switches[stated] is not True:
-        precision = next((name for name, enabled in switches.items() if enabled is True), "fp32")
+    if stated not in ("fp32", precision):
         allowed = alternatives(dict.fromkeys(("fp32", precision)))
         text = f"='{stated}' does not go with parameters in {precision}; write {allowed}"
         yield Fault(("data_types", "grad_accum_dtype"), text)
@@ -679,10 +816,7 @@ def _offload_faults(offload: Mapping[str, Any], stage: int, cpu_stages: tuple[in
 
 
 def _normalised(document: dict[str, Any]) -> dict[str, Any]:
-    """Return the document without what asks for nothing, and with the optimizer written out."""
-    for name in ("bf16", "fp16"):
-        if document.get(name, {}).get("enabled") == "auto":
-            del document[name]["enabled"]
+    """Return the document without what asks for nothing."""
     zero = document.get("zero_optimization", {})
     for name in ("offload_optimizer", "offload_param"):
         if zero.get(name, {}).get("device") == "none":
@@ -694,9 +828,7 @@ def _normalised(document: dict[str, Any]) -> dict[str, Any]:
         if document.get(name) == {}:
             del document[name]
     if optimizer := document.get("optimizer"):
-        params = DEEPSPEED_ADAMW.plain() | optimizer["params"]
-        _fill(params, AdamW().plain())
-        document["optimizer"] = {"type": "AdamW", "params": params}
+        document["optimizer"] = {"type": "AdamW", "params": optimizer["params"]}
     return document
 
 
@@ -728,13 +860,20 @@ class DeepSpeedSettings:
     document: Mapping[str, Any] = field(default_factory=dict)
     """Honoured and stated keys, in plain JSON; an empty document is fp32 at ZeRO stage 0."""
     origin: Origin = Origin(section=("deepspeed",))
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What of the JSON is taken otherwise than it is written, or not at all; a line each, for the user."""
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any], origin: Origin = Origin(section=("deepspeed",))) -> "DeepSpeedSettings":
-        """Check a JSON against the table; raise UserError with one line for each fault."""
-        document, faults = read_document(data)
+    def parse(
+        cls,
+        data: Mapping[str, Any],
+        origin: Origin = Origin(section=("deepspeed",)),
+        precision: Precision | None = None,
+    ) -> "DeepSpeedSettings":
+        """Check a JSON against the table, and against ``train.precision``; raise UserError, a line for each fault."""
+        document, faults, notes = read_document(data, precision)
         report([origin.line(fault) for fault in faults])
-        return cls(document, origin)
+        return cls(document, origin, tuple(map(origin.line, notes)))
 
     @property
     def precision(self) -> Precision:
@@ -785,21 +924,47 @@ class DeepSpeedSettings:
     @property
     def optimizer(self) -> AdamW | None:
         """AdamW's settings where the JSON has an ``optimizer`` section."""
+        return self.optimizer_with({})
+
+    def optimizer_with(self, stated: Mapping[str, Any]) -> AdamW | None:
+        """Return AdamW's settings where the JSON has an ``optimizer`` section; what it leaves open is as `stated`.
+
+        What neither states is megalite's default where the JSON says "auto", and DeepSpeed's where it says nothing.
+        """
         if (section := self.document.get("optimizer")) is None:
             return None
-        params = section["params"]
+        given = {name: value for name, value in section["params"].items() if value != "auto"}
+        auto = {name: value for name, value in AdamW().plain().items() if section["params"].get(name) == "auto"}
+        params = DEEPSPEED_ADAMW.plain() | auto | dict(stated) | given
         return AdamW(params["lr"], tuple(params["betas"]), params["eps"], params["weight_decay"])
+
+    def optimizer_disagreements(self, stated: Mapping[str, Any]) -> Iterator[str]:
+        """Find the parameters of the JSON's optimizer that are other than `stated`."""
+        params = self.document.get("optimizer", {}).get("params", {})
+        for name, value in stated.items():
+            theirs = params.get(name, "auto")
+            if theirs != "auto" and theirs != (list(value) if isinstance(value, tuple) else value):
+                yield name
 
     @property
     def scheduler(self) -> dict[str, Any] | None:
         """DeepSpeed's learning-rate scheduler: ``{"type": ..., "params": {...}}``."""
         return copy.deepcopy(self.document.get("scheduler"))
 
-    def resolve_auto(self, *, hidden_size: int, steps: int, lr: float) -> "DeepSpeedSettings":
+    def resolve_auto(
+        self,
+        *,
+        hidden_size: int,
+        steps: int,
+        lr: float,
+        optimizer: Mapping[str, Any] | None = None,
+        warmup_steps: int | None = None,
+    ) -> "DeepSpeedSettings":
         """Return the settings with the remaining "auto" values replaced.
 
-        Bucket sizes follow the hidden size as they do in transformers; the scheduler follows the run's steps and its
-        learning rate.
+        Bucket sizes follow the hidden size as they do in transformers; the scheduler follows the run's steps, its
+        learning rate and its warm-up; the optimizer what the run file states of it. `warmup_steps` None: the run file
+        states none. DeepSpeed warms up for at least one step, so that a warm-up of 0 is written as 1.
         """
         document = copy.deepcopy(dict(self.document))
         area = hidden_size * hidden_size
@@ -809,9 +974,19 @@ class DeepSpeedSettings:
             "stage3_param_persistence_threshold": 10 * hidden_size,
         }
         _fill(document.get("zero_optimization", {}), buckets)
+        if adamw := self.optimizer_with(optimizer or {}):
+            document["optimizer"] = {"type": "AdamW", "params": document["optimizer"]["params"] | adamw.plain()}
+        params = document.get("scheduler", {}).get("params", {})
+        if warmup_steps is not None and self.warms_up:
+            params.setdefault("warmup_num_steps", "auto")
         rates = {"warmup_min_lr": 0.0, "warmup_max_lr": lr, "cycle_max_lr": lr, "total_num_steps": steps}
-        _fill(document.get("scheduler", {}).get("params", {}), rates)
+        _fill(params, {**rates, "warmup_num_steps": max(1, warmup_steps or 0)})
         return replace(self, document=document)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether the JSON's scheduler has a warm-up of so many steps."""
+        return "warmup_num_steps" in SCHEDULERS.get(self.document.get("scheduler", {}).get("type", ""), {})
 
     def disagreements(self, values: Mapping[str, int | None], run_file: str) -> Iterator[Fault]:
         """Find stated values that are not the run file's; `values` holds them by `Derived.follows`."""
@@ -833,6 +1008,14 @@ class DeepSpeedSettings:
                 section = section.get(name, {})
             section.pop(key[-1], None)
         return replace(self, document=document)
+
+    def spelled(self) -> dict[str, Any]:
+        """Return the JSON as it is written into a file: a path reads back as it is."""
+        document = copy.deepcopy(dict(self.document))
+        for section in document.get("zero_optimization", {}).values():
+            if isinstance(section, dict) and "nvme_path" in section:
+                section["nvme_path"] = spell(section["nvme_path"])
+        return document
 
     def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:
         """Return the JSON for ``deepspeed.initialize``, without the optimizer, which megalite builds itself."""
@@ -870,7 +1053,7 @@ def read_json(path: Path) -> dict[str, Any]:
     and Python's json would keep the last in silence.
     """
     try:
-        document = json.loads(read_text(path), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        document = json.loads(read_text(path), object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
         raise UserError(f"{path.name}: line {error.lineno}, column {error.colno}: no JSON: {error.msg}") from None
     except ValueError as error:
@@ -887,7 +1070,3 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name} stands twice in one section; keep one")
         section[name] = value
     return section
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON; write a finite number")

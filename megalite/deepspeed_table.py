@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megalite.deepspeed_json import TABLE, ByType, Derived, Honoured, Off, Refused
+from megalite.deepspeed_json import TABLE, ByType, Derived, Honoured, Off, Refused, Unused
 from megalite.faults import show
 
 _HEAD = """\
@@ -18,7 +18,23 @@ Made by `python -m megalite.deepspeed_table` from the table that the reader itse
 
 - **honoured**: handed to DeepSpeed's engine as written. `"auto"` is DeepSpeed's default, or what is said.
 - **follows**: stated once, in the run file; here it may be `"auto"`, or must agree.
+- **not used**: accepted and left out, for the reason that is said; the start says so as well, but for the values in
+  brackets.
 - **refused**: cannot be had. The values in brackets ask for nothing, and may stand.
+
+What `"auto"` follows:
+
+- `bf16.enabled`, `fp16.enabled`: `train.precision`. Where that is not given it is bf16, or fp16 where the JSON rules
+  bf16 out, and the start says so. An `enabled` that is true or false must agree with a `train.precision` that is given.
+- `optimizer.params`: `train.optimizer` of the run file. What both state must agree. What neither states is megalite's
+  default where the JSON says `"auto"`, and DeepSpeed's where it says nothing.
+- `scheduler.params`: `train.schedule.warmup_steps` (of a section `train.schedule` that says nothing else; 1 where it is
+  0, as DeepSpeed takes no less), `train.steps` and the optimizer's rate. `warmup_min_lr` is 0.
+- bucket sizes of `zero_optimization`: the model's `hidden_size`, by the rules of transformers.
+
+In bf16 and fp16, ZeRO stage 0 runs as stage 1, and the start says so: DeepSpeed's optimizer for half precision without
+ZeRO is no AdamW over fp32 master weights that fits a pipeline. The training is the same; the replicas share the
+optimizer's state. Without any JSON a run is at stage 1, in `train.precision`.
 
 | key | what happens |
 | --- | --- |
@@ -42,6 +58,8 @@ def _rows_of(rule: Any, key: str) -> Iterator[tuple[str, str]]:
             yield key, f"honoured: {rule.kind.words}{_AUTO[rule.auto]}"
         case Derived():
             yield key, f"follows `{rule.follows}`"
+        case Unused():
+            yield key, f"not used: {rule.reason}{_stand(rule.quiet)}"
         case Refused():
             yield key, _refusal(rule.reason, rule.instead, rule.harmless)
         case Off():
@@ -67,8 +85,11 @@ def _parameters(rule: ByType, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _refusal(reason: str, instead: str, harmless: tuple[object, ...]) -> str:
-    stand = f" [{', '.join(f'`{show(value)}`' for value in harmless)}]" if harmless else ""
-    return f"refused: {reason}; {instead}{stand}"
+    return f"refused: {reason}; {instead}{_stand(harmless)}"
+
+
+def _stand(values: tuple[object, ...]) -> str:
+    return f" [{', '.join(f'`{show(value)}`' for value in values)}]" if values else ""
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ tags, so messages of different directions or kinds must not share one.
 
 import datetime
 import json
-from collections.abc import Iterator, Mapping
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.allocator import keep_freed_memory
+from megalite.errors import CommonError, UserError
 from megalite.layout import Coordinate, ParallelLayout
 from megalite.pipeline.instructions import Kind
 from megalite.pipeline.placement import Placement
 from megalite.tensor_parallel.collectives import TensorGroup
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,8 @@ class ProcessGrid:
 
     `model` spans tensor x pipeline: the ranks that hold one copy of the model together. `embedding` joins the ranks of
     the first and the last stage, which both hold a tied token table; None on other ranks, and where one rank has both.
+    `replicas` joins the `embedding` ranks of all data coordinates, all of whom hold the same share of that table; None
+    also where there are fewer than three data coordinates, whose sums come out alike in any order.
     """
 
     layout: ParallelLayout
@@ -59,6 +65,7 @@ class ProcessGrid:
     pipeline: dist.ProcessGroup
     model: dist.ProcessGroup
     embedding: dist.ProcessGroup | None
+    replicas: dist.ProcessGroup | None
     links: Links
 
     @property
@@ -71,6 +78,14 @@ class ProcessGrid:
         return self.placement.stages_of(self.coordinate.pipeline)
 
     @property
+    def tied_copies_may_part(self) -> bool:
+        """Whether a tied table, where there is one, has two copies whose sums over the data axis the order decides.
+
+        The same on every rank.
+        """
+        return _first_and_last(self.placement) is not None and self.layout.data > 2
+
+    @property
     def has_first_stage(self) -> bool:
         return 0 in self.stages
 
@@ -79,11 +94,34 @@ class ProcessGrid:
         return self.placement.num_stages - 1 in self.stages
 
 
-def local_device(local_rank: int) -> torch.device:
-    """Return the accelerator of this rank, or the CPU where there is none."""
+_SHOWING_ALL = frozenset({"megalite", "torchrun", "deepspeed"})
+"""Launchers that show every rank all devices of its host."""
+
+
+def local_device(local_rank: int, launcher: str | None = None) -> torch.device:
+    """Return the accelerator of this rank, or the CPU where there is none; `launcher` is who started it, if known.
+
+    Raises UserError where this rank would share a device with another one.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
+        return torch.device("cuda", device_index(local_rank, torch.cuda.device_count(), launcher))
     return torch.device("cpu")
+
+
+def device_index(local_rank: int, devices: int, launcher: str | None = None) -> int:
+    """Return which of the devices that a rank sees is its own: that of its number on the host, or the only one where
+    the launcher may have shown it no other (Slurm's ``--gpus-per-task``).
+
+    Raises UserError where there is none: two ranks on one device have half its memory, and NCCL refuses them.
+    """
+    if local_rank < devices:
+        return local_rank
+    if devices == 1 and launcher not in _SHOWING_ALL:
+        return 0
+    raise UserError(
+        f"rank {local_rank} (counted from 0) of {socket.gethostname()} has no device of its own: {devices} are visible "
+        f"there; start at most {devices} ranks a host, or make more devices visible (CUDA_VISIBLE_DEVICES)"
+    )
 
 
 @contextmanager
@@ -148,6 +186,7 @@ def build_grid(
         pipeline=mesh.get_group("pipeline"),
         model=mesh["pipeline", "tensor"]._flatten("model").get_group(),
         embedding=_embedding_group(layout, placement, rank, timeout),
+        replicas=_replicas_group(layout, placement, rank, timeout),
         links=_stage_links(layout, placement, rank, device, timeout),
     )
 
@@ -155,13 +194,32 @@ def build_grid(
 def _embedding_group(
     layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta
 ) -> dist.ProcessGroup | None:
-    first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
-    if first == last:
+    ends = _first_and_last(placement)
+    if ends is None:
         return None
     mine = None
     for ranks in layout.groups("pipeline"):
-        mine = _new_group([ranks[first], ranks[last]], rank, timeout, "embedding") or mine
+        mine = _new_group([ranks[end] for end in ends], rank, timeout, "embedding") or mine
     return mine
+
+
+def _replicas_group(
+    layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta
+) -> dist.ProcessGroup | None:
+    ends = _first_and_last(placement)
+    if ends is None or layout.data < 3:
+        return None
+    mine = None
+    for ranks in layout.groups("pipeline", "data"):
+        members = [member for member in ranks if layout.coordinate(member).pipeline in ends]
+        mine = _new_group(members, rank, timeout, "replicas") or mine
+    return mine
+
+
+def _first_and_last(placement: Placement) -> tuple[int, int] | None:
+    """The pipeline ranks of the first and the last stage; None where one rank has both."""
+    first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
+    return None if first == last else (first, last)
 
 
 def _stage_links(
@@ -225,6 +283,36 @@ def gather_json(value: Any, grid: ProcessGrid) -> list[Any]:
     parts = [torch.empty_like(padded) for _ in range(grid.layout.world_size)]
     dist.all_gather(parts, padded)
     return [json.loads(part[:size].cpu().numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+
+def broadcast_json(value: Any, grid: ProcessGrid) -> Any:
+    """Return what rank 0 passed, on every rank; what the others pass is not looked at. Collective; JSON on the wire."""
+    text = np.frombuffer(json.dumps(value if grid.rank == 0 else None).encode(), dtype=np.uint8)
+    size = torch.tensor(len(text), dtype=torch.int64, device=grid.device)
+    dist.broadcast(size, src=0)
+    message = torch.zeros(int(size), dtype=torch.uint8, device=grid.device)
+    if grid.rank == 0:
+        message.copy_(torch.from_numpy(text.copy()))
+    dist.broadcast(message, src=0)
+    return json.loads(message.cpu().numpy().tobytes())
+
+
+def on_rank_zero(call: Callable[[], T], grid: ProcessGrid) -> T:
+    """Call on rank 0 alone and return what that returned, JSON, on every rank. Collective.
+
+    For what all ranks must find alike and each would find for itself in a file system, which may show one host what
+    another does not see yet. Raises CommonError on every rank where the call raises UserError.
+    """
+    found, refusal = None, None
+    if grid.rank == 0:
+        try:
+            found = call()
+        except UserError as error:
+            refusal = str(error)
+    found, refusal = broadcast_json([found, refusal], grid)
+    if refusal is not None:
+        raise CommonError(refusal)
+    return found
 
 
 class ModelParallelUnit:

@@ -29,10 +29,18 @@ class RanksMissing(RuntimeError):
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the closest allowed word, or the whole choice where none is close."""
     choices = sorted(allowed)
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
+    if close := if_near(word, choices):
+        return close
     if not choices:
         return ""
     more = f" and {len(choices) - _SHOWN:,} more" if len(choices) > _SHOWN else ""
     return f"; allowed: {', '.join(choices[:_SHOWN])}{more}"
+
+
+def if_near(word: str, names: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the closest name, and nothing where none is close.
+
+    For files: what else lies in a folder is no choice that anybody made.
+    """
+    close = difflib.get_close_matches(word, sorted(names), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""

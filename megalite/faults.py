@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
-from megalite.errors import UserError, nearest
+from megalite.errors import UserError, if_near
+from megalite.paths import expand
 
 Key = tuple[str | int, ...]
 
@@ -47,6 +48,10 @@ class Fault:
     text: str
 
 
+class Unfit(ValueError):
+    """Raised by a `Kind`'s conversion that says itself what is wrong: its text follows the value in the message."""
+
+
 class FaultsError(ValueError):
     """Faults found together; a ValueError so that a pydantic validator can raise it."""
 
@@ -70,6 +75,8 @@ class Origin:
     """The settings have a file to themselves, whose keys do not repeat `section`."""
     overrides: tuple[tuple[str, ...], ...] = field(default=(), compare=False)
     """Keys given on the command line."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the reader made of settings that could not stand as they were; a line each, for the user."""
 
     def line(self, fault: Fault) -> str:
         """Return the message: where, the key, what is wrong with it."""
@@ -95,7 +102,8 @@ def validation_lines(error: ValidationError, *, below: int = 0, whole: str = "th
     for found in error.errors(include_url=False):
         where = ".".join(map(str, found["loc"][below:])) or whole
         raised = found.get("ctx", {}).get("error") if found["type"] == "value_error" else None
-        lines.append(": ".join(filter(None, (where, str(raised or found["msg"])))))
+        text = str(raised or found["msg"])
+        lines.append(f"{where}{text}" if text.startswith(("=", " ")) else ": ".join(filter(None, (where, text))))
     return lines
 
 
@@ -116,6 +124,8 @@ class Kind:
         """Return the value in its own type; raise ValueError with the words that follow the key in a message."""
         try:
             return self.convert(value)
+        except Unfit as error:
+            raise ValueError(f"={show(value)}{error}") from None
         except (TypeError, ValueError, OverflowError):
             raise ValueError(f"={show(value)} is not {self.words}") from None
 
@@ -165,6 +175,15 @@ def choice(*values: str | int) -> Kind:
     return Kind(alternatives(values), convert)
 
 
+def path_text(value: Any) -> str:
+    """Return a path's text with ``~`` and variables expanded; raise Unfit where one of them is not known."""
+    _require(isinstance(value, str) and bool(value.strip()))
+    try:
+        return expand(value)
+    except ValueError as error:
+        raise Unfit(str(error)) from None
+
+
 def _flag(value: Any) -> bool:
     _require(isinstance(value, bool))
     return value
@@ -189,6 +208,7 @@ def _betas(value: Any) -> list[float]:
 
 FLAG = Kind("true or false", _flag)
 TEXT = Kind("a string", _text)
+PATH_TEXT = Kind("a string", path_text)
 TEXTS = Kind("a list of strings", _texts)
 POSITIVE = number(above=0)
 NOT_NEGATIVE = number(0)
@@ -205,9 +225,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         folder = path.parent
         siblings = [entry.name for entry in folder.iterdir() if entry.suffix == path.suffix] if folder.is_dir() else []
-        close = nearest(path.name, siblings)
-        hint = close if close.startswith("; did you mean") else ""
-        raise UserError(f"{path}: no such file{hint}") from None
+        raise UserError(f"{path}: no such file{if_near(path.name, siblings)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: the file is not UTF-8 text") from None
     except OSError as error:

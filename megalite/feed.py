@@ -35,6 +35,10 @@ class Feed:
         """Read this rank's part of a global batch, in any thread."""
         return self._reader.microbatches(samples)
 
+    def read_padded(self, samples: range) -> list[SampleMicrobatch]:
+        """Read this rank's part of any number of samples; rows that fill up a microbatch do not count."""
+        return self._reader.padded_microbatches(samples)
+
     def counted(self, batch: Sequence[SampleMicrobatch]) -> float | None:
         """Return how many targets of the global batch count; None where all do. Collective over the data axis."""
         if batch[0].counts is None:

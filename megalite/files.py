@@ -16,8 +16,16 @@ LOCK = ".lock"
 def require_writable_folder(folder: Path, what: str, fix: str) -> None:
     """Raise UserError where `folder` is none and cannot become one, or cannot be written in; makes nothing."""
     existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    try:
+        while not existing.exists() and existing != existing.parent:
+            if existing.is_symlink():
+                target = os.readlink(existing)
+                raise UserError(
+                    f"{what}: {existing} is a link to {target}, which is not there; make that folder or remove the link"
+                )
+            existing = existing.parent
+    except OSError as error:
+        raise UserError(f"{what}: {existing} cannot be reached: {error.strerror}; {fix}") from error
     if not existing.is_dir():
         raise UserError(f"{what}: {existing} is no folder; {fix}")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -38,10 +46,15 @@ def writing(path: Path, fix: str) -> Iterator[None]:
 def sole_user(folder: Path, what: str) -> Iterator[None]:
     """Keep other processes that ask for it out of a folder, which is made; the system lets go when this process ends.
 
-    Raises UserError where one is in. A file system that knows no locks keeps nobody out.
+    Raises UserError where one is in, and where the folder cannot be made or written in. A file system that knows no
+    locks keeps nobody out.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{what}: {error.filename or folder}: {error.strerror}; set another") from error
+    with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -57,6 +70,18 @@ def sole_user(folder: Path, what: str) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         yield
+
+
+def require_unused(folder: Path, what: str) -> None:
+    """Raise UserError where `sole_user` would; makes and changes nothing."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        text = (folder / LOCK).read_text(encoding="utf-8").strip()
+        raise UserError(f"{what} is in use by {text or 'another run'}; wait for its end, or set another") from None
+    except OSError:
+        return  # no lock yet, or a file system that knows none
 
 
 def partial_path(path: Path) -> Path:

@@ -8,6 +8,9 @@ from megalite.config import OptimizerSection, ScheduleSection
 def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optimizer: OptimizerSection) -> float:
     """Return the rate of `step` (1 to `total_steps`): linear warm-up to the peak, then down to `min_lr`.
 
+    The first step of a warm-up has a share of the peak already, and `min_lr` is a tenth of the peak unless given: every
+    step changes the weights, also the only step of a run.
+
     | schedule | after the warm-up |
     |---|---|
     | constant | stays at the peak |
@@ -15,7 +18,7 @@ def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optimi
     | cosine   | falls along half a cosine (arXiv:1608.03983) |
     | wsd      | stays, then falls evenly over the last `decay_steps` (warm-up, stable, decay; arXiv:2404.06395) |
     """
-    peak, low = optimizer.lr, schedule.min_lr
+    peak, low = optimizer.lr, schedule.lowest(optimizer.lr)
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     match schedule.name:

@@ -18,6 +18,7 @@ from megalite.config import ModelConfig
 from megalite.config.data import SPLIT_VALIDATION
 from megalite.files import writing
 from megalite.stragglers import WINDOW, Straggler
+from megalite.tensor_parallel.kernels import Kernels, faster_products
 
 # Dense bf16/fp16 matrix products of one device, FLOP/s, from the vendors' data sheets.
 ACCELERATOR_PEAKS: Mapping[str, float] = {
@@ -88,7 +89,9 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for part, peak in ACCELERATOR_PEAKS.items():
             if all(word in name for word in part.split()):
                 return peak, f"data sheet of {part}"
-    return matrix_rate(device, dtype), "measured matrix products"
+    kernels = Kernels(faster_products(device, dtype))
+    source = "measured matrix products" + (", in fp32" if kernels.products == "fp32" else "")
+    return matrix_rate(device, dtype, kernels), source
 
 
 def wait_for(device: torch.device) -> None:
@@ -97,19 +100,21 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """Return the best rate of a matrix product on this device in so many seconds, in FLOP/s."""
+def matrix_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, seconds: float = 0.25) -> float:
+    """Return the best rate of a matrix product on this device in so many seconds, in FLOP/s.
+
+    A product that alone takes longer is measured once, after a smaller one.
+    """
     size = 768 if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    torch.mm(a, b)
+    small, a, b = (torch.randn(n, n, device=device).to(dtype) for n in (size // 8, size, size))
+    kernels.matmul(small, small)
     wait_for(device)
     best, began = 0.0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    while best == 0.0 or time.perf_counter() - began < seconds:
         started = time.perf_counter()
-        for _ in range(4):
-            torch.mm(a, b)
+        kernels.matmul(a, b)
         wait_for(device)
-        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - started))
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
 
 
@@ -188,6 +193,9 @@ class MetricsLog:
             f"{head} {report.folder.name} | {report.bytes / 1e6:,.1f} MB | blocked {report.blocked_seconds:.2f} s"
             f" | durable after {report.durable_seconds:.2f} s"
         )
+        for warning in report.warnings:
+            self._write({"step": report.step, "checkpoint_warning": warning})
+            self.say(f"warning: {warning}")
 
     def restart(self, step: int, count: int) -> None:
         """Record that the run goes on after `step` since its ranks were started again, the `count`-th time."""

@@ -31,6 +31,20 @@ def passed_over(metrics: Path) -> list[PassedOver]:
     return gaps
 
 
+def consumed_by_step(metrics: Path, sequence_length: int) -> dict[int, int]:
+    """Return how many samples a run had consumed after each step that it did, as its metrics tell; none where they do
+    not. Its batches need not always have been of the size that the run file has now."""
+    found: dict[int, int] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            told = json.loads(line)
+            samples, rest = divmod(int(told["tokens"]), sequence_length)
+            if rest:
+                return {}
+            found[int(told["step"])] = samples
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class SeenSample:
     """One sample of a step: its number in the run's order, who trains on it, and what it is made of."""
@@ -50,7 +64,9 @@ class Provenance:
     def __init__(self, path: Path) -> None:
         self.plan: Plan = prepare(path / "config.yaml" if path.is_dir() else path, [], None)
         self.config = self.plan.config
-        self.schedule = BatchSchedule(self.config.train, passed_over(self.config.run.dir / "metrics.jsonl"))
+        metrics = self.config.run.dir / "metrics.jsonl"
+        self._passed_over = passed_over(metrics)
+        self._consumed = {0: 0, **consumed_by_step(metrics, self.config.data.sequence_length)}
         self._samples = open_datasets(self.config, keep_index=self.config.run.dir.is_dir()).train
         self._tokenizer: Tokenizer | None = None
         if self.config.data.tokenizer is not None:
@@ -78,9 +94,18 @@ class Provenance:
                 data_rank=data_rank,
                 data_size=self.plan.layout.data,
             )
-            for microbatch, samples in enumerate(reader.slices(self.schedule.samples(step))):
+            for microbatch, samples in enumerate(reader.slices(self.samples(step))):
                 for sample in samples:
                     yield SeenSample(sample, data_rank, microbatch, tuple(self._samples.pieces(sample)))
+
+    def samples(self, step: int) -> range:
+        """Return the numbers of the samples of a step: as many as it consumed, else as many as its batch will have."""
+        after = max(done for done in self._consumed if done < step)
+        schedule = BatchSchedule(self.config.train, self._passed_over, after=after, consumed=self._consumed[after])
+        samples = schedule.samples(step)
+        if after == step - 1 and step in self._consumed:
+            return range(samples.start, samples.start + self._consumed[step] - self._consumed[after])
+        return samples
 
     def text(self, piece: Piece) -> str | None:
         """Return what a piece reads as (`readable`), None without a tokenizer."""

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint import forecast
 from megalite.checkpoint.retention import clean, set_aside_later
 from megalite.checkpointer import SaveReport
 from megalite.data.datasets import Datasets
 from megalite.distributed import ProcessGrid, gather_json
-from megalite.files import write_whole
+from megalite.files import write_whole, writing
 from megalite.metrics import MetricsLog, Peak, StepMetrics, device_peak, flops_per_token, peak_memory
 from megalite.pipeline.instructions import parse
 from megalite.pipeline.schedule import SCHEDULES, all_streams
@@ -28,6 +29,7 @@ from megalite.resume import Start
 from megalite.spikes import Spike
 from megalite.stopping import DONE, STOPPED, StopRequests
 from megalite.stragglers import StragglerWatch
+from megalite.tensor_parallel.kernels import NATIVE, Kernels
 from megalite.zero import StepOutcome
 
 RUN_FILES = (
@@ -78,6 +80,7 @@ class RunRecorder:
         datasets: Datasets,
         start: Start | None = None,
         stop: StopRequests | None = None,
+        kernels: Kernels = NATIVE,
     ) -> None:
         config, start = plan.config, start or Start()
         self.config, self.grid, self.plan = config, grid, plan
@@ -89,14 +92,16 @@ class RunRecorder:
         self.samples = datasets.train
         self.unigram_entropy = datasets.unigram_entropy
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
-        said = self._start_directory(start) if grid.rank == 0 else []
+        said: list[str] = []
         if grid.rank == 0:
-            self.log = MetricsLog(
-                self.directory,
-                total_steps=config.train.steps,
-                world_size=plan.layout.world_size,
-                after=start.step,
-            )
+            with writing(self.directory, "make it writable, or set another run.dir"):
+                said = self._start_directory(start)
+                self.log = MetricsLog(
+                    self.directory,
+                    total_steps=config.train.steps,
+                    world_size=plan.layout.world_size,
+                    after=start.step,
+                )
         self.stragglers = StragglerWatch(plan.layout, config.train.straggler_factor)
         self.hosts = gather_json(socket.gethostname(), grid)
         self.peak = self._measure_peak(dtype)
@@ -105,7 +110,16 @@ class RunRecorder:
                 f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
                 f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
-            for line in (*datasets.describe(), *start.notes, *said):
+            if grid.device.type == "cpu":
+                self.log.say(f"kernels: {kernels.describe(dtype)}")
+            for line in (
+                *config.notes,
+                *config.deepspeed.notes,
+                *datasets.describe(),
+                *start.notes,
+                *said,
+                *forecast.warnings(config, plan.checkpoint_bytes),
+            ):
                 self.log.say(line)
             if start.step >= (config.train.stop_after or config.train.steps):
                 self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
@@ -227,8 +241,8 @@ class RunRecorder:
         if self.stop is not None:
             self.stop.discard()
         kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
-        if not self.config.checkpoint.every:
-            kept = "no checkpoint is kept: checkpoint.every is 0"
+        if not self.config.checkpoint.last and not checkpoint:
+            kept = "no checkpoint of it is kept: checkpoint.last is false"
         self.log.say(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
 
     def finish(self, *, complete: bool) -> None:
@@ -265,12 +279,13 @@ class RunRecorder:
         if self.stop is not None and (request := self.stop.discard_stale()) is not None:
             said.append(f"removed {request}, which was there before this start")
         if start.continues(self.plan.checkpoints):
-            clean(self.plan.checkpoints)
+            said += [f"warning: {line}" for line in clean(self.plan.checkpoints)]
             for name in (DONE, STOPPED):  # which tell how the run ended before
                 (self.directory / name).unlink(missing_ok=True)
             aside = next_aside(self.directory) / "checkpoints"
-            if moved := set_aside_later(self.plan.checkpoints, start.step, aside):
-                said.append(f"set aside: {', '.join(moved)}, to {aside}")
+            moved, place = set_aside_later(self.plan.checkpoints, start.step, aside)
+            if moved:
+                said.append(f"set aside: {', '.join(moved)}, to {place}")
             keep_metrics_until(self.directory / "metrics.jsonl", start.step)
         else:
             set_aside_earlier_run(self.directory)

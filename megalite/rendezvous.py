@@ -36,6 +36,7 @@ NAME_SECONDS = 10.0
 """How long a name may lead nowhere: name servers have their moments."""
 _TRY_SECONDS = 5.0
 _POLL_SECONDS = 0.02
+_ASK_SECONDS = 0.1
 _LINES = 8
 
 
@@ -111,6 +112,38 @@ def exchange(store: Store, environment: LaunchEnvironment, name: str, value: Any
         return everything
     except DistError as error:
         raise RanksMissing(f"rank {waiting_for} ended or hung before the ranks' exchange of their {name}") from error
+
+
+def ask_rank_zero(store: Store, environment: LaunchEnvironment, name: str, call: Callable[[], Any]) -> Any:
+    """Call on rank 0 alone and return what that returned, JSON, on every rank, before there is a group; `name` is new.
+
+    The other ranks wait as long as the call takes: it may read terabytes. Raises CommonError on every rank where the
+    call raises UserError, and RanksMissing on the others where rank 0 fails in another way or ends.
+    """
+    key = f"{name}/answer"
+    if environment.rank == 0:
+        answer: dict[str, Any] = {"failed": True}
+        try:
+            answer = {"found": call()}
+        except UserError as error:
+            answer = {"refusal": str(error)}
+        finally:
+            store.set(key, json.dumps(answer))
+            if "found" not in answer:
+                _wait_for_readers(store, f"{name}/read", environment.world_size - 1)
+    else:
+        try:
+            while not store.check([key]):
+                time.sleep(_ASK_SECONDS)
+            answer = json.loads(store.get(key))
+            store.add(f"{name}/read", 1)
+        except DistError as error:
+            raise RanksMissing(f"rank 0 ended before it told the others of the {name}") from error
+        if "failed" in answer:
+            raise RanksMissing(f"rank 0 failed in the {name}; its own messages say why")
+    if "refusal" in answer:
+        raise CommonError(answer["refusal"])
+    return answer["found"]
 
 
 def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> Store:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from megalite.checkpoint.weights import section_of_weights
 from megalite.config import load_run_config
 from megalite.errors import UserError
 from megalite.heartbeat import Beat, laggards, read_beats
@@ -61,7 +62,7 @@ def run_status(path: Path) -> RunStatus:
 
     Raises UserError where there is no run.
     """
-    folder = path if path.is_dir() else load_run_config(path, []).run.dir
+    folder = path if path.is_dir() else load_run_config(path, [], section_of_weights).run.dir
     resolved = folder / "config.yaml"
     if not resolved.is_file():
         raise UserError(f"{folder}: holds no run: there is no {resolved.name}; give a run file, or a run's folder")

@@ -16,16 +16,18 @@ from megalite.agreement import run_facts
 from megalite.bad_steps import BadSteps
 from megalite.checkpoint.weights import Weights, WeightSource
 from megalite.checkpointer import Checkpointer
+from megalite.config import RunConfig
 from megalite.config.sections import SpikeSection
-from megalite.data.batches import BatchSchedule, PassedOver, ReadAhead, SampleMicrobatch, SampleRules
+from megalite.data.batches import PassedOver, ReadAhead, SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets, open_datasets
-from megalite.distributed import ProcessGrid, gather_json, local_device, process_grid
+from megalite.distributed import ProcessGrid, local_device, on_rank_zero, process_grid
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.feed import Feed
 from megalite.files import sole_user
 from megalite.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.launch import LaunchEnvironment, start_time
 from megalite.learning_rate import learning_rate
+from megalite.model.kernel_choice import choose_kernels
 from megalite.model.loading import load_stage
 from megalite.model.stage import Stage
 from megalite.pipeline.executor import PipelineExecutor, StepResult
@@ -33,11 +35,13 @@ from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedule import SCHEDULES, forward_only
 from megalite.pipeline.timeline import Span
 from megalite.plan import Plan
+from megalite.precision import DTYPES
 from megalite.recorder import RunRecorder, StepReport
-from megalite.rendezvous import agree
+from megalite.rendezvous import agree, ask_rank_zero
 from megalite.resume import find_start
 from megalite.spikes import SpikeWatch
 from megalite.stopping import STOP, StopRequests
+from megalite.tensor_parallel.kernels import NATIVE, Kernels
 from megalite.zero import ZeroEngine
 from megalite.zero_state import ZeroState
 
@@ -55,15 +59,15 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
     progress = Progress()
     file = config.run.dir / STOP if environment.rank == 0 else None
     stop = StopRequests(file, config.train.max_minutes, since=start_time(os.environ))
-    if environment.launcher != "megalite":  # which has looked already, once for all ranks
-        plan.check_start()
-        plan.check_data()
     # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
-    device = local_device(environment.local_rank)
+    device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    plan.check_machine()
     store = agree(environment, run_facts(plan, environment.world_size), timeout)
+    if environment.launcher != "megalite":  # which has looked already
+        ask_rank_zero(store, environment, "check of start and data", lambda: _check(plan))
     with (
         ExitStack() as stack,
         process_grid(
@@ -79,6 +83,13 @@ def train(plan: Plan, environment: LaunchEnvironment) -> int:
             stopped = trainer.run()
         trainer.close()
     return STOPPED_STATUS if stopped and environment.launcher == "megalite" else 0
+
+
+def _check(plan: Plan) -> None:
+    """Check start and data; raise UserError for what the user can mend. It reads whole files, so one rank does it:
+    that the other hosts have the same files, the ranks' facts have told."""
+    plan.check_start()
+    plan.check_data()
 
 
 class Trainer:
@@ -103,12 +114,14 @@ class Trainer:
         self.plan, self.config, self.grid = plan, plan.config, grid
         self.stop, self.progress, self.restarts = stop or StopRequests(), progress or Progress(), restarts
         self.start = find_start(plan, grid)
-        self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights), self.config, grid)
+        self.kernels = _agreed_kernels(self.config, grid, self.start.kernels)
+        self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights, self.kernels), self.config, grid)
         self.state = ZeroState(self.engine)
         self._restore()
+        _ = plan.documents  # read at the start: at the first save the folder of `init_from` may be gone
         self.spikes = SpikeWatch(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
-        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid)
+        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid, self.config.run.dir)
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
             plan.checkpoints,
@@ -117,7 +130,10 @@ class Trainer:
             tensor_bytes=plan.checkpoint_bytes,
             files=plan.companion_files() if grid.rank == 0 else {},
             reached=reached,
+            moved=self.progress.moved,
         )
+        for hook in (self.engine.optimizer.register_step_pre_hook, self.engine.optimizer.register_step_post_hook):
+            hook(lambda *_: self.progress.moved())  # of several groups, or parts that are on the host, each is a move
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
@@ -132,7 +148,7 @@ class Trainer:
             moved=self.progress.moved,
         )
         self.datasets = datasets
-        self.schedule = BatchSchedule(train, self.start.passed_over)
+        self.schedule = self.start.batches(train)
         rules = SampleRules.of(self.config, datasets.fim)
         self.feed = Feed(datasets.train, rules, self.config, grid, trains=True)
         self.batches = self._read_ahead()
@@ -150,7 +166,9 @@ class Trainer:
         """
         train = self.config.train
         last = train.stop_after or train.steps
-        recorder = RunRecorder(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop)
+        recorder = RunRecorder(
+            *(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop), kernels=self.kernels
+        )
         if self.restarts:
             recorder.restarted(self.start.step, self.restarts)
         stopped, step = False, self.start.step
@@ -219,6 +237,7 @@ class Trainer:
             },
             "passed_over": [asdict(gap) for gap in self.schedule.passed_over],
             "recent_losses": self.spikes.losses,
+            "kernels": asdict(self.kernels),
             "optimizer": self.state.numbers(),
         }
 
@@ -246,9 +265,9 @@ class Trainer:
                 f"step {step}; lower train.optimizer.lr or gradient_clipping, or resume with train.spike.action=skip"
             )
         self.rollbacks += 1
-        begin = BatchSchedule(self.config.train, start.passed_over).position(start.step)
+        begin = start.batches(self.config.train).position(start.step)
         gap = PassedOver(start.step, self.schedule.position(step) - begin)
-        self.schedule = BatchSchedule(self.config.train, (*start.passed_over, gap))
+        self.schedule = replace(start, passed_over=(*start.passed_over, gap)).batches(self.config.train)
         self.spikes = SpikeWatch(rule, start.recent_losses)
         self.state.restore(start.reader, start.reader.state["optimizer"])
         self.engine.publish_weights()
@@ -275,8 +294,6 @@ class Trainer:
     def _timed_step(
         self, step: int, *, record: bool, before_update: Callable[[], None] = lambda: None
     ) -> tuple[StepReport, tuple[Span, ...]]:
-        if record:
-            dist.barrier()  # one zero of time for all ranks
         started = time.perf_counter()
         self.progress.enter("data", step)
         batch = self.batches.take(step)
@@ -285,22 +302,26 @@ class Trainer:
         with self.engine.accumulate():
             with self.bad_steps.watched():
                 microbatches = self.feed.microbatches(batch, self.feed.counted(batch))
+                if record:
+                    dist.barrier()  # one zero of time for all ranks, however long each waited for its batch
                 result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
             loss = self._mean_loss(result)
             spike = self.spikes.look(loss)
             if drops := spike is not None and spike.drops_update:
                 self.engine.spoil()
-        rate = self._learning_rate(step)
+        own_rate = self._learning_rate(step)
+        # DeepSpeed's scheduler sets the next step's rate within the step: it is read before.
+        rate = self.engine.learning_rate if own_rate is None else own_rate
         self.progress.enter("update", step)
         self.checkpointer.before_update()
         before_update()
         with self.state.keeping_loss_scale() if drops else nullcontext():
-            outcome = self.engine.step(rate)
+            outcome = self.engine.step(own_rate)
         report = StepReport(
             step=step,
             loss=loss,
             outcome=outcome,
-            learning_rate=self.engine.learning_rate if rate is None else rate,
+            learning_rate=rate,
             samples=len(self.schedule.samples(step)),
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
@@ -311,21 +332,23 @@ class Trainer:
         return report, result.spans
 
     def evaluate(self, name: str) -> float:
-        """Return the mean loss over the first `eval_batches` global batches of a validation set, or all it has.
+        """Return the mean loss over the targets of a validation set that count: of the samples in its first
+        `eval_batches` global batches, or of all where it has no more, whether or not these fill a batch.
 
         Once the ranks have agreed to stop, it is of the batches so far, and worth nothing.
         """
         size, feed = self.config.train.global_batch_size, self.valid_feeds[name]
-        batches = min(self.config.train.eval_batches, self.datasets.valid[name].samples_per_epoch // size)
+        end = self.datasets.num_evaluated(name)
         total, tokens = 0.0, 0.0
-        for first in range(0, batches * size, size):
+        for first in range(0, end, size):
             if self.stop.agreed is not None:
                 break
-            batch = feed.read(range(first, first + size))
+            samples = range(first, min(first + size, end))
+            batch = feed.read_padded(samples)
             counted = feed.counted(batch)
             microbatches = feed.microbatches(batch, counted)
             loss = self._mean_loss(self.executor.run(self._eval_stream(len(batch)), microbatches))
-            weight = float(size if counted is None else counted)
+            weight = float(len(samples) * self.config.data.sequence_length if counted is None else counted)
             total, tokens = total + loss * weight, tokens + weight
         return total / max(tokens, 1.0)
 
@@ -368,10 +391,24 @@ class Trainer:
         return loss / self.plan.layout.data
 
 
-def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) -> dict[int, Stage]:
+def _agreed_kernels(config: RunConfig, grid: ProcessGrid, saved: Kernels | None) -> Kernels:
+    """Measure on rank 0 how the device computes fastest, and let all ranks compute so. Collective."""
+    products, attention, dtype = config.train.cpu_products, config.train.cpu_attention, DTYPES[config.precision]
+
+    def choose() -> dict[str, Any]:
+        return asdict(choose_kernels(grid.device, dtype, products=products, attention=attention, saved=saved))
+
+    return Kernels(**on_rank_zero(choose, grid))
+
+
+def build_stages(
+    plan: Plan, grid: ProcessGrid, weights: Weights | None = None, kernels: Kernels = NATIVE
+) -> dict[int, Stage]:
     """Build this rank's stages with the given weights, or with those that (seed, name) give them."""
     parallel = plan.config.parallel
-    group = replace(grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap)
+    group = replace(
+        grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap, kernels=kernels
+    )
     stages: dict[int, Stage] = {}
     for index in grid.stages:
         stage = stages[index] = Stage(
@@ -393,11 +430,4 @@ def build_stages(plan: Plan, grid: ProcessGrid, weights: Weights | None = None) 
 
 def claim_folder(folder: Path, grid: ProcessGrid, until: ExitStack) -> None:
     """Keep other runs out of a run's folder; raise UserError on every rank where one is in. Collective."""
-    refusal = None
-    if grid.rank == 0:
-        try:
-            until.enter_context(sole_user(folder, f"run.dir={folder}"))
-        except UserError as error:
-            refusal = str(error)
-    if refusal := gather_json(refusal, grid)[0]:
-        raise UserError(refusal)
+    on_rank_zero(lambda: until.enter_context(sole_user(folder, f"run.dir={folder}")), grid)

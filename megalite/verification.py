@@ -38,7 +38,7 @@ def largest_difference(
     """Return the largest absolute difference of the two models' logits, and how many tokens they read.
 
     `weights` run here, the folder `hugging_face` in transformers, without code of its own. Both are in memory, in
-    fp32. A logit that is no number in one of them alone counts as infinitely far.
+    fp32. Raises UserError where a logit of either is not finite: numbers that are none prove nothing.
     """
     transformers = require_transformers()
     ids = _tokens(weights.model)
@@ -46,9 +46,13 @@ def largest_difference(
     theirs = _their_logits(transformers, hugging_face, ids)
     if ours.shape != theirs.shape:
         return math.inf, ids.numel()
-    differences = torch.where(ours.isfinite() & theirs.isfinite(), (ours - theirs).abs(), math.inf)
-    differences[ours.isnan() & theirs.isnan() | (ours == theirs)] = 0.0
-    return float(differences.max()), ids.numel()
+    for logits, where in ((ours, weights.origin), (theirs, hugging_face)):
+        if strange := logits.numel() - int(logits.isfinite().sum()):
+            raise UserError(
+                f"{where}: {strange:,} of {logits.numel():,} logits are infinite or no numbers, which proves nothing "
+                "of a conversion; convert without --verify to look at the weights"
+            )
+    return float((ours - theirs).abs().max()), ids.numel()
 
 
 def _tokens(model: ModelConfig) -> Tensor:
@@ -74,12 +78,14 @@ def _our_logits(weights: Weights, ids_BS: Tensor, progress: Callable[[int, int],
 @torch.no_grad()
 def _their_logits(transformers: Any, folder: Path, ids_BS: Tensor) -> Tensor:
     log = transformers.utils.logging
+    # Files of torch's are read there as they are here, as plain tensors alone.
+    safe = any(path.suffix == ".safetensors" for path in folder.iterdir())
     level, had_bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=safe, local_files_only=True
         )
         return model.eval()(ids_BS, use_cache=False).logits
     except Exception as error:  # whatever it has against the folder

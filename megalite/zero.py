@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megalite.config import OptimizerSection, RunConfig
 from megalite.distributed import ModelParallelUnit, ProcessGrid
+from megalite.lean_torch import AdamW, leave_the_compiler_out
 from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
@@ -31,7 +32,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 import deepspeed.runtime.zero.partitioned_param_coordinator as parameter_coordinator
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
+
+leave_the_compiler_out()
 
 NEVER = 10**12
 
@@ -81,7 +85,8 @@ class ZeroEngine:
             _mark_for_norm(stage, grid)
         _quieten_deepspeed(config.deepspeed.asks_deepspeed_to_report)
         _adapt_deepspeed(grid)
-        self.optimizer = make_adamw(stages, config.optimizer, device=grid.device)
+        apart = config.model.tie_word_embeddings and grid.tied_copies_may_part
+        self.optimizer = make_adamw(stages, config.optimizer, device=grid.device, table_apart=apart)
         local_elements = sum(parameter.numel() for parameter in _parameters(stages))
         engine, *_ = deepspeed.initialize(
             model=_Stages(stages),
@@ -294,7 +299,8 @@ class ZeroEngine:
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next step applies, or that the last one did."""
+        """The rate that the next step applies, where it is given none: after a step of DeepSpeed's scheduler another
+        than the step applied."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def close(self) -> None:
@@ -314,13 +320,21 @@ class ZeroEngine:
             gradient.copy_(whole.view_as(gradient))
 
     def _reduce_tied_gradient(self) -> None:
+        """Sum the gradient over the copies of a tied table, such that the copies stay equal to the last bit.
+
+        The reductions over the data axis that follow are one for each stage, in an order that depends on what else is
+        in the bucket: of three summands or more, the last bit does. So with three data ranks the whole sum is taken
+        here, in one all-reduce that ends alike on all ranks, and the reductions add zeros to it, which is exact.
+        """
         if self.grid.embedding is None:
             return
         for stage in self.stages.values():
             copy = stage.tied_copy
             if copy is not None:
                 assert copy.grad is not None
-                dist.all_reduce(copy.grad, group=self.grid.embedding)
+                dist.all_reduce(copy.grad, group=self.grid.replicas or self.grid.embedding)
+                if self.grid.replicas is not None and self.grid.coordinate.data > 0:
+                    copy.grad.zero_()
 
     def _spread_what_no_norm_counts(self) -> None:
         """Make the norm infinite where a gradient is not finite that only another rank's copy stands for in it."""
@@ -347,24 +361,32 @@ class ZeroEngine:
 
 
 def make_adamw(
-    stages: Mapping[int, Stage], settings: OptimizerSection, *, device: torch.device
+    stages: Mapping[int, Stage], settings: OptimizerSection, *, device: torch.device, table_apart: bool = False
 ) -> torch.optim.Optimizer:
     """Return AdamW (arXiv:1711.05101) over two groups: matrices decay, norms and biases do not.
 
+    With `table_apart` a tied table is a group of its own, and so is a matrix of each stage without one. A flat
+    partition that ends within the table computes its last few elements by other instructions than the rest; as a group
+    of its own the table is cut in the same places on both stages, and its copies stay equal to the last bit.
+
     DeepSpeed: ZeRO drops empty groups and all-reduces the norm once a group, so every stage must have as many
-    groups as the others or all ranks hang. Both groups hold something on every stage: a stage has a layer at least.
+    groups as the others or all ranks hang. All groups hold something on every stage: a stage has a layer at least.
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in _parameters(stages):
         (decayed if parameter.ndim > 1 else kept).append(parameter)
-    assert decayed
-    assert kept
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    if table_apart:
+        tables = [stage.tied_copy for stage in stages.values() if stage.tied_copy is not None]
+        alone = tables[0] if tables else decayed[0]
+        decayed[:] = [parameter for parameter in decayed if parameter is not alone]
+        groups.append({"params": [alone], "weight_decay": settings.weight_decay})
+    assert all(group["params"] for group in groups)
     fused = _apex_fused_adam() if device.type == "cuda" else None
     if fused is not None:
         return fused(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    return AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def _apex_fused_adam() -> Any:
@@ -410,7 +432,19 @@ def _quieten_deepspeed(reports: bool) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
+def _import_muon_uncompiled() -> None:
+    # DeepSpeed: ZeRO imports the Muon optimizer, whoever asks for it, and the functions there are handed to
+    # torch.compile as they are defined: two seconds of imports that nothing here uses.
+    compiled = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compiled  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _adapt_deepspeed(grid: ProcessGrid) -> None:
+    _import_muon_uncompiled()
     if grid.device.type == "cpu":
         # DeepSpeed: on CPU every start compiles a shared-memory all-reduce with g++, a minute long, and a build that
         # is killed leaves a lock on which every later run hangs. gloo serves.

@@ -23,7 +23,7 @@ from megalite.data.tokenizer import train_sentencepiece
 from megalite.errors import CommonError, RanksMissing, UserError
 from megalite.launch import LaunchEnvironment, launch_environment
 from megalite.plan import prepare
-from megalite.rendezvous import agree, meet
+from megalite.rendezvous import agree, ask_rank_zero, meet
 
 SMALL = ("model.hidden_size=32", "model.intermediate_size=64", "parallel.data=auto")
 WITHIN = 10.0
@@ -244,6 +244,72 @@ def test_a_port_that_another_program_has_is_not_waited_for_without_end(monkeypat
         environment = LaunchEnvironment(1, 2, 1, 2, "environment", "127.0.0.1", other.getsockname()[1])
         with pytest.raises(RanksMissing, match="is not rank 0 of this run: it does not answer"):
             meet(environment, {}, timedelta(seconds=1))
+
+
+# ---- what rank 0 finds for all
+
+
+def ask(answer: str) -> tuple[str, list[int]]:
+    """Meet and ask rank 0; what a rank hears or is refused with, and which rank the call ran on."""
+    environment, asked = here(), []
+    store = agree(environment, {}, timedelta(seconds=60))
+
+    def call() -> str:
+        asked.append(environment.rank)
+        time.sleep(0.5)
+        if answer == "refusal":
+            raise UserError(f"rank {environment.rank} refuses")
+        if answer == "failure":
+            raise OSError(f"rank {environment.rank} fails")
+        return f"rank {environment.rank} answers"
+
+    try:
+        return ask_rank_zero(store, environment, "question", call), asked
+    except (CommonError, RanksMissing, OSError) as error:
+        return f"{type(error).__name__}: {error}", asked
+
+
+@pytest.mark.parametrize(
+    ("answer", "first", "others"),
+    [
+        ("answer", "rank 0 answers", "rank 0 answers"),
+        ("refusal", "CommonError: rank 0 refuses", "CommonError: rank 0 refuses"),
+        (
+            "failure",
+            "OSError: rank 0 fails",
+            "RanksMissing: rank 0 failed in the question; its own messages say why",
+        ),
+    ],
+)
+def test_rank_0_answers_for_all(answer: str, first: str, others: str) -> None:
+    found = run_distributed(ask, 3, answer, init=False)
+    assert found == [(first, [0]), (others, []), (others, [])]
+
+
+def train_with_a_bad_corpus(run: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """Begin a run as a launcher's rank; return what it is refused with, and which files it read in whole."""
+    from megalite.data.indexed import IndexedDataset
+    from megalite.train import train
+
+    read: list[str] = []
+    whole = IndexedDataset._token_ids
+
+    def reading(self: IndexedDataset) -> tuple[int, int]:
+        read.append(self.tokens_path.name)
+        return whole(self)
+
+    IndexedDataset._token_ids = reading
+    plan = prepare(Path(run), overrides, here().world_size)
+    return refusal(lambda: train(plan, here())), read
+
+
+def test_rank_0_alone_reads_the_whole_data_and_all_are_refused(run_file: Path) -> None:
+    given = [*SMALL, "model.vocab_size=20", "train.global_batch_size=3"]
+    found = run_distributed(train_with_a_bad_corpus, 3, str(run_file), given, init=False)
+    assert [read for _, read in found] == [["corpus.bin"], [], []]
+    assert len({refused for refused, _ in found}) == 1
+    assert "corpus.bin: holds token id" in found[0][0]
+    assert found[0][0].startswith("CommonError: ")
 
 
 # ---- facts

@@ -57,6 +57,68 @@ def test_the_version_needs_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"megalite {version('megalite')}\n"
 
 
+def test_the_package_tells_its_version_and_loads_nothing() -> None:
+    code = "import sys; before = set(sys.modules); import megalite; print(sorted(set(sys.modules) - before))"
+    code += "; print(megalite.__version__); print(hasattr(megalite, 'other'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"['megalite']\n{version('megalite')}\nFalse\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes_the_verbs(shell: str) -> None:
+    words = {"COMP_WORDS": "megalite tr", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "megalite tr"}
+    action = {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_MEGALITE_COMPLETE": f"complete_{shell}"}
+    done = run(code="import sys; sys.argv[0] = 'megalite'", **words, **action)
+    assert "train" in done.stdout, done.stderr
+    assert "preprocess" not in done.stdout
+    assert done.stderr == ""
+
+
+# A verb of each kind: an argument, an option, several, and one in a group.
+PATHS = [
+    (["train", "{}/run.yaml"], "RUN.yaml"),
+    (["convert", "{}", "out"], "SOURCE"),
+    (["convert", "in", "{}"], "OUTPUT"),
+    (["preprocess", "a.txt", "{}", "--tokenizer", "t", "--output", "o"], "INPUT"),
+    (["preprocess", "a.txt", "--tokenizer", "{}", "--output", "o"], "--tokenizer"),
+    (["preprocess", "a.txt", "--tokenizer", "t", "--output", "{}"], "--output"),
+    (["preprocess", "a.txt", "--tokenizer", "t", "--output", "o", "--chat", "{}"], "--chat"),
+    (["tokenizer", "train", "a.txt", "--output", "{}"], "--output"),
+    (["generate", "{}", "--prompt", "$NOT_SET ~"], "MODEL"),
+    (["generate", "m", "--prompt", "x", "--prompts", "{}"], "--prompts"),
+    (["inspect", "{}"], None),
+    (["status", "{}"], "RUN"),
+    (["doctor", "{}"], "[RUN.yaml]"),
+    (["verify", "{}"], "RUN.yaml"),
+    (["slurm", "{}", "--nodes", "1"], "RUN.yaml"),
+    (["slurm", "run.yaml", "--nodes", "1", "--output", "{}"], "--output"),
+]
+
+
+@pytest.mark.parametrize(("argv", "name"), PATHS, ids=[" ".join(argv) for argv, _ in PATHS])
+def test_a_path_of_any_verb_names_the_variable_that_is_not_set(
+    argv: list[str], name: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    assert main([word.replace("{}", "${NOT_SET}/x") for word in argv]) == 2
+    told = capsys.readouterr().err
+    assert " needs the variable NOT_SET, which is not set in the environment; set it, " in told
+    assert name is None or told.startswith(f"megalite: error: {name}=")
+
+
+def test_a_path_on_the_command_line_is_expanded_once(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = run_file.rename(run_file.parent / "a$b.yaml")
+    calls = []
+    monkeypatch.setattr("megalite.cli.train.launch_local", lambda argv, *rest, **more: calls.append(argv))
+    monkeypatch.setenv("HOME", str(odd.parent))
+    assert main(["train", "~/a$$b.yaml", "run.dir=~/own"]) == 0, capsys.readouterr().err
+    # What a rank is given is expanded there once more.
+    assert calls == [["train", f"{odd.parent}/a$$b.yaml", "run.dir=~/own"]]
+    assert (odd.parent / "own").is_dir()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -126,8 +188,36 @@ def test_a_dry_run_launches_nobody(
 ) -> None:
     monkeypatch.delattr("megalite.cli.train.launch_local")
     assert main(["train", "--dry-run", str(run_file), "parallel.pipeline=2"]) == 0
-    assert "pipeline 2" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "pipeline 2" in told
+    assert "checkpoints: at the last step | 60 MB each | 1 at most at a time, 60 MB | " in told
     assert not (run_file.parent / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["checkpoint.every=4"],
+            "checkpoints: every 4 steps and at the last step | 60 MB each | 3 at most at a time",
+        ),
+        (
+            ["checkpoint.every=1", "checkpoint.keep_last=2", "checkpoint.last=false"],
+            "every 1 steps | 60 MB each | 3",
+        ),
+        (["train.steps=2"], "note: train.schedule.warmup_steps=2, not 3 as in the run file: train.steps=2"),
+        (["checkpoint.last=false"], "none, the run leaves no model: checkpoint.every=0 and checkpoint.last=false"),
+        (
+            ["checkpoint.last=false", "checkpoint.every=11"],
+            "checkpoint.every=11 is beyond the last step, 10, and ",
+        ),
+    ],
+)
+def test_a_dry_run_says_what_will_be_kept(
+    run_file: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], line: str
+) -> None:
+    assert main(["train", "--dry-run", str(run_file), *overrides]) == 0
+    assert line in capsys.readouterr().out
 
 
 def test_a_launched_rank_takes_its_place() -> None:

@@ -18,11 +18,13 @@ from megalite.config import (
     Recompute,
     RunConfig,
     TrainSection,
+    guesses,
     load_run_config,
     read_model,
 )
 from megalite.errors import UserError
 from megalite.layout import ParallelLayout
+from megalite.paths import spell
 
 ROOT = Path(__file__).parents[1]
 ABSENT = object()
@@ -182,9 +184,9 @@ def test_an_override_replaces_the_deepspeed_json_before_others_reach_into_it(wri
     assert config.deepspeed.document["zero_optimization"]["sub_group_size"] == 7
 
 
-def test_without_a_deepspeed_json_a_run_is_fp32_at_stage_0(write: Callable[..., Path]) -> None:
+def test_without_a_deepspeed_json_a_run_is_fp32_at_stage_1(write: Callable[..., Path]) -> None:
     config = load_run_config(write({"deepspeed": ABSENT})).resolve(world_size=4, vocab_size=64)
-    assert (config.precision, config.zero_stage) == ("fp32", 0)
+    assert (config.precision, config.zero_stage) == ("fp32", 1)
 
 
 def test_the_optimizer_comes_from_whichever_place_states_it(write: Callable[..., Path]) -> None:
@@ -309,14 +311,325 @@ def test_runs_that_differ_are_not_equal(write: Callable[..., Path]) -> None:
 )
 @example(name="1e3", lr=1.0, seed=0, clip=0.0)  # plain to a YAML 1.1 writer, a number to our reader
 @example(name="0E0", lr=1.0, seed=0, clip=0.0)
+@example(name="~a/$b/${c}/$$", lr=1.0, seed=0, clip=0.0)
 def test_any_name_and_number_survives_the_round_trip(
     tmp_path: Path, name: str, lr: float, seed: int, clip: float
 ) -> None:
-    edits = {"run.dir": name, "run.seed": seed, "train.optimizer": {"lr": lr}, "deepspeed.gradient_clipping": clip}
+    edits = {
+        "run.dir": spell(name),
+        "run.seed": seed,
+        "train.optimizer": {"lr": lr},
+        "deepspeed.gradient_clipping": clip,
+    }
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(changed(edits)), encoding="utf-8")  # which is YAML too
     config = load_run_config(path).resolve(world_size=4, vocab_size=64)
     assert round_trip(config, tmp_path) == config
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("section", "last_step", "saved"),
+    [
+        ({}, 7, [7]),
+        ({"every": 0}, 1, [1]),
+        ({"last": False}, 7, []),
+        ({"every": 3}, 7, [3, 6, 7]),
+        ({"every": 3, "last": False}, 7, [3, 6]),
+        ({"every": 7}, 7, [7]),
+        ({"every": 8, "last": False}, 7, []),
+    ],
+)
+def test_a_run_keeps_its_last_checkpoint_unless_told_not_to(
+    write: Callable[..., Path], section: dict[str, Any], last_step: int, saved: list[int]
+) -> None:
+    checkpoint = load_run_config(write({"checkpoint": section})).checkpoint
+    assert [step for step in range(1, last_step + 1) if checkpoint.due(step, last_step)] == saved
+    assert checkpoint.keeps == (section.get("last", True) or section.get("every", 0) > 0)
+
+
+ON_NVME = {
+    "deepspeed.zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "refusal"),
+    [
+        ({}, None),
+        ({"every": 0}, None),
+        ({"last": False}, None),
+        ({"every": 5}, "checkpoint.every=5: {}write 'cpu', or checkpoint.every=0"),
+        ({"last": True}, "checkpoint.last=true: {}write 'cpu', or checkpoint.last=false"),
+        (
+            {"every": 5, "last": True},
+            "checkpoint.every=5: {}write 'cpu', or checkpoint.every=0 and checkpoint.last=false",
+        ),
+    ],
+)
+def test_a_state_on_nvme_is_refused_a_checkpoint_only_where_one_was_asked_for(
+    write: Callable[..., Path], section: dict[str, Any], refusal: str | None
+) -> None:
+    path = write({**ON_NVME, "checkpoint": section})
+    if refusal is None:
+        config = load_run_config(path).resolve(world_size=4, vocab_size=64)
+        assert not config.checkpoint.keeps
+        assert yaml.safe_load(config.to_yaml())["checkpoint"]["last"] is False
+    else:
+        text = refusal.format("a checkpoint reads the state in memory; ")
+        assert message(path).endswith(f"device='nvme' does not go with {text}")
+
+
+# ----------------------------------------------------------------------------------------- a shorter try than the file
+
+LONG: dict[str, Any] = {
+    "train.steps": 200,
+    "train.stop_after": 150,
+    "train.trace_steps": [5, 100],
+    "train.schedule": {"name": "cosine", "warmup_steps": 30, "min_lr": 0},
+}
+WSD: dict[str, Any] = {"train.schedule": {"name": "wsd", "warmup_steps": 30, "decay_steps": 60, "min_lr": 0}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected", "notes"),
+    [
+        (["train.steps=150"], (150, (5, 100), 30), []),
+        (
+            ["train.steps=20"],
+            (None, (5,), 20),
+            [
+                "note: train.stop_after=150 of the run file is beyond train.steps=20, and is left out",
+                "note: train.trace_steps=[100] of the run file is beyond train.steps=20, and is left out",
+                "note: train.schedule.warmup_steps=20, not 30 as in the run file: train.steps=20",
+            ],
+        ),
+        (
+            ["train.stop_after=10"],
+            (10, (5,), 30),
+            ["note: train.trace_steps=[100] of the run file is beyond train.stop_after=10, and is left out"],
+        ),
+        (["train.stop_after=4"], (4, (), 30), ["note: train.trace_steps=[5, 100] of the run file is beyond "]),
+        (["train.stop_after=null"], (None, (5, 100), 30), []),
+        (
+            ["train.steps=1"],
+            (None, (), 1),
+            ["note: train.stop_after=150", "note: train.trace", "note: train.sch"],
+        ),
+        (["train.steps=40", "train.stop_after=30", "train.trace_steps=[30]"], (30, (30,), 30), []),
+        (
+            ["train.steps=20", "train.schedule.warmup_steps=3", "train.trace_steps=[7]"],
+            (None, (7,), 3),
+            ["note: train.s"],
+        ),
+    ],
+)
+def test_a_shorter_try_fits_what_the_file_has_for_more_steps(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    overrides: list[str],
+    expected: tuple[int | None, tuple[int, ...], int],
+    notes: list[str],
+) -> None:
+    config = load_run_config(write(LONG), overrides).resolve(world_size=4, vocab_size=64)
+    assert (config.train.stop_after, config.train.trace_steps, config.schedule.warmup_steps) == expected
+    assert len(config.notes) == len(notes)
+    assert all(said.startswith(note) for said, note in zip(config.notes, notes, strict=True))
+    again = round_trip(config, tmp_path)
+    assert again == config, "the resolved file holds what acts"
+    assert again.notes == ()
+
+
+@pytest.mark.parametrize(("steps", "shape"), [(90, (30, 60)), (45, (15, 30)), (7, (3, 4)), (2, (1, 1)), (1, (0, 1))])
+def test_a_warm_up_and_a_final_decay_shrink_alike(
+    write: Callable[..., Path], steps: int, shape: tuple[int, int]
+) -> None:
+    schedule = load_run_config(write(WSD), [f"train.steps={steps}"]).schedule
+    assert (schedule.warmup_steps, schedule.decay_steps) == shape
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.steps=20", "train.trace_steps=[30]"], "trace_steps=30 is beyond train.steps=20; use at most 20"),
+        (["train.steps=20", "train.stop_after=30"], "train.stop_after=30 is beyond train.steps=20; use at most 20"),
+        (["train.schedule.warmup_steps=300"], "warmup_steps=300 is more than train.steps=200; use at most 200"),
+        (["train.steps=20", "train.schedule.warmup_steps=30"], "is more than train.steps=20; use at most 20"),
+        (["train.steps=none"], "train.steps='none' is not an integer of at least 1"),
+    ],
+)
+def test_what_the_command_line_states_twice_over_stays_an_error(
+    write: Callable[..., Path], overrides: list[str], expected: str
+) -> None:
+    assert expected in message(write(LONG), *overrides)
+
+
+@pytest.mark.parametrize("wrong", [3, [3], {"schedule": 3}, {"schedule": {"warmup_steps": "x"}, "trace_steps": 5}])
+def test_a_try_leaves_values_of_a_wrong_kind_to_the_validation(write: Callable[..., Path], wrong: Any) -> None:
+    path = write({"train": wrong})
+    text = message(path, "train.steps=5") if isinstance(wrong, dict) else message(path)
+    assert "command line" in text or "run.yaml" in text
+
+
+# --------------------------------------------------------------------------------------------- defaults that act
+
+
+@pytest.mark.parametrize(
+    ("edits", "lowest"),
+    [
+        ({}, 3e-5),
+        ({"train.optimizer": {"lr": 6e-4}}, 6e-5),
+        ({"train.schedule": {"name": "linear", "warmup_steps": 3}}, 3e-5),
+        ({"train.schedule": {"name": "wsd", "decay_steps": 3}}, 3e-5),
+        ({"train.schedule": {"name": "constant"}}, None),
+        ({"train.schedule": {"min_lr": 0}}, 0.0),
+        ({"train.schedule": {"min_lr": 1e-4}}, 1e-4),
+        ({"deepspeed.optimizer": {"type": "AdamW", "params": {"lr": 0.25}}}, 0.025),
+    ],
+)
+def test_the_rate_of_the_last_step_is_written_out(
+    write: Callable[..., Path], tmp_path: Path, edits: dict[str, Any], lowest: float | None
+) -> None:
+    config = load_run_config(write(edits)).resolve(world_size=4, vocab_size=64)
+    assert config.schedule.min_lr == lowest
+    assert yaml.safe_load(config.to_yaml())["train"]["schedule"].get("min_lr") == lowest
+    assert round_trip(config, tmp_path).schedule == config.schedule
+
+
+# ------------------------------------------------------------------------------------------------------------ paths
+
+PATHS: dict[str, Callable[[RunConfig], object]] = {
+    "run.dir": lambda config: config.run.dir,
+    "data.tokenizer": lambda config: config.data.tokenizer,
+    "data.index_cache": lambda config: config.data.index_cache,
+    "init_from": lambda config: config.init_from,
+    "resume": lambda config: config.resume,
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("~", "/home/ada"),
+        ("~/x", "/home/ada/x"),
+        ("$SCRATCH/x", "/scratch/x"),
+        ("${SCRATCH}/x_${JOB}", "/scratch/x_7"),
+        ("$MINE/x", "/home/ada/own/x"),
+        ("a~b/~", "a~b/~"),
+        ("./~/x", "./~/x"),
+        ("a$$b", "a$b"),
+        ("a$/b$", "a$/b$"),
+        ("$$SCRATCH", "$SCRATCH"),
+    ],
+)
+def test_every_path_of_a_run_file_is_expanded(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, meant: str
+) -> None:
+    for name, value in {"HOME": "/home/ada", "SCRATCH": "/scratch", "JOB": "7", "MINE": "~/own"}.items():
+        monkeypatch.setenv(name, value)
+    edits: dict[str, Any] = {
+        "data.train": [{"prefix": written}],
+        "data.valid": [{"prefix": written, "name": "v"}],
+        "deepspeed.zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": written}},
+    }
+    for key, value in PATHS.items():
+        both = {} if key == "resume" else {key: written}
+        loaded = load_run_config(write(edits | both), [] if both else [f"{key}={json.dumps(written)}"])
+        config = loaded.resolve(world_size=4, vocab_size=64)
+        assert str(value(config)) == str(Path(meant)) or value(config) == meant
+        sources = (config.data.train[0], config.data.valid[0])
+        assert [source.prefix for source in sources] == [Path(meant)] * 2
+        assert config.deepspeed.document["zero_optimization"]["offload_param"]["nvme_path"] == meant
+        assert round_trip(config, tmp_path) == config
+
+
+def test_files_that_a_run_file_names_are_found_through_variables(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JSONS", str(tmp_path))
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
+    (tmp_path / "blend.txt").write_text("1 $JSONS/books\n")
+    config = load_run_config(write({"deepspeed": "$JSONS/zero.json", "data.train": "${JSONS}/blend.txt"}))
+    assert config.zero_stage == 2
+    assert config.data.train[0].prefix == tmp_path / "books"
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.tokenizer", "init_from", "resume", "deepspeed", "data.train"])
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ("${NOT_SET}/x", " needs the variable NOT_SET, which is not set in the environment; set it, "),
+        ("a/$NOT_SET", " needs the variable NOT_SET, which is not set in the environment; set it, "),
+        ("$EMPTY/x", " needs the variable EMPTY, which is empty in the environment; set it, "),
+        ("${A:-b}/x", " holds ${A:-b}, which is no variable; write ${NAME}, or $$ for a dollar sign"),
+        ("${A/x", " holds ${A/x, which is no variable; write ${NAME}, or $$ for a dollar sign"),
+        ("~nobody-of-this-name/x", " asks for the home of 'nobody-of-this-name', a user that this machine does not "),
+    ],
+)
+def test_a_path_that_cannot_be_expanded_names_what_is_missing(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, key: str, written: str, problem: str
+) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    expected = f"={written!r}{problem}"
+    assert message(write({key: written})).startswith(f"run.yaml: {key}{expected}")
+    assert message(write(), f"{key}={json.dumps(written)}").startswith(f"command line: {key}{expected}")
+
+
+def test_texts_that_are_no_paths_stay_as_they_are(write: Callable[..., Path]) -> None:
+    edits = {"data.tokenizer": "tok", "data.fim_rate": 0.5, "data.fim_tokens": ["$PRE", "~", "${SUF}"]}
+    assert load_run_config(write(edits)).data.fim_tokens == ("$PRE", "~", "${SUF}")
+
+
+# ----------------------------------------------------------------------------------------------------------- guesses
+
+GUESSES: list[tuple[str, str]] = [
+    ("seed=1", "'run.seed'"),
+    ("steps=1", "'train.steps'"),
+    ("max_steps=1", "'train.steps'"),
+    ("train.max_steps=1", "'train.steps'"),
+    ("tensor_parallel=2", "'parallel.tensor'"),
+    ("parallel.tensor_parallel=2", "'parallel.tensor'"),
+    ("parallel.tp=2", "'parallel.tensor'"),
+    ("parallel.pipeline_model_parallel_size=2", "'parallel.pipeline'"),
+    ("learning_rate=1", "'train.optimizer.lr'"),
+    ("train.lr=1", "'train.optimizer.lr'"),
+    ("train.learning_rate=1", "'train.optimizer.lr'"),
+    ("weight_decay=1", "'train.optimizer.weight_decay'"),
+    ("train.warmup_steps=1", "'train.schedule.warmup_steps'"),
+    ("per_device_train_batch_size=1", "'train.micro_batch_size'"),
+    ("output_dir=x", "'run.dir'"),
+    ("save_steps=5", "'checkpoint.every'"),
+    ("train.checkpoint_every=5", "'checkpoint.every'"),
+    ("max_grad_norm=1", "'deepspeed.gradient_clipping'"),
+    ("gradient_clipping=1", "'deepspeed.gradient_clipping'"),
+    ("zero_optimization={}", "'deepspeed.zero_optimization'"),
+    ("num_layers=2", "'model.num_hidden_layers'"),
+    ("hidden_size=2", "'model.hidden_size'"),
+    ("seq_length=2", "'data.sequence_length'"),
+    ("model.seq_length=2", "'data.sequence_length'"),
+    ("schedule=x", "'parallel.schedule' or 'train.schedule'"),
+    ("seeds=1", "'run.seed'"),
+    ("train.stpes=1", "'steps'"),
+    ("modl=1", "'model'"),
+]
+
+
+@pytest.mark.parametrize(("override", "hint"), GUESSES)
+def test_a_key_of_another_place_or_trainer_is_understood(write: Callable[..., Path], override: str, hint: str) -> None:
+    key = override.partition("=")[0]
+    assert message(write(), override) == f"command line: {key} is not a key; did you mean {hint}?"
+
+
+def test_every_alias_stands_for_a_key() -> None:
+    """And for one key alone, which is not the name of another."""
+    words = [word for told in guesses._ALIASES.values() for word in told.split()]
+    assert len(words) == len(set(words))
+    known = {".".join(path) for path in guesses._paths(RunConfig, (), False)} | {"deepspeed.zero_optimization.stage"}
+    known |= {f"deepspeed.{key}" for key in guesses.TABLE}
+    assert set(guesses._ALIASES) <= known
 
 
 # ------------------------------------------------------------------------------------------- what is wrong: values
@@ -345,7 +658,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "deep key",
         {"train.optimizer": {"learning_rat": 1}},
-        "run.yaml: train.optimizer.learning_rat is not a key; allowed: betas, eps, lr, name, weight_decay",
+        "run.yaml: train.optimizer.learning_rat is not a key; did you mean 'train.optimizer.lr'?",
     ),
     (
         "key in a list",
@@ -362,9 +675,10 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "key without a neighbour",
         {"model.gpt2": 1},
-        "run.yaml: model.gpt2 is not a key; allowed: architecture, attention_bias, attention_dropout, head_dim, "
+        "run.yaml: model.gpt2 is not a key; allowed: architecture, attention_bias, attention_dropout, "
+        "attention_output_bias, head_dim, "
         "hidden_dropout, hidden_size, initializer_range, "
-        "intermediate_size, max_position_embeddings, num_attention_heads, num_hidden_layers, "
+        "intermediate_size, max_position_embeddings, mlp_bias, num_attention_heads, num_hidden_layers, "
         "num_key_value_heads, qk_norm, rms_norm_eps, rope_scaling, rope_theta, tie_word_embeddings, vocab_size",
     ),
     # missing
@@ -478,7 +792,8 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "rollback without checkpoints",
         {"train.spike": {"action": "rollback"}},
-        "run.yaml: train.spike.action='rollback' has no checkpoint to go back to; set checkpoint.every, or write skip",
+        "run.yaml: train.spike.action='rollback' has no checkpoint to go back to before the last step; "
+        "set checkpoint.every, or write skip",
     ),
     (
         "rollback in an order that ends",
@@ -707,13 +1022,15 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     # in both places
     (
         "two optimizers",
-        {"train.optimizer": {}, "deepspeed.optimizer": {"type": "AdamW"}},
-        "run.yaml: train.optimizer stands beside run.yaml: deepspeed.optimizer; keep one of them",
+        {"train.optimizer": {"lr": 0.5}, "deepspeed.optimizer": {"type": "AdamW", "params": {"lr": 0.25}}},
+        "run.yaml: train.optimizer.lr=0.5 disagrees with run.yaml: deepspeed.optimizer.params.lr=0.25; write 'auto' "
+        "there, or state it once",
     ),
     (
         "two schedules",
-        {"train.schedule": {}, "deepspeed.scheduler": {"type": "WarmupLR"}},
-        "run.yaml: train.schedule stands beside run.yaml: deepspeed.scheduler; keep one of them",
+        {"train.schedule": {"name": "cosine"}, "deepspeed.scheduler": {"type": "WarmupLR"}},
+        "run.yaml: train.schedule stands beside run.yaml: deepspeed.scheduler; keep one of them, or warmup_steps alone "
+        "here",
     ),
 ]
 
@@ -865,20 +1182,6 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         "ranks, which is not even; use a data.sequence_length of 254 or 256, or a train.micro_batch_size of 8",
     ),
     (
-        "bf16 at stage 0",
-        {"deepspeed.zero_optimization": {"stage": 0}},
-        None,
-        "run.yaml: deepspeed.zero_optimization.stage=0 is refused with bf16: DeepSpeed's optimizer drifts there; "
-        "use stage 1, 2 or 3",
-    ),
-    (
-        "fp16 without zero",
-        {"deepspeed": {"fp16": {"enabled": True}}},
-        None,
-        "run.yaml: deepspeed.zero_optimization.stage=0 is refused with fp16: DeepSpeed's optimizer drifts there; "
-        "use stage 1, 2 or 3",
-    ),
-    (
         "global batch",
         {"deepspeed.train_batch_size": 64},
         None,
@@ -1013,9 +1316,9 @@ OVERRIDES: list[tuple[str, str]] = [
         "command line: parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
     ),
     (
-        "deepspeed.zero_optimization.stage=0",
-        "command line: deepspeed.zero_optimization.stage=0 is refused with bf16: DeepSpeed's optimizer drifts there; "
-        "use stage 1, 2 or 3",
+        "train.precision=fp32",
+        "run.yaml: deepspeed.bf16.enabled=true disagrees with train.precision='fp32' of run.yaml; write 'auto' or "
+        "false here, or change the other",
     ),
     ("deepspeed.bf16.enabld=true", "command line: deepspeed.bf16.enabld is not a key; did you mean 'enabled'?"),
     ("deepspeed=nowhere.json", "nowhere.json: no such file"),
@@ -1043,6 +1346,11 @@ def test_every_malformed_override_is_told(write: Callable[..., Path]) -> None:
 
 TEXTS: list[tuple[str, str, str]] = [
     ("syntax", "run: {dir: x\n", "run.yaml: line 2, column 1: expected ',' or '}', but got '<stream end>'"),
+    (
+        "variable in braces",
+        "run: {dir: ${SCRATCH}/x}\n",
+        "run.yaml: line 1, column 13: expected ',' or '}', but got '{'; put a text with ${NAME} in quotes here",
+    ),
     ("tab", "run:\n\tdir: x\n", "run.yaml: line 2, column 1: found character '\\t' that cannot start any token"),
     ("colon", "run: dir: x\n", "run.yaml: line 1, column 9: mapping values are not allowed here"),
     (
@@ -1125,6 +1433,8 @@ def test_our_run_files_resolve(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     config = config.resolve(world_size=None, vocab_size=vocab_size)
     assert config.precision == "bf16"
     assert config.gradient_accumulation_steps >= 2 * config.parallel.pipeline
+    assert 0 < config.checkpoint.every < config.train.steps
+    assert config.checkpoint.keep_last is not None, "the disk would fill"
 
 
 @pytest.mark.parametrize("layout", [(4, 2), (8, 8)])

@@ -63,3 +63,8 @@ def test_masked_targets_train_alike_at_every_zero_stage(
 ) -> None:
     """The gradient of a loss that nothing is divided by afterwards, which DeepSpeed would divide for its own count."""
     check(run_file, layout, *PACKED, "train.steps=4", f"deepspeed.zero_optimization.stage={stage}")
+
+
+def test_three_data_ranks_train_alike(run_file: Path) -> None:
+    """The order of a sum over two ranks never shows; a tied table has a sum of its own from three ranks on."""
+    check(run_file, (1, 2, 3), *PACKED, "train.global_batch_size=6", "train.steps=4")

@@ -21,7 +21,7 @@ from megalite.doctor.examination import examine
 from megalite.doctor.places import RankPlace, hosts_row, launcher_row
 from megalite.doctor.reach import ALL_PAIRS, Listener, listening, peers, unknown_interfaces, unreached
 from megalite.doctor.report import Report, Row
-from megalite.doctor.speed import rate_row
+from megalite.doctor.speed import rate_row, with_slow_precision
 from megalite.launch import LaunchEnvironment, launch_environment
 from megalite.layout import spans
 from megalite.plan import prepare
@@ -80,11 +80,23 @@ def test_every_axis_of_a_layout_is_measured(run_file: Path, tmp_path: Path) -> N
         rate = re.match(r"([\d.,]+) GB/s ", lines_of(report, f"{axis} axis"))
         assert rate is not None
         assert float(rate[1].replace(",", "")) > 0
-    assert "GFLOP/s a rank in float32" in lines_of(report, "matrix products")
+    assert "GFLOP/s per rank in float32" in lines_of(report, "matrix products")
     assert "2 at most are there at a time" in lines_of(report, "disk")
     assert "/s written and flushed by 4 ranks together: a checkpoint in " in lines_of(report, "disk")
     assert not (tmp_path / "run").exists(), "the run's folder is left alone"
     assert list(tmp_path.glob(".doctor-*")) == [], "what was written is removed"
+
+
+def test_a_precision_that_the_cpu_is_slow_in_is_a_warning() -> None:
+    row = Row("matrix products", "ok", ("50 GFLOP/s per rank in bfloat16",))
+    assert with_slow_precision(row, "bfloat16", [], 4) == row
+    warned = with_slow_precision(row, "bfloat16", [f"rank {rank} on a" for rank in range(4)], 4)
+    assert warned.verdict == "warn"
+    assert warned.lines[0] == row.lines[0]
+    assert warned.lines[1].startswith("every rank: ")
+    assert "train.precision=fp32" in warned.lines[2]
+    assert with_slow_precision(row, "bfloat16", ["rank 3 on b"], 4).lines[1].startswith("rank 3 on b: ")
+    assert "and 2 more" in with_slow_precision(row, "float16", [f"rank {rank} on a" for rank in range(10)], 64).lines[1]
 
 
 def test_without_a_run_file_the_ranks_are_one_data_axis() -> None:

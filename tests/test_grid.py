@@ -7,7 +7,16 @@ import torch
 import torch.distributed as dist
 from harness import run_distributed
 
-from megalite.distributed import Link, ModelParallelUnit, build_grid, gather_json
+from megalite.distributed import (
+    Link,
+    ModelParallelUnit,
+    broadcast_json,
+    build_grid,
+    device_index,
+    gather_json,
+    on_rank_zero,
+)
+from megalite.errors import CommonError, UserError
 from megalite.layout import Axis, ParallelLayout
 from megalite.pipeline.p2p import Channel
 from megalite.pipeline.placement import Placement
@@ -29,6 +38,7 @@ def group_members(layout: ParallelLayout, placement: Placement | None = None) ->
         "pipeline": grid.pipeline,
         "model": grid.model,
         "embedding": grid.embedding,
+        "replicas": grid.replicas,
     }
     links = {f"{kind} from {peer}": link.group for (kind, peer), link in grid.links.incoming.items()}
     links |= {f"{kind} to {peer}": link.group for (kind, peer), link in grid.links.outgoing.items()}
@@ -37,7 +47,13 @@ def group_members(layout: ParallelLayout, placement: Placement | None = None) ->
 
 
 @pytest.mark.parametrize(
-    "layout", [ParallelLayout(tensor=2, pipeline=2, data=2), ParallelLayout(tensor=1, pipeline=4, data=1)], ids=str
+    "layout",
+    [
+        ParallelLayout(tensor=2, pipeline=2, data=2),
+        ParallelLayout(tensor=1, pipeline=4, data=1),
+        ParallelLayout(tensor=1, pipeline=3, data=3),
+    ],
+    ids=str,
 )
 def test_groups_are_those_of_the_layout(layout: ParallelLayout) -> None:
     axes: dict[str, tuple[Axis, ...]] = {
@@ -52,6 +68,9 @@ def test_groups_are_those_of_the_layout(layout: ParallelLayout) -> None:
         pipeline = next(group for group in layout.groups("pipeline") if rank in group)
         ends = [pipeline[0], pipeline[-1]]
         assert found["embedding"] == (ends if rank in ends else None)
+        plane = next(group for group in layout.groups("pipeline", "data") if rank in group)
+        replicas = [one for one in plane if layout.coordinate(one).pipeline in (0, layout.pipeline - 1)]
+        assert found["replicas"] == (replicas if layout.data > 2 and rank in replicas else None)
         place = pipeline.index(rank)
         before, after = pipeline[place - 1 : place + 1], pipeline[place : place + 2]
         expected = {f"activation from {place - 1}": before, f"gradient to {place - 1}": before} if place else {}
@@ -115,3 +134,52 @@ def gather() -> list[object]:
 def test_json_is_gathered_in_the_order_of_ranks() -> None:
     expected = [{"rank": rank, "text": "é" * 10 * rank} for rank in range(3)]
     assert run_distributed(gather, 3) == [expected] * 3
+
+
+def asked_of_rank_zero(layout: ParallelLayout) -> list[object]:
+    """What every rank hears of rank 0's answers: one that each would give otherwise, nothing, and a refusal."""
+    rank = dist.get_rank()
+    grid = build_grid(layout, rank, device=CPU, timeout=timedelta(seconds=60))
+    asked = []
+
+    def refuse() -> None:
+        asked.append(rank)
+        raise UserError(f"rank {rank} refuses")
+
+    heard: list[object] = [broadcast_json({"rank": rank}, grid), on_rank_zero(lambda: [rank, "é" * (100 - rank)], grid)]
+    heard.append(on_rank_zero(lambda: None, grid))
+    try:
+        on_rank_zero(refuse, grid)
+    except CommonError as error:
+        heard.append(str(error))
+    return [*heard, asked]
+
+
+def test_what_rank_zero_finds_all_ranks_have_found() -> None:
+    ranks = run_distributed(asked_of_rank_zero, 3, ParallelLayout(tensor=1, pipeline=1, data=3))
+    for rank, heard in enumerate(ranks):
+        assert heard == [{"rank": 0}, [0, "é" * 100], None, "rank 0 refuses", [] if rank else [0]]
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "devices", "launcher", "index"),
+    [
+        (0, 1, "megalite", 0),
+        (3, 4, "torchrun", 3),
+        (7, 8, None, 7),
+        (3, 1, "slurm", 0),  # each task sees a device of its own
+        (2, 1, "openmpi", 0),
+        (5, 1, None, 0),
+        (4, 4, "slurm", None),
+        (7, 4, "torchrun", None),
+        (1, 1, "megalite", None),
+        (1, 1, "deepspeed", None),
+        (5, 4, None, None),
+    ],
+)
+def test_no_two_ranks_share_a_device(local_rank: int, devices: int, launcher: str | None, index: int | None) -> None:
+    if index is not None:
+        assert device_index(local_rank, devices, launcher) == index
+        return
+    with pytest.raises(UserError, match=f"has no device of its own: {devices} are visible .*at most {devices} ranks"):
+        device_index(local_rank, devices, launcher)

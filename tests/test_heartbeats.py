@@ -5,14 +5,21 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+from harness import run_distributed
 from test_launch import is_alive, pids, start_launcher, started, wait_until  # noqa: F401 (a fixture)
 from test_train import TINY, megalite
+from training import build_trainer
 
+from megalite.checkpoint.store import Part
 from megalite.heartbeat import FOLDER, SILENT_SECONDS, Beat, Heart, Phase, Progress, laggards, read_beats
 from megalite.run_status import run_status
 
@@ -232,3 +239,64 @@ def test_a_stopped_rank_is_found_and_the_run_ends(run_file: Path, tmp_path: Path
     assert f"held up by rank 2 on {stopped.host}: " in said
     assert said.count("no progress for train.timeout_seconds=20") >= 2, "of several ranks one shows its stacks alone"
     assert not is_alive(stopped.pid)
+
+
+# ---- a save that takes its time
+
+
+def save_while_watched(path: str, overrides: Sequence[str], rank: int, naps: Sequence[float]) -> tuple[float, float]:
+    """Save while one rank's thread sleeps before its parts; return how long that took, and how long this rank stood
+    still in it at most."""
+    from megalite import checkpointer
+
+    checkpointer.TELL_SECONDS = 0.1
+    trainer = build_trainer(path, overrides)
+    trainer.step(1)
+    if trainer.grid.rank == rank:
+        plain, left = checkpointer.parts, iter(naps)
+
+        def slow(part: Part) -> Part:
+            def load() -> np.ndarray:
+                time.sleep(next(left, 0.0))
+                return part.load()
+
+            return replace(part, load=load)
+
+        checkpointer.parts = lambda fragments: map(slow, plain(fragments))
+    still, ended = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal still
+        while not ended.wait(0.02):
+            still = max(still, trainer.progress.seconds_still())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    began = time.monotonic()
+    trainer.save(1)
+    trainer.step(2)  # where the save goes on in the background
+    trainer.checkpointer.wait()
+    took = time.monotonic() - began
+    ended.set()
+    watching.join()
+    trainer.close()
+    return took, still
+
+
+@pytest.mark.parametrize(
+    ("rank", "naps", "asynchronous"),
+    [
+        pytest.param(0, [0.2] * 16, "false", id="rank 0 slow"),
+        pytest.param(1, [0.2] * 16, "false", id="rank 1 slow", marks=pytest.mark.full),
+        pytest.param(1, [0.2] * 16, "true", id="rank 1 slow in the background"),
+        pytest.param(1, [3.2], "false", id="rank 1 stuck"),
+    ],
+)
+def test_ranks_move_as_long_as_a_save_does(
+    run_file: Path, tmp_path: Path, rank: int, naps: list[float], asynchronous: str
+) -> None:
+    given = [*TINY, "parallel.data=2", "checkpoint.every=1", f"checkpoint.async={asynchronous}", "data.split=null"]
+    found = run_distributed(save_while_watched, 2, str(run_file), [*given, f"run.dir={tmp_path / 'run'}"], rank, naps)
+    for took, still in found:
+        assert took > 3
+        assert still > 2.5 if len(naps) == 1 else still < 1.5

@@ -36,3 +36,20 @@ def test_constant_stays() -> None:
 
 def test_wsd_stays_and_then_falls() -> None:
     assert rates(8, name="wsd", decay_steps=4, min_lr=0.2) == pytest.approx([1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_every_step_trains_also_the_only_one_of_a_run(name: str, warmup: int) -> None:
+    for total in (1, 2, 3, 10):
+        tail = {"decay_steps": max(1, total - warmup)} if name == "wsd" else {}
+        found = rates(total, name=name, warmup_steps=warmup, **tail)
+        assert min(found) >= 0.1 - 1e-12
+        assert max(found) <= 1.0
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_a_stated_minimum_is_where_a_run_ends(name: str) -> None:
+    for low in (0.0, 1e-5, 0.3):
+        assert rates(7, name=name, min_lr=low)[-1] == pytest.approx(low, rel=1e-9)
+    assert rates(7, name=name)[-1] == pytest.approx(0.1, rel=1e-9)

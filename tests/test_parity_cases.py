@@ -103,7 +103,7 @@ def test_a_case_is_the_run_but_for_its_precision_and_where_it_writes(run_file: P
     assert case.config.precision == "fp32"
     assert case.config.zero_stage == plan.config.zero_stage == 1
     assert case.config.run.dir == tmp_path / "case"
-    assert case.config.checkpoint.every == 0
+    assert not case.config.checkpoint.keeps
     assert case.config.resume == "never"
     assert case.stage_layers == plan.stage_layers == (range(0, 3), range(3, 4))
     for kept in ("model", "data", "init_from"):
@@ -256,6 +256,9 @@ def test_words_say_causes_first_and_what_agrees() -> None:
     assert list(finding(elements_missing=32).faults()) == ["the ranks update 32 elements fewer than the model has"]
     assert list(finding(loss=2.1).faults()) == ["loss differs: 2.1, in one process 2"]
     assert not finding(loss=float("nan")).agrees
+    for value in (float("nan"), float("inf")):  # equal in both, and no proof
+        assert not finding(loss=value, reference_loss=value).agrees
+        assert not finding(norm=value, reference_norm=value).agrees
     doubled = [difference(2, 1.0, factor=2.0), difference(4, 3.0, rank=1)]
     both = finding(gradients=Agreement.of(doubled, 1e-5), norm=1.5)
     assert list(both.faults()) == [

@@ -60,10 +60,10 @@ BAD: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
     ("vocabulary", spoil_nothing, ["model.vocab_size=1", "parallel.tensor=2"], ["model.vocab_size=1"]),
     ("positions", spoil_nothing, ["data.sequence_length=300"], ["300", "max_position_embeddings=256"]),
     (
-        "bf16 at stage 0",
+        "two precisions",
         spoil_nothing,
-        ["deepspeed.bf16={enabled: true}", "deepspeed.zero_optimization.stage=0"],
-        ["1"],
+        ["deepspeed.bf16={enabled: true}", "train.precision=fp16"],
+        ["deepspeed.bf16.enabled=true", "train.precision='fp16'"],
     ),
     ("missing idx", remove_index, [], ["corpus.idx", "no such file"]),
     ("missing bin", remove_tokens, [], ["corpus.bin", "no such file"]),
@@ -232,7 +232,7 @@ def test_the_run_files_that_ship_pass_a_dry_run(
         ([], ["no pipeline", "ZeRO-1, fp32"]),
         (["parallel.pipeline=2", "parallel.tensor=2"], ["simulated bubble 20.0%", "at most 2 microbatches in flight"]),
         (["parallel.pipeline=2", "parallel.schedule=gpipe"], ["at most 4 microbatches in flight"]),
-        (["parallel.data=4"], ["0, 1, 2, 3"]),
+        (["parallel.data=4"], ["0-3"]),
     ],
 )
 def test_the_plan_tells_ranks_parameters_and_bubble(run_file: Path, overrides: list[str], parts: list[str]) -> None:

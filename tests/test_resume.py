@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from training import NARROW, build_trainer
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.retention import kept
 from megalite.checkpoint.store import Part
+from megalite.provenance import Provenance
 from megalite.zero_state import ZeroState
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Layout = tuple[int, int, int]
 LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
+PAIR: Layout = (1, 1, 2)
 SMALL = (*NARROW, "model.num_hidden_layers=2", "model.vocab_size=300", "train.steps=6", "checkpoint.every=3")
 BF16, FP16 = "deepspeed.bf16={enabled: true}", "deepspeed.fp16={enabled: true, initial_scale_power: 24, hysteresis: 1}"
 
@@ -90,6 +92,7 @@ STOPPED = [
     pytest.param((2, 1, 2), 1, [], marks=pytest.mark.full),
     ((1, 2, 2), 2, []),
     pytest.param((1, 2, 2), 3, [], marks=pytest.mark.full),
+    pytest.param((1, 2, 3), 2, ["train.global_batch_size=6"], marks=pytest.mark.full),
     pytest.param((2, 2, 1), 1, [BF16], marks=pytest.mark.full),
     ((1, 1, 2), 2, [BF16, "checkpoint.async=true"]),
     ((1, 2, 1), 3, [BF16]),
@@ -254,10 +257,60 @@ def test_the_micro_batch_may_change(run_file: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+def samples_of_steps(folder: Path) -> dict[int, list[int]]:
+    provenance = Provenance(folder)
+    return {step: sorted(seen.sample for seen in provenance.step(step)) for step in range(1, 7)}
+
+
+RESIZED = [
+    # The samples of steps 4, 5 and 6; steps 1 to 3 had four each.
+    pytest.param(["train.global_batch_size=8"], [12, 20, 28, 36], "8 sequences a step from step 4 on,", id="larger"),
+    pytest.param(["train.global_batch_size=2"], [12, 14, 16, 18], "2 sequences a step from step 4 on,", id="smaller"),
+    pytest.param(
+        ["train.global_batch_size=8", "train.batch_size_rampup={start: 2, increment: 2, samples: 24}"],
+        [12, 16, 22, 28],  # a third of the increments for each 8 samples
+        "4 sequences a step from step 4 on, growing to 8, and on from sample 12",
+        id="growing",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "ends", "said"), RESIZED)
+def test_a_run_goes_on_with_batches_of_another_size(
+    run_file: Path, tmp_path: Path, override: list[str], ends: list[int], said: str
+) -> None:
+    folder, given = tmp_path / "run", [*at(PAIR, 2), "checkpoint.every=1"]
+    run(run_file, folder, PAIR, *given, "train.stop_after=3")
+    shutil.copytree(folder, tmp_path / "alone")
+    step, notes = run(run_file, folder, PAIR, *given, *override, "train.stop_after=5")
+    assert step == 3
+    (note,) = [note for note in notes if note.startswith("batches of another size: ")]
+    assert said in note
+    # A second time nothing changes, and nothing is said.
+    step, notes = run(run_file, folder, PAIR, *given, *override)
+    assert step == 5
+    state = CheckpointReader(folder / "checkpoints/step_6").state
+    assert (state["consumed_samples"], state["optimizer"]["updates"]) == (ends[-1], 6)
+    expected = {step: list(range(4 * step - 4, 4 * step)) for step in (1, 2, 3)}
+    expected |= {step: list(range(*pair)) for step, pair in enumerate(pairwise(ends), 4)}
+    assert samples_of_steps(folder) == expected
+    run(run_file, tmp_path / "alone", (1, 1, 1), *at((1, 1, 1), 0), "checkpoint.every=1", *override)
+    losses, alone = ([float.fromhex(x) for _, x, *_ in trained(one)] for one in (folder, tmp_path / "alone"))
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+def test_batches_of_another_size_are_refused_where_the_order_hangs_on_them(run_file: Path, tmp_path: Path) -> None:
+    given = [*at((1, 1, 1), 1), "data.order=megatron"]
+    run(run_file, tmp_path / "run", (1, 1, 1), *given, "train.stop_after=3")
+    with pytest.raises(
+        RankError, match=r"data\.order=megatron shuffles as many samples .*keep train\.global_batch_size"
+    ):
+        run(run_file, tmp_path / "run", (1, 1, 1), *given, "train.global_batch_size=8")
+
+
 # ------------------------------------------------------------------------------------------------ killed in a save
 
 POINTS = ["begun", "written", "recorded", "described", "published", "latest", "pruned"]
-PAIR: Layout = (1, 1, 2)
 KEPT = [*at(PAIR, 1), "checkpoint.every=2", "checkpoint.keep_last=1"]
 
 
@@ -284,6 +337,27 @@ def test_a_run_killed_in_a_save_goes_on_from_a_whole_checkpoint(
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["LATEST", "step_6"]
     run(run_file, tmp_path / "whole", PAIR, *overrides)
     assert_same_run(folder, tmp_path / "whole")
+
+
+def test_what_cannot_be_removed_ends_no_run(run_file: Path, tmp_path: Path) -> None:
+    """An old checkpoint that was moved to another disk, a file of a save's name, LATEST that cannot be written."""
+    folder, archive = tmp_path / "run", tmp_path / "archive"
+    alone = [*at((1, 1, 1), 1), "checkpoint.every=2"]
+    run(run_file, folder, (1, 1, 1), *alone, "train.stop_after=2")
+    (folder / "checkpoints/step_2").rename(archive)
+    (folder / "checkpoints/step_2").symlink_to(archive)
+    (folder / "checkpoints/step_6.tmp").touch()
+    (folder / "checkpoints/step_1.tmp").symlink_to("nowhere")
+    (folder / "checkpoints/LATEST").unlink()
+    (folder / "checkpoints/LATEST").mkdir()
+    assert run(run_file, folder, (1, 1, 1), *alone, "checkpoint.keep_last=1")[0] == 2
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["LATEST", "step_6"]
+    assert (archive / "manifest.json").is_file()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["checkpoint_bytes"] > 0 for line in lines if "checkpoint_bytes" in line] == [True, True, True]
+    latest, link = [line["checkpoint_warning"] for line in lines if "checkpoint_warning" in line]  # each is told once
+    assert latest == f"{folder}/checkpoints/LATEST: is not up to date: Is a directory"
+    assert link.endswith(f"step_2: it is a link: the link is removed, and {archive} stays")
 
 
 # -------------------------------------------------------------------------------------------- damaged, or another's
@@ -319,7 +393,7 @@ def test_damage_is_passed_over_by_auto_and_refused_by_path(
     damage(folder / "checkpoints/step_4" / file)
     with pytest.raises(RankError, match=fault) as refused:
         run(run_file, tmp_path / "other", PAIR, *overrides, f"resume={folder}/checkpoints/step_4")
-    assert "UserError" in str(refused.value)
+    assert any(f"errors.{kind}: " in str(refused.value) for kind in ("UserError", "CommonError"))
     (folder / "checkpoints/step_9.tmp").mkdir()
     step, notes = run(run_file, folder, PAIR, *overrides)
     assert step == 2
@@ -344,7 +418,6 @@ OTHERS = [
     ("model.hidden_size=128", r"model.hidden_size +128 +64"),
     ("model.num_hidden_layers=3", r"weight/layers.2.mlp.up.weight +176 x 64 +missing"),
     ("model.rope_theta=5.0e5", r"model.rope_theta +500000.0 +10000.0"),
-    ("train.global_batch_size=8", "keep train.global_batch_size"),
 ]
 
 

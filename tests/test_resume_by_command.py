@@ -65,7 +65,9 @@ def test_another_models_checkpoint_is_refused_before_any_rank_starts(run_file: P
     wrong = megalite("train", str(run_file), *given, f"resume={tmp_path}/run", status=2).stderr
     assert wrong.endswith(f"is no checkpoint; the newest there is {tmp_path}/run/checkpoints/step_2\n")
     dry = megalite("train", str(run_file), *given, "--dry-run").stdout
-    assert dry.endswith(f"start: from {tmp_path}/run/checkpoints/step_2, step 2, if it is whole\n")
+    assert dry.endswith(
+        f"start: from {tmp_path}/run/checkpoints/step_2, step 2\nnothing is left to train: step 2 is done\n"
+    )
     anew = megalite("train", str(run_file), *given, "resume=never").stdout
     assert "resumed" not in anew
     assert (tmp_path / "run/earlier/1/checkpoints/step_2/manifest.json").is_file()

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -268,3 +269,37 @@ def test_a_run_goes_back_so_often_and_not_more(run_file: Path, tmp_path: Path) -
     assert "train.spike.action=skip" in str(error.value)
     jumps = sorted(path.name for path in (tmp_path / "run/spikes").iterdir())
     assert len(jumps) == 3, "a jump at a step is not to write over one before"
+
+
+def roll_back_on_a_lagging_disk(path: str, overrides: Sequence[str], lag: str) -> tuple[int | None, str]:
+    """Train four steps and go back, where the disk shows rank 1 less than rank 0; return the step and the weights."""
+    from megalite import resume
+    from megalite.checkpoint import selection
+
+    trainer = build_trainer(path, overrides)
+    trainer.run()
+    if trainer.grid.rank == 1:
+        listed, digest, looks = selection.checkpoints, resume._manifest_digest, iter(range(1000))
+        if lag == "old listing":
+            selection.checkpoints = lambda root: listed(root)[1:]
+        hidden = {"late": 5, "never": 1000}.get(lag, 0)
+
+        def looking(folder: Path) -> str | None:
+            return digest(folder) if folder.name != "step_4" or next(looks) >= hidden else None
+
+        resume._manifest_digest = looking
+    back = trainer.roll_back(4, SpikeSection(action="rollback"))
+    weights = b"".join(bytes(f.tensors["weight"].numpy()) for f in trainer.state.fragments())
+    trainer.close()
+    return back, sha256(weights).hexdigest()
+
+
+@pytest.mark.parametrize(("lag", "step"), [("old listing", 4), ("late", 4), ("never", 2)])
+def test_ranks_go_back_to_one_checkpoint_whatever_the_disk_shows_them(
+    run_file: Path, tmp_path: Path, lag: str, step: int
+) -> None:
+    given = [*SMALL, "train.stop_after=4", "parallel.data=2", "train.timeout_seconds=3"]
+    given += ["deepspeed.zero_optimization.stage=0", f"run.dir={tmp_path / 'run'}"]
+    found = run_distributed(roll_back_on_a_lagging_disk, 2, str(run_file), given, lag)
+    assert found[0] == found[1]
+    assert found[0][0] == step

@@ -225,10 +225,23 @@ def test_a_run_stops_for_its_file_and_goes_on_when_started_again(
 
 
 def test_a_run_that_keeps_no_checkpoint_says_so_when_its_time_is_over(run_file: Path, tmp_path: Path) -> None:
-    overrides = [*GIVEN, "checkpoint.every=0", "train.max_minutes=0.001"]
+    overrides = [*GIVEN, "checkpoint.every=0", "checkpoint.last=false", "train.max_minutes=0.001"]
     said = megalite("train", str(run_file), *overrides, status=STOPPED_STATUS).stdout
-    assert f"stopped after step 1 of 100,000, asked by {MAX_MINUTES}; no checkpoint is kept" in said
+    assert "checkpoints: none, the run leaves no model: checkpoint.every=0 and checkpoint.last=false" in said
+    end = "no checkpoint of it is kept: checkpoint.last is false"
+    assert f"stopped after step 1 of 100,000, asked by {MAX_MINUTES}; {end}" in said
     assert json.loads((tmp_path / "run/STOPPED.json").read_text())["checkpoint"] is None
+
+
+def test_a_run_without_a_section_of_checkpoints_keeps_the_step_that_its_time_ends_with(
+    run_file: Path, tmp_path: Path
+) -> None:
+    overrides = [*TINY, "train.steps=9", CONSTANT]
+    said = megalite("train", str(run_file), *overrides, "train.max_minutes=0.001", status=STOPPED_STATUS).stdout
+    assert f"asked by {MAX_MINUTES}; checkpoint step_1" in said
+    said = megalite("train", str(run_file), *overrides, "train.stop_after=3").stdout
+    assert "checkpoints/step_1, step 1, 4 samples" in said
+    assert [folder.name for folder in sorted((tmp_path / "run/checkpoints").glob("step_*"))] == ["step_1", "step_3"]
 
 
 @pytest.mark.full
@@ -252,7 +265,7 @@ def test_a_signal_to_one_rank_stops_all_under_any_launcher(
 def test_ranks_are_started_again_only_where_they_can_go_on(run_file: Path) -> None:
     with pytest.raises(UserError, match=r"train\.max_restarts=2 .* resume='never'; use resume=auto"):
         prepare(run_file, [*TINY, "train.max_restarts=2", "resume=never"], None)
-    with pytest.raises(UserError, match=r"train\.max_restarts=2 .* checkpoint\.every=0 there is none; set checkpoint"):
+    with pytest.raises(UserError, match=r"train\.max_restarts=2 .* checkpoint\.every=0 there is none before"):
         prepare(run_file, [*TINY, "train.max_restarts=2", "checkpoint.every=0"], None)
 
 

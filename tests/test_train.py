@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import warm
 import yaml
 from harness import run_distributed
 from training import build_trainer
+
+from megalite.data.batches import SampleMicrobatch
 
 TINY = (
     "model.vocab_size=256",
@@ -104,8 +107,9 @@ def test_megatrons_order_leaves_its_index_in_the_runs_folder(run_file: Path, tmp
 
 
 def test_a_run_stops_where_it_is_told_and_is_not_done(run_file: Path, tmp_path: Path) -> None:
-    whole = megalite("train", str(run_file), *TINY, "train.steps=6").stdout.splitlines()
-    stopped = megalite("train", str(run_file), *TINY, "train.steps=6", "train.stop_after=3").stdout.splitlines()
+    given = [*TINY, "train.steps=6", "checkpoint.last=false"]  # so that the second begins anew
+    whole = megalite("train", str(run_file), *given).stdout.splitlines()
+    stopped = megalite("train", str(run_file), *given, "train.stop_after=3").stdout.splitlines()
     assert not (tmp_path / "run" / "DONE.json").exists()
     assert json.loads((tmp_path / "run" / "earlier" / "1" / "DONE.json").read_text())["step"] == 6
     assert len((tmp_path / "run" / "earlier" / "1" / "metrics.jsonl").read_text().splitlines()) == 6
@@ -134,3 +138,28 @@ def test_a_run_that_diverges_ends_with_one_message(run_file: Path, tmp_path: Pat
     assert [line["skipped"] for line in lines] == [False, True, True, True]
     assert lines[-1]["loss"] is None
     assert not (tmp_path / "run" / "DONE.json").exists()
+
+
+def spans_of_a_step(path: str, overrides: list[str], late: int) -> list[tuple[str, float, float]]:
+    """What a recorded step measures where one rank waits half a second longer for its batch than the others."""
+    trainer = build_trainer(path, overrides)
+    trainer.step(1)
+    take = trainer.batches.take
+
+    def taking(step: int) -> list[SampleMicrobatch]:
+        if trainer.grid.rank == late:
+            time.sleep(1.0)
+        return take(step)
+
+    trainer.batches.take = taking
+    _, spans = trainer._timed_step(2, record=True)
+    trainer.close()
+    return [(str(span.instruction), span.start, span.end) for span in spans]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_measured_timeline_has_one_zero_whoever_waits_for_data(run_file: Path, late: int) -> None:
+    first, last = run_distributed(spans_of_a_step, 2, str(run_file), [*TINY, "parallel.pipeline=2"], late)
+    sent, received = first[0][2], last[0][1]
+    assert sent - 0.05 < received < sent + 0.5, "the second stage began before it had its input, or long after"
+    assert first[0][1] < 0.5

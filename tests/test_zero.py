@@ -139,16 +139,41 @@ def test_an_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(run_file:
     assert scales[-1] < 2.0**24
 
 
-def rates(path: str, overrides: tuple[str, ...]) -> list[float]:
-    trainer = build_trainer(path, overrides)
-    return [trainer.step(step).learning_rate for step in range(1, 6)]
+def rates(path: str, overrides: tuple[str, ...]) -> tuple[list[float], list[float]]:
+    """The rates that steps report, and those that their updates were applied with."""
+    trainer, applied = build_trainer(path, overrides), []
+    optimizer = trainer.engine.optimizer
+    optimizer.register_step_pre_hook(lambda *_: applied.append(float(optimizer.param_groups[0]["lr"])))
+    reported = [trainer.step(step).learning_rate for step in range(1, 6)]
+    return reported, applied[:: len(applied) // 5]
 
 
-def test_deepspeeds_scheduler_sets_the_rate(run_file: Path) -> None:
-    scheduler = (
-        "{type: WarmupLR, params: {warmup_min_lr: 0.0, warmup_max_lr: 0.001, warmup_num_steps: 4, warmup_type: linear}}"
-    )
-    found = run_distributed(
-        rates, 1, str(run_file), (*SMALL, "train.schedule=null", f"deepspeed.scheduler={scheduler}")
-    )[0]
-    assert found == pytest.approx([0.0, 0.00025, 0.0005, 0.00075, 0.001], abs=1e-9)
+DECAY = "{type: WarmupDecayLR, params: {warmup_num_steps: 2, total_num_steps: 4, warmup_max_lr: 0.001, "
+SCHEDULERS = {
+    "warmup": "{type: WarmupLR, params: {warmup_min_lr: 0.0, warmup_max_lr: 0.001, warmup_num_steps: 4, "
+    "warmup_type: linear}}",
+    "decay": DECAY + "warmup_min_lr: 0.0, warmup_type: linear}}",
+}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # DeepSpeed's scheduler counts from the end of the first step: two steps have its first rate.
+        (f"deepspeed.scheduler={SCHEDULERS['warmup']}", [0.0, 0.0, 0.00025, 0.0005, 0.00075]),
+        (f"deepspeed.scheduler={SCHEDULERS['decay']}", [0.0, 0.0, 0.0005, 0.001, 0.0005]),
+        ("train.optimizer.lr=0.001", None),
+    ],
+    ids=["warmup", "decay", "our own"],
+)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_the_rate_of_a_step_is_the_one_that_it_applied(
+    run_file: Path, schedule: str, expected: list[float] | None, stage: int
+) -> None:
+    ours = () if expected is None else ("train.schedule=null",)
+    given = (*SMALL, *ours, schedule, f"deepspeed.zero_optimization.stage={stage}")
+    reported, applied = run_distributed(rates, 1, str(run_file), given)[0]
+    assert reported == applied
+    assert len(set(reported)) > 2
+    if expected is not None:
+        assert reported == pytest.approx(expected, abs=1e-9)

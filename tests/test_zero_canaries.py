@@ -123,7 +123,7 @@ def half_precision_at_stage_0() -> str:
 
 
 def test_stage_0_keeps_no_fp32_zero_optimizer_in_bf16() -> None:
-    """The configuration refuses bf16 and fp16 at stage 0 and names stage 1."""
+    """The configuration runs stage 0 in bf16 and fp16 as stage 1, and says so."""
     assert run_distributed(half_precision_at_stage_0, 1) == ["FP16_UnfusedOptimizer"]
 
 
@@ -295,3 +295,13 @@ def gradients_of_an_output_and_of_a_view_of_it() -> tuple[float, float]:
 def test_stage_0_divides_the_gradient_of_a_forwards_own_output() -> None:
     own, view = run_distributed(gradients_of_an_output_and_of_a_view_of_it, 1)[0]
     assert own == pytest.approx(view / 2)
+
+
+def muon_is_compiled_as_it_is_defined() -> bool:
+    from deepspeed.runtime.zero.muon import original_muon
+
+    return hasattr(original_muon.muon_update, "_torchdynamo_orig_callable")
+
+
+def test_an_import_of_muon_imports_torchs_compiler() -> None:
+    assert run_distributed(muon_is_compiled_as_it_is_defined, 1) == [True]

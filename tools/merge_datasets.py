@@ -18,10 +18,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", metavar="PREFIX", type=Path, nargs="+")
     parser.add_argument("--output", metavar="PREFIX", type=Path, required=True)
+    parser.add_argument("--force", action="store_true", help="overwrite a dataset that is there")
     args = parser.parse_args()
     try:
         with writing(args.output, "give another --output"), count_progress("merging", "tokens") as progress:
-            merged = merge_datasets(args.prefixes, args.output, progress)
+            merged = merge_datasets(args.prefixes, args.output, progress, overwrite=args.force)
     except UserError as error:
         print(f"megalite: error: {error}", file=sys.stderr)
         return USER_ERROR_STATUS

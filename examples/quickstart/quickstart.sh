@@ -8,11 +8,11 @@ say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 say python examples/quickstart/build_corpus.py --output data/quickstart/corpus.jsonl
 
 # 2. A vocabulary learned from that text.
-say megalite tokenizer train data/quickstart/corpus.jsonl --vocab-size 8192 --output data/quickstart/tokenizer.model
+say megalite tokenizer train data/quickstart/corpus.jsonl --vocab-size 8192 --output data/quickstart/tokenizer.model --force
 
 # 3. Text to token ids, in Megatron's memory-mapped format: data/quickstart/corpus.bin and corpus.idx.
 say megalite preprocess data/quickstart/corpus.jsonl --tokenizer data/quickstart/tokenizer.model \
-    --output data/quickstart/corpus --append-eod --workers 2
+    --output data/quickstart/corpus --append-eod --workers 2 --force
 
 # 4. What is about to run: which rank holds what, and how well the pipeline will be filled.
 say megalite train examples/quickstart/run.yaml --dry-run

@@ -18,13 +18,13 @@ import numpy as np
 
 from megalite.checkpoint import store
 from megalite.checkpoint.boxes import Box
-from megalite.checkpoint.companions import TIKTOKEN_SUFFIX
+from megalite.checkpoint.companions import tokenizer_name
 from megalite.checkpoint.huggingface.tokenizer import tokenizer_files
 from megalite.checkpoint.huggingface.writer import write_folder
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.safetensors_file import ENCODINGS
 from megalite.checkpoint.store import Part
-from megalite.checkpoint.weights import WEIGHT, Weights
+from megalite.checkpoint.weights import WEIGHT, Weights, companion_contents, documents_of, generation_settings
 from megalite.config import ModelConfig
 from megalite.errors import UserError
 from megalite.files import partial_path, publish, require_writable_folder
@@ -32,7 +32,6 @@ from megalite.files import partial_path, publish, require_writable_folder
 FILE_BYTES = 4 << 30
 """The most that a file of a checkpoint holds, unless a tensor is larger."""
 _SLACK_BYTES = 1 << 20
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", TIKTOKEN_SUFFIX)
 
 Progress = Callable[[int, int], None]
 
@@ -85,8 +84,8 @@ def to_checkpoint(weights: Weights, companions: Mapping[str, Path], folder: Path
             for name, shape in shapes
         ]
         store.write_rank(folder, number, parts)
-    small = {name: path.read_bytes() for name, path in companions.items()}
-    tokenizer = next((small[name] for kind in _TOKENIZERS for name in small if name.endswith(kind)), None)
+    small = companion_contents(weights, companions)
+    tokenizer = tokenizer_name(small)
     manifest = Manifest(
         0,
         {},
@@ -94,7 +93,8 @@ def to_checkpoint(weights: Weights, companions: Mapping[str, Path], folder: Path
         versions={"megalite": version("megalite")},
         model=weights.model.model_dump(mode="json"),
         precision=weights.precision,
-        tokenizer_sha256=None if tokenizer is None else sha256(tokenizer).hexdigest(),
+        tokenizer_sha256=None if tokenizer is None else sha256(small[tokenizer]).hexdigest(),
+        documents=documents_of(weights),
     )
     store.finish(folder, ranks=len(files), manifest=manifest, state={"step": 0}, files=small)
 
@@ -113,7 +113,10 @@ def to_hugging_face(
     Raises UserError for a model or a tokenizer that has no equal there.
     """
     assert weights.model.vocab_size is not None
-    tokenizer = tokenizer_files(companions, weights.model.vocab_size)
+    settings, where = generation_settings(weights, companions)
+    tokenizer = tokenizer_files(
+        companions, weights.model.vocab_size, settings=settings, where=where, documents=documents_of(weights)
+    )
     folder.mkdir()
     write_folder(
         weights, folder, precision=precision, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, progress=progress

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.safetensors_file import ENCODINGS, FileRecord
+from megalite.checkpoint.special_tokens import DocumentTokens
 from megalite.errors import UserError
 from megalite.faults import validation_lines
 
@@ -70,6 +71,8 @@ class Manifest:
     """In which the model was trained or stored: fp32, bf16 or fp16. The tensors are fp32 in any case."""
     config_sha256: str | None = None
     tokenizer_sha256: str | None = None
+    documents: DocumentTokens | None = None
+    """What stood around the documents of the training data; None in checkpoints that do not tell it."""
     format: str = FORMAT
     version: int = VERSION
 

@@ -19,6 +19,8 @@ import numpy as np
 
 _PART = 1 << 22
 """Elements that are hashed and written at a time."""
+_FLUSHED = 1 << 28
+"""Bytes after which a file that grows is flushed to the disk."""
 _READ = 1 << 21
 """Bytes that are read and hashed at a time."""
 
@@ -77,11 +79,13 @@ def write_safetensors(
     *,
     precision: str = "fp32",
     metadata: Mapping[str, str] | None = None,
+    moved: Callable[[], None] = lambda: None,
 ) -> FileRecord:
     """Write fp32 arrays, which come in the order of `shapes`, flush them to the disk and return the file's record.
 
-    Each array is asked for when it is written; its elements are rounded to `precision`. Raises OSError where the disk
-    takes no more; leaves what was written.
+    Each array is asked for when it is written; its elements are rounded to `precision`. `moved` is called whenever some
+    of it is on its way; the disk is flushed on the way, so that no part of the work is long. Raises OSError where the
+    disk takes no more; leaves what was written.
     """
     encoding = ENCODINGS[precision]
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -92,7 +96,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
-    digest, written = hashlib.sha256(), 0
+    digest, written, flushed = hashlib.sha256(), 0, 0
     # hashlib lets go of the interpreter's lock: a thread hashes a part while this one writes it.
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
         for part in chain((memoryview(head),), _parts(shapes.values(), arrays, encoding)):
@@ -102,6 +106,10 @@ def write_safetensors(
                 rest = rest[file.write(rest) :]
             hashed.result()
             written += len(part)
+            if written - flushed >= _FLUSHED:
+                os.fsync(file.fileno())
+                flushed = written
+            moved()
         os.fsync(file.fileno())
     return FileRecord(written, digest.hexdigest())
 

@@ -36,12 +36,14 @@ def _layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     if getattr(model, "qk_norm", False):
         yield from _norm("attention.query_norm", model.head_dim, bias=False)
         yield from _norm("attention.key_norm", model.head_dim, bias=False)
-    yield from _linear("attention.output", hidden, width, bias=attention_bias and not is_llama)
+    output_bias = getattr(model, "attention_output_bias", attention_bias)
+    yield from _linear("attention.output", hidden, width, bias=output_bias)
     yield from _norm("mlp_norm", hidden, bias=not is_llama)
+    mlp_bias = getattr(model, "mlp_bias", True)  # of llama alone a setting
     if is_llama:
-        yield from _linear("mlp.gate", inner, hidden, bias=False)
-    yield from _linear("mlp.up", inner, hidden, bias=not is_llama)
-    yield from _linear("mlp.down", hidden, inner, bias=not is_llama)
+        yield from _linear("mlp.gate", inner, hidden, bias=mlp_bias)
+    yield from _linear("mlp.up", inner, hidden, bias=mlp_bias)
+    yield from _linear("mlp.down", hidden, inner, bias=mlp_bias)
 
 
 def _norm(name: str, size: int, *, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from megalite.cli import convert, doctor, generate, inspect, preprocess, slurm, status, tokenizer, train, verify
+from megalite.cli.argument_paths import expand_paths
 from megalite.cli.failure import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
 from megalite.errors import USER_ERROR_STATUS, CommonError, RanksMissing, UserError, nearest
 from megalite.launch import LaunchEnvironment, launch_environment
@@ -36,7 +37,6 @@ def build_app() -> typer.Typer:
     """Return the typer app with every verb."""
     app = typer.Typer(
         cls=_Verbs,
-        add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -45,6 +45,7 @@ def build_app() -> typer.Typer:
         verbs.register(app)
     for command in app.registered_commands:
         command.help = _paragraphs(command.callback.__doc__ or "")
+    expand_paths(app)
     return app
 
 
@@ -56,9 +57,9 @@ def _paragraphs(docstring: str) -> str:
 def _show_version(asked: bool) -> None:
     """Answer before click misses a verb."""
     if asked:
-        from importlib.metadata import version
+        from megalite import __version__
 
-        typer.echo(f"megalite {version('megalite')}")
+        typer.echo(f"megalite {__version__}")
         raise typer.Exit
 
 

@@ -70,6 +70,7 @@ def convert(
     from megalite.checkpoint.huggingface.reader import HuggingFaceWeights
     from megalite.checkpoint.weights import CheckpointWeights
     from megalite.files import writing
+    from megalite.generation.vocabulary import untrained_beginning
 
     shard_bytes = _bytes(max_shard_size)
     weights = _open(source, max_positions, model)
@@ -101,6 +102,11 @@ def convert(
             proof = _proof(_open(unfinished), weights.origin, output)
     for note in getattr(weights, "notes", ()):
         typer.echo(f"note: {note}")
+    if target is Target.hf and (beginning := untrained_beginning(weights, companions)):
+        typer.echo(
+            f"note: the tokenizer puts {' '.join(beginning)} before every text, and no training document had it; in "
+            "transformers encode prompts with add_special_tokens=False"
+        )
     elements = size_of(weights, "fp32") // 4
     form = "a checkpoint" if target is Target.megalite else f"a Hugging Face folder in {precision}"
     typer.echo(f"{output}: {elements:,} parameters, {needed / 1e6:,.1f} MB, {form}{proof}")
@@ -130,12 +136,12 @@ def _with_tokenizer(companions: Mapping[str, Path], path: Path) -> dict[str, Pat
 
     load_tokenizer(path)
     if path.is_dir():
-        given = dict(companions_among(path, sorted(file.name for file in path.iterdir())))
-        given.pop(GENERATION_CONFIG, None)
+        given = dict(companions_among(path, sorted(file.name for file in path.iterdir() if file.is_file())))
     else:
         given = {standard_name(path): tokenizer_file(path)}
+    # How generation ends belongs to the weights; only where they tell nothing it is that of the tokenizer's folder.
     kept = {name: file for name, file in companions.items() if name == GENERATION_CONFIG}
-    return kept | given
+    return given | kept
 
 
 def _require_verifiable(weights: "Weights", target: Target) -> None:

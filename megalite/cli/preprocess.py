@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megalite.cli.progress import token_progress
+from megalite.cli.words import file_name
+from megalite.errors import UserError
+from megalite.paths import expand
 
 if TYPE_CHECKING:
     from megalite.data.preprocess import PreprocessReport
@@ -23,18 +26,29 @@ def preprocess(
         list[Path],
         typer.Argument(
             metavar="INPUT",
-            help="jsonl (also .gz, .zst), parquet, arrow or txt: files, folders, quoted patterns; in the order given.",
+            help="jsonl (also .gz, .zst, or a JSON array), parquet, arrow or txt: files, folders, quoted patterns; in "
+            "the order given.",
         ),
     ],
     tokenizer: Annotated[
-        Path, typer.Option(help="A sentencepiece .model, a Hugging Face tokenizer.json, or cl100k_base.tiktoken.")
+        Path,
+        typer.Option(
+            help="A sentencepiece .model, a Hugging Face tokenizer.json, GPT-2's vocab.json, cl100k_base.tiktoken, or "
+            "a folder with one."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="The prefix: data/corpus makes data/corpus.bin, .idx and .json.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            parser=file_name, metavar="PREFIX", help="The prefix: data/corpus makes data/corpus.bin, .idx and .json."
+        ),
+    ],
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.", show_default=False)] = None,
     text_key: Annotated[
         list[str] | None,
         typer.Option(
-            help="The key or column of the text; given several times, the texts are joined by a line end. "
+            help="The key or column of the text; a.b is b in the object under a; given several times, the "
+            "texts are joined by a line end. "
             "By default text; with --chat the whole object.",
             show_default=False,
         ),
@@ -45,6 +59,12 @@ def preprocess(
     append_eod: Annotated[bool, typer.Option("--append-eod", help="End each document with <|endoftext|>.")] = False,
     eod_token: Annotated[
         str | None, typer.Option(help="End each document with this token of the vocabulary.", show_default=False)
+    ] = None,
+    prepend_bos: Annotated[
+        bool, typer.Option("--prepend-bos", help="Begin each document with the tokenizer's beginning token.")
+    ] = False,
+    bos_token: Annotated[
+        str | None, typer.Option(help="Begin each document with this token of the vocabulary.", show_default=False)
     ] = None,
     on_error: Annotated[str, typer.Option(help="What a malformed or empty document does: fail or skip.")] = "fail",
     min_tokens: Annotated[int, typer.Option(help="Leave out documents of fewer tokens.")] = 0,
@@ -61,6 +81,14 @@ def preprocess(
             show_default=False,
         ),
     ] = None,
+    ignore_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Pass over this key of conversations and messages, such as tools; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a dataset that is there.")] = False,
 ) -> None:
     """Tokenize text into Megatron's indexed format; the same bytes for any number of workers.
 
@@ -82,12 +110,16 @@ def preprocess(
                 split_lines=split_lines,
                 append_eod=append_eod,
                 eod_token=eod_token,
+                prepend_bos=prepend_bos,
+                bos_token=bos_token,
+                ignore_key=ignore_key or (),
                 workers=workers,
                 on_error=on_error,
                 min_tokens=min_tokens,
                 dedup=dedup,
                 document_shuffle=document_shuffle,
-                chat=chat,
+                chat=chat if chat is None else _template(chat),
+                overwrite=force,
                 progress=progress,
             )
     except Interrupted as stop:
@@ -95,6 +127,14 @@ def preprocess(
         raise typer.Exit(stop.status) from None
     for line in summary(output, report):
         typer.echo(line)
+
+
+def _template(chat: str) -> str:
+    """Return the name of a chat template as it is, and the path of its file expanded."""
+    try:
+        return expand(chat)
+    except ValueError as error:
+        raise UserError(f"--chat={chat!r}{error}") from None
 
 
 def summary(output: Path, report: "PreprocessReport") -> list[str]:
@@ -121,4 +161,8 @@ def summary(output: Path, report: "PreprocessReport") -> list[str]:
     lines += [f"  {problem}" for problem in report.problems]
     if report.problems and report.empty + report.skipped > len(report.problems):
         lines.append(f"  and {report.empty + report.skipped - len(report.problems):,} more")
+    if report.ignored:
+        counts = ", ".join(f"{key} of {count:,}" for key, count in report.ignored.items())
+        lines.append(f"not read: keys of conversations: {counts}")
+    lines += [f"note: {note}" for note in report.notes]
     return lines

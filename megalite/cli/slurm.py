@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megalite.cluster import LAUNCHERS, Job, ranks_per_node, render
+from megalite.cluster import LAUNCHERS, Job, ranks_per_node, render, tensor_over_nodes
 from megalite.errors import UserError, nearest
 from megalite.files import writing
 
@@ -31,7 +31,7 @@ _OWN = {
     "signal": "use --stop-before",
     "requeue": "use --max-restarts",
     "no-requeue": "use --max-restarts 0",
-    "output": "the job logs to logs/NAME/JOB.log, see --name",
+    "output": "the job logs to logs/NAME/JOB.log, see --name, and under --output beside the script",
     "array": "a run is one job",
     "chdir": "submit from the folder that the run file's paths start in",
 }
@@ -93,19 +93,22 @@ def _slurm(
 
     The job logs to logs/NAME/JOB.log. At its time limit and after a fault it goes back into the queue.
 
-    --output and --dry-run submit nothing.
+    --output and --dry-run submit nothing. A script that --output writes logs to NAME-JOB.log beside itself.
     """
     if launcher not in LAUNCHERS:
         raise UserError(f"--launcher {launcher!r} is no launcher{nearest(launcher, LAUNCHERS)}")
     _check_time(time, stop_before)
-    config = _checked(run, overrides or [], nodes, ranks or gpus, max_restarts)
+    config = _checked(run, overrides or [], nodes, ranks, gpus, max_restarts)
+    per_node = config.layout.world_size // nodes
+    if warning := tensor_over_nodes(config.parallel.tensor, per_node, nodes):
+        typer.echo(warning, err=True)
     name = name or re.sub(r"[^\w.-]", "_", config.run.dir.resolve().name, flags=re.ASCII)
     if name in (".", "..") or "/" in name:
         raise UserError(f"--name {name!r} is to be a folder in logs/; write it without slashes")
     options = {
         "job-name": name,
         "nodes": str(nodes),
-        "ntasks-per-node": str(config.layout.world_size // nodes),
+        "ntasks-per-node": str(per_node),
         "cpus-per-task": str(cpus) if cpus else None,
         "gpus-per-node": str(gpus) if gpus else None,
         "account": account,
@@ -113,6 +116,7 @@ def _slurm(
         "signal": f"B:USR1@{stop_before}",
         **({"time": time} if time else {}),
         **({} if max_restarts else {"requeue": None, "no-requeue": ""}),
+        **({"output": _log_beside(output)} if output is not None and not dry_run else {}),
         **_further(sbatch or []),
     }
     script = render(
@@ -125,33 +129,61 @@ def _slurm(
             container=_words(container or ""),
         )
     )
+    if max_restarts and not config.checkpoint.every:
+        note = f"only a stop, as before the time limit, and the last step, {config.train.last_step:,}, are saved"
+        typer.echo(
+            f"note: checkpoint.every=0: {note}; after a fault the job begins at the stop before, or anew", err=True
+        )
     if dry_run:
         typer.echo(script, nl=False)
         return
-    logs = Path("logs", name)
-    with writing(logs, "submit from a folder that you may write in"):
-        logs.mkdir(parents=True, exist_ok=True)  # Slurm makes none, and a job whose output has no folder fails
     if output is not None:
         with writing(output, "give --output the path of a file, in a folder that is there"):
             output.write_text(script, encoding="utf-8")
-        typer.echo(f"{output}: written; submit it from this folder by: sbatch {shlex.quote(str(output))}")
+        log = options["output"].replace("%x", name).replace("%j", "JOB")
+        typer.echo(f"{output}: written; submit it from this folder by: sbatch {shlex.quote(str(output))}; log: {log}")
         return
+    _require_sbatch()
+    logs = Path("logs", name)
+    with writing(logs, "submit from a folder that you may write in"):
+        logs.mkdir(parents=True, exist_ok=True)  # Slurm makes none, and a job whose output has no folder fails
     job = _submit(script)
     typer.echo(f"job {job}: {config.layout}, {nodes} nodes x {options['ntasks-per-node']} ranks; log: {logs / job}.log")
 
 
-def _checked(run: Path, overrides: list[str], nodes: int, ranks: int | None, max_restarts: int) -> "RunConfig":
+def _log_beside(script: Path) -> str:
+    """Where the job of a script logs, in a folder that is there whenever the script is."""
+    beside = str(script.parent / "%x-%j.log")
+    # sbatch takes a pattern in the script's name for one of its own, and no blank.
+    return beside if re.fullmatch(r"[\w./+,:@=-]*", str(script.parent), re.ASCII) else "%x-%j.log"
+
+
+def _checked(
+    run: Path, overrides: list[str], nodes: int, ranks: int | None, gpus: int | None, max_restarts: int
+) -> "RunConfig":
     """Return the run as its ranks will resolve it."""
+    from megalite.checkpoint.weights import section_of_weights
     from megalite.config import load_run_config
     from megalite.plan import prepare
 
-    config = load_run_config(run, overrides)
+    config = load_run_config(run, overrides, section_of_weights)
     if config.resume != "auto" and max_restarts:
         raise UserError(
             f"{run.name}: resume={config.resume!r} would begin there again after every restart of the job; "
             "write resume=auto, or give --max-restarts 0"
         )
-    return prepare(run, overrides, nodes * ranks_per_node(config, nodes, ranks)).config
+    resolved = prepare(run, overrides, nodes * ranks_per_node(config, nodes, ranks, gpus)).config
+    _check_checkpoints(resolved, max_restarts)
+    return resolved
+
+
+def _check_checkpoints(config: "RunConfig", max_restarts: int) -> None:
+    """Refuse a job that would be requeued with nothing to go on from."""
+    if max_restarts and not config.checkpoint.keeps:
+        raise UserError(
+            f"{config.source}: checkpoint.every=0 and checkpoint.last=false keep nothing that the job could go on from "
+            "after its time limit or a fault; leave out last=false, set checkpoint.every, or give --max-restarts 0"
+        )
 
 
 def _further(given: list[str]) -> dict[str, str | None]:
@@ -198,10 +230,13 @@ def _seconds(time: str) -> int | None:
     return 86400 * int(days or 0) + sum(int(number) * unit for number, unit in zip(numbers, units, strict=False))
 
 
-def _submit(script: str) -> str:
-    """Return the number of the job that sbatch made of a script."""
+def _require_sbatch() -> None:
     if shutil.which("sbatch") is None:
         raise UserError("sbatch is not on this machine; submit from a login node, or give --output FILE")
+
+
+def _submit(script: str) -> str:
+    """Return the number of the job that sbatch made of a script."""
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError("\n".join(f"Slurm: {line}" for line in done.stderr.splitlines()) or "Slurm: sbatch failed")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from megalite.cli.progress import byte_progress
+from megalite.cli.words import file_name
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +26,7 @@ def train(
         list[Path],
         typer.Argument(metavar="INPUT", help="Text, as preprocess reads it: files, folders, quoted patterns."),
     ],
-    output: Annotated[Path, typer.Option(help="The model to write, say tok.model.")],
+    output: Annotated[Path, typer.Option(parser=file_name, metavar="FILE", help="The model to write, say tok.model.")],
     vocab_size: Annotated[int, typer.Option(help="Number of token ids, bytes and control tokens included.")] = 8192,
     text_key: Annotated[str, typer.Option(help="The key or column of the text.")] = "text",
     control_token: Annotated[
@@ -33,6 +34,7 @@ def train(
         typer.Option(help="A control token such as <|im_start|>, which no text becomes; may be given several times."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the sample of documents, where there are over 100 MB.")] = 1234,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
     """Train a sentencepiece BPE tokenizer with byte fallback, which gives every text back as it was."""
     from megalite.data.tokenizer import train_sentencepiece
@@ -46,6 +48,7 @@ def train(
             text_key=text_key,
             seed=seed,
             control_tokens=control_token or (),
+            overwrite=force,
             progress=progress,
         )
     used = "" if report.documents_used == report.documents else f" of {report.documents:,}"

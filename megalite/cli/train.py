@@ -4,14 +4,12 @@ import faulthandler
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local
-
-if TYPE_CHECKING:
-    from megalite.plan import Plan
+from megalite.paths import spell
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +27,8 @@ def _train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Resolve and check everything; print the rank map, the parameters by rank and the simulated pipeline.",
+            help="Make every check of a start, and print the ranks, what each holds and the simulated pipeline. Data "
+            "that are not there are told, and do without.",
         ),
     ] = False,
 ) -> None:
@@ -55,20 +54,17 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     from megalite.files import sole_user
     from megalite.plan import prepare
 
-    plan = prepare(run, overrides, None)
-    start = plan.check_start()
     if dry_run:
-        datasets = plan.check_data(keep_index=False)
-        _show(plan)
-        for line in (*datasets.describe(), start):
-            typer.echo(line)
+        _dry_run(run, overrides, None)
         return
+    plan = prepare(run, overrides, None)
+    plan.check_start()
     plan.check_data()
     folder = plan.config.run.dir
     with sole_user(folder, f"run.dir={folder}"):
         pass  # rank 0 takes it for the run; this ends a second run before its ranks start
     status = launch_local(
-        ["train", str(run), *overrides],
+        ["train", spell(run), *overrides],
         plan.layout.world_size,
         folder / "logs",
         stop_grace=math.inf,  # they save a checkpoint before they end
@@ -85,14 +81,27 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
     from megalite.plan import prepare
     from megalite.train import train
 
-    plan = prepare(run, overrides, environment.world_size)
     if not dry_run:
-        raise typer.Exit(train(plan, environment))
+        raise typer.Exit(train(prepare(run, overrides, environment.world_size), environment))
     if environment.rank == 0:
-        _show(plan)
+        _dry_run(run, overrides, environment.world_size)
 
 
-def _show(plan: "Plan") -> None:
+def _dry_run(run: Path, overrides: list[str], world_size: int | None) -> None:
+    """Make the checks of a start, by this process alone, and print the plan; what is not there is told."""
     from rich.console import Console
 
+    from megalite.files import require_unused
+    from megalite.plan import prepare
+    from megalite.resume import foresee_start
+
+    plan = prepare(run, overrides, world_size, tokenizer_may_be_absent=True)
+    folder = plan.config.run.dir
+    plan.check_start()
+    datasets, absent = plan.check_data_that_is_there()
+    start = foresee_start(plan)
+    require_unused(folder, f"run.dir={folder}")
     Console().print(plan.describe())
+    described = datasets.describe() if datasets is not None else []
+    for line in (*plan.config.notes, *plan.config.deepspeed.notes, *plan.unchecked, *absent, *described, *start):
+        typer.echo(line)

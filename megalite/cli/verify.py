@@ -13,6 +13,7 @@ import typer
 
 from megalite.errors import USER_ERROR_STATUS, UserError
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_stand_in
+from megalite.paths import spell
 
 if TYPE_CHECKING:
     from megalite.layout import ParallelLayout
@@ -81,7 +82,7 @@ def _verify(
         _introduce(plan, notes, [plan.layout] if layouts is None else chosen)
     # The ranks of a case do not know how many the launcher started.
     outcomes = _run_cases(
-        ["verify", str(run), *words, f"parallel.data={plan.layout.data}"], chosen, environment, speaks=speaks
+        ["verify", spell(run), *words, f"parallel.data={plan.layout.data}"], chosen, environment, speaks=speaks
     )
     if speaks:
         raise typer.Exit(_conclude(outcomes))

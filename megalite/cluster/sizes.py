@@ -1,5 +1,6 @@
 """How a layout's ranks fall on nodes."""
 
+from math import gcd
 from typing import TYPE_CHECKING
 
 from megalite.errors import UserError
@@ -8,39 +9,92 @@ if TYPE_CHECKING:
     from megalite.config import RunConfig
 
 
-def ranks_per_node(config: "RunConfig", nodes: int, given: int | None) -> int:
+def ranks_per_node(config: "RunConfig", nodes: int, given: int | None, gpus: int | None = None) -> int:
     """Return how many ranks each of `nodes` nodes has, where the user gave that number or None.
 
-    Raises UserError where the layout's ranks do not fall on the nodes evenly, and where ``parallel.data: auto`` leaves
-    their number open.
+    `gpus` is the number of GPUs of a node, None where the job asks for none; each rank takes one of its own. Raises
+    UserError where there are fewer, where the layout's ranks do not fall on the nodes evenly, and where
+    ``parallel.data: auto`` leaves their number open.
     """
+    if given is not None and gpus is not None and given > gpus:
+        raise UserError(
+            f"--ranks-per-node {given} with --gpus-per-node {gpus}: each rank takes a GPU of its own; use "
+            f"--ranks-per-node {gpus}, or --gpus-per-node {given}"
+        )
+    parallel = config.parallel
+    if parallel.data == "auto":
+        return _of_an_open_layout(config, nodes, given or gpus, gpus)
+    return _of_a_layout(config, nodes, given, gpus)
+
+
+def tensor_over_nodes(tensor: int, per_node: int, nodes: int) -> str | None:
+    """Return a warning where ranks that share every layer stand on several nodes; None where they do not."""
+    if nodes == 1 or per_node % tensor == 0:
+        return None
+    fits = gcd(tensor, per_node)
+    return (
+        f"warning: parallel.tensor={tensor} does not divide the {_ranks(per_node)} of a node: its collectives, the "
+        f"most frequent ones, go over the network; use parallel.tensor={fits}, and more of parallel.pipeline, or nodes "
+        "with more ranks"
+    )
+
+
+def _of_an_open_layout(config: "RunConfig", nodes: int, per_node: int | None, gpus: int | None) -> int:
     parallel, source = config.parallel, config.source
     model = parallel.tensor * parallel.pipeline
-    if parallel.data == "auto":
-        shape = f"tensor {parallel.tensor} x pipeline {parallel.pipeline}"
-        if given is None:
-            raise UserError(
-                f"{source}: parallel.data=auto leaves the number of ranks open; "
-                f"give --ranks-per-node, or parallel.data={max(1, nodes // model)}"
-            )
-        if nodes * given % model:
-            raise UserError(
-                f"--nodes {nodes} with --ranks-per-node {given} is {_ranks(nodes * given)}, no multiple of the {model} "
-                f"of {shape} in {source}; use --ranks-per-node {_next_multiple(given, nodes, model)}"
-            )
-        return given
-    world, layout = model * parallel.data, config.layout
+    if per_node is None:
+        raise UserError(
+            f"{source}: parallel.data=auto leaves the number of ranks open; "
+            f"give --ranks-per-node, or parallel.data={max(1, nodes // model)}"
+        )
+    if nodes * per_node % model:
+        step = model // gcd(model, per_node)
+        below = nodes // step * step
+        fixes = [f"--nodes {count}" for count in (below, below + step) if count]
+        more = _next_multiple(per_node, nodes, model)
+        if gpus is None or more <= gpus:
+            fixes.append(f"--ranks-per-node {more}")
+        raise UserError(
+            f"--nodes {nodes} with {_stated(per_node, gpus)} is {_ranks(nodes * per_node)}, no multiple of the {model} "
+            f"of tensor {parallel.tensor} x pipeline {parallel.pipeline} in {source}; use {', or '.join(fixes)}"
+        )
+    return per_node
+
+
+def _of_a_layout(config: "RunConfig", nodes: int, given: int | None, gpus: int | None) -> int:
+    source, layout = config.source, config.layout
+    world = layout.world_size
     if world % nodes:
-        fitting = ", ".join(str(count) for count in range(1, world + 1) if world % count == 0)
+        fitting = ", ".join(str(count) for count in _divisors(world) if gpus is None or world // count <= gpus)
         raise UserError(
             f"{source}: {layout} is {_ranks(world)}, which do not fall evenly on --nodes {nodes}; use one of {fitting}"
         )
-    if given not in (None, world // nodes):
+    per_node = world // nodes
+    if gpus is not None and per_node > gpus:
+        enough = next(count for count in _divisors(world) if world // count <= gpus)
+        raise UserError(
+            f"{source}: {layout} is {_ranks(per_node)} on each of --nodes {nodes}, and each takes one of "
+            f"--gpus-per-node {gpus} for its own; use --nodes {enough}"
+        )
+    if given not in (None, per_node):
         raise UserError(
             f"--nodes {nodes} with --ranks-per-node {given} is {_ranks(nodes * given)}, but {layout} in {source} is "
-            f"{world}; use --ranks-per-node {world // nodes}, or parallel.data=auto"
+            f"{world}; use --ranks-per-node {per_node}, or parallel.data=auto"
         )
-    return world // nodes
+    if given is None and gpus is not None and per_node < gpus:
+        raise UserError(
+            f"{source}: {layout} is {_ranks(per_node)} on each of --nodes {nodes}, fewer than --gpus-per-node {gpus}; "
+            f"use --gpus-per-node {per_node}, parallel.data=auto, or --ranks-per-node {per_node} to leave GPUs idle"
+        )
+    return per_node
+
+
+def _stated(per_node: int, gpus: int | None) -> str:
+    return f"--gpus-per-node {per_node}" if per_node == gpus else f"--ranks-per-node {per_node}"
+
+
+def _divisors(world: int) -> list[int]:
+    return [count for count in range(1, world + 1) if world % count == 0]
 
 
 def _ranks(count: int) -> str:

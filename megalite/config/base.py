@@ -5,16 +5,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, model_validator
+from pydantic import BaseModel, PlainSerializer, model_validator
 from pydantic.fields import FieldInfo
 
-from megalite.faults import FLAG, NOT_NEGATIVE, POSITIVE, Fault, FaultsError, Kind, number, whole
+from megalite.faults import FLAG, NOT_NEGATIVE, PATH_TEXT, POSITIVE, Fault, FaultsError, Kind, number, path_text, whole
+from megalite.paths import spell
 
 
 def _path(value: Any) -> Path:
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise ValueError
-    return Path(value)
+    return value if isinstance(value, Path) else Path(path_text(value))
 
 
 def _name(value: Any) -> str:
@@ -53,7 +52,9 @@ Index = Annotated[int, INDEX]
 Flag = Annotated[bool, FLAG]
 PositiveNumber = Annotated[float, POSITIVE]
 Number = Annotated[float, NOT_NEGATIVE]
-FilePath = Annotated[Path, PATH]
+FilePath = Annotated[Path, PATH, PlainSerializer(spell, str, when_used="json")]
+PathText = Annotated[str, PATH_TEXT, PlainSerializer(spell, str, when_used="json")]
+"""Written so that a path reads back as it is."""
 Share = Annotated[float, SHARE]
 Dropout = Annotated[float, DROPOUT]
 Name = Annotated[str, NAME]

@@ -60,13 +60,36 @@ def recompute_faults(train: TrainSection, deepspeed: DeepSpeedSettings) -> Itera
                 yield Fault(every, f"{text}; keep one of them")
 
 
+def optimizer_faults(train: TrainSection, deepspeed: DeepSpeedSettings) -> Iterator[Fault]:
+    """Find what the run file and the JSON state of the optimizer and the learning rate's schedule, and differently."""
+    if train.optimizer is not None:
+        stated = train.optimizer.stated
+        for name in deepspeed.optimizer_disagreements(stated):
+            value = deepspeed.document["optimizer"]["params"][name]
+            other = deepspeed.origin.line(Fault(("optimizer", "params", name), f"={show(value)}"))
+            text = f"={show(stated[name])} disagrees with {other}; write 'auto' there, or state it once"
+            yield Fault(("train", "optimizer", name), text)
+    if train.schedule is not None and deepspeed.scheduler is not None:
+        other = deepspeed.origin.line(Fault(("scheduler",), ""))
+        if not deepspeed.warms_up or train.schedule.model_fields_set - {"warmup_steps"}:
+            warm_up = ", or warmup_steps alone here" if deepspeed.warms_up else ""
+            yield Fault(("train", "schedule"), f" stands beside {other}; keep one of them{warm_up}")
+            return
+        steps, theirs = train.schedule.warmup_steps, deepspeed.scheduler["params"].get("warmup_num_steps", "auto")
+        if theirs not in ("auto", max(1, steps)) and "warmup_steps" in train.schedule.model_fields_set:
+            key = deepspeed.origin.line(Fault(("scheduler", "params", "warmup_num_steps"), f"={show(theirs)}"))
+            text = f"={steps} disagrees with {key}; write 'auto' there, or state it once"
+            yield Fault(("train", "schedule", "warmup_steps"), text)
+
+
 def rollback_faults(config: Run) -> Iterator[Fault]:
     spike = config.train.spike
     if spike is None or spike.action != "rollback":
         return
     action = ("train", "spike", "action")
     if not config.checkpoint.every:
-        yield Fault(action, "='rollback' has no checkpoint to go back to; set checkpoint.every, or write skip")
+        text = "='rollback' has no checkpoint to go back to before the last step; set checkpoint.every, or write skip"
+        yield Fault(action, text)
     if config.data.order != "streaming":
         text = f"='rollback' passes samples over, and data.order={show(config.data.order)} has no more than it needs"
         yield Fault(action, f"{text}; write data.order=streaming, or skip")
@@ -202,13 +225,13 @@ def _batch_faults(train: TrainSection, data_size: int) -> Iterator[Fault]:
 
 
 def deepspeed_faults(config: Run) -> Iterator[Fault]:
-    if config.precision != "fp32" and config.zero_stage == 0:
-        text = f"=0 is refused with {config.precision}: DeepSpeed's optimizer drifts there; use stage 1, 2 or 3"
-        yield Fault(("zero_optimization", "stage"), text)
-    for section in config.deepspeed.on_nvme if config.checkpoint.every else ():
-        text = f"='nvme' does not go with checkpoint.every={config.checkpoint.every}: a checkpoint reads the state in "
-        text += "memory; write 'cpu', or checkpoint.every=0"
-        yield Fault(("zero_optimization", section, "device"), text)
+    checkpoint = config.checkpoint
+    every = [f"checkpoint.every={checkpoint.every}"] if checkpoint.every else []
+    asked = every + (["checkpoint.last=true"] if checkpoint.last else [])
+    fix = ["checkpoint.every=0"] * len(every) + ["checkpoint.last=false"] * checkpoint.last
+    for section in config.deepspeed.on_nvme if asked else ():
+        text = f"='nvme' does not go with {asked[0]}: a checkpoint reads the state in memory; write 'cpu', or "
+        yield Fault(("zero_optimization", section, "device"), text + " and ".join(fix))
     train = config.train
     microbatches, rest = divmod(train.global_batch_size, train.micro_batch_size * config.layout.data)
     values = {

@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from math import ceil
 from pathlib import Path
-from typing import Annotated
 
 import yaml
 from pydantic import Field, InstanceOf
 
-from megalite.config.base import FilePath, Section
+from megalite.config.base import FilePath, PathText, Section
 from megalite.config.data import DataSection
-from megalite.config.fit import deepspeed_faults, fit_faults, recompute_faults, rollback_faults
+from megalite.config.fit import deepspeed_faults, fit_faults, optimizer_faults, recompute_faults, rollback_faults
 from megalite.config.recompute import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS, Recompute
 from megalite.config.sections import (
     CheckpointSection,
@@ -22,8 +21,9 @@ from megalite.config.sections import (
     TrainSection,
 )
 from megalite.config.yaml12 import Dumper
+from megalite.deepspeed_defaults import with_defaults
 from megalite.deepspeed_json import DeepSpeedSettings, Precision
-from megalite.faults import TEXT, Fault, Origin, report, show
+from megalite.faults import Fault, Origin, report, show
 from megalite.layout import ParallelLayout
 from megalite.pipeline.placement import Placement
 from megalite.pipeline.schedule import placement
@@ -38,7 +38,7 @@ class RunConfig(Section, frozen=True):
     parallel: ParallelSection = ParallelSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
-    resume: Annotated[str, TEXT] = "auto"
+    resume: PathText = "auto"
     """``auto``: from the newest whole checkpoint of `run.dir`, if there is one; ``never``; or a checkpoint's path."""
     init_from: FilePath | None = None
     """The weights to begin with: a checkpoint, a run's folder, or a Hugging Face folder."""
@@ -46,10 +46,7 @@ class RunConfig(Section, frozen=True):
     origin: InstanceOf[Origin] = Field(default=Origin(), exclude=True, repr=False)
 
     def faults(self) -> Iterator[Fault]:
-        for ours, theirs in (("optimizer", self.deepspeed.optimizer), ("schedule", self.deepspeed.scheduler)):
-            if getattr(self.train, ours) is not None and theirs is not None:
-                other = self.deepspeed.origin.line(Fault(("scheduler" if ours == "schedule" else ours,), ""))
-                yield Fault(("train", ours), f" stands beside {other}; keep one of them")
+        yield from optimizer_faults(self.train, self.deepspeed)
         if self.train.eval_every and not self.data.has_validation:
             text = f"={self.train.eval_every} has nothing to evaluate on; give data.valid or data.split"
             yield Fault(("train", "eval_every"), text)
@@ -61,11 +58,12 @@ class RunConfig(Section, frozen=True):
             yield Fault(("train", "max_restarts"), f"{text}{show(self.resume)}; use resume=auto, or max_restarts=0")
         if self.train.max_restarts and not self.checkpoint.every:
             text = f"={self.train.max_restarts} has ranks go on from the newest checkpoint, and with checkpoint.every=0"
-            yield Fault(("train", "max_restarts"), f"{text} there is none; set checkpoint.every, or max_restarts=0")
+            fix = "there is none before the last step; set checkpoint.every, or max_restarts=0"
+            yield Fault(("train", "max_restarts"), f"{text} {fix}")
         yield from recompute_faults(self.train, self.deepspeed)
         yield from rollback_faults(self)
         schedule = self.train.schedule
-        if schedule is not None and schedule.min_lr > self.optimizer.lr:
+        if schedule is not None and schedule.min_lr is not None and schedule.min_lr > self.optimizer.lr:
             text = f"={show(schedule.min_lr)} is above the learning rate {show(self.optimizer.lr)}; use at most that"
             yield Fault(("train", "schedule", "min_lr"), text)
 
@@ -73,6 +71,11 @@ class RunConfig(Section, frozen=True):
     def source(self) -> Path:
         """The run file's name, for messages."""
         return Path(self.origin.file)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What became of settings that could not stand as they were, a line each."""
+        return self.origin.notes
 
     @property
     def layout(self) -> ParallelLayout:
@@ -107,15 +110,16 @@ class RunConfig(Section, frozen=True):
     @property
     def optimizer(self) -> OptimizerSection:
         """The optimizer, from whichever of the two places states it."""
-        stated = self.deepspeed.optimizer
+        section = self.train.optimizer
+        stated = self.deepspeed.optimizer_with(section.stated if section is not None else {})
         if stated is None:
-            return self.train.optimizer or OptimizerSection()
+            return section or OptimizerSection()
         return OptimizerSection(**stated.plain())
 
     @property
     def schedule(self) -> ScheduleSection:
         """The run file's learning-rate schedule, in force where ``deepspeed.scheduler`` is None."""
-        return self.train.schedule or ScheduleSection()
+        return (self.train.schedule or ScheduleSection()).resolved(self.optimizer.lr)
 
     @property
     def recompute(self) -> Recompute | None:
@@ -158,7 +162,7 @@ class RunConfig(Section, frozen=True):
         return config
 
     def _completed(self, world_size: int | None, vocab_size: int | None) -> "RunConfig":
-        parallel, model, train = self.parallel, self.model, self.train
+        parallel, model, train, checkpoint = self.parallel, self.model, self.train, self.checkpoint
         if parallel.data == "auto":
             replicas = (world_size or 0) // (parallel.tensor * parallel.pipeline)
             parallel = parallel.model_copy(update={"data": max(1, replicas)})
@@ -168,10 +172,15 @@ class RunConfig(Section, frozen=True):
             train = train.model_copy(update={"optimizer": self.optimizer})
         if self.deepspeed.scheduler is None:
             train = train.model_copy(update={"schedule": self.schedule})
-        return self.model_copy(update={"parallel": parallel, "model": model, "train": train})
+        if self.deepspeed.on_nvme and "last" not in checkpoint.model_fields_set:
+            # A checkpoint cannot read what lies on NVMe: nobody asked for one, so the run is not refused.
+            checkpoint = checkpoint.model_copy(update={"last": False})
+        deepspeed = with_defaults(self.deepspeed, lr=self.optimizer.lr)
+        completed = {"parallel": parallel, "model": model, "train": train, "checkpoint": checkpoint}
+        return self.model_copy(update={**completed, "deepspeed": deepspeed})
 
     def to_yaml(self) -> str:
         """Return the run file that loads back to an equal config, the DeepSpeed JSON within it."""
         document = self.model_dump(mode="json", by_alias=True, exclude={"deepspeed"}, exclude_none=True)
-        document["deepspeed"] = dict(self.deepspeed.document)
+        document["deepspeed"] = self.deepspeed.spelled()
         return yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -11,20 +11,24 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megalite.config.base import Section, fields_of
+from megalite.config.first_weights import SectionReader, fill_model
+from megalite.config.guesses import guess
 from megalite.config.run import RunConfig
 from megalite.config.sections import ARCHITECTURES, ModelConfig
+from megalite.config.shorter import shorten
 from megalite.config.weights import read_weights
 from megalite.config.yaml12 import Loader
-from megalite.deepspeed_json import DeepSpeedSettings, read_document, read_json
-from megalite.errors import UserError, nearest
-from megalite.faults import Fault, FaultsError, Key, Kind, Origin, alternatives, read_text, report, show
+from megalite.deepspeed_json import DeepSpeedSettings, Precision, read_document, read_json
+from megalite.errors import UserError
+from megalite.faults import PATH_TEXT, Fault, FaultsError, Key, Kind, Origin, alternatives, read_text, report, show
 
 
-def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run_config(path: Path, overrides: Sequence[str] = (), read_section: SectionReader | None = None) -> RunConfig:
     """Read a run file, with the DeepSpeed JSON that it names and ``section.key=value`` overrides.
 
     An override's value is YAML, and its key may reach into the JSON: ``deepspeed.zero_optimization.stage=2``. The
-    JSON's path is relative to the working directory.
+    JSON's path is relative to the working directory. With `read_section` the weights of `init_from` complete the
+    section `model`.
 
     Raises:
         UserError: a file that is missing or cannot be parsed; keys, types or values that are not allowed; all of them
@@ -38,7 +42,10 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             document["deepspeed"] = value
     deepspeed_origin = _load_deepspeed(document, origin, path.parent)
     report([line for key, value in given if key != ("deepspeed",) and (line := _assign(document, key, value))])
-    _load_sources(document)
+    _load_sources(document, origin)
+    if read_section is not None:
+        report(list(map(origin.line, fill_model(document, read_section))))
+    origin = replace(origin, notes=tuple(shorten(document, [key for key, _ in given])))
     return _validate(document, origin, deepspeed_origin)
 
 
@@ -87,11 +94,12 @@ def _load_deepspeed(document: dict[str, Any], origin: Origin, folder: Path) -> O
     within = replace(origin, section=("deepspeed",))
     stated = document.get("deepspeed")
     if stated is None or isinstance(stated, Mapping):
-        document["deepspeed"] = dict(stated or {})
+        # Without a JSON the optimizer's state is divided among the replicas; a JSON that names no stage means 0.
+        document["deepspeed"] = {"zero_optimization": {"stage": 1}} if stated is None else dict(stated)
         return within
     if not isinstance(stated, str):
         raise UserError(origin.line(Fault(("deepspeed",), f"={show(stated)} is neither a path nor a section")))
-    path = Path(stated)
+    path = _expanded(origin, ("deepspeed",), stated)
     if not path.is_file() and (folder / path).is_file():
         text = f"={show(stated)} is relative to the working directory; write {show(str(folder / path))}"
         raise UserError(origin.line(Fault(("deepspeed",), text)))
@@ -101,32 +109,59 @@ def _load_deepspeed(document: dict[str, Any], origin: Origin, folder: Path) -> O
     return replace(within, file=path.name, own_file=True, overrides=inside)
 
 
-def _load_sources(document: dict[str, Any]) -> None:
+def _expanded(origin: Origin, key: tuple[str, ...], stated: str) -> Path:
+    """Return the path that a file stands at; raise UserError where a variable in it is not known."""
+    try:
+        return Path(PATH_TEXT.read(stated))
+    except ValueError as error:
+        raise UserError(origin.line(Fault(key, str(error)))) from None
+
+
+def _load_sources(document: dict[str, Any], origin: Origin) -> None:
     """Put the sources that a file lists in the place of its path."""
     data = document.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
-        path = Path(data["train"])
+        path = _expanded(origin, ("data", "train"), data["train"])
         if not path.exists() and path.with_name(f"{path.name}.idx").exists():
             raise UserError(f"data.train={path}: is a prefix, not a file of weights; write [{{prefix: {path}}}]")
         data["train"] = read_weights(path)
 
 
 def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin) -> RunConfig:
-    settings, json_faults = read_document(document["deepspeed"])
+    settings, json_faults, notes = read_document(document["deepspeed"], _stated_precision(document), origin.file)
     lines = [deepspeed_origin.line(fault) for fault in json_faults]
     if "origin" in document:
         lines.append(origin.line(Fault(("origin",), _unknown("origin", RunConfig))))
-    deepspeed = DeepSpeedSettings({} if json_faults else settings, deepspeed_origin)
+    told = tuple(map(deepspeed_origin.line, notes))
+    deepspeed = DeepSpeedSettings({} if json_faults else settings, deepspeed_origin, told)
     try:
         config = RunConfig.model_validate({**document, "deepspeed": deepspeed, "origin": origin})
     except ValidationError as error:
         found = [origin.line(fault) for details in error.errors(include_url=False) for fault in _translate(details)]
         raise UserError("\n".join(dict.fromkeys([*found, *lines]))) from None
     report(lines)
+    optimizer, schedule = config.train.optimizer, config.train.schedule
     resolved = deepspeed.resolve_auto(
-        hidden_size=config.model.hidden_size, steps=config.train.steps, lr=config.optimizer.lr
+        hidden_size=config.model.hidden_size,
+        steps=config.train.steps,
+        lr=config.optimizer.lr,
+        optimizer=optimizer.stated if optimizer is not None else None,
+        warmup_steps=schedule.warmup_steps if schedule is not None else None,
     )
-    return config.model_copy(update={"deepspeed": resolved})
+    # The JSON states in full what both may: nothing stands in the run twice.
+    train = {
+        "precision": resolved.precision,
+        "optimizer": optimizer if resolved.optimizer is None else None,
+        "schedule": schedule if resolved.scheduler is None else None,
+    }
+    return config.model_copy(update={"deepspeed": resolved, "train": config.train.model_copy(update=train)})
+
+
+def _stated_precision(document: Mapping[str, Any]) -> Precision | None:
+    """Return `train.precision` where that is one; what is none is told of with the other faults of the section."""
+    train = document.get("train")
+    stated = train.get("precision") if isinstance(train, Mapping) else None
+    return stated if stated in get_args(Precision) else None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -144,7 +179,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}"
+        # Braces of a variable end a plain text that stands within braces itself.
+        within = mark.buffer is not None and mark.buffer[max(0, mark.pointer - 1) : mark.pointer + 1] == "${"
+        hint = "; put a text with ${NAME} in quotes here" if within else ""
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem or error.context}{hint}"
     return str(error).splitlines()[0]
 
 
@@ -209,4 +247,4 @@ def _words(section: type[Section], name: str) -> str:
 
 
 def _unknown(name: str, section: type[Section]) -> str:
-    return f" is not a key{nearest(name, fields_of(section))}"
+    return f" is not a key{guess(name, section, RunConfig)}"

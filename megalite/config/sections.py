@@ -21,7 +21,7 @@ from megalite.config.base import (
     Share,
     divisors,
 )
-from megalite.deepspeed_json import AdamW
+from megalite.deepspeed_json import AdamW, Precision
 from megalite.faults import BETAS, POSITIVE, Fault, alternatives, choice, number, show, whole
 from megalite.pipeline.schedule import SCHEDULES
 
@@ -29,6 +29,7 @@ SCHEDULE = choice(*SCHEDULES)
 CURVE = choice("cosine", "linear", "constant", "wsd")
 LAYERS = whole(1, 10_000)
 ON_ERROR = choice("stop", "continue")
+PRECISION = choice("fp32", "bf16", "fp16")
 RECOMPUTE = choice("none", "selective", "full")
 ROPE_TYPE = choice("linear", "llama3")
 
@@ -125,7 +126,11 @@ class LlamaConfig(RotaryConfig, frozen=True):
     rope_scaling: RopeScaling | None = None
     """Rotary positions stretched over longer sequences, as in Llama 3.1."""
     attention_bias: Flag = False
-    """A bias on q, k and v, as in Qwen2; the output projection never has one."""
+    """A bias on q, k and v, as in Qwen2."""
+    attention_output_bias: Flag = False
+    """A bias on the output projection of attention; what Hugging Face calls attention_bias in Llama has both."""
+    mlp_bias: Flag = False
+    """A bias on gate, up and down."""
     qk_norm: Flag = False
     """An RMSNorm over each head of q and k before they turn, as in Qwen3 (arXiv:2505.09388)."""
 
@@ -219,15 +224,30 @@ class OptimizerSection(Section, frozen=True):
     eps: PositiveNumber = _ADAMW.eps
     weight_decay: Number = _ADAMW.weight_decay
 
+    @property
+    def stated(self) -> dict[str, object]:
+        """The parameters that the run file states, without those that are defaults here."""
+        return self.model_dump(include=self.model_fields_set - {"name"})
+
 
 class ScheduleSection(Section, frozen=True):
     """The learning rate over the steps: linear warm-up, then the named curve down to `min_lr`."""
 
     name: Annotated[Literal["cosine", "linear", "constant", "wsd"], CURVE] = "cosine"
     warmup_steps: Index = 0
-    min_lr: Number = 0.0
+    min_lr: Number | None = None
+    """The rate of the last step but under constant; a tenth of the optimizer's lr unless given, so that it trains."""
     decay_steps: Count | None = None
     """Length of the final decay of wsd: warm-up, stable, decay (arXiv 2404.06395)."""
+
+    def lowest(self, lr: float) -> float:
+        """Return the rate of the last step under a schedule that decays from `lr`."""
+        # Rounded, so that a tenth of 3e-4 is 3e-5 to the last digit.
+        return float(f"{lr / 10:.12g}") if self.min_lr is None else self.min_lr
+
+    def resolved(self, lr: float) -> "ScheduleSection":
+        """Return the schedule with its `min_lr` written out, where it has a use."""
+        return self if self.name == "constant" else self.model_copy(update={"min_lr": self.lowest(lr)})
 
     def faults(self) -> Iterator[Fault]:
         if self.name == "wsd" and self.decay_steps is None:
@@ -263,6 +283,8 @@ class TrainSection(Section, frozen=True):
     steps: Count
     global_batch_size: Count
     micro_batch_size: Count
+    precision: Annotated[Precision | None, PRECISION] = None
+    """The dtype of parameters and activations. Unless given it is what the DeepSpeed JSON states, else fp32."""
     batch_size_rampup: RampupSection | None = None
     """A smaller global batch at the start (arXiv:2005.14165)."""
     optimizer: OptimizerSection | None = None
@@ -289,8 +311,17 @@ class TrainSection(Section, frozen=True):
     """How often ranks that megalite launched are started again, from the newest checkpoint, when one of them dies."""
     max_minutes: PositiveNumber | None = None
     """So many minutes after its start a rank asks to stop: a checkpoint is saved, and the run can go on later."""
+    cpu_products: Literal["native", "fp32"] | None = None
+    """How a CPU multiplies 16-bit matrices: natively, or in fp32 with the result rounded; the faster unless given."""
+    cpu_attention: Literal["written_out", "fused"] | None = None
+    """How a CPU computes attention: as plain matrix products, or by torch's fused kernel; the faster unless given."""
     straggler_factor: Annotated[float, number(above=1)] = 1.5
     """A rank that is at work so many times longer than the median of the ranks with its stages is named."""
+
+    @property
+    def last_step(self) -> int:
+        """The step that this start ends with, unless it is stopped."""
+        return self.stop_after or self.steps
 
     def faults(self) -> Iterator[Fault]:
         if self.stop_after and self.stop_after > self.steps:
@@ -324,7 +355,10 @@ class CheckpointSection(Section, frozen=True):
     """When checkpoints are written, into ``checkpoints/`` of the run's folder, and which are kept."""
 
     every: Index = 0
-    """Steps between checkpoints; the last step has one too. 0 means none at all."""
+    """Steps between checkpoints; 0 means none on the way."""
+    last: Flag = True
+    """The last step has a checkpoint too, whatever makes it the last: `train.steps`, `train.stop_after`, a request to
+    stop, or `train.max_minutes`. Without it and with `every` 0 a run leaves no model."""
     keep_last: Count | None = None
     """How many of the newest are kept; all unless given."""
     keep_every: Count | None = None
@@ -333,6 +367,15 @@ class CheckpointSection(Section, frozen=True):
     """Training goes on while the checkpoint is written, for a copy of the state in host memory."""
     on_error: Annotated[Literal["stop", "continue"], ON_ERROR] = "stop"
     """What a checkpoint that cannot be written does to the run."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a run leaves a checkpoint at all."""
+        return self.last or self.every > 0
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether `step` ends with a checkpoint, in a run that ends after step `last`."""
+        return (self.every > 0 and step % self.every == 0) or (self.last and step == last)
 
     def faults(self) -> Iterator[Fault]:
         if self.keep_every is not None and self.keep_last is None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Generic, NoReturn, TypeVar
 
@@ -29,18 +29,21 @@ class BatchSchedule:
     """The samples of each step: neighbouring ranges of one order, whoever reads them, but for what is passed over.
 
     A ramp-up (Megatron's rule) begins with `start` sequences a step and adds `increment` each time another even share
-    of its `samples` is consumed, until the batch is whole.
+    of its `samples` is consumed, until the batch is whole. The size follows from the samples that were consumed, not
+    from the steps that it took: a run that goes on with other sizes goes on from its samples.
     """
 
-    def __init__(self, train: TrainSection, passed_over: Sequence[PassedOver] = ()) -> None:
+    def __init__(
+        self, train: TrainSection, passed_over: Sequence[PassedOver] = (), *, after: int = 0, consumed: int = 0
+    ) -> None:
+        """Lay out the steps after step `after`, by when so many samples were consumed; earlier ones are not known."""
         self.passed_over = tuple(passed_over)
-        self._whole = train.global_batch_size
-        self._ramp_ends = [0]
+        self._after, self._whole = after, train.global_batch_size
+        self._ramp_ends = [consumed]
         ramp = train.batch_size_rampup
         if ramp is None:
             return
         share = ramp.samples / ((self._whole - ramp.start) // ramp.increment)
-        consumed = 0
         while (size := ramp.start + ramp.increment * int(consumed / share)) < self._whole:
             consumed += size
             self._ramp_ends.append(consumed)
@@ -55,9 +58,11 @@ class BatchSchedule:
         return self.consumed(step) + sum(gap.samples for gap in self.passed_over if gap.after <= step)
 
     def consumed(self, step: int) -> int:
-        """Return how many samples are consumed after `step`; 0 after step 0."""
-        ramp = len(self._ramp_ends) - 1
-        return self._ramp_ends[min(step, ramp)] + max(0, step - ramp) * self._whole
+        """Return how many samples are consumed after `step`; raise ValueError where that is not known."""
+        ramp, steps = len(self._ramp_ends) - 1, step - self._after
+        if steps < 0:
+            raise ValueError(f"step {step} lies before step {self._after}, after which the batches are known")
+        return self._ramp_ends[min(steps, ramp)] + max(0, steps - ramp) * self._whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +105,16 @@ class SampleRules:
         resets = data.reset_attention_mask, data.reset_position_ids, data.eod_mask_loss
         return cls(*resets, fim, seed, config.model.vocab_size)
 
-    def microbatch(self, samples: Samples, indices: range) -> SampleMicrobatch:
+    def microbatch(self, samples: Samples, indices: Sequence[int]) -> SampleMicrobatch:
         """Read the samples of one microbatch and lay them out.
 
-        Raises UserError for a token id beyond the vocabulary, as in a file that was damaged.
+        Raises UserError for a token id outside the vocabulary, as in a file that was damaged.
         """
-        rows = np.arange(indices.start, indices.stop, indices.step)
+        rows = np.array(indices, dtype=np.int64)
         tokens, counts = samples.tokens(rows), samples.loss_mask(rows)
-        if self.vocab_size is not None and int(tokens.max()) >= self.vocab_size:
-            self._refuse(samples, int(rows[tokens.max(axis=1).argmax()]), int(tokens.max()))
+        if self.vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            row, column = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0]
+            self._refuse(samples, int(rows[row]), int(tokens[row, column]))
         if counts is not None:
             counts = counts[:, 1:].astype(bool)
         if not (self.reset_attention_mask or self.reset_position_ids or self.eod_mask_loss or self.fim):
@@ -170,6 +176,24 @@ class BatchReader:
     def microbatches(self, batch: range) -> list[SampleMicrobatch]:
         """Read this rank's microbatches of a global batch."""
         return [self._rules.microbatch(self._samples, indices) for indices in self.slices(batch)]
+
+    def padded_microbatches(self, batch: range) -> list[SampleMicrobatch]:
+        """Read this rank's microbatches of any number of samples, as many microbatches on every rank of the data axis.
+
+        Rows that no sample is left for repeat the first one, and nothing of them counts; where there are any on some
+        rank, `counts` says what counts on every rank.
+        """
+        rows = self._micro * self._data_size
+        padded = range(batch.start, batch.start + -(-len(batch) // rows) * rows)
+        if padded == batch:
+            return self.microbatches(batch)
+        read = []
+        for indices in self.slices(padded):
+            microbatch = self._rules.microbatch(self._samples, [i if i < batch.stop else batch.start for i in indices])
+            counts = np.ones(microbatch.targets.shape, bool) if microbatch.counts is None else microbatch.counts
+            counts[[i >= batch.stop for i in indices]] = False
+            read.append(replace(microbatch, counts=counts))
+        return read
 
 
 class ReadAhead(Generic[T]):

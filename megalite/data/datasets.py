@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megalite.config import DataSection, DataSource, RunConfig, ValidationSet
+from megalite.config import DataSection, RunConfig
 from megalite.config.data import SPLIT_VALIDATION
 from megalite.data.batches import BatchSchedule
 from megalite.data.blend import BlendedSamples, megatron_source_sizes
@@ -39,6 +39,12 @@ class Datasets:
     fim: FillInTheMiddle | None = None
     unigram_entropy: float | None = None
     max_epochs: float = float("inf")
+    eval_samples: int = 0
+    """How many samples of each validation set an evaluation reads at most."""
+
+    def num_evaluated(self, name: str) -> int:
+        """Return how many samples of a validation set an evaluation reads: its first, each once."""
+        return min(self.eval_samples, self.valid[name].samples_per_epoch)
 
     def counts(self, num_samples: int) -> tuple[int, ...]:
         """Return how many of the first samples to train on are of each source."""
@@ -52,7 +58,10 @@ class Datasets:
             f"{use.epoch_tokens:,} tokens"
             for use in self.uses
         ]
-        lines += [f"validation: {name} | {samples.samples_per_epoch:,} samples" for name, samples in self.valid.items()]
+        for name, samples in self.valid.items():
+            read, there = self.num_evaluated(name), samples.samples_per_epoch
+            some = f", of which an evaluation reads {read:,}" if read < there else ""
+            lines.append(f"validation: {name} | {there:,} samples{some}")
         lines += [
             f"warning: {use.prefix} is read {use.epochs:.2f} times, more than data.max_epochs={self.max_epochs:g}; "
             "give it a smaller weight, add text, train fewer steps, or raise data.max_epochs"
@@ -71,20 +80,18 @@ def open_datasets(config: RunConfig, *, keep_index: bool = True) -> Datasets:
     size = BatchSchedule(train).consumed(train.steps)
     layer = _Layer(config, keep_index)
     sources = [IndexedDataset(source.prefix) for source in data.train]
-    splits = [split_documents(_num_units(source, data), data.split or (1.0,)) for source in sources]
+    splits = [split_documents(num_units(source, data), data.split or (1.0,)) for source in sources]
     training, valid = [split[0] for split in splits], {}
     mixture, uses = layer.mixture(sources, training, size)
-    _at_least_a_batch(config, sum(use.epoch_tokens // data.sequence_length for use in uses), "to train on", data.train)
+    _at_least_a_batch(config, sum(use.epoch_tokens // data.sequence_length for use in uses))
+    wanted = train.eval_batches * train.global_batch_size
     if train.eval_every:
-        wanted = train.eval_batches * train.global_batch_size
         if data.split is not None:
             held_out = [split[1] for split in splits]
-            valid[SPLIT_VALIDATION] = layer.mixture(sources, held_out, wanted)[0]
-            _at_least_a_batch(config, valid[SPLIT_VALIDATION].samples_per_epoch, "to evaluate on", data.train)
+            valid[SPLIT_VALIDATION] = layer.held_out(sources, held_out, wanted)
         for named in data.valid:
             indexed = IndexedDataset(named.prefix)
-            valid[named.name] = layer.samples(indexed, range(_num_units(indexed, data)), wanted)
-            _at_least_a_batch(config, valid[named.name].samples_per_epoch, "to evaluate on", [named])
+            valid[named.name] = layer.samples(indexed, range(num_units(indexed, data)), None)
     sidecar = sources[0].sidecar if len(sources) == 1 else None
     if data.fim_rate:
         _require_no_loss_mask(sources)
@@ -95,6 +102,7 @@ def open_datasets(config: RunConfig, *, keep_index: bool = True) -> Datasets:
         fim=_fill_in_the_middle(config),
         unigram_entropy=sidecar.token_counts_entropy if sidecar else None,
         max_epochs=data.max_epochs,
+        eval_samples=wanted,
     )
 
 
@@ -105,7 +113,8 @@ class _Layer:
         self._data, self._seed = config.data, config.run.seed
         self._cache = (config.data.index_cache or config.run.dir / "index") if keep_index else None
 
-    def samples(self, indexed: IndexedDataset, documents: range, num_samples: int) -> Samples:
+    def samples(self, indexed: IndexedDataset, documents: range, num_samples: int | None) -> Samples:
+        """Return the samples of some documents; without `num_samples` the order `megatron` has those of one epoch."""
         length = self._data.sequence_length
         if self._data.order == "streaming":
             return StreamingSamples(indexed, sequence_length=length, seed=self._seed, documents=documents)
@@ -118,6 +127,12 @@ class _Layer:
             cache_dir=self._cache,
         )
 
+    def held_out(self, sources: Sequence[IndexedDataset], documents: Sequence[range], num_samples: int) -> Samples:
+        """Return samples to evaluate on: an epoch of one source, `num_samples` of a blend of several."""
+        if len(sources) == 1:
+            return self.samples(sources[0], documents[0], None)
+        return self.mixture(sources, documents, num_samples)[0]
+
     def mixture(
         self, sources: Sequence[IndexedDataset], documents: Sequence[range], num_samples: int
     ) -> tuple[Samples, tuple[SourceUse, ...]]:
@@ -126,7 +141,7 @@ class _Layer:
             samples = self.samples(sources[0], documents[0], num_samples)
             return samples, (self._use(sources[0], samples, num_samples),)
         weights = [
-            float(_num_tokens(indexed, chosen)) if source.weight == "auto" else source.weight
+            float(num_tokens(indexed, chosen)) if source.weight == "auto" else source.weight
             for source, indexed, chosen in zip(self._data.train, sources, documents, strict=True)
         ]
         sizes = [num_samples] * len(sources)
@@ -143,12 +158,13 @@ class _Layer:
         return SourceUse(indexed.prefix, count, count / samples.samples_per_epoch, epoch_tokens)
 
 
-def _num_units(indexed: IndexedDataset, data: DataSection) -> int:
-    """What an order shuffles and splits: documents, or Megatron's notion of them."""
+def num_units(indexed: IndexedDataset, data: DataSection) -> int:
+    """Return the number of what the run's order shuffles and splits: documents, or Megatron's notion of them."""
     return indexed.num_sequences if data.order == "megatron" else indexed.num_documents
 
 
-def _num_tokens(indexed: IndexedDataset, documents: range) -> int:
+def num_tokens(indexed: IndexedDataset, documents: range) -> int:
+    """Return how many tokens some documents hold."""
     if not documents:
         return 0
     return indexed.document_span(documents[-1])[1] - indexed.document_span(documents[0])[0]
@@ -172,14 +188,12 @@ def _fill_in_the_middle(config: RunConfig) -> FillInTheMiddle | None:
     return FillInTheMiddle(data.fim_rate, data.fim_spm_rate, prefix, middle, suffix, tokenizer)
 
 
-def _at_least_a_batch(
-    config: RunConfig, samples: int, purpose: str, sources: Sequence[DataSource | ValidationSet]
-) -> None:
+def _at_least_a_batch(config: RunConfig, samples: int) -> None:
     wanted = config.train.global_batch_size
     if samples < wanted:
-        names = ", ".join(str(source.prefix) for source in sources)
+        names = ", ".join(str(source.prefix) for source in config.data.train)
         share = ", a larger share in data.split" if config.data.split else ""
         raise UserError(
-            f"{names}: {samples} samples of data.sequence_length={config.data.sequence_length} {purpose} are "
+            f"{names}: {samples} samples of data.sequence_length={config.data.sequence_length} to train on are "
             f"less than train.global_batch_size={wanted}; give more text{share}, a shorter sequence or a smaller batch"
         )

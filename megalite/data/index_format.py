@@ -50,6 +50,12 @@ class DatasetSidecar:
     """Of the unigram distribution of the tokens, in nats a token: what a model without context can reach at best."""
     eod_id: int | None = None
     """The token put behind every document."""
+    eod_token: str | None = None
+    """Its name in the tokenizer's vocabulary; not known of datasets that were made before it was kept."""
+    bos_id: int | None = None
+    """The token put before every document."""
+    bos_token: str | None = None
+    """Its name in the tokenizer's vocabulary."""
     skipped: int = 0
     """Documents left out because they could not be read."""
     empty: int = 0
@@ -58,6 +64,8 @@ class DatasetSidecar:
     """Documents left out because they are shorter than was asked for."""
     duplicates: int = 0
     """Documents left out because an earlier one is the same."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Keys of conversations that were passed over, and in how many conversations."""
     document_shuffle: int | None = None
     """The seed of the order in which the documents stand, where it is not that of the input."""
     sha256: dict[str, str] = field(default_factory=dict)

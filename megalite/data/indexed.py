@@ -1,6 +1,7 @@
 """A tokenized corpus in Megatron's format (`index_format`), memory-mapped and read."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from megalite.data.index_format import BLOCK, DatasetSidecar, with_suffix
 from megalite.data.index_map import MappedIndex, map_file
-from megalite.errors import UserError, nearest
+from megalite.errors import UserError, if_near
 
 
 class IndexedDataset:
@@ -66,14 +67,9 @@ class IndexedDataset:
     def _steps_of_verify(self, digests: Mapping[str, str]) -> Iterator[int]:
         yield from self._index.check(whole=True)
         yield from self._check_mask()
-        if self.sidecar is not None and ".bin" not in digests:
+        if ".bin" not in digests:
             for at in range(0, self.num_tokens, 16 * BLOCK):
-                found = int(self.tokens(at, min(16 * BLOCK, self.num_tokens - at)).max())
-                if found > self.sidecar.max_token_id:
-                    raise UserError(
-                        f"{self.tokens_path}: holds token id {found}; its sidecar tells {self.sidecar.max_token_id} as "
-                        "the largest; copy it again, or preprocess again"
-                    )
+                self.tokens(at, min(16 * BLOCK, self.num_tokens - at))
                 yield 0
         for suffix, expected in digests.items():
             path, digest = with_suffix(self.prefix, suffix), hashlib.sha256()
@@ -122,12 +118,12 @@ class IndexedDataset:
     def document_tokens(self, document: int) -> np.ndarray:
         """Return a view of one document's tokens; raise IndexError outside ``0 <= document < num_documents``."""
         start, stop = self.document_span(document)
-        return self._tokens[start:stop]
+        return self._checked_ids(self._tokens[start:stop])
 
     def tokens(self, start: int, length: int) -> np.ndarray:
         """Return a view of `length` tokens of the stream from `start` on; raise IndexError beyond its ends."""
         self._require_inside(start, length)
-        return self._tokens[start : start + length]
+        return self._checked_ids(self._tokens[start : start + length])
 
     def loss_mask(self, start: int, length: int) -> np.ndarray:
         """Return a view of the loss mask, uint8[length]: 1 where a token is a target that counts.
@@ -147,7 +143,7 @@ class IndexedDataset:
         self._require_inside(int(starts.min()), 0)
         self._require_inside(int(starts.max()), length)
         rows = np.lib.stride_tricks.sliding_window_view(self._stream(masked), length)[starts]
-        return self._checked_mask(rows) if masked else rows.astype(np.int64)
+        return self._checked_mask(rows) if masked else self._checked_ids(rows).astype(np.int64)
 
     def stretches(self, starts: np.ndarray, lengths: np.ndarray, *, masked: bool = False) -> np.ndarray:
         """Copy stretches of any lengths, one behind the other: int64[n], int64[n] to int64[sum(lengths)].
@@ -161,7 +157,7 @@ class IndexedDataset:
             stream = self._stream(masked)
             ends = (starts + lengths).tolist()
             np.concatenate([stream[a:b] for a, b in zip(starts.tolist(), ends, strict=True)], out=joined)
-        return self._checked_mask(joined) if masked else joined
+        return self._checked_mask(joined) if masked else self._checked_ids(joined)
 
     def sequence_lengths(self, sequences: range) -> np.ndarray:
         """Return the tokens of each of some neighbouring sequences: int32[len(sequences)], as the index has them."""
@@ -182,17 +178,26 @@ class IndexedDataset:
 
     def max_token_id(self) -> int:
         """Return the largest token id, or -1 without tokens: from the sidecar, else by reading every token."""
+        return self._token_ids()[1]
+
+    def _token_ids(self) -> tuple[int, int]:
+        """The smallest and the largest token id, of no tokens 0 and -1. A sidecar tells the largest; megalite, which
+        writes it, writes none below 0."""
         if self.sidecar is not None:
-            return self.sidecar.max_token_id
-        blocks = range(0, self.num_tokens, 64 * BLOCK)
-        return max((int(self._tokens[at : at + 64 * BLOCK].max()) for at in blocks), default=-1)
+            return 0, self.sidecar.max_token_id
+        smallest, largest = 0, -1
+        for at in range(0, self.num_tokens, 64 * BLOCK):
+            block = self._tokens[at : at + 64 * BLOCK]
+            smallest, largest = min(smallest, int(block.min())), max(largest, int(block.max()))
+        return smallest, largest
 
     def require_vocabulary(self, vocab_size: int) -> None:
-        """Raise UserError where a token id lies beyond a vocabulary."""
-        largest = self.max_token_id()
-        if largest >= vocab_size:
+        """Raise UserError where a token id lies outside a vocabulary, below 0 or beyond its end."""
+        smallest, largest = self._token_ids()
+        if smallest < 0 or largest >= vocab_size:
+            outside = smallest if smallest < 0 else largest
             raise UserError(
-                f"{self.tokens_path}: holds token id {largest}; a vocabulary of {vocab_size} allows 0 to "
+                f"{self.tokens_path}: holds token id {outside}; a vocabulary of {vocab_size} allows 0 to "
                 f"{vocab_size - 1}; preprocess the text with the model's own tokenizer"
             )
 
@@ -206,6 +211,22 @@ class IndexedDataset:
         if self._mask is None:
             raise ValueError(f"{self.prefix} has no loss mask")
         return self._mask
+
+    def _checked_ids(self, tokens: np.ndarray) -> np.ndarray:
+        """Return token ids that were read; raise UserError for one below 0, or above what the sidecar tells."""
+        if not tokens.size:
+            return tokens
+        least = int(tokens.min()) if self.dtype.kind == "i" else 0
+        if least < 0:
+            raise UserError(
+                f"{self.tokens_path}: holds token id {least}; ids are 0 and more; copy it again, or preprocess again"
+            )
+        if self.sidecar is not None and (most := int(tokens.max())) > self.sidecar.max_token_id:
+            raise UserError(
+                f"{self.tokens_path}: holds token id {most}; its sidecar tells {self.sidecar.max_token_id} as the "
+                "largest; copy it again, or preprocess again"
+            )
+        return tokens
 
     def _checked_mask(self, mask: np.ndarray) -> np.ndarray:
         if mask.size and mask.max() > 1:
@@ -240,6 +261,8 @@ class IndexedDataset:
                 f"{path}: describes {sidecar.num_documents} documents and {sidecar.num_tokens} tokens; "
                 f"{self.index_path.name} has {self.num_documents} and {self.num_tokens}; remove it, or preprocess again"
             )
+        if problem := _impossible(sidecar):
+            raise UserError(f"{path}: {problem}; remove it, or preprocess again")
         if sidecar.max_token_id > np.iinfo(self.dtype).max:
             raise UserError(
                 f"{path}: describes token id {sidecar.max_token_id}; {self.index_path.name} says {self.dtype}, which "
@@ -248,10 +271,33 @@ class IndexedDataset:
         return sidecar
 
 
+def _impossible(sidecar: DatasetSidecar) -> str | None:
+    """Return what a sidecar says that cannot be."""
+    size, entropy = sidecar.vocab_size, sidecar.token_counts_entropy
+    if size < 1:
+        return f"vocab_size={size} found; a vocabulary has 1 id or more"
+    for name in ("max_token_id", "eod_id", "bos_id"):
+        token, least = getattr(sidecar, name), -1 if name == "max_token_id" and not sidecar.num_tokens else 0
+        if token is not None and not least <= token < size:
+            return f"{name}={token} found; ids of vocab_size={size} are 0 to {size - 1}"
+    if not 0 <= entropy <= math.log(size) + 1e-6:
+        return f"token_counts_entropy={entropy} found; of vocab_size={size} it is 0 to {math.log(size):.4f} nats"
+    for name in ("skipped", "empty", "short", "duplicates"):
+        if getattr(sidecar, name) < 0:
+            return f"{name}={getattr(sidecar, name)} found; a count is 0 or more"
+    return None
+
+
 def _fix_for_missing(prefix: Path) -> str:
     if prefix.suffix in (".bin", ".idx"):
         return f"; a prefix has no {prefix.suffix}, use {prefix.with_suffix('')}"
+    for there, missing in ((".bin", ".idx"), (".idx", ".bin")):
+        if with_suffix(prefix, there).is_file():
+            return (
+                f", though {prefix.name}{there} is there; copy {prefix.name}{missing} beside it, or preprocess the "
+                "text again"
+            )
     datasets = [path.with_suffix("").name for path in prefix.parent.glob("*.idx")]
-    if datasets and prefix.name not in datasets:
-        return nearest(prefix.name, datasets)
+    if prefix.name not in datasets and (near := if_near(prefix.name, datasets)):
+        return near
     return f"; make the dataset with `megalite preprocess INPUT --output {prefix}`"

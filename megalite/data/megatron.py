@@ -161,13 +161,8 @@ def build_index(
     `lengths`, int32[D], are those of the documents from number `first` on; at least one has a token.
     """
     extra, epoch = int(extra_token), int(lengths.sum(dtype=np.int64))
-    epochs = 1 if num_samples is None else max(1, -(-(num_samples * sequence_length + extra) // epoch))
+    epochs, apart = epochs_of(epoch, sequence_length=sequence_length, num_samples=num_samples, extra=extra)
     before_last = ((epochs - 1) * epoch - extra) // sequence_length
-    apart = (
-        num_samples is not None
-        and epochs > 1
-        and num_samples - before_last < int(0.8 * ((epoch - extra) // sequence_length))
-    )
     random = np.random.RandomState(seed)
     document_index = np.tile(np.arange(first, first + len(lengths), dtype=np.int32), epochs)
     _shuffle(random, document_index, len(lengths) * (epochs - 1) if apart else len(document_index))
@@ -176,6 +171,16 @@ def build_index(
     shuffle_index = np.arange(samples, dtype=np.uint32 if samples < _UINT32 - 1 else np.int64)
     _shuffle(random, shuffle_index, before_last if apart else samples)
     return {"document_index": document_index, "sample_index": sample_index, "shuffle_index": shuffle_index}
+
+
+def epochs_of(epoch_tokens: int, *, sequence_length: int, num_samples: int | None, extra: int = 1) -> tuple[int, bool]:
+    """Return over how many epochs of `epoch_tokens` tokens `num_samples` samples are laid, and whether the last epoch
+    is shuffled apart. The order of the samples follows from no other property of their number."""
+    if num_samples is None:
+        return 1, False
+    epochs = max(1, -(-(num_samples * sequence_length + extra) // epoch_tokens))
+    before_last = ((epochs - 1) * epoch_tokens - extra) // sequence_length
+    return epochs, epochs > 1 and num_samples - before_last < int(0.8 * ((epoch_tokens - extra) // sequence_length))
 
 
 def _shuffle(random: np.random.RandomState, values: np.ndarray, size: int) -> None:

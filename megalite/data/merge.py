@@ -1,5 +1,6 @@
 """Several datasets of one tokenizer made into one, by copying: no token is read by this process but to be counted."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,23 +11,38 @@ import numpy as np
 from megalite.data.index_format import BLOCK, DTYPES, HEADER, MAGIC, VERSION, DatasetSidecar, with_suffix
 from megalite.data.indexed import IndexedDataset
 from megalite.data.preprocess import entropy
-from megalite.data.writer import SUFFIXES, copy_bytes, publish_dataset, require_prefix, write_sidecar
+from megalite.data.writer import (
+    SUFFIXES,
+    copy_bytes,
+    publish_dataset,
+    require_new_dataset,
+    require_prefix,
+    write_sidecar,
+)
 from megalite.errors import UserError
 from megalite.files import partial_path
+
+_EDGES = ("eod_id", "eod_token", "bos_id", "bos_token")
+"""What the sidecar says of the tokens around documents, which it says only where it is true of all of them."""
 
 Progress = Callable[[int, int], None]
 """Is told the tokens done and the tokens there are."""
 
 
-def merge_datasets(prefixes: Sequence[Path], output: Path, progress: Progress | None = None) -> IndexedDataset:
+def merge_datasets(
+    prefixes: Sequence[Path], output: Path, progress: Progress | None = None, *, overwrite: bool = True
+) -> IndexedDataset:
     """Write the documents of datasets one after the other as one dataset, and return it.
 
     Sequences, documents, modes and loss masks are kept as they are; the sidecar's counts are added up. The datasets
     may come from Megatron and have no sidecar: then the new one has none either.
 
-    Raises UserError where two do not fit together, and for a dataset that is broken.
+    Raises UserError where two do not fit together, for a dataset that is broken, and where `overwrite` is false and the
+    output is there.
     """
     require_prefix(output)
+    if not overwrite:
+        require_new_dataset(output)
     if not prefixes:
         raise UserError("merge: no dataset is given; name the prefixes of some")
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
@@ -157,9 +173,10 @@ def _sum(sidecars: Sequence[DatasetSidecar], counts: np.ndarray) -> DatasetSidec
         num_documents=sum(sidecar.num_documents for sidecar in sidecars),
         max_token_id=int(seen[-1]) if len(seen) else -1,
         token_counts_entropy=entropy(counts) if len(seen) else 0.0,
-        eod_id=first.eod_id if len({sidecar.eod_id for sidecar in sidecars}) == 1 else None,
+        **{key: getattr(first, key) for key in _EDGES if len({getattr(sidecar, key) for sidecar in sidecars}) == 1},
         skipped=sum(sidecar.skipped for sidecar in sidecars),
         empty=sum(sidecar.empty for sidecar in sidecars),
         short=sum(sidecar.short for sidecar in sidecars),
         duplicates=sum(sidecar.duplicates for sidecar in sidecars),
+        ignored=dict(sum((Counter(sidecar.ignored) for sidecar in sidecars), Counter())),
     )

@@ -11,14 +11,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalite.data.index_format import DatasetSidecar, dtype_for
+from megalite.data.index_format import DatasetSidecar, dtype_for, with_suffix
 from megalite.data.preprocessing.assembly import count_tokens, runs, write_in_order, write_shuffled
 from megalite.data.preprocessing.duplicates import find_duplicates
 from megalite.data.preprocessing.encoding import (
@@ -44,13 +46,17 @@ from megalite.data.preprocessing.workers import (
     interruptible,
 )
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.data.writer import IndexedDatasetWriter, require_prefix
+from megalite.data.tokenizers.tokenizer_config import TokenizerConfig
+from megalite.data.writer import SUFFIXES, IndexedDatasetWriter, require_new_dataset, require_prefix
 from megalite.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from megalite.data.chat import ChatTemplate
 
 ON_ERROR = ("fail", "skip")
 _BYTES_FOR_A_WORKER = 1 << 22
 # Shards of an earlier version are made anew where this is raised.
-_SHARD_VERSION = 1
+_SHARD_VERSION = 2
 
 Progress = Callable[[int, int, int], None]
 """Is told the bytes read so far, the bytes there are, and the tokens made so far."""
@@ -83,6 +89,10 @@ class PreprocessReport:
     """What of `text_bytes` was encoded by this run and not by an interrupted one before."""
     new_tokens: int
     """The tokens of that, documents included that were left out afterwards."""
+    ignored: Mapping[str, int]
+    """Keys of conversations that were passed over, and in how many conversations."""
+    notes: tuple[str, ...]
+    """What else should be known of the tokens."""
 
 
 def preprocess(
@@ -94,29 +104,36 @@ def preprocess(
     split_lines: bool = False,
     append_eod: bool = False,
     eod_token: str | None = None,
+    prepend_bos: bool = False,
+    bos_token: str | None = None,
+    ignore_key: Sequence[str] = (),
     workers: int | None = None,
     on_error: str = "fail",
     min_tokens: int = 0,
     dedup: bool = False,
     document_shuffle: int | None = None,
     chat: str | None = None,
+    overwrite: bool = True,
     progress: Progress | None = None,
 ) -> PreprocessReport:
     """Tokenize files and folders into ``output_prefix``.bin, .idx and .json, and .mask with a chat template.
 
     `text_key` is ``text`` by default, with `chat` the whole object; the texts under several keys are joined by a line
     end.
-    `eod_token` is put behind every document, with `append_eod` alone the tokenizer's own mark. `workers` is the number
-    of processes, by default one a core as far as the input keeps them busy; with 1 the work is done in this process.
+    `eod_token` is put behind every document, with `append_eod` alone the tokenizer's own mark; `bos_token` before it,
+    with `prepend_bos` alone the tokenizer's own. Of conversations the keys in `ignore_key` are passed over. `workers`
+    is the number of processes, by default one a core as far as the input keeps them busy; with 1 the work is done in
+    this process.
     `document_shuffle` is the seed of the order in which documents are written. An interrupted run goes on where it was
     if it is called again with the same input.
 
-    Raises UserError for input that cannot be read or, under ``on_error="fail"``, for the first malformed document;
-    Interrupted after SIGINT or SIGTERM.
+    Raises UserError for input that cannot be read or, under ``on_error="fail"``, for the first malformed document; for
+    an output that is an input and, unless `overwrite`, for one that is there; Interrupted after SIGINT or SIGTERM.
     """
     started = time.perf_counter()
     require_prefix(output_prefix)
     files = find_inputs(inputs)
+    _require_free(output_prefix, files, overwrite)
     total = disk_bytes(files)
     loaded = load_tokenizer(tokenizer)
     workers = _usable_workers(workers, total)
@@ -124,15 +141,21 @@ def preprocess(
     recipe = Recipe(
         Extract(_keys(text_key, chat), split_lines, structured=chat is not None),
         dtype_for(loaded.vocab_size).str,
-        _end_of_document(loaded, tokenizer, append_eod, eod_token),
+        _edge(loaded, tokenizer, _END, append_eod, eod_token),
+        _edge(loaded, tokenizer, _BEGINNING, prepend_bos, bos_token),
         max(min_tokens, 1),
         hashed=dedup,
         keep_going=on_error == "skip",
+        ignore=tuple(sorted(set(ignore_key))),
     )
-    coder_files = CoderFiles(tokenizer.resolve(), loaded.digest, chat)
+    if recipe.ignore and chat is None:
+        raise UserError(f"--ignore-key={recipe.ignore[0]}: is for conversations; give --chat TEMPLATE, or leave it out")
+    # Not resolved: behind a link a file may have a name that does not say what it is.
+    coder_files = CoderFiles(tokenizer.absolute(), loaded.digest, chat)
     coder = Coder(loaded, chat_template(chat))
     if coder.template is not None:
         coder.template.require(loaded)
+        _require_one_beginning(coder.template, loaded, recipe.bos)
     with interruptible() as check, work_folder(output_prefix) as work:
         made = _Shards(work, recipe, _origin(recipe, coder_files), total, progress, check)
         try:
@@ -144,7 +167,7 @@ def preprocess(
             # Closed also when something fails, so that no worker stays behind.
             with closing(done):
                 made.collect(done)
-            sidecar = _write(made, loaded, output_prefix, document_shuffle, check)
+            sidecar, counts = _write(made, loaded, output_prefix, document_shuffle, check)
         except UserError as error:
             if work.keep:
                 raise UserError(f"{error}; {work.how_to_resume()}") from error
@@ -153,7 +176,8 @@ def preprocess(
             stop.fix = work.how_to_resume()
             raise
         work.done = True
-    return made.report(sidecar, workers, time.perf_counter() - started)
+    notes = (*_notes_of(loaded, tokenizer), *_notes_on(loaded, tokenizer, recipe, counts))
+    return made.report(sidecar, workers, time.perf_counter() - started, notes)
 
 
 class _Shards:
@@ -224,9 +248,17 @@ class _Shards:
         """Return a sum over the shards, with or without those that an earlier run has made."""
         return sum(count(report) for number, report in self._reports.items() if resumed or number not in self._resumed)
 
-    def report(self, sidecar: DatasetSidecar, workers: int, seconds: float) -> PreprocessReport:
-        """Return what was written."""
+    def problems(self) -> tuple[str, ...]:
+        """Return the first malformed or empty documents."""
         problems = [problem for number in sorted(self._problems) for problem in self._problems[number]]
+        return tuple(problems[:SHOWN_PROBLEMS])
+
+    def ignored(self) -> dict[str, int]:
+        """Return the keys of conversations that were passed over, and in how many conversations."""
+        return dict(sorted(sum((Counter(report.ignored) for report in self._reports.values()), Counter()).items()))
+
+    def report(self, sidecar: DatasetSidecar, workers: int, seconds: float, notes: tuple[str, ...]) -> PreprocessReport:
+        """Return what was written."""
         return PreprocessReport(
             documents=sidecar.num_documents,
             tokens=sidecar.num_tokens,
@@ -239,7 +271,9 @@ class _Shards:
             skipped=sidecar.skipped,
             short=sidecar.short,
             duplicates=sidecar.duplicates,
-            problems=tuple(problems[:SHOWN_PROBLEMS]),
+            problems=self.problems(),
+            ignored=sidecar.ignored,
+            notes=notes,
             new_text_bytes=self.sum_of(lambda report: report.text_bytes, resumed=False),
             new_tokens=self.sum_of(lambda report: report.tokens, resumed=False),
         )
@@ -261,7 +295,8 @@ class _Shards:
 
 def _write(
     made: _Shards, tokenizer: Tokenizer, prefix: Path, document_shuffle: int | None, check: Callable[[], None]
-) -> DatasetSidecar:
+) -> tuple[DatasetSidecar, np.ndarray]:
+    """Write the dataset; return its sidecar, and how often each token id occurs."""
     files, recipe = made.files(), made.recipe
     left_out = None
     if recipe.hashed:
@@ -270,9 +305,12 @@ def _write(
     if not counts.any():
         made.work.done = True
         short, empty = made.sum_of(lambda report: report.short), made.sum_of(lambda report: report.empty)
-        fix = "lower --min-tokens" if short else "give input with text"
+        malformed = made.sum_of(lambda report: report.malformed)
+        fix = "mend the malformed ones" if malformed else "lower --min-tokens" if short else "give input with text"
+        first = f"; the first: {made.problems()[0]}" if made.problems() else ""
         raise UserError(
-            f"{prefix}: not one document is left to write: {short:,} shorter than --min-tokens, {empty:,} empty; {fix}"
+            f"{prefix}: not one document is left to write: {malformed:,} malformed, {short:,} shorter than "
+            f"--min-tokens, {empty:,} empty{first}; {fix}"
         )
     with IndexedDatasetWriter(prefix, recipe.dtype, with_loss_mask=recipe.extract.structured) as writer:
         stretches = runs(files, left_out)
@@ -289,14 +327,18 @@ def _write(
             max_token_id=int(counts.nonzero()[0][-1]),
             token_counts_entropy=entropy(counts),
             eod_id=recipe.eod,
+            eod_token=_name_of(tokenizer, recipe.eod),
+            bos_id=recipe.bos,
+            bos_token=_name_of(tokenizer, recipe.bos),
             skipped=made.sum_of(lambda report: report.malformed),
             empty=made.sum_of(lambda report: report.empty),
             short=made.sum_of(lambda report: report.short),
             duplicates=0 if left_out is None else int(np.count_nonzero(left_out)),
+            ignored=made.ignored(),
             document_shuffle=document_shuffle,
         )
         writer.finalize(sidecar)
-    return sidecar
+    return sidecar, counts
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -323,15 +365,86 @@ def _keys(text_key: str | Sequence[str] | None, chat: str | None) -> tuple[str, 
     return keys or (("text",) if chat is None else ())
 
 
-def _end_of_document(tokenizer: Tokenizer, path: Path, append: bool, name: str | None) -> int | None:
+@dataclass(frozen=True, slots=True)
+class _Edge:
+    """What stands at an edge of every document, and how it is asked for."""
+
+    option: str
+    flag: str
+    key: str
+    """Where tokenizer_config.json names it."""
+    what: str
+    own: Callable[[Tokenizer], int | None]
+
+
+_END = _Edge("--eod-token", "--append-eod", "eos_token", "end-of-document", lambda tokenizer: tokenizer.eod_id)
+_BEGINNING = _Edge("--bos-token", "--prepend-bos", "bos_token", "beginning", lambda tokenizer: tokenizer.bos_id)
+
+
+def _edge(tokenizer: Tokenizer, path: Path, edge: _Edge, wanted: bool, name: str | None) -> int | None:
+    """Return the id of the token for an edge of every document, by its name or as the tokenizer says; None for none."""
     if name is not None:
         token = tokenizer.token_id(name)
         if token is None:
-            raise UserError(f"--eod-token={name}: {path} has no such token{nearest(name, tokenizer.control_tokens)}")
+            raise UserError(f"{edge.option}={name}: {path} has no such token{nearest(name, tokenizer.control_tokens)}")
         return token
-    if append and tokenizer.eod_id is None:
-        raise UserError(f"{path}: has no end-of-document token for --append-eod; name one with --eod-token")
-    return tokenizer.eod_id if append else None
+    if not wanted:
+        return None
+    token = edge.own(tokenizer)
+    if token is None:
+        told = TokenizerConfig.beside(path).name_of(edge.key)
+        token = tokenizer.token_id(told) if told is not None else None
+    if token is None:
+        raise UserError(f"{path}: has no {edge.what} token for {edge.flag}; name one with {edge.option}")
+    return token
+
+
+def _name_of(tokenizer: Tokenizer, token: int | None) -> str | None:
+    return None if token is None else tokenizer.token_name(token)
+
+
+def _require_one_beginning(template: "ChatTemplate", tokenizer: Tokenizer, bos: int | None) -> None:
+    name = _name_of(tokenizer, bos)
+    if name is not None and template.start.startswith(name):
+        raise UserError(
+            f"--prepend-bos: the chat template {template.name} begins with {name!r} already; leave the option out"
+        )
+
+
+def _notes_of(tokenizer: Tokenizer, path: Path) -> list[str]:
+    """Return what should be known of a tokenizer."""
+    return [f"{path}: {note}" for note in tokenizer.notes]
+
+
+def _notes_on(tokenizer: Tokenizer, path: Path, recipe: Recipe, counts: np.ndarray) -> list[str]:
+    """Return what should be known of the tokens that were made."""
+    notes = []
+    unknown = tokenizer.unknown_id
+    if unknown is not None and counts[unknown]:
+        notes.append(
+            f"{counts[unknown]:,} tokens ({counts[unknown] / counts.sum():.2%}) are {tokenizer.token_name(unknown)!r}, "
+            f"which stands for what {path} has no token for; if they are many, take a tokenizer of such text"
+        )
+    before = TokenizerConfig.beside(path).puts_before(tokenizer)
+    if before is not None and recipe.bos is None and not recipe.extract.structured:
+        notes.append(
+            f"{path}: puts {tokenizer.token_name(before)!r} before a text, and these documents have none; "
+            "--prepend-bos puts it before each"
+        )
+    return notes
+
+
+def _require_free(prefix: Path, inputs: Sequence[Path], overwrite: bool) -> None:
+    """Raise UserError where the output would be written over something that is to stay."""
+    outputs = [with_suffix(prefix, suffix) for suffix in SUFFIXES]
+    for path in filter(Path.exists, outputs):
+        for source in inputs:
+            if path.samefile(source):
+                raise UserError(f"{source}: would be overwritten by --output {prefix}; give another --output")
+    # A run that was killed while the finished files got their names has left its folder, and goes on.
+    killed = with_suffix(prefix, ".work").is_dir() and not with_suffix(prefix, ".idx").exists()
+    if not overwrite and not killed:
+        require_new_dataset(prefix)
 
 
 def _require_options(on_error: str, min_tokens: int, document_shuffle: int | None) -> None:

@@ -18,8 +18,15 @@ from typing import Protocol
 
 import numpy as np
 
+from megalite.data.preprocessing.inputs import find_inputs
 from megalite.data.preprocessing.readers import documents
-from megalite.data.tokenizers import tiktoken_tokenizer
+from megalite.data.tokenizers import gpt2_files, tiktoken_tokenizer
+from megalite.data.tokenizers.added_tokens import (
+    ADDED_TOKENS,
+    added_tokens_beside,
+    added_tokens_file,
+    with_added_tokens,
+)
 from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT
 from megalite.data.tokenizers.hugging_face_tokenizer import HuggingFaceTokenizer
 from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -45,6 +52,26 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text, if the vocabulary has one."""
+        ...
+
+    @property
+    def leading_id(self) -> int | None:
+        """The token that the tokenizer's file puts before every text by itself; `encode` never does."""
+        ...
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The token that stands for what the vocabulary cannot spell, if it has one."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What should be known of the tokenizer's file."""
+        ...
+
+    @property
     def digest(self) -> str:
         """SHA-256 of the tokenizer's file, in hexadecimal."""
         ...
@@ -58,12 +85,24 @@ class Tokenizer(Protocol):
         """Return the id of a piece or control token by its exact name, or None where the vocabulary has none such."""
         ...
 
+    def token_name(self, token: int) -> str | None:
+        """Return the name of a piece or control token by its id, or None where the vocabulary has none such."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with no token added before or after."""
         ...
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the token ids of a text in which names of control tokens stay text, whatever `encode` does."""
+        ...
+
+    def message_encoder(self, names: Iterable[str]) -> Callable[[str], list[int]]:
+        """Return an encoder of messages, which are text by strangers.
+
+        No special token, no end of a document and none of `names` comes of them. The other tokens that a vocabulary
+        adds to its pieces, such as ``<think>``, are read, as transformers reads them.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -80,25 +119,33 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a sentencepiece model, a Hugging Face ``tokenizer.json``, tiktoken's ranks, or a folder with one of them.
+    """Load a sentencepiece model, a Hugging Face ``tokenizer.json``, GPT-2's ``vocab.json`` with its ``merges.txt``,
+    tiktoken's ranks, or a folder with one of them.
+
+    Beside a ``tokenizer.model`` the tokens of ``added_tokens.json`` and ``tokenizer_config.json`` are read as well.
 
     Raises UserError where there is none or the file is broken.
     """
     file = tokenizer_file(path)
-    data = file.read_bytes()
     try:
+        if file.name in gpt2_files.NAMES:
+            return HuggingFaceTokenizer(gpt2_files.as_tokenizer_json(file))
+        data = file.read_bytes()
         if file.suffix == ".json":
             return HuggingFaceTokenizer(data)
         if file.suffix == tiktoken_tokenizer.SUFFIX:
             return TiktokenTokenizer(data, file.stem)
-        return SentencePieceTokenizer(data)
+        return with_added_tokens(SentencePieceTokenizer(data), file)
     except UserError:
         raise
     except Exception as error:  # the libraries raise bare Exception and RuntimeError
         form = _FORMS.get(file.suffix, "a sentencepiece model")
+        if file.name in gpt2_files.NAMES:
+            form = "GPT-2's vocabulary"
         reason = str(error).replace("\n", " ")
         raise UserError(
-            f"{file}: not {form} ({reason}); allowed: tokenizer.json, a sentencepiece .model, a .tiktoken"
+            f"{file}: not {form} ({reason}); allowed: tokenizer.json, a sentencepiece .model, vocab.json with "
+            "merges.txt, a .tiktoken"
         ) from error
 
 
@@ -106,7 +153,7 @@ def standard_name(file: Path) -> str:
     """Return the name under which a folder's tokenizer is looked for, of a tokenizer's file of any name."""
     if file.suffix == tiktoken_tokenizer.SUFFIX:  # whose name says which encoding it is
         return file.name
-    return "tokenizer.json" if file.suffix == ".json" else "tokenizer.model"
+    return "tokenizer.json" if file.suffix == ".json" or file.name in gpt2_files.NAMES else "tokenizer.model"
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -115,14 +162,46 @@ def tokenizer_file(path: Path) -> Path:
         for name in ("tokenizer.json", "tokenizer.model"):
             if (path / name).is_file():
                 return path / name
+        if all((path / name).is_file() for name in gpt2_files.NAMES):
+            return path / gpt2_files.NAMES[0]
         if ranks := sorted(path.glob(f"*{tiktoken_tokenizer.SUFFIX}")):
             return ranks[0]
         raise UserError(
-            f"{path}: holds no tokenizer; a tokenizer.json, a tokenizer.model or an encoding's .tiktoken is looked for"
+            f"{path}: holds no tokenizer; a tokenizer.json, a tokenizer.model, a vocab.json with its merges.txt or an "
+            "encoding's .tiktoken is looked for"
         )
     if not path.is_file():
-        raise UserError(f"{path}: no such tokenizer; make one with `megalite tokenizer train INPUT --output {path}`")
+        raise UserError(f"{path}: {_no_tokenizer(path)}")
     return path
+
+
+def standard_files(path: Path) -> dict[str, bytes]:
+    """Return, by the names under which they are looked for, the files that make a tokenizer of this digest anywhere.
+
+    GPT-2's two files come as one ``tokenizer.json``; a ``tokenizer.model`` comes with its added tokens. Raises
+    UserError as `load_tokenizer` does.
+    """
+    file = tokenizer_file(path)
+    if file.name in gpt2_files.NAMES:
+        return {"tokenizer.json": gpt2_files.as_tokenizer_json(file)}
+    name = standard_name(file)
+    files = {name: file.read_bytes()}
+    if name == "tokenizer.model" and (added := added_tokens_beside(file)):
+        files[ADDED_TOKENS] = added_tokens_file(added)
+    return files
+
+
+def _no_tokenizer(path: Path) -> str:
+    """Return what to say of a tokenizer that is not there."""
+    forms = "a tokenizer.json, a sentencepiece .model, a vocab.json with its merges.txt, a .tiktoken"
+    if path.suffix == ".model":
+        return f"no such tokenizer; make one with `megalite tokenizer train INPUT --output {path}`, or give another"
+    if path.suffix in (".json", ".txt", tiktoken_tokenizer.SUFFIX):
+        return f"no such tokenizer; give another, which may be {forms}, or a folder with one of them"
+    return (
+        f"no such tokenizer, neither a file nor a folder; nothing is fetched by its name: give {forms}, or a folder "
+        f"with one of them; or make one with `megalite tokenizer train INPUT --output {path.name or 'tok'}.model`"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +224,7 @@ def train_sentencepiece(
     seed: int = 1234,
     sample_bytes: int = _SAMPLE_BYTES,
     control_tokens: Sequence[str] = (),
+    overwrite: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> TrainingReport:
     """Train a BPE model (arXiv:1808.06226) that gives every text back as it was, and write it to `output`.
@@ -155,9 +235,16 @@ def train_sentencepiece(
     bytes. The same inputs give the same bytes. Beyond `sample_bytes` of text a sample of the documents is used, drawn
     by `seed`.
 
-    Raises UserError for input that is malformed or too small for the vocabulary, and for a control token that stands
-    twice.
+    Raises UserError for input that is malformed or too small for the vocabulary, for a control token that stands
+    twice, for an output that is an input and, unless `overwrite`, for one that is there.
     """
+    if output.is_dir():
+        raise UserError(f"--output={output}: is a folder; write a name in it, such as {output / 'tok.model'}")
+    if output.exists():
+        if any(source.samefile(output) for source in find_inputs(inputs)):
+            raise UserError(f"{output}: is an input; give another --output")
+        if not overwrite:
+            raise UserError(f"{output}: is there already; give another --output, or overwrite it with --force")
     taken = ["<unk>", "<s>", END_OF_DOCUMENT]
     for name in control_tokens:
         if not name or name in taken:

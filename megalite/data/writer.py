@@ -155,6 +155,13 @@ def require_prefix(prefix: Path) -> None:
         raise UserError(f"{prefix}: a prefix has no {prefix.suffix}; use {prefix.with_suffix('')}")
 
 
+def require_new_dataset(prefix: Path) -> None:
+    """Raise UserError where a file of a dataset of this name is there."""
+    for path in (with_suffix(prefix, suffix) for suffix in (".idx", ".bin", ".mask", ".json")):
+        if path.exists():
+            raise UserError(f"{path}: is there already; give another --output, or overwrite it with --force")
+
+
 def copy_bytes(source: Path, start: int, count: int, target: BinaryIO) -> None:
     """Append a stretch of a file to an unbuffered one, by the system itself where it can (copy_file_range).
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megalite.checkpoint.retention import kept
-from megalite.distributed import ProcessGrid, gather_json
+from megalite.checkpoint.forecast import MAKE_ROOM, forecast, size
+from megalite.distributed import ProcessGrid, broadcast_json, gather_json
 from megalite.doctor.report import Row
 from megalite.plan import Plan
 
@@ -29,7 +29,7 @@ def disk_row(plan: Plan, grid: ProcessGrid, hosts: list[str]) -> Row:
         blind = [rank for rank, sees in enumerate(gather_json(_sees(folder), grid)) if not sees]
         if blind:
             return Row("disk", "bad", (_not_shared(plan, blind, hosts),))
-        free = gather_json(shutil.disk_usage(folder).free, grid)[0]
+        free = broadcast_json(shutil.disk_usage(folder).free, grid)
         room, room_is_bad = _room(plan, checkpoint, free)
         share = min(_PROBE_BYTES, max(1 << 16, checkpoint // grid.layout.world_size))
         if share * grid.layout.world_size > free // 2:
@@ -41,25 +41,22 @@ def disk_row(plan: Plan, grid: ProcessGrid, hosts: list[str]) -> Row:
         return Row("disk", "bad", (room, *failed))
     rate = share * len(told) / max(told)
     ranks = "1 rank" if len(told) == 1 else f"{len(told)} ranks together"
-    written = f"{_size(rate)}/s written and flushed by {ranks}"
-    if plan.config.checkpoint.every:
+    written = f"{size(rate)}/s written and flushed by {ranks}"
+    if plan.config.checkpoint.keeps:
         written += f": a checkpoint in {checkpoint / rate:.2g} s"
     return Row("disk", "bad" if room_is_bad else "ok", (room, written))
 
 
 def _room(plan: Plan, checkpoint: int, free: int) -> tuple[str, bool]:
     """Return a line on what there is room for, and whether that is too little."""
-    settings, steps = plan.config.checkpoint, plan.config.train.steps
-    where = f"{_size(free)} free in {plan.config.run.dir}"
-    if not settings.every:
-        return f"{where}; checkpoint.every=0: none is written", False
-    saved = sorted({*range(settings.every, steps + 1, settings.every), steps})
-    # The oldest goes once the newest is whole.
-    count = min(len(saved), len(kept(saved, settings.keep_last, settings.keep_every)) + 1)
-    line = f"{where}; a checkpoint takes {_size(checkpoint)}, {count} at most are there at a time"
-    if free >= count * checkpoint:
+    where = f"{size(free)} free in {plan.config.run.dir}"
+    expected = forecast(plan.config, checkpoint, free)
+    if not expected.steps:
+        return f"{where}; checkpoint.every={plan.config.checkpoint.every}, last=false: none is written", False
+    line = f"{where}; a checkpoint takes {size(checkpoint)}, {expected.at_once} at most are there at a time"
+    if expected.fits:
         return line, False
-    return f"{line}, {_size(count * checkpoint)}; make room, keep fewer (checkpoint.keep_last), or set run.dir", True
+    return f"{line}, {size(expected.bytes_at_once)}; {MAKE_ROOM}", True
 
 
 @contextmanager
@@ -76,7 +73,7 @@ def _probe_folder(run: Path, grid: ProcessGrid) -> Iterator[tuple[Path, str | No
         except OSError as error:
             refusal = f"run.dir={run}: {parent} cannot be written in: {error.strerror}; set another run.dir"
             made = "", missing, refusal
-    name, missing, refusal = gather_json(made, grid)[0]
+    name, missing, refusal = broadcast_json(made, grid)
     try:
         # Where this rank has the run's folder: hosts may reach it by other paths.
         yield _above(run, missing) / Path(name).name, refusal
@@ -119,12 +116,3 @@ def _write(path: Path, size: int) -> float | str:
     except OSError as error:
         return f"cannot write in run.dir: {error.strerror}"
     return time.perf_counter() - started
-
-
-def _size(size: float) -> str:
-    """Write a number of bytes with the unit that suits it."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}"

@@ -42,7 +42,7 @@ def _rows(environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.t
     yield agreement
     if agreement.verdict == "bad":
         return
-    device = local_device(environment.local_rank)
+    device = local_device(environment.local_rank, environment.launcher)
     told = exchange(meeting.store, environment, "places", RankPlace.here(environment, device).to_json())
     places = [RankPlace(**one) for one in told]
     found = [launcher_row(environment, places), hosts_row(places), _network_row(meeting, environment, device)]

@@ -5,6 +5,7 @@ All groups of an axis talk at the same time, as they do in training.
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -14,6 +15,7 @@ from megalite.distributed import ProcessGrid, gather_json
 from megalite.doctor.report import Row
 from megalite.layout import name_ranks
 from megalite.metrics import matrix_rate, wait_for
+from megalite.tensor_parallel.kernels import Kernels, faster_products
 
 TOLERATED = 1.3
 """What is slower than the median by more than this factor is named."""
@@ -35,12 +37,33 @@ def axis_rows(grid: ProcessGrid) -> list[Row]:
 
 
 def matrix_row(grid: ProcessGrid, dtype: torch.dtype, hosts: Sequence[str]) -> Row:
-    """Measure every rank's matrix products, all at the same time. Collective."""
+    """Measure every rank's matrix products, all at the same time. Collective.
+
+    Warns where the ranks compute the products of this precision more slowly than those of fp32.
+    """
     dist.barrier()
-    rates = gather_json(matrix_rate(grid.device, dtype, seconds=0.5), grid)
+    ways = gather_json(faster_products(grid.device, dtype), grid)
+    rates = gather_json(matrix_rate(grid.device, dtype, Kernels(ways[grid.rank]), seconds=0.5), grid)
     unit, size = ("TFLOP/s", 1e12) if median(rates) >= 1e12 else ("GFLOP/s", 1e9)
     found = {f"rank {rank} on {hosts[rank]}": rate / size for rank, rate in enumerate(rates)}
-    return rate_row("matrix products", f"{unit} a rank in {str(dtype).removeprefix('torch.')}", found)
+    name = str(dtype).removeprefix("torch.")
+    row = rate_row("matrix products", f"{unit} per rank in {name}", found)
+    slow = [f"rank {rank} on {hosts[rank]}" for rank, way in enumerate(ways) if way == "fp32"]
+    return with_slow_precision(row, name, slow, len(hosts))
+
+
+def with_slow_precision(row: Row, precision: str, slow: Sequence[str], world_size: int) -> Row:
+    """Return the row with a warning where some ranks, named in `slow`, multiply matrices of a precision by way of
+    float32, since their CPU has no units for it."""
+    if not slow:
+        return row
+    more = f" and {len(slow) - _SHOWN} more" if len(slow) > _SHOWN else ""
+    who = "every rank" if len(slow) == world_size else ", ".join(slow[:_SHOWN]) + more
+    lines = (
+        f"{who}: the CPU is slow in {precision}, so that matrix products are computed in float32 and rounded",
+        "float32 is as fast there and more precise, for more memory: write train.precision=fp32",
+    )
+    return replace(row, verdict="warn", lines=(*row.lines, *lines))
 
 
 def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:

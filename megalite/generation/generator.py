@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from megalite.generation.continuation import Continuation
 from megalite.generation.job import Job, Sampling
 from megalite.generation.sampling import choose
 from megalite.model.cache import KeyValueCache
+from megalite.model.kernel_choice import choose_kernels
 from megalite.model.loading import load_stage
 from megalite.model.stage import Stage
 from megalite.precision import DTYPES
@@ -60,9 +62,11 @@ def load_generator(
 ) -> Generator:
     """Read this rank's share of a job's weights; `progress` is told the bytes read and the bytes in all."""
     model = job.weights.model
+    dtype = DTYPES[job.precision]
+    group = replace(group, kernels=choose_kernels(device, dtype, attention="fused"))
     stage = Stage(model, range(model.num_hidden_layers), index=0, num_stages=1, group=group)
     # Before the weights come: they are rounded one by one, and never all in memory twice.
-    stage.to(device=device, dtype=DTYPES[job.precision])
+    stage.to(device=device, dtype=dtype)
     stage.eval()
     load_stage(stage, job.weights, progress)
     return Generator(stage, device, job.sampling)

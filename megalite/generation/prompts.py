@@ -39,7 +39,7 @@ def _require_unicode(prompt: Prompt) -> None:
 
 def _prompts_of(file: Path) -> Iterator[Prompt]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; give another --prompts") from error
     except UnicodeDecodeError as error:

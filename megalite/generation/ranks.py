@@ -24,6 +24,6 @@ def tensor_group(environment: LaunchEnvironment | None) -> Iterator[tuple[Tensor
         yield TensorGroup(), local_device(environment.local_rank if environment else 0)
         return
     layout = ParallelLayout(tensor=environment.world_size, pipeline=1, data=1)
-    device = local_device(environment.local_rank)
+    device = local_device(environment.local_rank, environment.launcher)
     with process_grid(layout, environment.rank, device=device, timeout=_TIMEOUT) as grid:
         yield grid.tensor, grid.device

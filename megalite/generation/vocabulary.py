@@ -1,24 +1,37 @@
 """A model's tokenizer, with what goes before a text and what ends one."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from megalite.checkpoint.companions import GENERATION_CONFIG, TIKTOKEN_SUFFIX
-from megalite.checkpoint.weights import Weights
+from megalite.checkpoint.companions import (
+    GENERATION_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER_CONFIG,
+    companions_among,
+    read_settings,
+    tokenizer_name,
+)
+from megalite.checkpoint.special_tokens import declared_ends, named_token, text_ends
+from megalite.checkpoint.weights import Weights, documents_of, generation_settings
 from megalite.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 from megalite.errors import UserError
 
-_STANDARD = ("tokenizer.json", "tokenizer.model")
-_TOKENIZER_CONFIG = "tokenizer_config.json"
-
 
 class Vocabulary:
-    """A tokenizer; `leading` are the ids that every text begins with, `ends` those that end one."""
+    """A tokenizer; `leading` are the ids that every text begins with, `ends` those that end one.
 
-    def __init__(self, tokenizer: Tokenizer, leading: Sequence[int], ends: Sequence[int], model_size: int) -> None:
-        self._tokenizer, self._leading = tokenizer, list(leading)
+    `begins_document` are the ids behind which the model has seen documents begin, where that is known.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        leading: Sequence[int],
+        ends: Sequence[int],
+        model_size: int,
+        begins_document: Sequence[int] = (),
+    ) -> None:
+        self._tokenizer, self.leading, self._begins_document = tokenizer, list(leading), list(begins_document)
         # A model's vocabulary is often padded: what no tokenizer knows has no text.
         self._known = min(tokenizer.vocab_size, model_size)
         self._model_size = model_size
@@ -29,7 +42,9 @@ class Vocabulary:
 
         Raises UserError, which begins with `where`, for ids beyond the model's, and where nothing begins a document.
         """
-        ids = self._leading + self._tokenizer.encode(text)
+        ids = self.leading + self._tokenizer.encode(text)
+        if not ids:
+            ids = list(self._begins_document)
         if not ids and self._tokenizer.eod_id is not None:
             ids = [self._tokenizer.eod_id]
         if not ids:
@@ -53,36 +68,62 @@ class Vocabulary:
 def open_vocabulary(weights: Weights, tokenizer: Path | None) -> Vocabulary:
     """Return a model's vocabulary from the files that go with the weights, or its tokenizer from `tokenizer` if given.
 
-    Raises UserError where there is no tokenizer.
+    Raises UserError where there is no tokenizer, or where a file names a token that is none of the model's.
     """
     file = _file(weights) if tokenizer is None else tokenizer_file(tokenizer)
     loaded = load_tokenizer(file)
-    beside = weights.companions if tokenizer is None else {path.name: path for path in file.parent.glob("*.json")}
-    size = weights.model.vocab_size
+    of_weights, size = weights.companions, weights.model.vocab_size
     assert size is not None  # weights have a table of tokens
-    ends = _ends(weights.companions.get(GENERATION_CONFIG), loaded)
-    return Vocabulary(loaded, _leading(file, beside.get(_TOKENIZER_CONFIG), loaded), ends, size)
+    beside = of_weights if tokenizer is None else _beside(file)
+    # How generation ends belongs to the weights, whatever tokenizer is given; only where they tell nothing is it asked.
+    generation = of_weights if GENERATION_CONFIG in of_weights else {**beside, **of_weights}
+    settings, where = generation_settings(weights, generation)
+    documents = documents_of(weights)
+    told = tuple(read_settings(beside.get(name)) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP))
+    ends = text_ends(declared_ends(settings, size, where), told, loaded.token_id, loaded.eod_id, documents)
+    leading: Sequence[int] | None = documents.beginning if documents is not None else None
+    if leading is None:
+        leading = _leading(file, beside, loaded)
+    begins_document = documents.ends[:1] if documents is not None else ()
+    return Vocabulary(loaded, leading, ends, size, begins_document)
+
+
+def untrained_beginning(weights: Weights, companions: Mapping[str, Path]) -> list[str]:
+    """Return the tokens that a tokenizer puts before every text, and that stood before no training document.
+
+    They are told by their names, as far as the tokenizer has some; none where it is not known how documents began.
+    """
+    documents, name = documents_of(weights), tokenizer_name(companions)
+    if documents is None or documents.beginning is None or name is None:
+        return []
+    loaded = load_tokenizer(companions[name])
+    names = {token: name for name, token in loaded.control_tokens.items()}
+    put = _leading(companions[name], companions, loaded)
+    return [names.get(token, str(token)) for token in put if token not in documents.beginning]
+
+
+def _beside(file: Path) -> Mapping[str, Path]:
+    return companions_among(file.parent, sorted(path.name for path in file.parent.iterdir() if path.is_file()))
 
 
 def _file(weights: Weights) -> Path:
     beside = weights.companions
-    encodings = sorted(name for name in beside if name.endswith(TIKTOKEN_SUFFIX))
-    for name in (*_STANDARD, *encodings):
-        if name in beside:
-            return beside[name]
+    name = tokenizer_name(beside)
+    if name is not None:
+        return beside[name]
     raise UserError(
         f"{weights.origin}: has no tokenizer with it (tokenizer.json, tokenizer.model or an encoding's .tiktoken); "
         "name the one that the model was trained with: --tokenizer PATH"
     )
 
 
-def _leading(file: Path, config: Path | None, tokenizer: Tokenizer) -> list[int]:
+def _leading(file: Path, beside: Mapping[str, Path], tokenizer: Tokenizer) -> list[int]:
     """Return the ids put before every text: what tokenizer_config.json says, else what tokenizer.json does."""
-    told = _read(config)
+    config = beside.get(TOKENIZER_CONFIG)
+    told = read_settings(config)
     if isinstance(told.get("add_bos_token"), bool):
-        name = told.get("bos_token")
-        name = name.get("content") if isinstance(name, Mapping) else name
-        token = tokenizer.token_id(name) if told["add_bos_token"] and isinstance(name, str) else None
+        name = named_token("bos_token", told, read_settings(beside.get(SPECIAL_TOKENS_MAP)))
+        token = tokenizer.token_id(name) if told["add_bos_token"] and name is not None else None
         if told["add_bos_token"] and token is None:
             raise UserError(f"{config}: add_bos_token asks for bos_token={name!r}, which {file} has not; mend either")
         return [] if token is None else [token]
@@ -99,19 +140,3 @@ def _put_before(file: Path) -> list[int]:
     bare, dressed = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
     start = next((at for at in range(len(dressed)) if dressed[at : at + len(bare)] == bare), 0)
     return dressed[:start]
-
-
-def _ends(config: Path | None, tokenizer: Tokenizer) -> list[int]:
-    declared = _read(config).get("eos_token_id")
-    declared = declared if isinstance(declared, list) else [declared]
-    return [token for token in (*declared, tokenizer.eod_id) if isinstance(token, int)]
-
-
-def _read(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}; mend or remove it") from error
-    return content if isinstance(content, dict) else {}

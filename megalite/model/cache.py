@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megalite.tensor_parallel.kernels import Kernels
+
 BLOCK = 256
 """Columns that memory grows by."""
 
@@ -97,7 +99,7 @@ class LayerCache:
             self._keys_BKTD[rows, :, last] = key_BSKD[:, 0]
             self._values_BKTD[rows, :, last] = value_BSKD[:, 0]
 
-    def attend(self, query_BSND: Tensor) -> Tensor:
+    def attend(self, query_BSND: Tensor, kernels: Kernels) -> Tensor:
         """Return ``[B, 1, N, D]``, what each row's one query finds among all that the row has read.
 
         The queries that share a key-value head stand as the rows of one product, so that no key is repeated.
@@ -105,8 +107,9 @@ class LayerCache:
         columns = self._rows.columns
         keys, values = self._keys_BKTD[:, :, :columns], self._values_BKTD[:, :, :columns]
         query = query_BSND[:, 0].unflatten(1, (keys.shape[1], -1))
+        query, keys, values = kernels.widened(query, keys, values)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._rows.seen_B11T)
-        return attended.flatten(1, 2).unsqueeze(1)
+        return attended.flatten(1, 2).unsqueeze(1).to(query_BSND.dtype)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows alone."""

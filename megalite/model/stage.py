@@ -81,7 +81,8 @@ class Head(ShardedModule):
         return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
 
     def _local_logits(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, entering=self.group, weight_gradients=self.weight_gradients)
+        kernels, weight_gradients = self.group.kernels, self.weight_gradients
+        return linear(x, self.weight, kernels=kernels, entering=self.group, weight_gradients=weight_gradients)
 
 
 class Stage(nn.Module):

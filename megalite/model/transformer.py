@@ -7,7 +7,7 @@
 | heads       | grouped-query (arXiv:2305.13245) | multi-head                | multi-head                      |
 | q and k     | plain, or normed (Qwen3)         | plain                     | plain                           |
 | MLP         | SwiGLU (arXiv:2002.05202)        | GELU, tanh form           | GELU, exact or tanh form        |
-| biases      | none, or on q, k, v (Qwen2)      | everywhere                | everywhere, or not in attention |
+| biases      | none, or where they are asked for | everywhere               | everywhere, or not in attention |
 | MLP reads   | what attention leaves            | what attention leaves     | the same as attention, or that  |
 
 Query, key and value are one product, gate and up another, whatever their names in checkpoints. Legend for shapes:
@@ -28,6 +28,7 @@ from megalite.model.dropout import DropoutStreams, ScoreDropout
 from megalite.model.packing import PackedDocuments
 from megalite.model.recompute import recomputed
 from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group, enter_region
+from megalite.tensor_parallel.kernels import NATIVE, AttentionKernel, Kernels
 from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear, ShardedModule
 from megalite.tensor_parallel.sharding import ShardSpec
 
@@ -174,11 +175,11 @@ class Attention(nn.Module):
             spans = packing.spans if packing else None
             scores = dropout.scores(range(self.first_head, self.first_head + self.heads)) if dropout else None
             if self.recompute_core:
-                attended = recomputed(causal_attention, query, key, value, spans, scores)
+                attended = recomputed(causal_attention, query, key, value, spans, scores, self.group.kernels)
             else:
-                attended = causal_attention(query, key, value, spans, scores)
+                attended = causal_attention(query, key, value, spans, scores, self.group.kernels)
         else:
-            attended = cache.attend(query)
+            attended = cache.attend(query, self.group.kernels)
         return self.output(attended.flatten(2))
 
     def _projected(self, x_BSH: Tensor) -> Tensor:
@@ -194,7 +195,7 @@ class Attention(nn.Module):
 def _attention_biases(config: ModelConfig) -> tuple[bool, bool]:
     """Whether query, key and value have biases, and whether the output projection has one."""
     if isinstance(config, LlamaConfig):
-        return config.attention_bias, False
+        return config.attention_bias, config.attention_output_bias
     on = not isinstance(config, GPTNeoXConfig) or config.attention_bias
     return on, on
 
@@ -205,24 +206,39 @@ def causal_attention(
     value_BSKD: Tensor,
     spans: list[int] | None = None,
     dropout: ScoreDropout | None = None,
+    kernels: Kernels = NATIVE,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v under the causal mask, ``[B, S, N, D]``; query head i reads head i*K//N.
 
     With `spans`, lengths that sum to B*S, the rows are one stretch of tokens cut into these: none sees another. With
-    `dropout` of the probabilities, all of them are held, on any device, with a byte each for the mask.
+    `dropout` of the probabilities, all of them are held, on any device, with a byte each for the mask. Where `kernels`
+    widen 16-bit products, all of attention is computed in fp32, and rounded at its end.
     """
+    dtype = query_BSND.dtype
+    query_BSND, key_BSKD, value_BSKD = kernels.widened(query_BSND, key_BSKD, value_BSKD)
+    return _causal_attention(query_BSND, key_BSKD, value_BSKD, spans, dropout, kernels.attention).to(dtype)
+
+
+def _causal_attention(
+    query_BSND: Tensor,
+    key_BSKD: Tensor,
+    value_BSKD: Tensor,
+    spans: list[int] | None,
+    dropout: ScoreDropout | None,
+    kernel: AttentionKernel,
+) -> Tensor:
     rows, length = query_BSND.shape[:2]
     tokens = rows * length
     if spans is None:
         whole = [(row, 0) for row in range(rows)]
-        return _attention(query_BSND, key_BSKD, value_BSKD, tokens, dropout, whole)
+        return _attention(query_BSND, key_BSKD, value_BSKD, tokens, dropout, whole, kernel)
     # Document by document no score across two of them is ever computed, and no mask is held.
     queries, keys, values = (
         x.flatten(0, 1).unsqueeze(0).split(spans, dim=1) for x in (query_BSND, key_BSKD, value_BSKD)
     )
     starts = accumulate(spans[:-1], initial=0)
     attended = [
-        _attention(query, key, value, tokens, dropout, [divmod(start, length)])
+        _attention(query, key, value, tokens, dropout, [divmod(start, length)], kernel)
         for query, key, value, start in zip(queries, keys, values, starts, strict=True)
     ]
     return torch.cat(attended, dim=1).view(query_BSND.shape)
@@ -235,6 +251,7 @@ def _attention(
     microbatch_tokens: int,
     dropout: ScoreDropout | None,
     documents: Sequence[tuple[int, int]],
+    kernel: AttentionKernel,
 ) -> Tensor:
     """Attend within each of B documents, whose (row, first token) in the microbatch are `documents`."""
     query, key, value = (x.transpose(1, 2) for x in (query_BSND, key_BSKD, value_BSKD))
@@ -245,14 +262,15 @@ def _attention(
     if dropout is not None:
         kept = dropout.kept(documents, length, query.device)
         return _written_out_attention(query, key, value, kept, dropout.scale).transpose(1, 2)
-    if query.device.type == "cpu" and heads * length * microbatch_tokens <= WRITTEN_OUT_SCORES:
+    fits = query.device.type == "cpu" and heads * length * microbatch_tokens <= WRITTEN_OUT_SCORES
+    if kernel == "written_out" and fits:
         return _written_out_attention(query, key, value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
-# On a CPU plain matrix products take half the time of torch's fused kernel (benchmarks/attention.py). They keep the
-# scores for the backward, so this many of them at the most: 16 MiB of bf16 a layer and microbatch. Each document may
-# keep its tokens' share of that.
+# On a CPU with bf16 units, plain matrix products take half the time of torch's fused kernel (benchmarks/attention.py).
+# On others they take as long. They keep the scores for the backward, so this many of them at the most: 16 MiB of bf16
+# per layer and microbatch. Each document may keep its tokens' share of that.
 WRITTEN_OUT_SCORES = 1 << 23
 
 
@@ -283,13 +301,13 @@ def _written_out_attention(
 class SwiGLU(nn.Module):
     """``down(silu(gate(x)) * up(x))``, its inner width divided over the group; ``[B, S, H]`` in and out."""
 
-    def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
+    def __init__(self, config: LlamaConfig, group: TensorGroup) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, _inner_size(config)
+        hidden, inner, bias = config.hidden_size, _inner_size(config), config.mlp_bias
         self.gate_up = ColumnParallelLinear(
-            hidden, 2 * inner, group=group, bias=False, parts={"gate": inner, "up": inner}
+            hidden, 2 * inner, group=group, bias=bias, parts={"gate": inner, "up": inner}
         )
-        self.down = RowParallelLinear(inner, hidden, group=group, bias=False)
+        self.down = RowParallelLinear(inner, hidden, group=group, bias=bias)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         gate, up = self.gate_up(x_BSH).chunk(2, dim=-1)

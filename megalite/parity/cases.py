@@ -70,13 +70,14 @@ def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
             "parallel": config.parallel.model_copy(update=parallel),
             "train": config.train.model_copy(
                 update={
+                    "precision": "fp32",
                     "schedule": ScheduleSection(name="constant"),
                     "stop_after": 1,
                     "eval_every": 0,
                     "trace_steps": (),
                 }
             ),
-            "checkpoint": CheckpointSection(),
+            "checkpoint": CheckpointSection(last=False),
             "resume": "never",
             "deepspeed": _in_fp32(config.deepspeed),
         }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.fragments import Fragment
 from megalite.data.datasets import open_datasets
-from megalite.distributed import gather_json, local_device, process_grid
+from megalite.distributed import broadcast_json, gather_json, local_device, process_grid
 from megalite.launch import LaunchEnvironment
 from megalite.parity.finding import (
     GRADIENT_TOLERANCE,
@@ -44,7 +44,7 @@ def verify_layout(plan: Plan, environment: LaunchEnvironment) -> Finding:
     Raises UserError for what the user can mend, FloatingPointError where the gradient is no number.
     """
     timeout = datetime.timedelta(seconds=plan.config.train.timeout_seconds)
-    device = local_device(environment.local_rank)
+    device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     with process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid:
@@ -112,7 +112,7 @@ class _Comparison:
             gradients=gradients,
             update=update,
         )
-        return replace(found, miscounted=gather_json(self._miscounted(found), self.grid)[0])
+        return replace(found, miscounted=broadcast_json(self._miscounted(found), self.grid))
 
     # ------------------------------------------------------------------------------------------ what this rank holds
 

@@ -149,6 +149,8 @@ class Finding:
 
 
 def _relative(value: float, reference: float) -> float:
+    if not (math.isfinite(value) and math.isfinite(reference)):
+        return math.inf  # two infinities are equal and prove nothing
     if value == reference:
         return 0.0
     return abs(value - reference) / abs(reference) if reference else math.inf

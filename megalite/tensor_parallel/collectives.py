@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalite.tensor_parallel.kernels import NATIVE, Kernels
+
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
@@ -39,6 +41,8 @@ class TensorGroup:
     """Divide the tokens between sharded regions over the ranks; with one rank it means nothing."""
     overlap: bool = False
     """Let the collectives of a layer's backward run beside its products."""
+    kernels: Kernels = NATIVE
+    """How the layers of this group compute their products and attention."""
 
     @property
     def divides_tokens(self) -> bool:

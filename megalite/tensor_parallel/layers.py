@@ -78,7 +78,12 @@ class ColumnParallelLinear(ShardedModule):
 
     def forward(self, x: Tensor, *, entered: bool = False) -> Tensor:
         entering = ONE_RANK if entered else self.group
-        y = linear(x, self.weight, self.bias, entering=entering, weight_gradients=self.weight_gradients)
+        y = linear(
+            *(x, self.weight, self.bias),
+            kernels=self.group.kernels,
+            entering=entering,
+            weight_gradients=self.weight_gradients,
+        )
         return gather_from_group(y, self.group) if self.gather_output else y
 
 
@@ -102,7 +107,8 @@ class RowParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = leave_region(linear(x, self.weight, weight_gradients=self.weight_gradients), self.group)
+        kernels, weight_gradients = self.group.kernels, self.weight_gradients
+        y = leave_region(linear(x, self.weight, kernels=kernels, weight_gradients=weight_gradients), self.group)
         return y if self.bias is None else y + self.bias
 
 
@@ -139,7 +145,8 @@ class HeadSliceLinear(ShardedModule):
 
     def forward(self, x: Tensor, *, entered: bool = False) -> Tensor:
         bias = None if self.bias is None else self._own_rows(self.bias)
-        return F.linear(x if entered else enter_region(x, self.group), self._own_rows(self.weight), bias)
+        x = x if entered else enter_region(x, self.group)
+        return self.group.kernels.linear(x, self._own_rows(self.weight), bias)
 
 
 class VocabParallelEmbedding(ShardedModule):

@@ -36,6 +36,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SIZES),
     "llama, grouped and tied": ("llama", SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "llama, wide heads": ("llama", SIZES | {"num_key_value_heads": 1, "head_dim": 16}),
+    "llama, biases in attention": ("llama", SIZES | {"attention_bias": True, "num_key_value_heads": 2}),
+    "llama, biases everywhere": ("llama", SIZES | {"attention_bias": True, "mlp_bias": True}),
     "llama 3": ("llama", SIZES | {"num_key_value_heads": 2, "rope_parameters": LLAMA3_ROPE}),
     "llama, linear": (
         "llama",
@@ -47,6 +49,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, tied": ("qwen2", SIZES | {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", SIZES | {"num_key_value_heads": 2, "head_dim": 16}),
     "qwen3, tied": ("qwen3", SIZES | {"num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3, biases": ("qwen3", SIZES | {"num_key_value_heads": 2, "head_dim": 8, "attention_bias": True}),
     "gpt2": ("gpt2", GPT2_SIZES),
     "gpt2, untied": ("gpt2", GPT2_SIZES | {"tie_word_embeddings": False, "n_inner": 80}),
     "gpt_neox": ("gpt_neox", SIZES),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
 from math import prod
@@ -317,6 +318,8 @@ OURS: dict[str, Any] = {
     ("settings", "message"),
     [
         ({"attention_bias": True, "qk_norm": True}, "attention_bias=true and qk_norm=true"),
+        ({"attention_output_bias": True}, "attention_output_bias=true and none of the other biases"),
+        ({"attention_bias": True, "mlp_bias": True}, "attention_bias=true and mlp_bias=true"),
         ({"hidden_size": 36, "num_attention_heads": 8, "head_dim": 4}, "num_attention_heads=8 divides hidden_size=36"),
         ({"architecture": "gpt2", "head_dim": 4}, "head_dim=4: transformers' GPT2LMHeadModel"),
     ],
@@ -330,8 +333,9 @@ REFUSED = [
     ("llama", {"model_type": "lama"}, "model_type='lama' is none .* did you mean 'llama'"),
     ("llama", {"model_type": "mixtral"}, "model_type='mixtral' is none of the families"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not what megalite computes"),
-    ("llama", {"attention_bias": True}, "attention_bias=true .* output projection"),
-    ("llama", {"mlp_bias": True}, "mlp_bias=true"),
+    ("llama", {"attention_bias": 1}, "attention_bias"),
+    ("llama", {"mlp_bias": "yes"}, "mlp_bias"),
+    ("mistral", {"mlp_bias": True}, "mlp_bias=true is not known of a mistral"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type='yarn'"),
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling.rope_type='dynamic'"),
@@ -341,13 +345,14 @@ REFUSED = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config={...} is not known of a llama"),
     ("llama", {"vocab_size": ...}, "vocab_size is missing"),
-    ("llama", {"hidden_size": "wide"}, "describes no model that megalite knows: hidden_size"),
+    ("llama", {"hidden_size": "wide"}, "describes no model that megalite knows: hidden_size='wide' is not an integer"),
+    ("llama", {"rope_theta": "1000000", "rope_parameters": ...}, "knows: rope_theta='1000000' is not a number above 0"),
     ("llama", {"auto_map": {"AutoModelForCausalLM": "modeling_x.Model"}}, "auto_map names code .* never run"),
     ("mistral", {"sliding_window": 16}, "sliding_window=16 is below max_position_embeddings=64.*--max-positions 16"),
     ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window=4096 is below"),
     (
         "qwen2",
-        {"use_sliding_window": True, "sliding_window": 16, "layer_types": ...},
+        {"use_sliding_window": True, "sliding_window": 16, "layer_types": ..., "max_window_layers": 1},
         "sliding_window=16 is below",
     ),
     (
@@ -356,7 +361,6 @@ REFUSED = [
         "sliding_window=16 is below",
     ),
     ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),
-    ("qwen3", {"attention_bias": True}, "attention_bias=true"),
     ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=false"),
@@ -417,6 +421,24 @@ def test_a_window_no_shorter_than_the_sequences_changes_nothing(saved: Callable[
         HuggingFaceWeights(saved("gpt2"), max_positions=8)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_sliding_window": False, "max_window_layers": 1},
+        {"use_sliding_window": True, "max_window_layers": 2},
+        {"use_sliding_window": True, "max_window_layers": 70},
+        {"use_sliding_window": True, "max_window_layers": ...},
+    ],
+)
+def test_a_window_that_no_layer_has_changes_nothing(
+    saved: Callable[[str], Path], keys: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = rewrite(saved("qwen2"), tmp_path / "model", sliding_window=16, layer_types=..., **keys)
+    weights = open_weights(folder)
+    assert weights.model.max_position_embeddings == 64
+    assert largest_difference(weights, folder)[0] <= PARITY
+
+
 def test_tensors_that_are_not_the_models_are_a_table(saved: Callable[[str], Path], tmp_path: Path) -> None:
     def change(held: dict[str, Tensor]) -> dict[str, Tensor]:
         del held["model.layers.1.mlp.up_proj.weight"]
@@ -432,6 +454,36 @@ def test_tensors_that_are_not_the_models_are_a_table(saved: Callable[[str], Path
         ["model.norm.weight", "32", "33"],
         ["score.weight", "missing", "2 x 32"],
     ]
+
+
+def test_a_head_that_is_missing_may_be_tied(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    def without_head(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: one for name, one in held.items() if name != "lm_head.weight"}
+
+    folder = rewrite(saved("llama"), tmp_path / "model", without_head)
+    with pytest.raises(UserError, match="holds no lm_head.weight, and .*; if the head is model.embed_tokens.weight, "):
+        open_weights(folder)
+    open_weights(rewrite(folder, tmp_path / "tied", tie_word_embeddings=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_prove_nothing(saved: Callable[[str], Path], value: float, tmp_path: Path) -> None:
+    def spoiled(held: dict[str, Tensor]) -> dict[str, Tensor]:
+        return held | {"model.norm.weight": torch.full_like(held["model.norm.weight"], value)}
+
+    good, bad = saved("llama"), rewrite(saved("llama"), tmp_path / "model", spoiled)
+    for weights, folder in ((good, bad), (bad, good), (bad, bad)):
+        with pytest.raises(UserError, match=r"model: [\d,]+ of 12,416 logits are infinite or no numbers"):
+            largest_difference(open_weights(weights), folder)
+
+
+def test_paths_count_from_the_folder_of_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"gone: there is no such folder in {tmp_path}; give a checkpoint"):
+        open_weights(Path("gone"))
+    Path("link").symlink_to("gone")
+    with pytest.raises(UserError, match="link: is a link to gone, where there is nothing"):
+        open_weights(Path("link"))
 
 
 def test_other_elements_than_floats_are_refused(saved: Callable[[str], Path], tmp_path: Path) -> None:
@@ -456,16 +508,138 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pytorch_model-00001-of-00002.bin"])
-def test_a_pickle_is_refused_by_name_and_never_opened(
+@pytest.mark.parametrize("name", ["model.pt", "weights.pkl", "pytorch_model-00001-of-00002.bin"])
+def test_a_pickle_of_no_known_name_is_refused_and_never_opened(
     saved: Callable[[str], Path], name: str, planted: Path, tmp_path: Path
 ) -> None:
     folder = rewrite(saved("llama"), tmp_path / "model")
     torch.save(Planted(), folder / name)
-    HuggingFaceWeights(folder)  # beside safetensors it is not looked at
+    weights = HuggingFaceWeights(folder)  # beside safetensors it is not looked at, and that is told
+    assert weights.notes == (f"not read: {name}, which may hold weights too",)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=f"as a pickle, {name}, which is never opened"):
+    with pytest.raises(UserError, match=f"holds {name}, which is not read"):
         open_weights(folder)
+
+
+def pickled(source: Path, folder: Path, *, shards: int = 1, **options: Any) -> Path:
+    """Copy a model with its tensors in files of torch's."""
+    rewrite(source, folder)
+    held = {name: one.clone() for name, one in tensors(source).items()}
+    (folder / "model.safetensors").unlink()
+    names = [f"pytorch_model-{number:05d}-of-{shards:05d}.bin" for number in range(1, shards + 1)]
+    if shards == 1:
+        names = ["pytorch_model.bin"]
+    places = {name: names[at % shards] for at, name in enumerate(held)}
+    for file in names:
+        torch.save({name: one for name, one in held.items() if places[name] == file}, folder / file, **options)
+    if shards > 1:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+@pytest.mark.parametrize("variant", ["llama, grouped and tied", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("options", [{}, {"shards": 3}, {"_use_new_zipfile_serialization": False}])
+def test_files_of_torchs_are_read_as_plain_tensors(
+    saved: Callable[[str], Path], variant: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = pickled(saved(variant), tmp_path / "model", **options)
+    weights = open_weights(folder)
+    assert (weights.precision, getattr(weights, "notes", None)) == ("bf16", ())
+    assert_same_bits(saved(variant), export(weights, tmp_path / "back"))
+    if "_use_new_zipfile_serialization" not in options:
+        assert largest_difference(weights, folder)[0] <= PARITY
+
+
+def test_half_precision_of_torchs_files(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = pickled(saved("llama"), tmp_path / "model")
+    held = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({name: one.half() for name, one in held.items()}, folder / "pytorch_model.bin")
+    weights = open_weights(folder)
+    assert weights.precision == "fp16"
+    out = np.empty(weights.shapes["final_norm.weight"], np.float32)
+    weights.read("final_norm.weight", Box((0,), out.shape), out)
+    assert np.array_equal(out, held["model.norm.weight"].half().float().numpy())
+    torch.save({name: one.double() for name, one in held.items()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="stored as torch.float64; allowed: F32, BF16, F16"):
+        open_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: Planted(), "pytorch_model.bin: names .*system.*: code, which is never run"),
+        (lambda: {"model.norm.weight": Planted()}, "pytorch_model.bin: names .*system.*: code, which is never run"),
+        (lambda: {"state_dict": {"a": torch.ones(2)}}, "'state_dict' is dict, no tensor; save the state dict alone"),
+        (lambda: [torch.ones(2)], "pytorch_model.bin: holds list, where a checkpoint holds a dict"),
+        (lambda: {7: torch.ones(2)}, "'7' is Tensor, no tensor"),
+    ],
+)
+def test_a_file_of_torchs_that_holds_more_than_tensors_is_refused(
+    saved: Callable[[str], Path], content: Callable[[], Any], message: str, planted: Path, tmp_path: Path
+) -> None:
+    folder = pickled(saved("llama"), tmp_path / "model")
+    torch.save(content(), folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message):
+        open_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("model.safetensors", "pytorch_model.bin"),
+        ("model.safetensors", "pytorch_model.bin.index.json"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ],
+)
+def test_two_sets_of_weights_are_ambiguous(
+    saved: Callable[[str], Path], first: str, second: str, planted: Path, tmp_path: Path
+) -> None:
+    folder = rewrite(saved("llama"), tmp_path / "model")
+    if "pytorch" in first:
+        shutil.rmtree(folder)
+        folder = pickled(saved("llama"), folder, shards=2)
+    if first == "model.safetensors.index.json":
+        names = tensors(folder)
+        shutil.copy(folder / "model.safetensors", folder / "part.safetensors")
+        (folder / first).write_text(json.dumps({"weight_map": dict.fromkeys(names, "part.safetensors")}))
+    elif not (folder / second).exists():
+        torch.save(Planted(), folder / second)
+    with pytest.raises(UserError, match=f"holds two sets of weights, {first} and {second}, and nothing says which"):
+        open_weights(folder)
+    (folder / second).unlink()
+    open_weights(folder)
+
+
+def test_what_lies_there_and_is_not_read_is_told(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    extra = {f"extra.{name}": torch.ones(1) for name in "abcd"}
+    folder = rewrite(saved("llama"), tmp_path / "model", lambda held: held | extra)
+    names = [name for name in tensors(folder) if not name.startswith("extra")]
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(names, "part.safetensors")})
+    )
+    for name in ("consolidated.safetensors", "adapter_model.bin", "model.gguf", "README.md"):
+        (folder / name).write_text("")
+    assert HuggingFaceWeights(folder).notes == (
+        "not read: extra.a, extra.b, extra.c and 1 more in part.safetensors, which the index does not name there",
+        "not read: adapter_model.bin, consolidated.safetensors, model.gguf, which may hold weights too",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"its config.json cannot be read as JSON \(.*\), fetch the file again"),
+        ("[1]", r"its config.json holds \[1\], where an object with a model_type is read"),
+        ("{}", "its config.json has no model_type"),
+        ('{"model_type": null}', "its config.json has model_type=null, where a name such as 'llama' is read"),
+    ],
+)
+def test_a_config_that_describes_no_model_says_why(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        open_weights(tmp_path)
 
 
 def test_code_of_the_folder_is_never_run(saved: Callable[[str], Path], planted: Path, tmp_path: Path) -> None:
@@ -517,13 +691,30 @@ def test_names_in_an_index_that_leave_the_folder_are_refused(
         open_weights(indexed(rewrite(saved("llama"), tmp_path / "model"), name))
 
 
-def test_links_are_followed_within_the_folder_and_in_hugging_faces_cache_alone(
+def test_links_lead_to_weights_to_the_same_name_and_into_hugging_faces_cache(
     saved: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = indexed(rewrite(saved("llama"), tmp_path / "model"), "part.safetensors")
-    (folder / "part.safetensors").symlink_to("../elsewhere.safetensors")
-    with pytest.raises(UserError, match="is a link to .*, outside the folder"):
-        open_weights(folder)
+    (folder / "part.safetensors").symlink_to("../elsewhere.safetensors")  # on a shared disk, say
+    assert_same_bits(saved("llama"), export(open_weights(folder), tmp_path / "from the link"))
+    whole = tmp_path / "links"
+    whole.mkdir()
+    for file in saved("llama").iterdir():
+        (whole / file.name).symlink_to(file)
+    assert_same_bits(saved("llama"), export(open_weights(whole), tmp_path / "from links"))
+    inner = rewrite(saved("llama"), tmp_path / "inner")
+    (inner / "files").mkdir()
+    (inner / "config.json").rename(inner / "files/1")
+    (inner / "config.json").symlink_to("files/1")
+    open_weights(inner)
+    (tmp_path / "secret").write_text("of this machine")
+    (whole / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="is a link to .*secret, a file of another name outside the folder"):
+        _ = open_weights(whole).companions
+    (whole / "model.safetensors").unlink()
+    (whole / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="holds no tensors|is a link to .*gone, where there is no file"):
+        open_weights(whole)
     cache = tmp_path / "models--someone--model"
     snapshot, blobs = cache / "snapshots" / "0123abc", cache / "blobs"
     snapshot.mkdir(parents=True)

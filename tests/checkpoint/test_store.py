@@ -1,7 +1,10 @@
 """What many ranks write is one checkpoint, there whole or not at all, and read in any other cut."""
 
+import errno
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +17,7 @@ from megalite.checkpoint import store
 from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.checkpoint.retention import clean, prune, set_aside_later
 from megalite.checkpoint.safetensors_file import file_record, write_safetensors
 from megalite.checkpoint.store import Part
 from megalite.checkpoint.weights import CheckpointWeights
@@ -105,6 +109,178 @@ def test_a_save_is_given_up_where_a_rank_is_gone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
         store.finish(folder, ranks=2, manifest=Manifest(10, {}, {}), state={}, alive=gone)
     assert checkpoints(tmp_path) == []
+
+
+class Killed(Exception):
+    """Ends a save where a kill would."""
+
+
+def save_again(folder: Path, killed_at: str | None) -> list[str]:
+    """Save a step that was saved before, with another state, and die at a point; return the points passed."""
+    passed: list[str] = []
+
+    def reached(point: str) -> None:
+        passed.append(point)
+        if point == killed_at:
+            raise Killed
+
+    store.begin(folder)
+    for rank in (1, 0):
+        store.write_rank(folder, rank, parts_of(rank))
+    manifest = Manifest(int(folder.name.removeprefix("step_")), {}, {})
+    with suppress(Killed):
+        store.finish(folder, ranks=2, manifest=manifest, state={"saved": "again"}, reached=reached)
+    return passed
+
+
+POINTS = ["recorded", "described", "set aside", "named"]
+
+
+@pytest.mark.parametrize("point", [*POINTS, None])
+def test_a_checkpoint_is_replaced_by_one_of_its_step_or_stays(saved: Path, point: str | None) -> None:
+    older = save(saved.parent / "step_9")
+    passed = save_again(saved, point)
+    assert passed == (POINTS[: POINTS.index(point) + 1] if point else POINTS)
+    for _ in range(2):  # as the kill left it, and after the next start has cleaned up
+        (step, newest), other = checkpoints(saved.parent)
+        assert (step, other) == (10, (9, older))
+        reader = CheckpointReader(newest)
+        assert reader.faults() == []
+        assert reader.state == ({"saved": "again"} if point in ("named", None) else {"step": 10})
+        clean(saved.parent)
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["step_10", "step_9"]
+    save_again(saved, None)
+    assert CheckpointReader(saved).state == {"saved": "again"}
+
+
+@pytest.mark.parametrize("left", ["file", "dangling link", "link to a folder", "folder"])
+def test_what_lies_in_the_way_of_a_save_is_removed(saved: Path, left: str) -> None:
+    growing, kept = saved.parent / "step_11.tmp", saved.parent / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("stays")
+    if left == "file":
+        growing.write_text("")
+    elif left == "folder":
+        (growing / "deep").mkdir(parents=True)
+    else:
+        growing.symlink_to(kept if left == "link to a folder" else "nowhere")
+    assert CheckpointReader(save(saved.parent / "step_11")).faults() == []
+    assert (kept / "file").read_text() == "stays"
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Have the system refuse to remove files of some names, and to rename folders of some names: a file that NFS holds
+    for another process, a mount, a folder of another user."""
+
+    def refuse(*, remove: Sequence[str] = (), rename: Sequence[str] = ()) -> None:
+        plain = {"unlink": Path.unlink, "rename": Path.rename}
+
+        def unlink(path: Path, missing_ok: bool = False) -> None:
+            if path.name in remove:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+            plain["unlink"](path, missing_ok=missing_ok)
+
+        def move(path: Path, target: Path) -> Path:
+            if path.name in rename:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return plain["rename"](path, target)
+
+        monkeypatch.setattr(Path, "unlink", unlink)
+        monkeypatch.setattr(Path, "rename", move)
+
+    return refuse
+
+
+def test_an_old_one_that_cannot_be_removed_fails_no_save(saved: Path, busy: Callable[..., None]) -> None:
+    (saved / ".nfs0").write_text("in use")
+    busy(remove=[".nfs0"])
+    for number in (1, 2, 3):  # what is left of one is in the way of the next
+        save_again(saved, None)
+        assert checkpoints(saved.parent) == [(10, saved)]
+        assert CheckpointReader(saved).state == {"saved": "again"}
+        assert CheckpointReader(saved).faults() == []
+        assert len(clean(saved.parent)) == number
+        (saved / ".nfs0").write_text(f"in use for the time {number}")
+
+
+def test_a_save_passes_by_what_cannot_be_removed(saved: Path, busy: Callable[..., None]) -> None:
+    left = saved.parent / "step_11.tmp"
+    left.mkdir()
+    (left / ".nfs0").write_text("in use")
+    (left / "large").write_text("goes")
+    busy(remove=[".nfs0"])
+    folder = save(saved.parent / "step_11")
+    assert CheckpointReader(folder).faults() == []
+    assert [path.name for path in (saved.parent / "step_11.1.tmp").iterdir()] == [".nfs0"]
+    (warning,) = clean(saved.parent)
+    assert "step_11.1.tmp: cannot be removed and stays: " in warning
+    assert ".nfs0: Device or resource busy" in warning
+
+
+def test_pruning_goes_on_past_what_cannot_be_removed(saved: Path, busy: Callable[..., None]) -> None:
+    root = saved.parent
+    archive = root / "archive"
+    for step in (1, 2, 3, 4):
+        save(root / f"step_{step}")
+    (root / "step_1").rename(archive)
+    (root / "step_1").symlink_to(archive)
+    (root / "step_3/.nfs0").write_text("in use")
+    busy(remove=[".nfs0"], rename=["step_2"])
+    told: dict[str, str] = {}
+    gone = prune(root, 1, None, lambda folder, what: told.update({folder.name: what}))
+    assert [folder.name for folder in gone] == ["step_1", "step_3", "step_4"]
+    assert told["step_1"] == f"it is a link: the link is removed, and {archive} stays"
+    assert told["step_2"] == f"it cannot be removed and stays: {root}/step_2: Permission denied"
+    rest = root / "step_3.tmp"
+    assert told["step_3"] == (
+        f"a part of it cannot be removed and stays in {rest}: {rest}/.nfs0: Device or resource busy"
+    )
+    assert CheckpointReader(archive).faults() == []
+    assert [step for step, _ in checkpoints(root)] == [10, 2]
+    assert [path.name for path in (root / "step_3.tmp").iterdir()] == [".nfs0"]
+    assert "step_4" not in told
+
+
+@pytest.mark.parametrize("left", ["a file", "a link to a folder", "a dangling link", "a folder", "a folder with links"])
+def test_a_start_removes_whatever_bears_the_name_of_a_save(saved: Path, left: str) -> None:
+    growing, kept_folder = saved.parent / "step_3.tmp", saved.parent / "kept"
+    kept_folder.mkdir()
+    (kept_folder / "file").write_text("stays")
+    if left == "a file":
+        growing.write_text("")
+    elif left.startswith("a folder"):
+        growing.mkdir()
+        (growing / "inner").symlink_to(kept_folder)
+        (growing / "dangling").symlink_to("nowhere")
+    else:
+        growing.symlink_to("nowhere" if left == "a dangling link" else kept_folder)
+    assert clean(saved.parent) == []
+    assert sorted(path.name for path in saved.parent.iterdir()) == ["kept", saved.name]
+    assert (kept_folder / "file").read_text() == "stays"
+
+
+def test_later_ones_are_set_aside_beside_where_checkpoints_lie_on_another_disk(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aside = tmp_path / "earlier/4/checkpoints"
+    plain = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if target.is_relative_to(tmp_path / "earlier"):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(path))
+        return plain(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert set_aside_later(saved.parent, 9, aside) == (["step_10"], saved.parent / "earlier_4")
+    assert checkpoints(saved.parent) == []
+    assert CheckpointReader(saved.parent / "earlier_4/step_10").faults() == []
+
+
+def test_a_later_one_that_cannot_be_set_aside_is_an_error(saved: Path, busy: Callable[..., None]) -> None:
+    busy(rename=["step_10"])
+    with pytest.raises(UserError, match=r"step_10: is of a later step than 9, .* Permission denied; move it away"):
+        set_aside_later(saved.parent, 9, saved.parent / "earlier/1/checkpoints")
 
 
 def flip(path: Path) -> None:
@@ -206,5 +382,5 @@ def test_a_model_that_is_none_is_told_in_our_words(tmp_path: Path) -> None:
     folder = store.finish(tmp_path / "step_1", ranks=1, manifest=replace(Manifest(1, {}, {}), model=model), state={})
     with pytest.raises(UserError) as caught:
         CheckpointWeights(CheckpointReader(folder))
-    told = "its manifest names no model that megalite knows: hidden_size: =0 is not an integer of at least 1"
+    told = "its manifest names no model that megalite knows: hidden_size=0 is not an integer of at least 1"
     assert str(caught.value) == f"{folder}: {told}"

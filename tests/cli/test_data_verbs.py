@@ -194,3 +194,38 @@ def test_an_output_that_cannot_be_written_is_the_users_error(
         message = capsys.readouterr().err
         assert message.startswith(f"megalite: error: {output}: cannot be written: ")
         assert message.endswith("; give another --output\n")
+
+
+def test_nothing_is_overwritten_without_force(app, corpus, tmp_path):
+    assert train(app, corpus, tmp_path).exit_code == 0
+    again = train(app, corpus, tmp_path)
+    assert str(again.exception) == (
+        f"{tmp_path}/tok.model: is there already; give another --output, or overwrite it with --force"
+    )
+    words = ("preprocess", corpus, "--tokenizer", tmp_path / "tok.model", "--output", tmp_path / "data")
+    words += ("--text-key", "body", "--workers", "1")
+    assert run(app, *words).exit_code == 0
+    assert str(run(app, *words).exception).startswith(f"{tmp_path}/data.idx: is there already; ")
+    assert run(app, *words, "--force").exit_code == 0
+    words = ("tokenizer", "train", corpus, "--output", corpus, "--text-key", "body", "--force")
+    assert str(run(app, *words).exception) == f"{corpus}: is an input; give another --output"
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "tokenizer"])
+def test_an_output_with_a_slash_behind_is_a_folder(app, corpus, tmp_path, verb):
+    words = ("preprocess", corpus, "--tokenizer", tmp_path / "t.model", "--output", f"{tmp_path}/out/")
+    if verb == "tokenizer":
+        words = ("tokenizer", "train", corpus, "--output", f"{tmp_path}/out/")
+    assert str(run(app, *words).exception) == (
+        f"--output={tmp_path}/out/: names a folder; write a name in it, such as {tmp_path}/out/corpus"
+    )
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_keys_that_are_not_read_and_notes_are_told(app, corpus, tmp_path):
+    train(app, corpus, tmp_path)
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(json.dumps({"id": 1, "messages": [{"role": "assistant", "content": "the fox"}]}) + "\n")
+    words = ("preprocess", chat, "--chat", "plain", "--tokenizer", tmp_path / "tok.model", "--output", tmp_path / "c")
+    done = run(app, *words)
+    assert done.output.splitlines()[3:] == ["not read: keys of conversations: id of 1"]

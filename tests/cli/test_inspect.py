@@ -39,7 +39,7 @@ def test_a_dataset_is_shown(prefix: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["inspect", str(prefix), "--plot", str(picture), "--documents", "4"]) == 0
     out = capsys.readouterr().out
     assert f"{prefix}: 10 documents, 133 tokens of uint16, 0.0 MB; the index is sound" in out
-    assert "tokens a document: 0 at least, 3 in the middle, 13.3 on average, 100 at most" in out
+    assert "tokens a document: 0 at least, a median of 3, 13.3 on average, 100 at most" in out
     assert "document 3, 3 tokens: 0 1 2" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalite.cli import main
-from megalite.cluster import LAUNCHERS, Job, render
+from megalite.cluster import LAUNCHERS, Job, render, tensor_over_nodes
 
 DONE, STOPPED_BY_HAND, STOPPED_BY_TIME = (
     'touch "$RUN/DONE.json"',
@@ -86,10 +86,43 @@ def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rende
         (("--nodes", "2", "parallel.data=auto"), "leaves the number of ranks open; give --ranks-per-node, or parallel"),
         (
             ("--nodes", "1", "--ranks-per-node", "6", "parallel.data=auto"),
-            "no multiple of the 4 of tensor 2 x pipeline",
+            "no multiple of the 4 of tensor 2 x pipeline 2 in run.yaml; use --nodes 2, or --ranks-per-node 8",
+        ),
+        (
+            ("--nodes", "3", "--gpus-per-node", "2", "parallel.data=auto"),
+            "--nodes 3 with --gpus-per-node 2 is 6 ranks, no multiple of the 4 of tensor 2 x pipeline 2 in run.yaml; "
+            "use --nodes 2, or --nodes 4\n",
+        ),
+        (
+            ("--nodes", "1", "--gpus-per-node", "2", "--ranks-per-node", "1", "parallel.data=auto"),
+            "--nodes 1 with --ranks-per-node 1 is 1 rank, no multiple of the 4 of tensor 2 x pipeline 2 in run.yaml; "
+            "use --nodes 4\n",
+        ),
+        (
+            ("--nodes", "1", "--gpus-per-node", "4", "--ranks-per-node", "8", "parallel.data=2"),
+            "--ranks-per-node 8 with --gpus-per-node 4: each rank takes a GPU of its own; use --ranks-per-node 4, or "
+            "--gpus-per-node 8",
+        ),
+        (
+            ("--nodes", "1", "--gpus-per-node", "4", "parallel.data=2"),
+            "tensor 2 x pipeline 2 x data 2 is 8 ranks on each of --nodes 1, and each takes one of --gpus-per-node 4 "
+            "for its own; use --nodes 2",
+        ),
+        (
+            ("--nodes", "3", "--gpus-per-node", "4", "parallel.data=2"),
+            "is 8 ranks, which do not fall evenly on --nodes 3; use one of 2, 4, 8\n",
+        ),
+        (
+            ("--nodes", "1", "--gpus-per-node", "8"),
+            "is 4 ranks on each of --nodes 1, fewer than --gpus-per-node 8; use --gpus-per-node 4, parallel.data=auto, "
+            "or --ranks-per-node 4 to leave GPUs idle",
         ),
         (("--nodes", "2", "--launcher", "srum"), "--launcher 'srum' is no launcher; did you mean 'srun'?"),
         (("--nodes", "2", "resume=never"), "resume='never' would begin there again after every restart of the job; "),
+        (
+            ("--nodes", "2", "checkpoint.last=false"),
+            "checkpoint.every=0 and checkpoint.last=false keep nothing ",
+        ),
         (("--nodes", "2", "--container", "x", "--launcher", "deepspeed"), "by its own Python, outside of it; use --la"),
         (("--nodes", "2", "--account", "a\n#SBATCH --wrap=x"), "sbatch would not read this as one value; leave out bl"),
         (("--nodes", "2", "--sbatch", "-N=3"), "is no long option of sbatch; write NAME=VALUE"),
@@ -117,6 +150,22 @@ def test_what_cannot_be_is_said_with_its_fix(rendered: Rendered, arguments: tupl
     assert message in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "noted"),
+    [
+        ((), True),
+        (("checkpoint.every=5",), False),
+        (("checkpoint.every=5", "checkpoint.last=false"), False),
+        (("--max-restarts", "0", "checkpoint.last=false"), False),
+    ],
+)
+def test_a_job_that_saves_late_is_told_what_a_fault_costs(
+    rendered: Rendered, arguments: tuple[str, ...], noted: bool
+) -> None:
+    status, said = rendered("--nodes", "2", *arguments, "parallel.tensor=2", "parallel.pipeline=2")
+    assert (status, "note: checkpoint.every=0: only a stop" in said) == (0, noted)
+
+
 def test_a_script_goes_into_a_file_or_the_reason_is_said(
     run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +185,62 @@ def test_without_slurm_it_says_where_to_submit(
     assert "sbatch is not on this machine; submit from a login node, or give --output FILE" in capsys.readouterr().err
     assert main(["slurm", str(run_file), "--nodes", "1", "--output", "job.sbatch"]) == 0
     assert "srun --kill-on-bad-exit=1" in (tmp_path / "job.sbatch").read_text()
-    assert (tmp_path / "logs/run").is_dir()
+    said = capsys.readouterr().out
+    assert said == "job.sbatch: written; submit it from this folder by: sbatch job.sbatch; log: run-JOB.log\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.sbatch", "run.yaml"], "and no folder for logs"
+
+
+@pytest.mark.parametrize(
+    ("folder", "log"), [("jobs", "jobs/%x-%j.log"), ("my jobs", "%x-%j.log"), ("j%d", "%x-%j.log")]
+)
+def test_a_script_in_a_folder_logs_beside_itself(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, log: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / folder).mkdir()
+    assert main(["slurm", str(run_file), "--nodes", "1", "--output", f"{folder}/job.sbatch"]) == 0
+    assert f"output={log}" in options((tmp_path / folder / "job.sbatch").read_text())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "nodes", "per_node", "fits"),
+    [
+        (16, 4, 8, 8),
+        (4, 2, 2, 2),
+        (2, 2, 1, 1),
+        (4, 2, 6, 2),
+        (3, 2, 4, 1),
+        (8, 4, 8, None),
+        (4, 4, 8, None),
+        (1, 4, 8, None),
+        (16, 1, 16, None),
+        (4, 1, 6, None),
+    ],
+)
+def test_a_tensor_axis_over_nodes_is_warned_of(tensor: int, nodes: int, per_node: int, fits: int | None) -> None:
+    warning = tensor_over_nodes(tensor, per_node, nodes)
+    assert (warning is None) == (fits is None)
+    if warning is not None:
+        assert warning.startswith(f"warning: parallel.tensor={tensor} does not divide the {per_node} rank")
+        assert f"use parallel.tensor={fits}, " in warning
+
+
+def test_the_warning_is_no_part_of_the_script(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", str(run_file), "--dry-run", "--nodes", "2", "parallel.tensor=2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("#!/bin/bash\n")
+    assert "warning: parallel" not in printed.out
+    assert printed.err.startswith("warning: parallel.tensor=2 does not divide the 1 rank of a node: ")
+
+
+@pytest.mark.parametrize(("nodes", "data"), [(8, 1), (16, 2)])
+def test_70b_falls_on_nodes_of_8(nodes: int, data: int, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(__file__).parents[2] / "configs/llama_70b.yaml"
+    given = [str(run), "--gpus-per-node", "8", "--dry-run", "deepspeed={zero_optimization: {stage: 1}}"]
+    assert main(["slurm", *given, "--nodes", str(nodes)]) == 0
+    assert f"nodes={nodes}" in options(capsys.readouterr().out)
+    assert main(["slurm", *given, "--nodes", str(nodes - 4)]) == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"--nodes {8 * data}")
 
 
 class Bench:

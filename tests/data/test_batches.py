@@ -59,6 +59,22 @@ def test_without_a_ramp_up_every_batch_is_whole() -> None:
     assert schedule.samples(18_420) == range(18_419 * 32, 18_420 * 32)
 
 
+@settings(deadline=None)
+@given(st.integers(1, 8), st.integers(1, 5), st.integers(1, 6), st.integers(1, 500), st.integers(0, 30))
+def test_a_schedule_goes_on_from_any_of_its_steps(
+    start: int, increment: int, increments: int, ramp_samples: int, after: int
+) -> None:
+    train = train_section(start + increment * increments, (start, increment, ramp_samples))
+    whole = BatchSchedule(train)
+    rest = BatchSchedule(train, after=after, consumed=whole.consumed(after))
+    assert [rest.samples(step) for step in range(after + 1, 60)] == [
+        whole.samples(step) for step in range(after + 1, 60)
+    ]
+    if after:
+        with pytest.raises(ValueError, match=f"step {after - 1} lies before step {after}"):
+            rest.consumed(after - 1)
+
+
 # ------------------------------------------------------------------------------------------------------------- dealing
 
 
@@ -79,6 +95,34 @@ def test_the_ranks_share_a_batch_and_nothing_twice(samples: StreamingSamples, da
     assert first.counts is None
     assert first.positions is None
     assert first.document_lengths is None
+
+
+@pytest.mark.parametrize(("data_size", "micro"), [(1, 1), (1, 4), (2, 1), (3, 2), (4, 3)])
+@pytest.mark.parametrize("number", [1, 2, 5, 12, 13])
+def test_any_number_of_samples_is_read_once_and_filled_up_with_what_does_not_count(
+    samples: StreamingSamples, masked: StreamingSamples, data_size: int, micro: int, number: int
+) -> None:
+    for read in (samples, masked):
+        batch = range(3, 3 + number) if read is samples else range(number % read.samples_per_epoch + 1)
+        ranks = [
+            BatchReader(read, SampleRules(), micro_batch_size=micro, data_rank=rank, data_size=data_size)
+            for rank in range(data_size)
+        ]
+        found = [reader.padded_microbatches(batch) for reader in ranks]
+        assert {len(microbatches) for microbatches in found} == {-(-len(batch) // (micro * data_size))}
+        filled = len(batch) % (micro * data_size) != 0
+        counted: dict[int, np.ndarray] = {}
+        for microbatch in (one for microbatches in found for one in microbatches):
+            assert microbatch.ids.shape == (micro, S)
+            counts = np.ones((micro, S), bool) if microbatch.counts is None else microbatch.counts
+            assert (microbatch.counts is None) == (not filled and read is samples)
+            for row, sample in enumerate(microbatch.samples):
+                np.testing.assert_array_equal(microbatch.ids[row], read.tokens(np.array([sample]))[0, :-1])
+                counted[sample] = counted.get(sample, np.zeros(S, int)) + counts[row]
+        assert sorted(counted) == list(batch)
+        mask = read.loss_mask(np.array(batch))
+        expected = np.ones((len(batch), S), int) if mask is None else mask[:, 1:].astype(int)
+        np.testing.assert_array_equal(np.stack([counted[sample] for sample in batch]), expected)
 
 
 # -------------------------------------------------------------------------------------------------------------- rules
@@ -147,6 +191,24 @@ def test_a_token_beyond_the_vocabulary_is_named(samples: StreamingSamples) -> No
     SampleRules(vocab_size=largest + 1).microbatch(samples, everything)
     with pytest.raises(UserError, match=rf"corpus: sample \d+ holds token id {largest}; a vocabulary of {largest}"):
         SampleRules(vocab_size=largest).microbatch(samples, everything)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
+def test_a_token_below_0_is_named(tmp_path: Path, dtype: type[np.signedinteger]) -> None:
+    writer = IndexedDatasetWriter(tmp_path / "signed", np.dtype(dtype))
+    writer.add_document(np.arange(40, dtype=dtype))
+    writer.finalize()
+    indexed = IndexedDataset(tmp_path / "signed")
+    indexed.require_vocabulary(40)
+    tokens = np.memmap(indexed.tokens_path, dtype=dtype, mode="r+")
+    tokens[19] = -3
+    tokens.flush()
+    with pytest.raises(UserError, match=r"signed\.bin: holds token id -3; a vocabulary of 40 allows 0 to 39"):
+        IndexedDataset(tmp_path / "signed").require_vocabulary(40)
+    samples = StreamingSamples(IndexedDataset(tmp_path / "signed"), sequence_length=S, seed=3)
+    SampleRules().microbatch(samples, range(samples.samples_per_epoch))
+    with pytest.raises(UserError, match=r"signed: sample \d+ holds token id -3; a vocabulary of 40 allows 0 to 39"):
+        SampleRules(vocab_size=40).microbatch(samples, range(samples.samples_per_epoch))
 
 
 # --------------------------------------------------------------------------------------------------------- read ahead

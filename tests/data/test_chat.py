@@ -10,7 +10,9 @@ import pytest
 from trained_tokenizers import KINDS, train_hugging_face, train_sentencepiece, train_tokenizer
 
 from megalite.data.chat import BUILT_IN, ChatTemplate, Turn, load_chat_template
-from megalite.data.tokenizer import Tokenizer
+from megalite.data.conversations import read_conversation
+from megalite.data.inspection import readable
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.errors import UserError
 
 CONTROL_TOKENS = sorted({name for template in BUILT_IN.values() for name in template.control_tokens})
@@ -248,5 +250,246 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(UserError, match=r"chat template chatlm: neither built in; did you mean 'chatml'\? nor a file"):
+    with pytest.raises(
+        UserError, match="template chatlm: no built-in template and no file of this name; did you mean 'chatml'"
+    ):
         load_chat_template("chatlm")
+
+
+CASES: dict[str, tuple[object, str, tuple[str, ...]]] = {
+    "a system text beside the messages": (
+        {"system": "be", "messages": [{"role": "user", "content": "hi"}, ANSWER]},
+        "<|im_start|>system\nbe<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>\n»",
+        (),
+    ),
+    "a system text that the first message repeats": (
+        {"system": "be", "conversations": [{"from": "system", "value": "be"}, {"from": "gpt", "value": "yes"}]},
+        "<|im_start|>system\nbe<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>\n»",
+        (),
+    ),
+    "an instruction with a system text and a history": (
+        {"instruction": "i", "input": "", "output": "o", "history": [["a", "b"]], "system": "s", "id": 7, "note": ""},
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>\n»"
+        "<|im_start|>user\ni<|im_end|>\n<|im_start|>assistant\n«o<|im_end|>\n»",
+        ("id",),
+    ),
+    "a prompt and its completion": (
+        {"prompt": "p", "completion": "c", "messages": None, "score": 0.5},
+        "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\n«c<|im_end|>\n»",
+        ("score",),
+    ),
+    "a prompt of messages, whose answers do not count": (
+        {
+            "prompt": [{"role": "user", "content": "p"}, ANSWER, {"role": "user", "content": "q"}],
+            "completion": [ANSWER],
+        },
+        "<|im_start|>user\np<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>user\nq<|im_end|>\n"
+        "<|im_start|>assistant\n«yes<|im_end|>\n»",
+        (),
+    ),
+    "messages beside what they were made of": (
+        {"messages": [ANSWER], "prompt": "p", "prompt_id": "x", "chosen": [ANSWER], "conversations": [ANSWER]},
+        "<|im_start|>assistant\n«yes<|im_end|>\n»",
+        ("prompt", "prompt_id", "chosen", "conversations"),
+    ),
+    "content in parts": (
+        [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "input_text", "text": " b", "id": 3}]},
+            {"role": "assistant", "content": [{"text": "yes", "annotations": []}], "name": "joe", "refusal": None},
+        ],
+        "<|im_start|>user\na b<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>\n»",
+        ("content.id", "name"),
+    ),
+    "weights": (
+        [
+            {"role": "user", "content": "hi", "weight": 0},
+            {"role": "assistant", "content": "bad", "weight": 0},
+            {"role": "user", "content": "hi", "train": False},
+            {"role": "assistant", "content": "yo", "weight": 1.0},
+            {"role": "assistant", "content": "no", "loss": False},
+        ],
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nbad<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+        "<|im_start|>assistant\n«yo<|im_end|>\n»<|im_start|>assistant\nno<|im_end|>\n",
+        (),
+    ),
+    "reasoning": (
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\nyo", "reasoning_content": "\nplan\n"}],
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n«<think>\nplan\n</think>\n\nyo<|im_end|>\n»",
+        (),
+    ),
+    "tools and their calls": (
+        {
+            "tools": '[{"name": "f"}, {"name": "é"}]',
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}},
+                        {"name": "é", "arguments": {"b": [2, None]}},
+                    ],
+                },
+                {"role": "tool", "content": "1", "tool_call_id": "1"},
+                {"role": "assistant", "content": "yo", "function_call": {"name": "f", "arguments": "{}"}},
+            ],
+        },
+        '<|im_start|>system\nTOOLS{"name": "f"}\n{"name": "é"}SLOOT<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n'
+        '<|im_start|>assistant\n«<tool_call>\n{"name": "f", "arguments": {"a":1}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "é", "arguments": {"b": [2, null]}}\n</tool_call><|im_end|>\n»'
+        "<|im_start|>tool\n1<|im_end|>\n"
+        '<|im_start|>assistant\n«yo\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>\n»',
+        ("tool_calls.id", "tool_call_id"),
+    ),
+    "tools and their calls in ShareGPT's form": (
+        {
+            "system": "s",
+            "functions": [{"name": "f"}],
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+                {"from": "observation", "value": "1"},
+                {"from": "gpt", "value": "yo"},
+            ],
+        },
+        '<|im_start|>system\ns\n\nTOOLS{"name": "f"}SLOOT<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n'
+        '<|im_start|>assistant\n«<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>\n»'
+        "<|im_start|>tool\n1<|im_end|>\n<|im_start|>assistant\n«yo<|im_end|>\n»",
+        (),
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def byte_level(sentences: list[str]) -> Tokenizer:
+    return train_hugging_face(sentences[:20], CONTROL_TOKENS, metaspace=False)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_key_of_a_record_is_written_or_told_as_ignored(name: str, byte_level: Tokenizer) -> None:
+    record, wanted, ignored = CASES[name]
+    template = load_chat_template("chatml")
+    conversation = read_conversation(record)
+    ids, mask = template.encode_conversation(conversation, byte_level)
+    found = readable(byte_level, ids, mask)
+    assert template.tools is not None
+    found = found.replace(template.tools.prefix, "TOOLS").replace(template.tools.suffix, "SLOOT")
+    # Each run that counts stands in its own marks, also where two meet.
+    assert found.replace("»«", "") == wanted
+    assert conversation.ignored == ignored
+
+
+REFUSED: list[tuple[object, str]] = [
+    ({"messages": [ANSWER], "images": ["a.png"]}, "key 'images' holds what no text says; .* --ignore-key images"),
+    ([{**ANSWER, "audio": {"id": "1"}}], "message 1: key 'audio' holds what no text says"),
+    (
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER],
+        "message 1: part 1 of content is",
+    ),
+    (
+        [{"role": "user", "content": [{"type": "text"}]}, ANSWER],
+        "message 1: text of part 1 of content is no text but null",
+    ),
+    ({"system": 3, "messages": [ANSWER]}, "system is no text but a number"),
+    (
+        {"system": "a", "messages": [{"role": "system", "content": "b"}, ANSWER]},
+        "the record has a system text, and its",
+    ),
+    ({"instruction": "i", "output": "o", "history": ["a"]}, "history is no list of pairs of a question and its answer"),
+    ({"instruction": "i", "output": "o", "history": [["a", "b", "c"]]}, "history is no list of pairs"),
+    ({"tools": "{", "messages": [ANSWER]}, "tools is no JSON"),
+    ({"tools": {"name": "f"}, "messages": [ANSWER]}, "tools is no list of functions' descriptions"),
+    ({"tools": "[NaN]", "messages": [ANSWER]}, "tools is no JSON"),
+    ([{**ANSWER, "tool_calls": [{"name": "f"}]}], "message 1: tool_calls is no call of a function with a name"),
+    ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": "{"}]}], "message 1: arguments of 'f' is no JSON"),
+    ([{"from": "function_call", "value": "call f"}], "message 1: function_call is no JSON"),
+    ([{"role": "user", "content": "a", "tool_calls": [{}]}], "message 1: tool_calls is no call"),
+    (
+        [{"role": "user", "content": "a", "reasoning_content": "b"}, ANSWER],
+        "message 1: reasoning_content stands with 'u",
+    ),
+    ([{**ANSWER, "reasoning": ["a"]}], "message 1: reasoning is no text but a list"),
+    ([{**ANSWER, "weight": 0.5}], "message 1: weight is 0.5; 0 and 1 are allowed"),
+    ([{**ANSWER, "weight": "1"}], "message 1: weight is 1; 0 and 1 are allowed"),
+    ([{"role": "user", "content": "a", "weight": 1}, ANSWER], "message 1: weight counts words of 'user'"),
+    ([{**ANSWER, "weight": 0}], "no message of the assistant's counts, so nothing to learn"),
+    ({"prompt": "a", "completion": 3}, "messages are no list but a number"),
+    ({"prompt": [], "completion": "a"}, "no messages"),
+]
+
+
+@pytest.mark.parametrize(("record", "reason"), REFUSED)
+def test_what_cannot_be_written_is_refused(record: object, reason: str, byte_level: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=f"^{reason}") as error:
+        load_chat_template("chatml").encode(record, byte_level)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["llama3", "plain"])
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        ([{**ANSWER, "reasoning_content": "a"}], "reasoning_content"),
+        ([{**ANSWER, "tool_calls": [{"name": "f", "arguments": {}}]}], "tool_calls"),
+        ({"messages": [ANSWER], "tools": [{"name": "f"}]}, "tools"),
+        ([{"role": "function_call", "content": '{"name": "f", "arguments": {}}'}], "function_call"),
+    ],
+)
+def test_what_a_template_has_no_place_for_is_refused_unless_ignored(
+    name: str, record: object, key: str, byte_level: Tokenizer
+) -> None:
+    template = load_chat_template(name)
+    with pytest.raises(ValueError, match=f"{key}: the template {name} has no place for it; give a template file that"):
+        template.encode(record, byte_level)
+    if key != "function_call":  # which is a message
+        conversation = read_conversation(record, [key])
+        assert conversation.ignored == (key,)
+        ids, mask = template.encode_conversation(conversation, byte_level)
+        expected = template.encode([ANSWER], byte_level)
+        assert (ids.tolist(), mask.tolist()) == (expected[0].tolist(), expected[1].tolist())
+
+
+def test_roles_and_parts_of_a_template_of_ones_own_are_written_as_it_says(
+    tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    path = tmp_path / "template.yaml"
+    path.write_text(
+        "\ufeffroles: {assistant: {suffix: <|im_end|>}, function_call: {prefix: 'F:'}, system: {prefix: 'S:'}}\n"
+        "control_tokens: [<|im_end|>, <|eot_id|>]\nreasoning: {prefix: '(', suffix: <|eot_id|>}\n"
+        "tool_call: {prefix: 'C:'}\ntools: {prefix: 'T:'}\n"
+    )
+    record = {
+        "tools": [{"a": 1}],
+        "messages": [{"role": "function_call", "content": "no JSON"}, {**ANSWER, "thinking": "<|eot_id|>"}],
+    }
+    template = load_chat_template(path)
+    ids, mask = template.encode(record, byte_level)
+    names = byte_level.control_tokens
+    assert readable(byte_level, ids, mask) == 'S:T:{"a": 1}F:no JSON«(<|eot_id|><|eot_id|>yes<|im_end|>»'
+    assert ids.tolist().count(names["<|eot_id|>"]) == 1, "what the assistant thinks is text"
+    assert template.reasoning is not None
+    path.write_text("roles: {assistant: {prefix: x}}\ntools: {prefx: x}\n")
+    with pytest.raises(UserError, match=r"tools\.prefx is not known; did you mean 'prefix'"):
+        load_chat_template(path)
+
+
+def test_the_tokens_of_a_chat_are_those_of_transformers(sentences: list[str], tmp_path: Path) -> None:
+
+    from transformers import PreTrainedTokenizerFast
+
+    ours = train_hugging_face(sentences[:20], ["<|im_start|>", "<|im_end|>"], metaspace=False)
+    content = json.loads(json.dumps(ours._content))
+    largest = max(ours._vocabulary.values())
+    for at, name in enumerate(("<think>", "</think>", "<tool_call>", "</tool_call>"), start=1):
+        content["added_tokens"].append(
+            {**content["added_tokens"][-1], "id": largest + at, "content": name, "special": False}
+        )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours = load_tokenizer(tmp_path)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    theirs.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    answer = "<think>\nthe fox\n</think>\n\nbrown <tool_call>f</tool_call>"
+    for text in (answer, "<think><think>", "<think", "<tool_call>\n</tool_call> fox</think>"):
+        turns = [{"role": "user", "content": "<think> who?"}, {"role": "assistant", "content": text}]
+        wanted = theirs.apply_chat_template(turns, tokenize=True, return_dict=False)
+        assert load_chat_template("chatml").encode(turns, ours)[0].tolist() == wanted

@@ -183,10 +183,17 @@ def test_control_tokens_at_both_ends_stay_there(sentences: list[str], byte_level
 
 def test_names_of_control_tokens_in_text_stay_text(tokenizer: TokenizerProtocol) -> None:
     text = "what is <|fim_middle|> for, and <|endoftext|>? " * 4
-    document = tokenizer.encode_plain(text)
+    document, changed = tokenizer.encode_plain(text), 0
+    assert not set(fim_tokens(tokenizer)) & set(document)
     for key in range(20):
         found = make(tokenizer)(np.array(document), [len(document)], key).tolist()
-        assert found == document or parts_of(found, tokenizer)
+        if found != document:
+            changed += 1
+            _, prefix, middle, suffix = parts_of(found, tokenizer)  # each name stands once as a token
+            begun = tokenizer.decode([*prefix, *middle, *suffix])
+            assert tokenizer.decode(document).startswith(begun.rstrip("\ufffd"))
+            assert begun.count("<|fim_middle|>") > 1, "the names in the text are gone"
+    assert changed > 10
 
 
 def test_a_normaliser_that_changes_text_loses_none(sentences: list[str]) -> None:

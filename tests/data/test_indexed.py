@@ -1,6 +1,7 @@
 import hashlib
 import json
 import random
+import re
 import struct
 from dataclasses import asdict, replace
 
@@ -187,8 +188,15 @@ def test_a_token_file_of_another_size_is_named(prefix, size, state):
 
 @pytest.mark.parametrize("suffix", [".idx", ".bin"])
 def test_a_missing_file_is_named(prefix, suffix):
+    other = {".idx": ".bin", ".bin": ".idx"}[suffix]
+    write(prefix.with_name("corpus2"), [[1]])  # a name that is near, and of no help
     prefix.with_suffix(suffix).unlink()
-    with pytest.raises(UserError, match=rf"corpus\{suffix}: no such file; make the dataset with"):
+    there = rf"though corpus\{other} is there; copy corpus\{suffix} beside it"
+    with pytest.raises(UserError, match=rf"corpus\{suffix}: no such file, {there}"):
+        IndexedDataset(prefix)
+    prefix.with_suffix(other).unlink()
+    prefix.with_name("corpus2.idx").unlink()
+    with pytest.raises(UserError, match=r"corpus\.idx: no such file; make the dataset with"):
         IndexedDataset(prefix)
 
 
@@ -231,6 +239,57 @@ def test_a_wrong_sidecar_is_named(prefix, content, message):
         IndexedDataset(prefix)
     assert str(caught.value).startswith(f"{prefix}.json: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0 found; a vocabulary has 1 id or more"),
+        ({"max_token_id": -1}, "max_token_id=-1 found; ids of vocab_size=100 are 0 to 99"),
+        ({"max_token_id": 100}, "max_token_id=100 found; ids of vocab_size=100 are 0 to 99"),
+        ({"eod_id": 100}, "eod_id=100 found"),
+        ({"eod_id": -1}, "eod_id=-1 found"),
+        ({"bos_id": -1}, "bos_id=-1 found"),
+        ({"bos_id": 1 << 40}, "bos_id=1099511627776 found"),
+        ({"token_counts_entropy": float("nan")}, "token_counts_entropy=nan found; of vocab_size=100 it is 0 to 4.6052"),
+        ({"token_counts_entropy": float("inf")}, "token_counts_entropy=inf found"),
+        ({"token_counts_entropy": -0.1}, "token_counts_entropy=-0.1 found"),
+        ({"token_counts_entropy": 4.7}, "token_counts_entropy=4.7 found"),
+        ({"skipped": -1}, "skipped=-1 found; a count is 0 or more"),
+    ],
+)
+def test_numbers_of_a_sidecar_are_checked_at_both_ends(prefix, change, message):
+    prefix.with_suffix(".json").write_text(json.dumps(asdict(SIDECAR) | change))
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        IndexedDataset(prefix)
+    assert str(caught.value).startswith(f"{prefix}.json: ")
+
+
+READS = {
+    "document_tokens": lambda dataset: dataset.document_tokens(0),
+    "tokens": lambda dataset: dataset.tokens(0, 3),
+    "windows": lambda dataset: dataset.windows(np.array([0, 1]), 2),
+    "stretches": lambda dataset: dataset.stretches(np.array([0]), np.array([3])),
+    "verify": lambda dataset: dataset.verify(),
+    "require_vocabulary": lambda dataset: dataset.require_vocabulary(100),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("dtype", ["i1", "i2", "i4", "i8"])
+@pytest.mark.parametrize("token", [-1, -100])
+def test_a_token_id_below_0_is_named_wherever_it_is_read(tmp_path, read, dtype, token):
+    dataset = IndexedDataset(write(tmp_path / "corpus", [[1, token, 3], [4, 5]], dtype))
+    with pytest.raises(UserError, match=rf"corpus\.bin: holds token id {token}; ids are 0 and more; copy it again"):
+        READS[read](dataset)
+    assert dataset.document_tokens(1).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("read", ["document_tokens", "tokens", "windows", "stretches", "verify"])
+def test_a_token_id_above_what_the_sidecar_tells_is_named_wherever_it_is_read(prefix, read):
+    prefix.with_suffix(".json").write_text(json.dumps(asdict(SIDECAR) | {"max_token_id": 2}))
+    with pytest.raises(UserError, match=r"corpus\.bin: holds token id [35]; its sidecar tells 2 as the largest"):
+        READS[read](IndexedDataset(prefix))
 
 
 @pytest.mark.parametrize("bounds", [[0, 0, 2], [0, 2, 2]])

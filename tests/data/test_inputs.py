@@ -62,6 +62,8 @@ def test_what_does_not_exist_is_named_with_the_nearest(tmp_path):
         find_inputs([tmp_path / "corpsu.jsonl"])
     with pytest.raises(UserError, match="no such file or folder"):
         find_inputs([tmp_path / "no" / "where.jsonl"])
+    with pytest.raises(UserError, match="no such file or folder$"):
+        find_inputs([tmp_path / "elsewhere"])
     with pytest.raises(UserError, match=r"none-\*\.jsonl: no such file or folder"):
         find_inputs([tmp_path / "none-*.jsonl"])
 

@@ -72,7 +72,7 @@ def test_sequences_and_documents_of_megatron_are_kept(tmp_path, monkeypatch, wit
 
 
 def sidecar(digest: str = "a" * 64, **changes: int) -> DatasetSidecar:
-    return replace(DatasetSidecar(10, digest, 1, 1, max_token_id=1, token_counts_entropy=0.0), **changes)
+    return replace(DatasetSidecar(10, digest, 1, 1, max_token_id=9, token_counts_entropy=0.0), **changes)
 
 
 def test_the_counts_of_sidecars_are_added_up(tmp_path):
@@ -98,7 +98,7 @@ def test_what_does_not_fit_together_is_refused(tmp_path):
         ),
         (write(tmp_path / "e", [[1]]), "has no sidecar that names its tokenizer, .*a has one"),
         (write_megatron(tmp_path / "f", [[1]], [0, 1], [0]), "has modes, .*a has no modes"),
-        (write(tmp_path / "g", [[11]], sidecar=sidecar()), "holds token id 11; its .json names a vocabulary of 10"),
+        (write(tmp_path / "g", [[11]], sidecar=sidecar()), "holds token id 11; its sidecar tells 9 as the largest"),
     ):
         with pytest.raises(UserError, match=f"{other.name}.*: {reason}"):
             merge_datasets([first, other], tmp_path / "merged")

@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -89,10 +90,14 @@ def test_the_sidecar_says_what_the_tokens_are(corpus, sentences, tokenizer_path,
         "max_token_id": max(counts),
         "token_counts_entropy": pytest.approx(entropy, rel=1e-12),
         "eod_id": 2,
+        "eod_token": "<|endoftext|>",
+        "bos_id": None,
+        "bos_token": None,
         "skipped": 0,
         "empty": 0,
         "short": 0,
         "duplicates": 0,
+        "ignored": {},
         "document_shuffle": None,
         "sha256": {".bin": hashlib.sha256((tmp_path / "data.bin").read_bytes()).hexdigest()},
     }
@@ -265,7 +270,10 @@ def test_documents_without_tokens_are_empty_also_where_they_hold_text(tmp_path, 
     model = {"type": "BPE", "vocab": {"a": 0, "<|endoftext|>": 1}, "merges": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
     path = write_jsonl(tmp_path / "a.jsonl", ["a", " ", "aa"])
-    with pytest.raises(UserError, match=r"a\.jsonl:2: byte 14: an empty document; mend it"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.jsonl:2: byte 14: an empty document to the tokenizer, which makes no token of its text; mend",
+    ):
         preprocess([path], tmp_path, tmp_path / "data", append_eod=True, workers=1)
     report = preprocess([path], tmp_path, tmp_path / "data", append_eod=True, workers=1, on_error="skip")
     assert (report.documents, report.empty) == (2, 1)
@@ -665,3 +673,250 @@ def test_the_tool_takes_the_options_of_megatron(corpus, tokenizer_path, tmp_path
     assert failed.returncode == 2
     assert failed.stderr.startswith(f"megalite: error: {corpus}:1: byte 0: no key 'body'")
     assert failed.stderr.count("\n") == 1
+
+
+REFUSING = {
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True},
+    "model": {"type": "Unigram", "unk_id": None, "vocab": [["\u2581", -1.0], ["a", -2.0], ["b", -2.0], ["\n", -3.0]]},
+}
+"""A tokenizer that raises over every other letter."""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["u.jsonl", "u.txt", "long.txt", "chat.jsonl"])
+def test_a_text_that_the_tokenizer_refuses_is_malformed(tmp_path, name, workers, monkeypatch, write_jsonl, many_shards):
+    many_shards(12)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(REFUSING))
+    texts, options = ["a b", "a 日本", "b", "c"], {}
+    path = tmp_path / name
+    if name == "chat.jsonl":
+        turns = [{"messages": [{"role": "assistant", "content": text}]} for text in texts]
+        path.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+        (tmp_path / "template.yaml").write_text("roles: {assistant: {suffix: a}}")
+        options["chat"] = str(tmp_path / "template.yaml")
+    elif name == "u.jsonl":
+        write_jsonl(path, texts)
+    else:
+        path.write_text("\n".join(texts))
+        options["split_lines"] = name == "u.txt"
+    if name == "long.txt":
+        monkeypatch.setattr("megalite.data.preprocessing.readers.LONGEST_WHOLE", 4)
+        monkeypatch.setattr("megalite.data.preprocessing.long_text.LONGEST_WHOLE", 4)
+        monkeypatch.setattr("megalite.data.preprocessing.long_text.PART", 2)
+        (tmp_path / "good.txt").write_text("a\nb\na\nb")
+    line = 1 if name == "long.txt" else 2
+    where = rf"{name}:{line}: byte \d+: the tokenizer refuses this text: .*unk_id"
+    with pytest.raises(UserError, match=where):
+        preprocess([path], tmp_path / "tokenizer.json", tmp_path / "data", workers=workers, **options)
+    inputs_ = [path, tmp_path / "good.txt"] if name == "long.txt" else [path]
+    report = preprocess(
+        inputs_, tmp_path / "tokenizer.json", tmp_path / "data", workers=workers, on_error="skip", **options
+    )
+    assert (report.documents, report.skipped) == ((1, 1) if name == "long.txt" else (2, 2))
+    assert "the tokenizer refuses this text" in report.problems[0]
+
+
+def test_a_token_begins_every_document(corpus, sentences, tokenizer_path, tmp_path, monkeypatch):
+    for options in ({"prepend_bos": True}, {"bos_token": "<s>"}):
+        preprocess([corpus], tokenizer_path, tmp_path / "data", append_eod=True, workers=1, **options)
+        dataset = IndexedDataset(tmp_path / "data")
+        expected = [[1, *ids, 2] for ids in load_tokenizer(tokenizer_path).encode_batch(sentences)]
+        assert [dataset.document_tokens(i).tolist() for i in range(dataset.num_documents)] == expected
+        sidecar = dataset.sidecar
+        assert sidecar is not None
+        found = (sidecar.bos_id, sidecar.bos_token, sidecar.eod_id, sidecar.eod_token)
+        assert found == (1, "<s>", 2, "<|endoftext|>")
+        dataset.verify()
+    # Whether a document is short does not hang on it, and one that is long gets it too.
+    (tmp_path / "a.txt").write_text("the quick brown fox\njumps over the lazy dog")
+    whole = load_tokenizer(tokenizer_path).encode((tmp_path / "a.txt").read_text())
+    for longest in (1 << 20, 10):
+        monkeypatch.setattr("megalite.data.preprocessing.readers.LONGEST_WHOLE", longest)
+        with pytest.raises(UserError, match="1 shorter"):
+            preprocess(
+                [tmp_path / "a.txt"], tokenizer_path, tmp_path / "b", prepend_bos=True, workers=1,
+                min_tokens=len(whole) + 1,
+            )  # fmt: skip
+        preprocess([tmp_path / "a.txt"], tokenizer_path, tmp_path / "b", prepend_bos=True, workers=1)
+        assert IndexedDataset(tmp_path / "b").document_tokens(0).tolist() == [1, *whole]
+
+
+def test_a_conversation_begins_with_a_token_once(tmp_path, tokenizer_path):
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"messages": [{"role": "assistant", "content": "the fox"}]}\n')
+    template = tmp_path / "template.yaml"
+    template.write_text("roles: {assistant: {prefix: x}}\n")
+    preprocess([path], tokenizer_path, tmp_path / "data", chat=str(template), prepend_bos=True, workers=1)
+    dataset = IndexedDataset(tmp_path / "data")
+    assert (dataset.tokens(0, 1).tolist(), dataset.loss_mask(0, 1).tolist()) == ([1], [0])
+    template.write_text("roles: {assistant: {prefix: x}}\nstart: <s>\ncontrol_tokens: [<s>]")
+    with pytest.raises(UserError, match=r"--prepend-bos: the chat template .* begins with '<s>' already"):
+        preprocess([path], tokenizer_path, tmp_path / "data", chat=str(template), prepend_bos=True, workers=1)
+
+
+def edges_tokenizer(folder, **config) -> Path:
+    """A tokenizer whose tokens for the edges of documents have names of their own."""
+    added = [
+        {"id": 2 + at, "content": name, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+        for at, name in enumerate(("<|begin|>", "<|fin|>"))
+    ]  # fmt: skip
+    model = {"type": "BPE", "vocab": {"a": 0, "?": 1}, "merges": [], "unk_token": "?"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": added}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_tokens_of_the_edges_are_those_that_tokenizer_config_names(tmp_path, write_jsonl):
+    path = write_jsonl(tmp_path / "a.jsonl", ["aa", "aaa"])
+    named = {"eos_token": "<|fin|>", "bos_token": {"content": "<|begin|>"}}
+    folder = edges_tokenizer(tmp_path, **named)
+    report = preprocess([path], folder, tmp_path / "data", append_eod=True, prepend_bos=True, workers=1)
+    assert IndexedDataset(tmp_path / "data").document_tokens(0).tolist() == [2, 0, 0, 3]
+    assert report.notes == ()
+    edges_tokenizer(tmp_path, **named, add_bos_token=True)
+    report = preprocess([path], folder, tmp_path / "data", workers=1)
+    assert report.notes == (
+        f"{folder}: puts '<|begin|>' before a text, and these documents have none; --prepend-bos puts it before each",
+    )
+    edges_tokenizer(tmp_path, eos_token="<|none|>")
+    for option in ("append_eod", "prepend_bos"):
+        flag = f"--{option.replace('_', '-')}"
+        with pytest.raises(UserError, match=f"has no (end-of-document|beginning) token for {flag}; name one with --"):
+            preprocess([path], folder, tmp_path / "data", workers=1, **{option: True})
+
+
+def test_letters_that_the_tokenizer_does_not_know_are_told(tmp_path, write_jsonl):
+    path = write_jsonl(tmp_path / "a.jsonl", ["abca", "日本"])
+    report = preprocess([path], edges_tokenizer(tmp_path), tmp_path / "data", workers=1)
+    (note,) = report.notes
+    assert note.startswith("4 tokens (66.67%) are '?', which stands for what")
+
+
+def test_keys_of_conversations_that_are_passed_over_are_counted(tmp_path, tokenizer_path, many_shards):
+    answer = {"role": "assistant", "content": "the fox", "name": "joe"}
+    records = [{"messages": [answer], "id": n, **({"tools": [{"name": "f"}]} if n % 3 else {})} for n in range(30)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(
+        UserError, match=r"chat\.jsonl:2: .*tools: the template plain has no place for it; .*--ignore-key"
+    ):
+        preprocess([path], tokenizer_path, tmp_path / "data", chat="plain", workers=1)
+    for workers in (1, 2):
+        report = preprocess(
+            [path], tokenizer_path, tmp_path / "data", chat="plain", workers=workers, ignore_key=["tools"], dedup=True
+        )
+        sidecar = IndexedDataset(tmp_path / "data").sidecar
+        assert sidecar is not None
+        assert report.ignored == sidecar.ignored == {"id": 30, "name": 30, "tools": 20}
+        # They differ in what is not read alone.
+        assert (report.documents, report.duplicates) == (1, 29)
+    with pytest.raises(UserError, match="--ignore-key=id: is for conversations; give --chat TEMPLATE"):
+        preprocess([path], tokenizer_path, tmp_path / "data", ignore_key=["id"])
+
+
+def test_only_what_is_to_be_overwritten_is(corpus, tokenizer_path, tmp_path):
+    preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, overwrite=False)
+    before = outputs(tmp_path / "data")
+    for suffix in (".idx", ".bin", ".json"):
+        with pytest.raises(UserError, match=rf"data\{suffix}: is there already; give another --output, or overwrite"):
+            preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, overwrite=False)
+        assert suffix in outputs(tmp_path / "data")
+        (tmp_path / f"data{suffix}").unlink()
+    preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, overwrite=False)
+    assert outputs(tmp_path / "data") == before
+    preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, overwrite=True)
+
+
+@pytest.mark.parametrize("published", [[], [".bin"], [".bin", ".json"]])
+def test_a_killed_run_goes_on_without_overwriting(corpus, tokenizer_path, tmp_path, many_shards, published):
+    def stop(done: int, total: int, tokens: int) -> None:
+        if done > total / 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, progress=stop)
+    for suffix in published:  # as where it is killed while finished files get their names
+        (tmp_path / f"data{suffix}").write_bytes(b"")
+    report = preprocess([corpus], tokenizer_path, tmp_path / "data", workers=1, overwrite=False)
+    assert report.new_text_bytes < report.text_bytes
+    preprocess([corpus], tokenizer_path, tmp_path / "clean", workers=1)
+    assert outputs(tmp_path / "data") == outputs(tmp_path / "clean")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_no_input_is_overwritten(sentences, tokenizer_path, tmp_path, overwrite, write_jsonl):
+    for name in ("corpus.json", "link.json"):
+        path = tmp_path / name
+        if name == "link.json":
+            path.symlink_to(tmp_path / "corpus.json")
+        else:
+            write_jsonl(path, sentences)
+        with pytest.raises(UserError, match=rf"{name}: would be overwritten by --output .*; give another --output"):
+            preprocess([path], tokenizer_path, path.with_suffix(""), workers=1, overwrite=overwrite)
+
+
+def test_where_nothing_is_left_the_malformed_are_told(tmp_path, tokenizer_path):
+    (tmp_path / "a.jsonl").write_text('{\n{"text": ""}\n')
+    with pytest.raises(UserError) as caught:
+        preprocess([tmp_path / "a.jsonl"], tokenizer_path, tmp_path / "data", on_error="skip", workers=1)
+    message = str(caught.value)
+    assert "1 malformed, 0 shorter than --min-tokens, 1 empty; the first: " in message
+    assert f"{tmp_path}/a.jsonl:1: byte 1: invalid JSON" in message
+    assert message.endswith("mend the malformed ones")
+
+
+def test_an_array_gives_the_documents_of_its_lines(corpus, tokenizer_path, tmp_path, many_shards):
+    array = tmp_path / "array.json"
+    array.write_text(json.dumps([json.loads(line) for line in corpus.read_text().splitlines()], indent=1))
+    preprocess([corpus], tokenizer_path, tmp_path / "lines", workers=1)
+    for workers in (1, 2):
+        report = preprocess([array], tokenizer_path, tmp_path / "data", workers=workers)
+        assert tokens_and_index(tmp_path / "data") == tokens_and_index(tmp_path / "lines")
+        assert report.text_bytes > corpus.stat().st_size
+
+
+def test_workers_are_given_a_tokenizer_behind_a_link_by_its_own_name(corpus, tmp_path, monkeypatch):
+    (tmp_path / "blob").write_text(json.dumps(REFUSING))
+    (tmp_path / "tokenizer.json").symlink_to(tmp_path / "blob")
+    given = []
+
+    def workers(tasks, recipe, coder, coder_files, *_):
+        given.append(coder_files.tokenizer)
+        raise Stop
+        yield
+
+    monkeypatch.setattr(preprocess_module, "encode_in_workers", workers)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Stop):
+        preprocess([corpus], Path("tokenizer.json"), tmp_path / "data", workers=2)
+    assert given == [tmp_path / "tokenizer.json"]
+
+
+def test_the_tool_takes_megatrons_options_of_gpt2(corpus, tmp_path, monkeypatch, capsys):
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "preprocess_data.py"))
+    letters = [*map(chr, range(33, 127)), "\u0120", "\u010a", "<|endoftext|>"]
+    (tmp_path / "gpt2-vocab.json").write_text(json.dumps({letter: at for at, letter in enumerate(letters)}))
+    (tmp_path / "gpt2-merges.txt").write_text("#version: 0.2\n")
+    files = ["--vocab-file", str(tmp_path / "gpt2-vocab.json"), "--merge-file", str(tmp_path / "gpt2-merges.txt")]
+
+    def run(*words: str) -> tuple[int, str]:
+        argv = ["preprocess_data.py", "--input", str(corpus), "--output-prefix", str(tmp_path / "my"), "--workers=1"]
+        monkeypatch.setattr(sys, "argv", [*argv, *words])
+        return tool["main"](), capsys.readouterr().err
+
+    command = ("--tokenizer-type", "GPT2BPETokenizer", *files, "--append-eod")
+    assert run(*command) == (0, "")
+    dataset = IndexedDataset(tmp_path / "my_text_document")
+    assert dataset.sidecar is not None
+    assert (dataset.num_documents, dataset.sidecar.eod_token) == (300, "<|endoftext|>")
+    for words, reason in (
+        (command, "is there already"),
+        ((*files[:2], "--force"), "no tokenizer is given"),
+        ((*files, "--tokenizer-model", "x", "--force"), "keep one tokenizer"),
+    ):
+        status, told = run(*words)
+        assert (status, reason in told) == (2, True), told
+    assert run(*command, "--force") == (0, "")

@@ -154,7 +154,7 @@ def test_conversations_are_taken_as_they_are(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     pyarrow.parquet.write_table(pyarrow.table({"messages": [turns]}), tmp_path / "a.parquet")
     for name in ("a.jsonl", "a.parquet"):
-        assert read_all(tmp_path / name, Extract(("messages",), structured=True)) == [turns]
+        assert read_all(tmp_path / name, Extract(("messages",), structured=True)) == [{"messages": turns}]
         assert read_all(tmp_path / name, Extract((), structured=True)) == [{"messages": turns}]
 
 
@@ -299,3 +299,65 @@ def test_broken_files_give_documents_or_a_clear_error(tmp_path, kind):
             continue
         assert message.startswith(f"{path}: ")
         assert "\n" not in message
+
+
+NESTED = [
+    ({"a": {"b": "deep"}}, "a.b", "deep"),
+    ({"a.b": "flat", "a": {"b": "deep"}}, "a.b", "flat"),
+    ({"a": {"b": {"c": "deeper"}}}, "a.b.c", "deeper"),
+    ({"a.b": {"c": "half"}}, "a.b.c", "half"),
+    ({"a": {"b.c": "half"}}, "a.b.c", "half"),
+]
+
+
+@pytest.mark.parametrize(("record", "key", "text"), NESTED)
+def test_a_key_within_a_key_is_read(tmp_path, record, key, text):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
+    with pyarrow.ipc.new_file(tmp_path / "a.arrow", pyarrow.Table.from_pylist([record]).schema) as file:
+        file.write_table(pyarrow.Table.from_pylist([record]))
+    for name in ("a.jsonl", "a.parquet", "a.arrow"):
+        assert read_all(tmp_path / name, Extract((key,))) == [text]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"a": {"bb": "x"}}, "no key 'a.b'; did you mean 'bb'?"),
+        ({"a": "x"}, "no key 'a.b'; allowed: a"),
+        ({"a": {"b": 3}}, "key 'a.b' holds a JSON int"),
+        ({"a": None}, "no key 'a.b'"),
+    ],
+)
+def test_a_key_within_a_key_that_is_not_there_is_named(tmp_path, record, reason):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    (found,) = read_all(tmp_path / "a.jsonl", Extract(("a.b",)))
+    assert found.startswith(f":1: byte 0: {reason}")
+
+
+TURNS = [{"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "found"),
+    [
+        ({"talk": TURNS, "system": "s"}, "talk", {"messages": TURNS, "system": "s"}),
+        ({"talk": TURNS, "messages": TURNS}, "talk", {"messages": TURNS, "other messages": TURNS}),
+        ({"a": {"talk": TURNS, "n": 1}, "id": 2}, "a.talk", {"messages": TURNS, "a.n": 1, "id": 2}),
+        ({"talk": {"messages": TURNS}, "id": 2}, "talk", {"messages": TURNS, "id": 2}),
+        ({"talk": "hello", "id": 2}, "talk", "hello"),
+    ],
+)
+def test_what_stands_beside_a_conversation_comes_with_it(tmp_path, record, key, found):
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        assert read_all(tmp_path / name, Extract((key,), structured=True)) == [found]
+
+
+def test_an_object_over_several_lines_is_told_how_to_be_written(tmp_path):
+    (tmp_path / "a.json").write_text('{\n"text": "a"\n}\n')
+    assert (
+        "and all of it; to write an object in several lines, put all of them into one JSON array"
+        in read_all(tmp_path / "a.json")[0]
+    )

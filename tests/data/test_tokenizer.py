@@ -3,6 +3,8 @@ import hashlib
 import io
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from megalite.data.preprocessing import long_text
 from megalite.data.preprocessing.encoding import encode_long
 from megalite.data.preprocessing.long_text import LongText
-from megalite.data.tokenizer import load_tokenizer, train_sentencepiece
+from megalite.data.tokenizer import load_tokenizer, standard_files, train_sentencepiece
+from megalite.data.tokenizers.control_tokens import TextRefused, refusals_named
+from megalite.data.tokenizers.hugging_face_tokenizer import HuggingFaceTokenizer
 from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from megalite.data.tokenizers.tiktoken_tokenizer import ENCODINGS
 from megalite.errors import UserError
@@ -445,3 +449,266 @@ def test_a_long_text_in_parts_has_the_ids_of_the_whole(
     parts = list(encode_long(LongText(lambda: [text]), encoder))
     assert len(parts) > 50
     assert np.concatenate(parts).tolist() == encoder.encode(text)
+
+
+def refusing(folder) -> Path:
+    """A tokenizer that has no token for letters beyond "a" and "b", and none for what it does not know."""
+    model = tokenizers.Tokenizer(models.Unigram([("\u2581", -1.0), ("a", -2.0), ("b", -2.0)]))
+    model.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore[reportAttributeAccessIssue]
+    model.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_what_the_library_refuses_is_told_without_a_traceback(tmp_path):
+    tokenizer = load_tokenizer(refusing(tmp_path))
+    ways: list[Any] = [tokenizer.encode, tokenizer.encode_plain, tokenizer.message_encoder(())]
+    ways += [lambda text: tokenizer.encode_batch(["a", text]), lambda text: tokenizer.encode_arrays([text, "b"])]
+    for way in ways:
+        assert way("a b")
+        with pytest.raises(TextRefused, match="^the tokenizer refuses this text: .*unk_id") as caught:
+            way("a 日本")
+        assert isinstance(caught.value, UserError)
+
+
+def test_only_what_a_library_raises_is_told_as_refused():
+    class PanicException(BaseException):
+        """Named as that of Rust, which has no class to import."""
+
+    for raised in (Exception("two\nlines"), RuntimeError(), PanicException("index out of bounds")):
+        reasons = "(two lines|RuntimeError|index out)"
+        with pytest.raises(TextRefused, match=f"^the tokenizer refuses this text: {reasons}"), refusals_named():
+            raise raised
+    for passed in (KeyboardInterrupt, SystemExit, MemoryError, UserError):
+        with pytest.raises(passed), refusals_named():
+            raise passed
+
+
+ADDED = ("<think>", "</think>", "<tool_call>", "[TOOL]", "domainword")
+
+
+def test_messages_read_the_added_tokens_that_are_not_special(tmp_path):
+    added = [tokenizers.AddedToken(name, special=False, normalized=False) for name in (*ADDED, "<|im_end|>", "</s>")]
+    tokenizer = byte_level(tmp_path, added)
+    text = "<think>\nplan</think> the fox<tool_call>[TOOL]domainword<|im_end|></s><|endoftext|>"
+    ids = tokenizer.encode(text)
+    found = tokenizer.message_encoder(["<|im_end|>"])(text)
+    for name in ADDED:
+        assert [tokenizer.token_id(name)] == [token for token in found if token == tokenizer.token_id(name)], name
+    for name in ("<|im_end|>", "</s>", "<|endoftext|>"):
+        assert tokenizer.token_id(name) in ids
+        assert tokenizer.token_id(name) not in found, name
+    assert tokenizer.decode(found) == text
+    # Whoever does not name it has it read: the file does not call it special.
+    assert tokenizer.token_id("<|im_end|>") in tokenizer.message_encoder(())(text)
+
+
+def test_messages_read_the_symbols_of_sentencepiece_that_are_not_named(sentences):
+    options = {"user_defined_symbols": ["<|im_end|>", "<think>"], "normalization_rule_name": "identity"}
+    tokenizer = SentencePieceTokenizer(train(sentences, **options))
+    end, think = tokenizer.token_id("<|im_end|>"), tokenizer.token_id("<think>")
+    text = "<think> the fox <|im_end|></s>"
+    named, unnamed = tokenizer.message_encoder(["<|im_end|>"])(text), tokenizer.message_encoder([])(text)
+    assert think in named
+    assert end not in named
+    assert {think, end} < set(unnamed)
+    assert 2 not in unnamed
+    assert tokenizer.decode(named) == tokenizer.decode(unnamed) == text
+
+
+@pytest.mark.parametrize("ids", [(6000, 6001), (1001, 1000), (300, 302), (0, 1)])
+def test_added_tokens_have_the_ids_that_the_library_gives_them(tmp_path, ids):
+    added = [tokenizers.AddedToken(name, special=True, normalized=False) for name in ("<|im_start|>", "<|im_end|>")]
+    byte_level(tmp_path, added)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token, told in zip(content["added_tokens"][-2:], ids, strict=True):
+        token["id"] = told
+    content["added_tokens"].append({**content["added_tokens"][-1], "content": "", "id": 999})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.control_tokens
+    for name, token in tokenizer.control_tokens.items():
+        assert token == theirs.token_to_id(name) == tokenizer.token_id(name)
+        assert tokenizer.encode(name) == [token]
+        assert token not in tokenizer.encode_plain(name)
+    assert tokenizer.vocab_size == theirs.get_vocab_size()
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert any(str(told) in note for told in ids for note in tokenizer.notes)
+
+
+def gpt2_pair(folder, sentences):
+    """GPT-2's two files, and the tokenizer of which they are."""
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    model.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(sentences, trainer)
+    model.add_special_tokens(["<|endoftext|>"])
+    content = json.loads(model.to_str())["model"]
+    vocabulary = {**content["vocab"], "<|endoftext|>": len(content["vocab"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = [" ".join(pair) for pair in content["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    return model
+
+
+def test_the_two_files_of_gpt2_are_a_tokenizer(tmp_path, sentences):
+    theirs = gpt2_pair(tmp_path, sentences)
+    texts = [*sentences[:20], "naïve 漢 🦊\n\n  x", "# not a comment", "<|endoftext|>", ""]
+    loaded = [load_tokenizer(tmp_path / name) for name in ("", "vocab.json", "merges.txt")]
+    for text in texts:
+        assert all(ours.encode(text) == theirs.encode(text).ids for ours in loaded)
+        assert loaded[0].decode(loaded[0].encode(text)) == text.replace("<|endoftext|>", "")
+    assert (loaded[0].eod_id, loaded[0].vocab_size) == (theirs.token_to_id("<|endoftext|>"), theirs.get_vocab_size())
+    # What a run keeps of it is the same tokenizer, by its digest as well, whatever the files' marks and line ends are.
+    (tmp_path / "kept").mkdir()
+    for name, data in standard_files(tmp_path).items():
+        (tmp_path / "kept" / name).write_bytes(data)
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["tokenizer.json"]
+    assert {ours.digest for ours in loaded} == {load_tokenizer(tmp_path / "kept").digest}
+    (tmp_path / "merges.txt").write_bytes(
+        b"\xef\xbb\xbf" + (tmp_path / "merges.txt").read_bytes().replace(b"\n", b"\r\n")
+    )
+    assert load_tokenizer(tmp_path).digest == loaded[0].digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("merges.txt", None, "merges.txt: no such file; GPT-2's tokenizer is a vocab.json and a merges.txt"),
+        ("vocab.json", "[]", "vocab.json: holds no JSON object"),
+        ("vocab.json", "{}", "vocab.json: holds no token"),
+        ("vocab.json", '{"a": -1}', "vocab.json: token 'a' has id -1; an id is a whole number from 0 on"),
+        ("vocab.json", '{"a": 4294967296}', "vocab.json: token 'a' has id 4294967296"),
+        ("vocab.json", '{"a": 1.0}', "vocab.json: token 'a' has id 1.0"),
+        ("vocab.json", '{"a": true}', "vocab.json: token 'a' has id True"),
+        ("vocab.json", '{"a": 1, "b": 1}', "vocab.json: id 1 is that of 'a' and of 'b'"),
+        ("merges.txt", "#version\na b c\n", "merges.txt:2: 'a b c' is no merge of two tokens of the vocab.json beside"),
+        ("merges.txt", "a\n", "merges.txt:1: 'a' is no merge"),
+        ("merges.txt", "a b\n", "merges.txt:1: 'a b' is no merge"),
+        ("merges.txt", "\udcff", "merges.txt: byte 0 is no UTF-8"),
+    ],
+)
+def test_broken_files_of_gpt2_are_named(tmp_path, name, content, message):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("")
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path / "vocab.json")
+    assert str(caught.value).startswith(f"{tmp_path}/{message}")
+
+
+def beside_model(folder, sentences, **files):
+    """A tokenizer.model with files beside it."""
+    data = train(sentences, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    (folder / "tokenizer.model").write_bytes(data)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["added_tokens", "tokenizer_config"])
+def test_tokens_that_files_add_to_a_model_are_read(tmp_path, sentences, form):
+    names = {"<|im_start|>": 320, "<|im_end|>": 321, "<think>": 325}
+    decoder = {str(token): {"content": name, "special": name != "<think>"} for name, token in names.items()}
+    content = {"added_tokens": names, "tokenizer_config": {"added_tokens_decoder": decoder}}[form]
+    tokenizer = load_tokenizer(beside_model(tmp_path, sentences, **{form: content}))
+    bare = SentencePieceTokenizer((tmp_path / "tokenizer.model").read_bytes())
+    assert tokenizer.vocab_size == 326
+    assert {name: tokenizer.token_id(name) for name in names} == names
+    assert tokenizer.token_name(325) == "<think>"
+    assert names.items() <= tokenizer.control_tokens.items()
+    text = "<think> the fox\n  <|im_end|><|im_end|> jumps <thin"
+    ids = tokenizer.encode(text)
+    assert [token for token in ids if token >= 320] == [325, 321, 321]
+    assert [array.tolist() for array in tokenizer.encode_arrays([text, "the fox", ""])] == [
+        ids,
+        bare.encode("the fox"),
+        [],
+    ]
+    assert tokenizer.encode_batch([text]) == [ids]
+    assert tokenizer.encode_plain(text) == bare.encode_plain(text)
+    message = tokenizer.message_encoder(["<|im_start|>", "<|im_end|>"])(text)
+    assert [token for token in message if token >= 320] == [325]
+    assert tokenizer.decode(message) == text
+    shown = text if form == "added_tokens" else text.replace("<|im_end|>", "")
+    assert tokenizer.decode(ids) == shown
+    assert tokenizer.decode([*bare.encode("the fox"), 324, 400]) == "the fox"
+    # The same file elsewhere is the same tokenizer; without its tokens it is another.
+    (tmp_path / "kept").mkdir()
+    for name, data in standard_files(tmp_path).items():
+        (tmp_path / "kept" / name).write_bytes(data)
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["added_tokens.json", "tokenizer.model"]
+    assert load_tokenizer(tmp_path / "kept").digest == tokenizer.digest != bare.digest
+
+
+def test_tokens_of_the_model_itself_that_files_name_change_nothing(tmp_path, sentences):
+    decoder = {"0": {"content": "<unk>"}, "1": {"content": "<s>"}, "2": {"content": "</s>"}}
+    folder = beside_model(tmp_path, sentences, tokenizer_config={"added_tokens_decoder": decoder})
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert tokenizer.notes == ()
+    assert tokenizer.digest == hashlib.sha256((folder / "tokenizer.model").read_bytes()).hexdigest()
+    (folder / "added_tokens.json").write_text('{"<pad>": 0}')
+    (folder / "tokenizer_config.json").unlink()
+    (note,) = load_tokenizer(folder).notes
+    assert note == "'<pad>', which a file beside adds as id 0, is not read: the id is that of '<unk>'"
+    (folder / "other.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    assert load_tokenizer(folder / "other.model").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"added_tokens": {"<a>": -1}},
+            r"added_tokens\.json: token '<a>' has id -1; an id is a whole number from 0 on",
+        ),
+        ({"added_tokens": {"<a>": 1 << 31}}, r"added_tokens\.json: token '<a>' has id 2147483648"),
+        ({"added_tokens": {"<a>": "400"}}, r"added_tokens\.json: token '<a>' has id '400'"),
+        ({"added_tokens": {"": 400}}, r"added_tokens\.json: token '' has id 400"),
+        ({"added_tokens": {"<a>": 400, "<b>": 400}}, r"added_tokens\.json: id 400 is that of '<a>' and of '<b>'"),
+        ({"added_tokens": []}, r"added_tokens\.json: holds no JSON object"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "a"}}}},
+            r"config\.json: token 'a' has id 'x'",
+        ),
+        ({"tokenizer_config": {"added_tokens_decoder": {"400": "a"}}}, r"added_tokens_decoder\.400 has no text"),
+    ],
+)
+def test_broken_files_of_added_tokens_are_named(tmp_path, sentences, files, message):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(beside_model(tmp_path, sentences, **files))
+
+
+def test_what_begins_a_text_is_found(tmp_path, sentences, hugging_face_path):
+    assert SentencePieceTokenizer(train(sentences)).bos_id == 1
+    assert SentencePieceTokenizer(train(sentences, bos_id=-1)).bos_id is None
+    (tmp_path / "pair").mkdir()
+    gpt2_pair(tmp_path / "pair", sentences)
+    pair = load_tokenizer(tmp_path / "pair")
+    assert (pair.bos_id, pair.leading_id, pair.unknown_id) == (None, None, None)
+    # The post-processor of this file puts its one token before every text.
+    assert load_tokenizer(hugging_face_path).leading_id == 9
+    content = json.loads(hugging_face_path.read_text())
+    content["post_processor"] = None
+    hugging_face_path.write_text(json.dumps(content))
+    assert load_tokenizer(hugging_face_path).leading_id is None
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("gpt2", "nothing is fetched by its name: give a tokenizer.json.*--output gpt2.model`$"),
+        ("meta-llama/Llama-2-7b", "nothing is fetched by its name: .*--output Llama-2-7b.model`$"),
+        ("tok.model", "make one with `megalite tokenizer train INPUT --output tok.model`, or give another$"),
+        ("x/tokenizer.json", "no such tokenizer; give another, which may be a tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_that_is_not_there_is_told_with_a_fix_that_fits(name, fix):
+    with pytest.raises(UserError, match=fix):
+        load_tokenizer(Path(name))

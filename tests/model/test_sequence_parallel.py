@@ -29,7 +29,8 @@ ROWS, LENGTH = 3, 20  # shares of 30 and 15 tokens: none ends where a row does
 BOUNDARIES = [[3, 4, 15], [], [11]]
 MODELS: dict[str, dict[str, Any]] = {
     "llama, tied": LLAMA | {"tie_word_embeddings": True},
-    "llama, 2 kv heads, biases": LLAMA | {"num_key_value_heads": 2, "attention_bias": True},
+    "llama, 2 kv heads, biases": LLAMA
+    | {"num_key_value_heads": 2, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     "llama, normed heads, 1 kv head": QK_NORM | {"num_key_value_heads": 1},
     "llama 3 positions": LLAMA | {"rope_scaling": LLAMA3},
     "gpt2": GPT2,

@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama, tied": LLAMA | {"tie_word_embeddings": True},
     "llama, 2 kv heads, biases": LLAMA | {"num_key_value_heads": 2, "attention_bias": True},
+    "llama, biases everywhere": LLAMA | {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     "llama, 1 kv head": LLAMA | {"num_key_value_heads": 1},
     "llama, wide heads": LLAMA | {"head_dim": 16, "num_key_value_heads": 2},
     "llama, normed heads": QK_NORM,
@@ -78,6 +79,9 @@ LINEAR_OF_ATTENTION = ("query", "key", "value", "output")
 BIASES = {
     "llama": (LLAMA, ()),
     "llama, biases": (LLAMA | {"attention_bias": True}, ("query", "key", "value")),
+    "llama, all biases": (LLAMA | {"attention_bias": True, "attention_output_bias": True}, LINEAR_OF_ATTENTION),
+    "llama, output's bias": (LLAMA | {"attention_output_bias": True}, ("output",)),
+    "llama, biases of the MLP": (LLAMA | {"mlp_bias": True}, ()),
     "gpt2": (GPT2, LINEAR_OF_ATTENTION),
     "gpt_neox": (NEOX, LINEAR_OF_ATTENTION),
     "gpt_neox, plain attention": (NEOX | {"attention_bias": False}, ()),

@@ -7,6 +7,6 @@
     tokenizer     <---- tokenizer                   the tokenizer's file
 
 `families` has one table a family, of its settings and of its tensors, and each is read both ways: `reader` finds any
-box of a weight of ours through it, `writer` makes their tensors. No code of a folder's own is ever run, and no pickle
-is read.
+box of a weight of ours through it, `writer` makes their tensors. No code of a folder's own is ever run; torch's
+files are read as plain tensors alone.
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 from megalite.checkpoint.huggingface.families import (
     DEFAULT_WINDOW,
+    DEFAULT_WINDOW_LAYERS,
     FAMILIES,
     FLAGS,
     INERT,
@@ -63,12 +64,12 @@ def config_of(model: ModelConfig, precision: str, token_ids: Mapping[str, Any]) 
     """
     ours = model.model_dump(mode="json")
     on = {flag for flag in FLAGS if ours.get(flag)} if model.architecture == "llama" else set()
-    suits = (one for one in FAMILIES.values() if (one.architecture, one.flags) == (model.architecture, on))
+    suits = (one for one in FAMILIES.values() if one.architecture == model.architecture and one.has(on))
     family = next(suits, None)
     if family is None:
         flags = " and ".join(f"{flag}=true" for flag in sorted(on))
         raise UserError(
-            f"model: no family of Hugging Face has {flags} and no bias on the output projection; this model can be "
+            f"model: no family of Hugging Face has {flags} and none of the other biases and norms; this model can be "
             "trained and generated from, but not written as theirs"
         )
     _require_dividing_heads(family, model)
@@ -134,6 +135,9 @@ def _require_full_attention(family: Family, config: Mapping[str, Any], positions
         if strange:
             raise UserError(f"{path}: layer_types has {strange[0]!r}; every layer can be 'full_attention'")
         slides = "sliding_attention" in layers
+    elif slides and not family.always_slides:
+        # Layers below this number attend to all tokens whatever the window is.
+        slides = config.get("max_window_layers", DEFAULT_WINDOW_LAYERS) < config["num_hidden_layers"]
     if slides and isinstance(window, int) and window < positions:
         raise UserError(
             f"{path}: sliding_window={window} is below max_position_embeddings={positions}, and megalite attends to "

@@ -42,7 +42,7 @@ class Family:
     """One `model_type`, and the models of ours that are of it.
 
     `prefix` stands before every name but the head's, and may be missing. `layers` are the modules of layer ``{}``.
-    `flags` are the settings that its models have on, out of `FLAGS`.
+    `flags` are the settings that all its models have on, out of `FLAGS`.
     """
 
     model_type: str
@@ -60,6 +60,8 @@ class Family:
     other_heads: tuple[str, ...] = ()
     """Names that the head has had."""
     flags: frozenset[str] = frozenset()
+    optional_flags: tuple[frozenset[str], ...] = ()
+    """Groups of `FLAGS` of which a model of this family has all on, or none."""
     rotary: bool = True
     partial_rotary: float | None = None
     """The default share of a head's dims that turn; None where all do."""
@@ -71,6 +73,11 @@ class Family:
     """How the names end of stored tensors that follow from the settings."""
     inert: frozenset[str] = field(default_factory=frozenset)
     """Keys that change nothing of the function, beside `INERT`."""
+
+    def has(self, flags: set[str]) -> bool:
+        """Whether there are models of this family with these of `FLAGS` on, and no others."""
+        optional = set().union(*(group for group in self.optional_flags if group <= flags))
+        return self.flags <= flags and flags - self.flags == optional
 
     def tensors(self, model: ModelConfig) -> Iterator[Tensor]:
         """Return all tensors of a model of ours as they are stored, in the order of the layers."""
@@ -89,7 +96,7 @@ class Family:
         return replace(module, theirs=theirs, ours=tuple(f"layers.{layer}.{name}" for name in module.ours))
 
 
-FLAGS = ("attention_bias", "qk_norm")
+FLAGS = ("attention_bias", "attention_output_bias", "mlp_bias", "qk_norm")
 INERT = frozenset(
     {
         *("architectures", "model_type", "transformers_version", "dtype", "torch_dtype", "use_cache", "max_length"),
@@ -105,6 +112,7 @@ INERT = frozenset(
 INERT_PREFIXES = ("_", "summary_")
 
 DEFAULT_WINDOW = 4096
+DEFAULT_WINDOW_LAYERS = 28
 
 
 def _sizes(*names: str) -> tuple[Setting, ...]:
@@ -120,7 +128,10 @@ _LLAMA_SETTINGS = (
     Setting("tie_word_embeddings", "tie_word_embeddings", False),
 )
 _SILU = Fixed("hidden_act", ("silu", "swish"), "the activation is SiLU")
-_NO_BIAS = Fixed("attention_bias", (False,), "it puts a bias on the output projection too, which is not supported")
+_ATTENTION_BIASES = tuple(
+    Setting("attention_bias", ours, False) for ours in ("attention_bias", "attention_output_bias")
+)
+_ALL_OF_ATTENTION = frozenset(setting.ours for setting in _ATTENTION_BIASES)
 _LLAMA_LAYERS = (
     Module("input_layernorm", ("attention_norm",)),
     Module("self_attn.q_proj", ("attention.query",)),
@@ -137,14 +148,17 @@ _LLAMA_LAYERS = (
 
 
 def _llama_like(
-    model_type: str, causal_class: str, *fixed: Fixed, defaults: Mapping[str, object], **more: Any
+    model_type: str, causal_class: str, *settings: Setting, defaults: Mapping[str, object], **more: Any
 ) -> Family:
     return Family(
         model_type,
         "llama",
         causal_class,
-        settings=tuple(replace(one, default=defaults.get(one.ours, one.default)) for one in _LLAMA_SETTINGS),
-        fixed=(_SILU, *fixed),
+        settings=(
+            *(replace(one, default=defaults.get(one.ours, one.default)) for one in _LLAMA_SETTINGS),
+            *settings,
+        ),
+        fixed=(_SILU,),
         prefix="model.",
         embedding=(Module("embed_tokens", ("embedding.tokens",)),),
         layer="layers.{}",
@@ -159,9 +173,10 @@ def _llama_like(
 LLAMA = _llama_like(
     "llama",
     "LlamaForCausalLM",
-    _NO_BIAS,
-    Fixed("mlp_bias", (False,), "biases of the MLP are not supported"),
+    *_ATTENTION_BIASES,
+    Setting("mlp_bias", "mlp_bias", False),
     defaults={"num_key_value_heads": None},
+    optional_flags=(_ALL_OF_ATTENTION, frozenset({"mlp_bias"})),
 )
 MISTRAL = _llama_like("mistral", "MistralForCausalLM", defaults={}, always_slides=True)
 QWEN2 = _llama_like(
@@ -176,10 +191,11 @@ QWEN2 = _llama_like(
 QWEN3 = _llama_like(
     "qwen3",
     "Qwen3ForCausalLM",
-    _NO_BIAS,
+    *_ATTENTION_BIASES,
     defaults={"head_dim": 128},
     heads_divide=False,
     flags=frozenset({"qk_norm"}),
+    optional_flags=(_ALL_OF_ATTENTION,),
 )
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 _QUERY_KEY_VALUE = ("attention.query", "attention.key", "attention.value")

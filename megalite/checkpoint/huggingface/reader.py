@@ -28,23 +28,36 @@ def is_hugging_face(folder: Path) -> bool:
 
 
 class HuggingFaceWeights:
-    """A folder with ``config.json`` and safetensors, one file or several with an index; satisfies `Weights`.
+    """A folder with ``config.json`` and weights, one file or several with an index; satisfies `Weights`.
 
-    Raises UserError for a model that this package does not compute, for pickles, for files that lie elsewhere, and,
-    with a table of the differences, for tensors that are not those of the model. `max_positions` shortens the longest
-    sequence that the model takes.
+    Raises UserError for a model that this package does not compute, for files that hold more than tensors or lie
+    elsewhere, and, with a table of the differences, for tensors that are not those of the model. `max_positions`
+    shortens the longest sequence that the model takes. `notes` say what of the folder was not read.
     """
 
     def __init__(self, folder: Path, *, max_positions: int | None = None) -> None:
         self.origin = folder
         path = inside(folder, CONFIG)
-        self.family, self.model = model_of(read_json(path), path, max_positions)
+        self.config = read_json(path)
+        """What ``config.json`` holds."""
+        self.family, self.model = model_of(self.config, path, max_positions)
         self._files = TensorFiles(folder)
+        self.notes = self._files.unread
         tensors = {tensor.name: tensor for tensor in self.family.tensors(self.model)}
         self.precision = self._precision()
         self._stored_name = self._match(tensors)
         self._places = {ours: (one, part) for one in tensors.values() for part, ours in enumerate(one.ours)}
         self.shapes: Mapping[str, tuple[int, ...]] = {ours: one.part_shape for ours, (one, _) in self._places.items()}
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that hold the weights."""
+        return self._files.files
+
+    @property
+    def stored(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
+        """The shape and the type of each tensor, by the names that they have in the files."""
+        return {name: (shape, self._files.dtypes[name]) for name, shape in self._files.shapes.items()}
 
     @property
     def companions(self) -> Mapping[str, Path]:
@@ -69,6 +82,11 @@ class HuggingFaceWeights:
             self._require_equal(stored.pop(head), stored.get(table, table))
         wanted = {name: tensor.shape for name, tensor in tensors.items()}
         rows = shape_differences(wanted, {name: self._files.shapes[one] for name, one in stored.items()})
+        if len(rows) == 1 and head in wanted and head not in stored:
+            raise UserError(
+                f"{self.origin}: holds no {head}, and its {CONFIG} says tie_word_embeddings=false; if the head is "
+                f"{table}, write tie_word_embeddings: true there, else take a folder with all files of the model"
+            )
         if rows:
             raise UserError(
                 f"{self.origin}: its tensors are not those of the {self.family.model_type} in its {CONFIG}:\n"

@@ -1,4 +1,4 @@
-"""``megalite inspect``: what is in a dataset or a checkpoint, and which documents a step of a run trains on."""
+"""``megalite inspect``: what is in a dataset or a model, and which documents a step of a run trains on."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,8 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A dataset's prefix, a checkpoint, a folder of them, a run's folder or a run file."
+            metavar="PATH",
+            help="A dataset's prefix, a checkpoint, a folder of them, a Hugging Face folder, a run's folder or file.",
         ),
     ],
     step: Annotated[int | None, typer.Option(help="Of a run: the step whose documents are shown, from 1.")] = None,
@@ -37,7 +38,11 @@ def inspect(
         typer.Option(help="Of a checkpoint, or a folder's newest: another to compare with; status 1 if they differ."),
     ] = None,
 ) -> None:
-    """Show and check a dataset or a checkpoint; or show what a step of a run trains on, from its configuration."""
+    """Show and check a dataset, a checkpoint or a Hugging Face folder.
+
+    Or show what a step of a run trains on, from its configuration.
+    """
+    from megalite.checkpoint.huggingface.reader import is_hugging_face
     from megalite.cli.inspect.checkpoint import (
         compare_checkpoints,
         inspect_checkpoint,
@@ -48,6 +53,7 @@ def inspect(
         verify_checkpoint,
     )
     from megalite.cli.inspect.dataset import inspect_dataset, is_dataset, nearest_prefix
+    from megalite.cli.inspect.hugging_face import inspect_hugging_face
     from megalite.cli.inspect.run import inspect_step
 
     of_run = {"--step": step is not None, "--rank": rank is not None, "--json": as_json}
@@ -70,6 +76,9 @@ def inspect(
     elif lists_checkpoints(path) and step is None:
         _refuse(path, "a folder of checkpoints", of_run | of_dataset)
         list_folder(path)
+    elif is_hugging_face(path):
+        _refuse(path, "a Hugging Face folder", of_run | of_dataset | of_checkpoint)
+        inspect_hugging_face(path)
     elif (path / "config.yaml").is_file() or path.suffix in (".yaml", ".yml"):
         _refuse(path, "a run", of_dataset | of_checkpoint)
         if step is None:
@@ -77,7 +86,8 @@ def inspect(
         inspect_step(path, step, rank, as_json)
     else:
         raise UserError(
-            f"{path}: neither a dataset's prefix, a checkpoint, a run's folder nor a run file{nearest_prefix(path)}"
+            f"{path}: neither a dataset's prefix, a checkpoint, a Hugging Face folder, a run's folder nor a run file"
+            f"{nearest_prefix(path)}"
         )
 
 

@@ -58,7 +58,7 @@ def list_folder(path: Path) -> None:
     listed = list_checkpoints(root)
     whole = [checkpoint for checkpoint in listed if checkpoint.fault is None]
     typer.echo(f"{root}: {len(whole)} checkpoints")
-    for row in _table([_row(checkpoint, bool(whole) and checkpoint is whole[-1]) for checkpoint in listed], right=(2,)):
+    for row in table([_row(checkpoint, bool(whole) and checkpoint is whole[-1]) for checkpoint in listed], right=(2,)):
         typer.echo(row)
 
 
@@ -91,7 +91,7 @@ def inspect_checkpoint(path: Path) -> None:
         typer.echo(line)
     columns, tensors = kinds(reader), reader.manifest.tensors
     bare = {name.rpartition("/")[2]: tensor.shape for name, tensor in tensors.items()}
-    widths = max(map(len, (*bare, _ALL))), max((len(_by_x(shape)) for shape in bare.values()), default=0)
+    widths = max(map(len, (*bare, _ALL))), max((len(by_x(shape)) for shape in bare.values()), default=0)
 
     def row(name: str, shape: str, cells: Sequence[str]) -> str:
         return f"{name:<{widths[0]}}  {shape:>{widths[1]}}" + "".join(f"  {cell:>12}" for cell in cells)
@@ -102,7 +102,7 @@ def inspect_checkpoint(path: Path) -> None:
     with byte_progress("taking norms") as progress:
         for tensor in norms(reader, progress):
             cells = (f"{tensor.norms[kind]:.6g}" if kind in tensor.norms else "-" for kind in columns)
-            typer.echo(row(tensor.name, _by_x(tensor.shape), list(cells)))
+            typer.echo(row(tensor.name, by_x(tensor.shape), list(cells)))
             for kind, norm in tensor.norms.items():
                 squares[kind] += norm**2
     typer.echo(row(_ALL, "", [f"{squares[kind] ** 0.5:.6g}" for kind in columns]))
@@ -124,14 +124,14 @@ def _head(reader: "CheckpointReader") -> Iterator[str]:
     model = ", ".join(f"{key} {value}" for key, value in manifest.model.items() if value is not None)
     yield f"model: {model or 'not told'}"
     yield f"tokenizer: {f'SHA-256 {manifest.tokenizer_sha256[:12]}' if manifest.tokenizer_sha256 else 'none'}"
-    yield from _table(
+    yield from table(
         [
             ("files:" if not n else "", name, f"{record.bytes:,}")
             for n, (name, record) in enumerate(sorted(manifest.files.items()))
         ],
         right=(2,),
     )
-    yield from _table([("state:" if not n else "", *pair) for n, pair in enumerate(flat_state(reader.state).items())])
+    yield from table([("state:" if not n else "", *pair) for n, pair in enumerate(flat_state(reader.state).items())])
 
 
 def compare_checkpoints(path: Path, other: Path) -> bool:
@@ -172,11 +172,13 @@ def _told(difference: "TensorDifference") -> str:
     )
 
 
-def _by_x(shape: Sequence[int]) -> str:
+def by_x(shape: Sequence[int]) -> str:
+    """Return a shape as it is shown, ``2 x 3``."""
     return " x ".join(map(str, shape)) or "one number"
 
 
-def _table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> Iterator[str]:
+def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> Iterator[str]:
+    """Return rows as lines whose columns stand below each other; those of the numbers `right` end there."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (

@@ -61,7 +61,7 @@ def _counts(dataset: "IndexedDataset", histogram: "LengthHistogram") -> Iterator
         f"{dataset.tokens_path.stat().st_size / 1e6:,.1f} MB; the index is sound"
     )
     yield (
-        f"tokens a document: {histogram.shortest:,} at least, {histogram.median:,} in the middle, "
+        f"tokens a document: {histogram.shortest:,} at least, a median of {histogram.median:,}, "
         f"{histogram.mean:,.1f} on average, {histogram.longest:,} at most"
     )
     if dataset.has_loss_mask:

@@ -28,7 +28,7 @@ def inspect_step(path: Path, step: int, rank: int | None, as_json: bool) -> None
 
 
 def _step_header(provenance: "Provenance", step: int) -> str:
-    config, samples = provenance.config, provenance.schedule.samples(step)
+    config, samples = provenance.config, provenance.samples(step)
     return (
         f"step {step:,} of {config.run.dir}: samples {samples.start:,} to {samples.stop - 1:,} of the order "
         f"{config.data.order}, {config.data.sequence_length:,} tokens each; seed {config.run.seed}"

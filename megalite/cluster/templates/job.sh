@@ -11,7 +11,8 @@ refuse() {
 [ $# -ge 2 ] || refuse "the job has $# arguments; write RUN_DIR RUN.yaml [section.key=value ...]"
 run_dir=$1
 run_file=$2
-train=(-m megalite train "$run_file" "${@:3}" "run.dir=$run_dir")
+# A dollar sign in these paths is one: megalite would take it for a variable.
+train=(-m megalite train "${run_file//\$/\$\$}" "${@:3}" "run.dir=${run_dir//\$/\$\$}")
 
 # Slurm announces the end of the time, or that it takes the nodes for another job. The file STOP in the run's folder asks
 # for a checkpoint and an orderly end; that works under every launcher. Heeded from here on: the signal would end bash.

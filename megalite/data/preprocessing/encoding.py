@@ -18,6 +18,7 @@ from megalite.data.preprocessing.long_text import LongText
 from megalite.data.preprocessing.places import Malformed, Place
 from megalite.data.preprocessing.readers import Batch, Extract, read
 from megalite.data.tokenizer import Tokenizer
+from megalite.data.tokenizers.control_tokens import TextRefused
 from megalite.files import write_whole
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 HASH_BYTES = 16
 SHOWN_PROBLEMS = 10
 _EMPTY = "an empty document"
+_NO_TOKEN = "an empty document to the tokenizer, which makes no token of its text"
 _MOST_TOKENS = (1 << 31) - 1
 
 
@@ -37,12 +39,16 @@ class Recipe:
     dtype: str
     eod: int | None = None
     """The token put behind every document."""
+    bos: int | None = None
+    """The token put before every document."""
     min_tokens: int = 1
-    """Documents of fewer tokens, the end of document not counted, are left out."""
+    """Documents of fewer tokens, beginning and end of document not counted, are left out."""
     hashed: bool = False
     """A hash of every document is written beside its tokens."""
     keep_going: bool = False
     """Malformed documents are counted; otherwise the first one ends the shard."""
+    ignore: tuple[str, ...] = ()
+    """Keys of conversations that are passed over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,8 @@ class ShardReport:
     malformed: int = 0
     problems: list[tuple[int, int, int | None, str]] = field(default_factory=list)
     """The first malformed or empty ones: segment of the shard, line or row in it, byte, reason."""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """Keys of conversations that were passed over, and in how many conversations."""
 
 
 class MalformedDocument(Exception):
@@ -156,13 +164,17 @@ def finished_report(files: ShardFiles, source: str, recipe: Recipe) -> ShardRepo
 
 def encode_long(text: LongText, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Yield the token ids of a text part by part, each as int32[tokens]."""
-    line_end = tokenizer.encode("\n")
+    try:
+        line_end = tokenizer.encode("\n")
+    except TextRefused:  # then no part that begins with one can be encoded either, and each is encoded bare
+        line_end = None
     for number, part in enumerate(text.parts()):
         # Behind a line end no tokenizer adds the space that some put before a text.
-        (ids,) = tokenizer.encode_arrays([f"\n{part}" if number else part])
-        if number and ids[: len(line_end)].tolist() == line_end:
+        behind = number > 0 and line_end is not None
+        (ids,) = tokenizer.encode_arrays([f"\n{part}" if behind else part])
+        if behind and line_end is not None and ids[: len(line_end)].tolist() == line_end:
             ids = ids[len(line_end) :]
-        elif number:
+        elif behind:
             (ids,) = tokenizer.encode_arrays([part])
         yield ids
 
@@ -224,18 +236,35 @@ class _ShardWriter:
                 if isinstance(document, LongText):
                     self._add_long(segment, document, place)
                 else:
-                    self._append(segment, [document], [place], self._coder.tokenizer.encode_arrays([document]))
+                    self._add_texts(segment, [document], [place])
         elif documents:
+            self._add_texts(segment, documents, places)
+
+    def _add_texts(self, segment: int, documents: Sequence[str], places: Sequence[Place]) -> None:
+        try:
             self._append(segment, documents, places, self._coder.tokenizer.encode_arrays(documents))
+        except TextRefused as error:
+            if len(documents) == 1:
+                self._leave_out(segment, Malformed(places[0], str(error)))
+            else:  # one of them; the others have tokens
+                for document, place in zip(documents, places, strict=True):
+                    self._add_texts(segment, [document], [place])
 
     def _add_conversations(
         self, segment: int, documents: Sequence[Any], places: Sequence[Place], template: "ChatTemplate"
     ) -> None:
+        from megalite.data.conversations import read_conversation
+
         encoded = []
-        for conversation, place in zip(documents, places, strict=True):
+        for record, place in zip(documents, places, strict=True):
             try:
-                encoded.append((conversation, place, *template.encode(conversation, self._coder.tokenizer)))
-            except ValueError as error:
+                conversation = read_conversation(record, self._recipe.ignore)
+                ids, mask = template.encode_conversation(conversation, self._coder.tokenizer)
+                # Two records are equal documents where the same is written of both.
+                encoded.append(([ids.tolist(), mask.tolist()] if self._hashes else None, place, ids, mask))
+                for key in conversation.ignored:
+                    self.report.ignored[key] = self.report.ignored.get(key, 0) + 1
+            except (ValueError, TextRefused) as error:
                 self._leave_out(segment, Malformed(place, str(error)))
         if encoded:
             self._append(segment, *zip(*encoded, strict=True))
@@ -252,19 +281,21 @@ class _ShardWriter:
         keep = lengths >= self._recipe.min_tokens
         if not keep.all():
             for index in np.flatnonzero(lengths == 0).tolist():
-                self._leave_out(segment, Malformed(places[index], _EMPTY))
+                self._leave_out(segment, Malformed(places[index], _NO_TOKEN))
             self.report.short += int(np.count_nonzero(~keep & (lengths > 0)))
             documents, encoded = list(compress(documents, keep)), list(compress(encoded, keep))
             masks = list(compress(masks, keep)) if masks is not None else None
             lengths = lengths[keep]
         if not encoded:
             return
-        tokens, ends = np.concatenate(encoded), np.cumsum(lengths)
+        tokens = np.concatenate(encoded)
         mask = np.concatenate(masks) if masks is not None else None
-        if self._recipe.eod is not None:
-            tokens = np.insert(tokens, ends, self._recipe.eod)
-            mask = np.insert(mask, ends, 0) if mask is not None else None
-            lengths = lengths + 1
+        for token, behind in ((self._recipe.bos, False), (self._recipe.eod, True)):
+            if token is not None:
+                edges = np.cumsum(lengths) - (0 if behind else lengths)
+                tokens = np.insert(tokens, edges, token)
+                mask = np.insert(mask, edges, 0) if mask is not None else None
+                lengths = lengths + 1
         self._counts += np.bincount(tokens, minlength=len(self._counts))
         self._tokens.write(tokens.astype(self._dtype).data)
         if self._mask is not None and mask is not None:
@@ -273,27 +304,37 @@ class _ShardWriter:
 
     def _add_long(self, segment: int, text: LongText, place: Place) -> None:
         start, length, counts = self._tokens.tell(), 0, np.zeros_like(self._counts)
-        for ids in encode_long(text, self._coder.tokenizer):
-            counts += np.bincount(ids, minlength=len(counts))
-            self._tokens.write(ids.astype(self._dtype).data)
-            length += len(ids)
+        self._write_edge(self._recipe.bos, counts)
+        try:
+            for ids in encode_long(text, self._coder.tokenizer):
+                counts += np.bincount(ids, minlength=len(counts))
+                self._tokens.write(ids.astype(self._dtype).data)
+                length += len(ids)
+        except TextRefused as error:
+            self._tokens.seek(start)
+            self._tokens.truncate()
+            self._leave_out(segment, Malformed(place, str(error)))
+            return
         if self._recipe.min_tokens <= length < _MOST_TOKENS:
-            if self._recipe.eod is not None:
-                self._tokens.write(np.array([self._recipe.eod], self._dtype).data)
-                counts[self._recipe.eod] += 1
-                length += 1
+            self._write_edge(self._recipe.eod, counts)
+            length += sum(token is not None for token in (self._recipe.bos, self._recipe.eod))
             self._counts += counts
             self._close_documents(np.array([length]), [text])
             return
         self._tokens.seek(start)
         self._tokens.truncate()
         if not length:
-            self._leave_out(segment, Malformed(place, _EMPTY))
+            self._leave_out(segment, Malformed(place, _NO_TOKEN))
         elif length < _MOST_TOKENS:
             self.report.short += 1
         else:
             reason = f"a document of {length:,} tokens; an index holds up to {_MOST_TOKENS - 1:,}; cut it"
             self._leave_out(segment, Malformed(place, reason))
+
+    def _write_edge(self, token: int | None, counts: np.ndarray) -> None:
+        if token is not None:
+            self._tokens.write(np.array([token], self._dtype).data)
+            counts[token] += 1
 
     def _close_documents(self, lengths: np.ndarray, documents: Sequence[Any]) -> None:
         self._lengths.write(lengths.astype("<i4").data)
@@ -305,7 +346,7 @@ class _ShardWriter:
     def _leave_out(self, segment: int, malformed: Malformed) -> None:
         if not self._recipe.keep_going:
             raise MalformedDocument(segment, malformed)
-        if malformed.reason == _EMPTY:
+        if malformed.reason in (_EMPTY, _NO_TOKEN):
             self.report.empty += 1
         else:
             self.report.malformed += 1

@@ -3,22 +3,23 @@
 A shard is stretches of files: a range of bytes of a file of lines, row groups of a parquet file, record batches of an
 arrow file, whole small files. Where a shard begins and ends depends on the files alone, never on who reads it. A
 compressed file of lines cannot be read from the middle: it is unpacked where the shards are cut, and its shards hold
-their text.
+their text. Nor can a JSON array: it is cut into elements there, which the shards hold as lines (`arrays`).
 """
 
 import gzip
 import io
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from glob import glob
 from pathlib import Path
 
 from megalite.data.preprocessing import tables
+from megalite.data.preprocessing.arrays import elements, holds_array
 from megalite.data.preprocessing.zstd import ZstdError, ZstdReader
-from megalite.errors import UserError, nearest
+from megalite.errors import UserError, if_near
 
 SUFFIXES = (
     *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt", ".txt.gz", ".txt.zst"),
@@ -48,6 +49,8 @@ class Segment:
     """Rows of a table, or lines of a compressed file, before this stretch."""
     data: bytes | None = None
     """The text itself where the file cannot be read from the middle."""
+    of_array: bool = False
+    """The lines of the text are the elements of a JSON array."""
 
     @cached_property
     def form(self) -> str:
@@ -75,7 +78,7 @@ def find_inputs(inputs: Sequence[Path]) -> list[Path]:
             files += [_readable(Path(match)) for match in matches if not Path(match).is_dir()]
         else:
             neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"{path}: no such file or folder{nearest(path.name, neighbours) if neighbours else ''}")
+            raise UserError(f"{path}: no such file or folder{if_near(path.name, neighbours)}")
     return files
 
 
@@ -151,6 +154,8 @@ def segments(path: Path, size: int, *, split_lines: bool) -> Iterator[Segment]:
                 yield Segment(path, start, stop, taken, identity, rows)
         elif form == "txt" and not split_lines:
             yield Segment(path, 0, identity[0], identity[0], identity)
+        elif form == "jsonl" and _is_array(path):
+            yield from _elements(path, identity, size)
         elif is_compressed(path):
             yield from _unpacked(path, identity, size)
         else:
@@ -162,6 +167,20 @@ def segments(path: Path, size: int, *, split_lines: bool) -> Iterator[Segment]:
 def disk_bytes(files: Sequence[Path]) -> int:
     """Return what the files take up together, in bytes."""
     return sum(identity_of(path)[0] for path in files)
+
+
+def _is_array(path: Path) -> bool:
+    with open_text(path) as stream:
+        return holds_array(stream, MAX_LINE_BYTES)
+
+
+def _elements(path: Path, identity: tuple[int, int], size: int) -> Iterator[Segment]:
+    with path.open("rb") as file, _unpack(path, file) if is_compressed(path) else nullcontext(file) as stream:
+        taken = 0
+        for part in elements(stream, path, size, MAX_LINE_BYTES):
+            stop, at = part.start + len(part.data), file.tell()
+            yield Segment(path, part.start, stop, at - taken, identity, part.before, part.data, of_array=True)
+            taken = at
 
 
 def _unpacked(path: Path, identity: tuple[int, int], size: int) -> Iterator[Segment]:

@@ -33,10 +33,13 @@ class Locator:
         self._last = b"\n"
 
     def describe(self, segment: Segment, malformed: Malformed) -> str:
-        """Return ``file:line: byte n: reason``, or ``file: row n: reason``."""
+        """Return ``file:line: byte n: reason``, or ``file: row n: reason``, or that of an element of an array."""
         place = malformed.place
         if place.byte is None:
             return f"{segment.path}: row {segment.rows_before + place.number}: {malformed.reason}"
+        if segment.of_array:
+            number = segment.rows_before + place.number
+            return f"{segment.path}: element {number}: byte {place.byte}: {malformed.reason}"
         known = segment.rows_before if segment.data is not None else self._lines_before(segment)
         return f"{segment.path}:{place.number + known}: byte {place.byte}: {malformed.reason}"
 

@@ -1,8 +1,9 @@
 """The documents of a shard, in batches of about a megabyte, each with the place where it stands.
 
-A line of a ``.jsonl`` file is one JSON object; the string under the text key is a document, and several keys are
-joined by a line end. A ``.txt`` file is one document, or with `split_lines` one a line. A row of a ``.parquet`` or
-``.arrow`` file is what an object is. Blank lines are no documents.
+A line of a ``.jsonl`` file is one JSON object, and so is an element of a JSON array; the string under the text key is
+a document, and several keys are joined by a line end. A key ``a.b`` is looked up in the object under ``a``. A ``.txt``
+file is one document, or with `split_lines` one a line. A row of a ``.parquet`` or ``.arrow`` file is what an object is.
+Blank lines are no documents.
 """
 
 import codecs
@@ -72,22 +73,55 @@ class Extract:
     keys: tuple[str, ...] = ("text",)
     split_lines: bool = False
     structured: bool = False
-    """The value under the one key, or without keys the whole object, is taken as it is, a conversation say."""
+    """The object is taken as it is, a conversation say; a list under the one key stands there as its ``messages``."""
 
     def of(self, record: object) -> Any:
         """Return the document of an object of JSON; raise ValueError, saying why, where there is none."""
         if not isinstance(record, dict):
             raise ValueError(f"a JSON {type(record).__name__}; a line holds one JSON object")
+        texts = []
         for key in self.keys:
-            if key not in record:
+            found, holder, name = _look_up(record, key)
+            if not found:
                 fix = "conversations take --chat" if "messages" in record else "--text-key names the text's"
-                raise ValueError(f"no key {key!r}{nearest(key, record)} ({fix})")
-            if not self.structured and not isinstance(record[key], str):
-                raise ValueError(f"key {key!r} holds {_json_type(record[key])}; a document is a string")
+                raise ValueError(f"no key {key!r}{nearest(name, holder)} ({fix})")
+            if not self.structured and not isinstance(holder[name], str):
+                raise ValueError(f"key {key!r} holds {_json_type(holder[name])}; a document is a string")
+            texts.append(holder[name])
         if self.structured:
-            return record[self.keys[0]] if self.keys else record
-        texts = [record[key] for key in self.keys]
+            return _with_messages(record, self.keys[0], texts[0]) if self.keys else record
         return texts[0] if len(texts) == 1 else "\n".join(filter(None, texts))
+
+
+def _look_up(record: dict[Any, Any], key: str) -> tuple[bool, dict[Any, Any], str]:
+    """Return whether there is a key ``a.b``, the object in which its last part stands or should, and that part."""
+    if key in record:
+        return True, record, key
+    dot = key.find(".")
+    while dot >= 0:
+        inner = record.get(key[:dot])
+        if isinstance(inner, dict):
+            return _look_up(inner, key[dot + 1 :])
+        dot = key.find(".", dot + 1)
+    return False, record, key
+
+
+def _with_messages(record: dict[Any, Any], key: str, value: Any) -> Any:
+    """Return the object of a conversation that stands under a key, with what stands beside it, all of which counts."""
+    if not isinstance(value, list | dict):
+        return value
+    _, holder, name = _look_up(record, key)
+    beside = {other: content for other, content in record.items() if other != key}
+    if holder is not record:
+        top = key.split(".", maxsplit=1)[0]
+        inner = {f"{top}.{other}": content for other, content in holder.items() if other != name}
+        beside = {other: content for other, content in beside.items() if other != top} | inner
+    if isinstance(value, dict):
+        return beside | value
+    # What else is called so is no part of it, and is told as passed over.
+    return {("other messages" if other == "messages" else other): content for other, content in beside.items()} | {
+        "messages": value
+    }
 
 
 def read(segment: Segment, extract: Extract) -> Iterator[Batch]:
@@ -144,6 +178,10 @@ def _read_lines(segment: Segment, extract: Extract) -> Iterator[Batch]:
         if not complete:
             place = Place(number, start + len(data) - len(lines[-1]) - data.endswith(b"\n"))
             batch.malformed.append(Malformed(place, _too_long("line")))
+        if segment.of_array:
+            batch.malformed = [
+                Malformed(one.place, one.reason.replace("a line holds", "an element is")) for one in batch.malformed
+            ]
         batch.text_bytes = len(data)
         batch.disk_bytes = _share(segment, len(data))
         yield batch
@@ -208,7 +246,10 @@ def _broken_json(line: bytes, at: int, error: orjson.JSONDecodeError) -> _Malfor
     except UnicodeDecodeError as encoding:
         return _Malformed(at + encoding.start, _NOT_UTF8)
     place = at + len(text[: error.pos].encode())
-    return _Malformed(place, f"invalid JSON ({error.msg}); a line holds one JSON object")
+    fix = "a line holds one JSON object"
+    if error.pos >= len(text.rstrip()):
+        fix += " and all of it; to write an object in several lines, put all of them into one JSON array"
+    return _Malformed(place, f"invalid JSON ({error.msg}); {fix}")
 
 
 def _whole_lines(segment: Segment) -> Iterator[tuple[int, bytes, bool]]:
@@ -297,7 +338,7 @@ def _decoded(path: Path) -> Iterator[str]:
 
 def _read_table(segment: Segment, extract: Extract) -> Iterator[Batch]:
     number = 0
-    for columns in tables.rows(segment.path, segment.start, segment.stop, extract.keys):
+    for columns in tables.rows(segment.path, segment.start, segment.stop, extract.keys, whole=extract.structured):
         batch = Batch()
         for values in zip(*columns.values(), strict=True):
             number += 1

@@ -32,17 +32,22 @@ def cut(path: Path, size: int) -> Iterator[tuple[int, int, int, int]]:
             yield start, len(groups), int(held * scale), before
 
 
-def rows(path: Path, start: int, stop: int, keys: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
-    """Yield batches of rows as a list of values for each key, without keys for each column.
+def rows(
+    path: Path, start: int, stop: int, keys: Sequence[str], *, whole: bool = False
+) -> Iterator[dict[str, list[Any]]]:
+    """Yield batches of rows as a list of values for the column of each key; without keys, or `whole`, for all columns.
 
-    Text comes as bytes, which need not be UTF-8.
+    The column of a key ``a.b`` is ``a`` where there is none of the whole name. Text comes as bytes, which need not be
+    UTF-8.
 
     Raises UserError for a column that is missing, BrokenTable for a file that cannot be read.
     """
     with _broken_named():
         batches = _parquet_batches if path.name.endswith(".parquet") else _arrow_batches
-        for batch in batches(path, start, stop, keys):
-            yield {key: _values(batch.column(key)) for key in keys or batch.schema.names}
+        for batch in batches(path, start, stop, keys, whole):
+            names = list(dict.fromkeys(batch.schema.names))
+            wanted = names if whole or not keys else _columns(path, names, keys)
+            yield {name: _values(batch.column(name)) for name in wanted}
 
 
 @contextmanager
@@ -67,22 +72,23 @@ def _parquet_groups(path: Path) -> list[tuple[int, int]]:
         return [(group.num_rows, max(group.total_byte_size, 1)) for group in groups]
 
 
-def _parquet_batches(path: Path, start: int, stop: int, keys: Sequence[str]) -> Iterator[Any]:
+def _parquet_batches(path: Path, start: int, stop: int, keys: Sequence[str], whole: bool) -> Iterator[Any]:
     with _parquet(path) as file:
-        _require_columns(path, file.schema_arrow.names, keys)
+        found = _columns(path, file.schema_arrow.names, keys)
+        columns = None if whole or not found else found
         for number in range(start, stop):
             group = file.metadata.row_group(number)
             count = min(max(_BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1), 1), _MOST_ROWS)
-            yield from file.iter_batches(count, row_groups=[number], columns=list(keys) or None, use_threads=False)
+            yield from file.iter_batches(count, row_groups=[number], columns=columns, use_threads=False)
 
 
 def _arrow_groups(path: Path) -> list[tuple[int, int]]:
     return [(batch.num_rows, max(batch.nbytes, 1)) for batch in _record_batches(path)]
 
 
-def _arrow_batches(path: Path, start: int, stop: int, keys: Sequence[str]) -> Iterator[Any]:
+def _arrow_batches(path: Path, start: int, stop: int, keys: Sequence[str], whole: bool) -> Iterator[Any]:
     for batch in _record_batches(path, start, stop):
-        _require_columns(path, batch.schema.names, keys)
+        _columns(path, batch.schema.names, keys)
         count = min(max(_BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1), 1), _MOST_ROWS)
         for at in range(0, batch.num_rows, count):
             yield batch.slice(at, count)
@@ -125,9 +131,18 @@ def _values(column: Any) -> list[Any]:
     return column.to_pylist()
 
 
-def _require_columns(path: Path, names: Sequence[str], keys: Sequence[str]) -> None:
+def _columns(path: Path, names: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Return the column in which each key stands, each once; raise UserError where there is none, or two."""
+    found = []
     for key in keys:
-        if key not in names:
+        parts = key.split(".")
+        heads = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        column = next((head for head in heads if head in names), None)
+        if column is None:
             raise UserError(f"{path}: no column {key!r}{nearest(key, names)}; say which with --text-key")
-        if list(names).count(key) > 1:
-            raise UserError(f"{path}: {list(names).count(key)} columns are named {key!r}; one is allowed; rename them")
+        if list(names).count(column) > 1:
+            raise UserError(
+                f"{path}: {list(names).count(column)} columns are named {column!r}; one is allowed; rename them"
+            )
+        found.append(column)
+    return list(dict.fromkeys(found))

@@ -5,9 +5,13 @@ the text comes from strangers, their names must stay text.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from megalite.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
+BEGINNING_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|bos|>")
 END_OF_DOCUMENT_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
 
 _BRACKETED = re.compile("\u2581?(?:<.+>|\\[.+\\])", re.DOTALL)
@@ -21,6 +25,30 @@ def looks_like_control(name: str) -> bool:
 def end_of_document(control_tokens: Mapping[str, int]) -> int | None:
     """Return the id of the first of the usual marks that a vocabulary has."""
     return next((control_tokens[name] for name in END_OF_DOCUMENT_NAMES if name in control_tokens), None)
+
+
+class TextRefused(UserError):
+    """A text that a tokenizer cannot encode."""
+
+
+@contextmanager
+def refusals_named() -> Iterator[None]:
+    """Turn what a tokenizer's library raises over a text into a `TextRefused` that gives the library's reason."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # the libraries raise bare Exception and RuntimeError
+        raise _refused(error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust; it has no class that can be imported
+            raise
+        raise _refused(error) from error
+
+
+def _refused(error: BaseException) -> TextRefused:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return TextRefused(f"the tokenizer refuses this text: {reason}")
 
 
 class PlainText:

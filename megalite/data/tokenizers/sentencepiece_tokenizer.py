@@ -3,12 +3,18 @@
 import hashlib
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
 
-from megalite.data.tokenizers.control_tokens import PlainText, end_of_document, looks_like_control
+from megalite.data.tokenizers.control_tokens import (
+    END_OF_DOCUMENT_NAMES,
+    PlainText,
+    end_of_document,
+    looks_like_control,
+    refusals_named,
+)
 
 
 class SentencePieceTokenizer:
@@ -27,13 +33,23 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.control_tokens = _control_tokens(proto)
         self.eod_id = self._end_of_document()
+        self.bos_id = _known(self._processor.bos_id())
+        self.unknown_id = _known(self._processor.unk_id())
+        self.leading_id: int | None = None
+        self.notes: Sequence[str] = ()
         self.digest = hashlib.sha256(data).hexdigest()
-        self._plain = PlainText(self._without_symbols(proto), self.control_tokens)
+        self._data = data
+        self._encoders: dict[frozenset[str], PlainText] = {}
+        self._plain = self._without(self.control_tokens)
 
     def token_id(self, name: str) -> int | None:
         """Return the id of a piece or control token by its exact name."""
         token = self._processor.piece_to_id(name)
         return token if self._processor.id_to_piece(token) == name else None
+
+    def token_name(self, token: int) -> str | None:
+        """Return the name of a piece or control token by its id."""
+        return self._processor.id_to_piece(token) if 0 <= token < self.vocab_size else None
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with no token added before or after."""
@@ -42,6 +58,10 @@ class SentencePieceTokenizer:
     def encode_plain(self, text: str) -> list[int]:
         """Return the token ids of a text in which names of control tokens stay text."""
         return self._plain(text)
+
+    def message_encoder(self, names: Iterable[str]) -> Callable[[str], list[int]]:
+        """Return an encoder of messages: of the user's symbols it reads those that are not in `names`."""
+        return self._without({*END_OF_DOCUMENT_NAMES, *names})
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""
@@ -56,27 +76,46 @@ class SentencePieceTokenizer:
         return self._processor.decode(list(ids))
 
     def _encode_array(self, text: str) -> np.ndarray:
-        if self._words is None:
-            return np.array(self._processor.encode(text), dtype=np.int32)
-        return np.frombuffer(self._words.encode(text), dtype=np.int32)
+        with refusals_named():
+            if self._words is None:
+                return np.array(self._processor.encode(text), dtype=np.int32)
+            return np.frombuffer(self._words.encode(text), dtype=np.int32)
 
     def _end_of_document(self) -> int | None:
         known = end_of_document(self.control_tokens)
-        declared = self._processor.eos_id()
-        return known if known is not None else declared if declared >= 0 else None
+        return known if known is not None else _known(self._processor.eos_id())
 
-    def _without_symbols(self, proto: Any) -> Callable[[str], list[int]]:
-        """Return an encoder that reads no symbol of the user's that is spelled as a control token."""
-        symbols = [
-            piece for piece in proto.pieces if piece.type == piece.USER_DEFINED and piece.piece in self.control_tokens
-        ]
+    def _without(self, names: Iterable[str]) -> PlainText:
+        """Return an encoder that reads none of these names as a symbol of the user's."""
+        names = frozenset(names)
+        if names not in self._encoders:
+            ids = {name: token for name in names if (token := self.token_id(name)) is not None}
+            self._encoders[names] = PlainText(self._without_symbols(names), ids)
+        return self._encoders[names]
+
+    def _without_symbols(self, names: frozenset[str]) -> Callable[[str], list[int]]:
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (made when imported)
+        proto.ParseFromString(self._data)
+        symbols = [piece for piece in proto.pieces if piece.type == piece.USER_DEFINED and piece.piece in names]
         if not symbols:
             return self.encode
-        import sentencepiece
-
         for piece in symbols:
             piece.type = piece.CONTROL
-        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()).encode
+        processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+        def encode(text: str) -> list[int]:
+            with refusals_named():
+                return processor.encode(text)
+
+        return encode
+
+
+def _known(token: int) -> int | None:
+    """Return an id that the library gives; it says -1 where there is none."""
+    return token if token >= 0 else None
 
 
 def _control_tokens(proto: Any) -> dict[str, int]:

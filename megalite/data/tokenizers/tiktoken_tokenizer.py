@@ -6,14 +6,14 @@ the name of the file, ``cl100k_base.tiktoken``. Nothing is fetched.
 
 import binascii
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT
+from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT, refusals_named
 from megalite.errors import UserError, nearest
 
 SUFFIX = ".tiktoken"
@@ -94,6 +94,8 @@ class TiktokenTokenizer:
         self.control_tokens = encoding.control_tokens
         self.vocab_size: int = self._encoding.n_vocab
         self.eod_id: int | None = encoding.control_tokens[END_OF_DOCUMENT]
+        self.bos_id = self.leading_id = self.unknown_id = None
+        self.notes: Sequence[str] = ()
         self.digest = hashlib.sha256(data).hexdigest()
 
     def token_id(self, name: str) -> int | None:
@@ -105,22 +107,38 @@ class TiktokenTokenizer:
         except KeyError:
             return None
 
+    def token_name(self, token: int) -> str | None:
+        """Return the name of a control token, or the text of another, by its id."""
+        for name, control in self.control_tokens.items():
+            if control == token:
+                return name
+        try:
+            return self._encoding.decode_single_token_bytes(token).decode(errors="replace")
+        except KeyError:
+            return None
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with no token added before or after."""
-        return self._encoding.encode_ordinary(text)
+        with refusals_named():
+            return self._encoding.encode_ordinary(text)
 
     def encode_plain(self, text: str) -> list[int]:
         """Return the token ids of a text in which names of control tokens stay text."""
-        return self._encoding.encode_ordinary(text)
+        return self.encode(text)
+
+    def message_encoder(self, names: Iterable[str]) -> Callable[[str], list[int]]:
+        """Return an encoder of messages, which is `encode`: all tokens that stand for no text are special."""
+        return self.encode
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""
-        return [self._encoding.encode_ordinary(text) for text in texts]
+        return [self.encode(text) for text in texts]
 
     def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the token ids of each text as int32[tokens]."""
         none: set[str] = set()
-        return [np.frombuffer(self._encode(text, none), dtype=np.int32) for text in texts]
+        with refusals_named():
+            return [np.frombuffer(self._encode(text, none), dtype=np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids; control tokens have none."""

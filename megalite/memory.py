@@ -1,0 +1,67 @@
+"""Bytes that a rank holds for its parameters, by what they are: arithmetic over the settings, nothing measured.
+
+Counted are weights, gradients, the reduction of the gradients, and the optimizer's state. Activations, the layers that
+ZeRO-3 gathers to use them, and what the device's libraries take are not.
+"""
+
+from dataclasses import dataclass
+
+from megalite.config import RunConfig
+
+_BUCKET = 500_000_000
+"""Elements of a reduction's buffer, at most, where the DeepSpeed JSON states none."""
+_FP32 = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RankBytes:
+    """What one rank holds on its device, and in host memory or on NVMe, in bytes."""
+
+    weights: int
+    gradients: int
+    """Whole at every ZeRO stage until the end of a step."""
+    reduction: int
+    """The buffer that gradients are reduced in, and from ZeRO stage 1 on the share that is left of them."""
+    optimizer: int
+    """AdamW's two moments, and from ZeRO stage 1 on the fp32 master weights; all in fp32."""
+    offloaded: int = 0
+    """What of the above is not on the device, and not counted there."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.reduction + self.optimizer
+
+
+def rank_bytes(config: RunConfig, parameters: int) -> RankBytes:
+    """Return the bytes of a rank with so many parameters, before ZeRO divides them over the replicas."""
+    stage, replicas = config.zero_stage, config.layout.data
+    weight = _FP32 if config.precision == "fp32" else 2
+    accumulated = config.deepspeed.gradient_precision if config.precision != "fp32" else "fp32"
+    gradient = _FP32 if accumulated == "fp32" else 2
+    share = -(-parameters // replicas)
+    weights = weight * (share if stage == 3 else parameters)
+    zero = config.deepspeed.document.get("zero_optimization", {})
+    bucket = zero.get("reduce_bucket_size", min(_BUCKET, parameters)) if stage else min(_BUCKET, parameters)
+    buffers = 2 if stage in (1, 2) and zero.get("overlap_comm") and zero.get("contiguous_gradients", True) else 1
+    reduction = buffers * bucket * gradient + (share * gradient if stage else 0)
+    optimizer = 12 * share if stage else 8 * parameters
+    offloaded = 0
+    if _off_device(zero.get("offload_optimizer")):
+        offloaded, optimizer = offloaded + optimizer, 0
+    if _off_device(zero.get("offload_param")):
+        offloaded, weights = offloaded + weights, 0
+    return RankBytes(weights, gradient * parameters, reduction, optimizer, offloaded)
+
+
+def _off_device(section: dict[str, object] | None) -> bool:
+    return section is not None and section.get("device") in ("cpu", "nvme")
+
+
+def unit_for(number: int) -> tuple[str, int]:
+    """Return the unit in which a number of bytes is readable, and its size in bytes.
+
+    >>> unit_for(3 << 30), unit_for(5 << 20)
+    (('GiB', 1073741824), ('MiB', 1048576))
+    """
+    return ("GiB", 1 << 30) if number >= 1 << 30 else ("MiB", 1 << 20)

@@ -1,0 +1,56 @@
+"""How a device computes products and attention fastest, measured once at the start of a run."""
+
+import torch
+
+from megalite.model.transformer import causal_attention
+from megalite.tensor_parallel.kernels import (
+    FASTER_PRODUCTS,
+    AttentionKernel,
+    Kernels,
+    Products,
+    cpu_seconds,
+    faster_products,
+)
+
+_FASTER_ATTENTION = 1.125
+"""How many times faster the written-out attention must be than the fused one, which keeps fewer tensors."""
+_RECHOICE = 2.0
+"""How many times faster than the saved way of computing products another must be."""
+
+
+def choose_kernels(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    products: Products | None = None,
+    attention: AttentionKernel | None = None,
+    saved: Kernels | None = None,
+) -> Kernels:
+    """Measure a CPU for some 0.3 s, and return how it computes fastest in the precision of `dtype`.
+
+    `products` and `attention` are taken as they are where given. `saved` is what the checkpoint that a run resumes from
+    was trained with. It stays, so that the resumed run computes to the bit as the uninterrupted one, unless 16-bit
+    products are more than twice as fast otherwise: then the machine is of another kind.
+    """
+    if device.type != "cpu":
+        return Kernels(products or "native", attention or "fused")
+    if products is None:
+        margin = {None: FASTER_PRODUCTS, "native": _RECHOICE, "fp32": 1 / _RECHOICE}
+        products = faster_products(device, dtype, margin[saved and saved.products])
+    if attention is None:
+        attention = saved.attention if saved else _faster_attention(dtype, products)
+    return Kernels(products, attention)
+
+
+def _faster_attention(dtype: torch.dtype, products: Products) -> AttentionKernel:
+    """Time a forward and a backward of 512 tokens and two heads of 64 by each kernel."""
+    query, key, value = inputs = [torch.randn(1, 512, 2, 64).to(dtype).requires_grad_() for _ in range(3)]
+    gradient = torch.randn(1, 512, 2, 64).to(dtype)
+
+    def seconds(attention: AttentionKernel) -> float:
+        kernels = Kernels(products, attention)
+        return cpu_seconds(
+            lambda: torch.autograd.grad(causal_attention(query, key, value, kernels=kernels), inputs, gradient)
+        )
+
+    return "written_out" if seconds("fused") > _FASTER_ATTENTION * seconds("written_out") else "fused"
