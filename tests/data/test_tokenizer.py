@@ -46,6 +46,7 @@ def reference(tokenizer_path):
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.one_of(st.text(max_size=50), TRICKY))
 def test_text_comes_back_as_it_was(tokenizer, text):
@@ -53,6 +54,7 @@ def test_text_comes_back_as_it_was(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace("\u2581", " ")
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(st.one_of(st.text(max_size=50), TRICKY))
 def test_the_word_cache_is_exact(tokenizer, reference, text):
@@ -366,6 +368,7 @@ def test_ranks_of_tiktoken_are_read(tiktoken_tokenizer, ranks):
     assert tokenizer.decode([*tokenizer.encode("the"), 50_256]) == "the"
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=50), TRICKY))
 def test_every_way_of_tiktoken_gives_the_same_ids(tiktoken_tokenizer, text):
