@@ -113,7 +113,14 @@ def foresee_start(plan: Plan) -> list[str]:
         lines = [f"start: with the weights of {plan.config.init_from}"]
     if undigested:
         lines[0] += ", if it is whole: its files have the right sizes, their digests are compared at the start"
-    told = lines[0], *(note for note in start.notes if note.startswith(("warning", "not checked")))
+    told = (
+        lines[0],
+        *(
+            note
+            for note in start.notes
+            if note.startswith(("warning", "not checked", "batches of another size", "init_from"))
+        ),
+    )
     last = plan.config.train.stop_after or plan.config.train.steps
     nothing_left = [f"nothing is left to train: step {start.step:,} is done"] if start.step >= last else []
     return [*told, *nothing_left]

@@ -110,8 +110,12 @@ def nothing(folder: Path) -> None:
 
 
 REFUSED: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
-    ("global batch", nothing, ["train.global_batch_size=8"], ["step_4: stands at sample 16 after step 4", "at 32"]),
-    ("ramp-up", nothing, ["train.batch_size_rampup={start: 2, increment: 2, samples: 8}"], ["stands at sample 16"]),
+    (
+        "global batch",
+        nothing,
+        ["train.global_batch_size=8", "data.order=megatron"],
+        ["step_4: stands at sample 16 after step 4", "at 32", "keep train.global_batch_size"],
+    ),
     ("other model", nothing, ["model.num_hidden_layers=2"], ["is of another run", "num_hidden_layers"]),
     ("named, cut", lambda folder: cut(folder, 4), ["resume=RUN/checkpoints/step_4"], ["bytes, not", "is damaged"]),
     ("named, one bit", flip, ["resume=RUN/checkpoints/step_4"], ["another SHA-256", "is damaged"]),
@@ -235,11 +239,22 @@ def test_what_is_absent_is_told_and_the_rest_is_checked(
         assert dry_run(here, capsys, "resume=never", *given, "model.vocab_size=200")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("override", "size"),
+    [("train.global_batch_size=8", 8), ("train.batch_size_rampup={start: 2, increment: 2, samples: 80}", 2)],
+)
+def test_batches_of_another_size_are_told(override: str, size: int, here: Path, capsys: Capture) -> None:
+    status, out, _ = dry_run(here, capsys, override, "train.steps=10")
+    assert status == 0
+    assert f"batches of another size: {size} sequences" in out
+    assert "batches of another size" not in dry_run(here, capsys, "train.steps=10")[1]
+
+
 def test_without_data_the_order_of_a_checkpoint_is_not_compared(here: Path, capsys: Capture) -> None:
     status, out, _ = dry_run(here, capsys, "data.train=[{prefix: no/where}]")
     assert status == 0
     assert "not checked: whether the data and their order are those of the checkpoint" in out
-    assert dry_run(here, capsys, "data.train=[{prefix: no/where}]", "train.global_batch_size=8")[0] == 2
+    assert dry_run(here, capsys, "data.train=[{prefix: no/where}]", "model.num_hidden_layers=2")[0] == 2
 
 
 def test_a_model_of_unknown_size_is_told(here: Path, capsys: Capture) -> None:
@@ -263,10 +278,10 @@ def test_under_a_launcher_rank_0_does_it(here: Path, capsys: Capture, monkeypatc
         train._be_a_rank(here / "run.yaml", list(overrides), True, environment)
         return capsys.readouterr().out
 
-    assert be_rank(1, "train.global_batch_size=8") == ""
+    assert be_rank(1, "model.num_hidden_layers=2") == ""
     assert "tensor 1 x pipeline 1 x data 2" in be_rank(0)
-    with pytest.raises(UserError, match="stands at sample 16"):
-        be_rank(0, "train.global_batch_size=8")
+    with pytest.raises(UserError, match="is of another run"):
+        be_rank(0, "model.num_hidden_layers=2")
 
 
 def test_the_plan_of_70b_needs_no_data_and_few_lines(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,5 +151,6 @@ def _dry_run(run: Path, overrides: list[str], world_size: int | None) -> None:
     require_unused(folder, f"run.dir={folder}")
     Console().print(plan.describe())
     described = datasets.describe() if datasets is not None else []
-    for line in (*plan.config.notes, *plan.config.deepspeed.notes, *plan.unchecked, *absent, *described, *start):
+    notes = (*plan.config.notes, *plan.config.deepspeed.notes, *plan.unchecked, *absent)
+    for line in (*notes, *described, plan.describe_checkpoints(), *start):
         typer.echo(line)

@@ -1,6 +1,5 @@
 """16-bit products in fp32 beside native ones, and the measurement that chooses between ways to compute."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from megalite.model.stage import Stage
 from megalite.model.transformer import causal_attention
 from megalite.tensor_parallel import kernels as kernels_module
 from megalite.tensor_parallel.collectives import TensorGroup
-from megalite.tensor_parallel.kernels import AttentionKernel, Kernels, Products, cpu_seconds, faster_products
+from megalite.tensor_parallel.kernels import AttentionKernel, Kernels, Products, faster_products, times_as_long
 
 CPU = torch.device("cpu")
 WIDE = Kernels("fp32", "fused")
@@ -107,65 +106,63 @@ def test_widened_attention_is_that_of_fp32(spans: list[int] | None, attention: A
     torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-def test_a_measurement_chooses_the_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pretend(native: float, wide: float) -> Products:
-        seconds = iter([native, wide])
-        monkeypatch.setattr(kernels_module, "cpu_seconds", lambda action: next(seconds))
-        return faster_products(CPU, dtype)
+def pretend(monkeypatch: pytest.MonkeyPatch, ratio: float | None) -> None:
+    """Have every measurement find that the first way takes `ratio` times as long; None: nothing may be measured."""
 
-    assert pretend(30.0, 1.0) == "fp32"
-    assert pretend(1.6, 1.0) == "fp32"
-    assert pretend(1.4, 1.0) == "native", "a measurement that is a little off does not change the choice"
-    assert pretend(0.4, 1.0) == "native"
+    def measured(first: object, second: object) -> float:
+        assert ratio is not None, "it was measured"
+        return ratio
+
+    monkeypatch.setattr(kernels_module, "times_as_long", measured)
+    monkeypatch.setattr(kernel_choice, "times_as_long", measured)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+@pytest.mark.parametrize(("ratio", "expected"), [(30.0, "fp32"), (1.6, "fp32"), (1.4, "native"), (0.4, "native")])
+def test_a_measurement_chooses_the_products(
+    dtype: torch.dtype, ratio: float, expected: Products, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, ratio)
+    assert faster_products(CPU, dtype) == expected
+    pretend(monkeypatch, None)
     assert faster_products(CPU, torch.float32) == "native"
     assert faster_products(torch.device("cuda"), dtype) == "native"
 
 
 @pytest.mark.parametrize(
-    ("saved", "native", "expected"),
-    [
-        (Kernels("native"), 1.9, "native"),
-        (Kernels("native"), 2.1, "fp32"),
-        (Kernels("fp32"), 0.6, "fp32"),
-        (Kernels("fp32"), 0.4, "native"),
-    ],
+    ("saved", "ratio", "expected"),
+    [("native", 1.9, "native"), ("native", 2.1, "fp32"), ("fp32", 0.6, "fp32"), ("fp32", 0.4, "native")],
 )
+@pytest.mark.parametrize("attention", ["fused", "written_out"])
 def test_a_resumed_run_computes_as_it_did(
-    saved: Kernels, native: float, expected: Products, monkeypatch: pytest.MonkeyPatch
+    saved: Products, attention: AttentionKernel, ratio: float, expected: Products, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = iter([native, 1.0])
-    monkeypatch.setattr(kernels_module, "cpu_seconds", lambda action: next(seconds))
-    monkeypatch.setattr(kernel_choice, "cpu_seconds", lambda action: pytest.fail("attention was measured again"))
-    for attention in ("fused", "written_out"):
-        seconds = iter([native, 1.0])
-        chosen = choose_kernels(CPU, torch.bfloat16, saved=replace(saved, attention=attention))
-        assert chosen == Kernels(expected, attention)
+    pretend(monkeypatch, ratio)
+    assert choose_kernels(CPU, torch.bfloat16, saved=Kernels(saved, attention)) == Kernels(expected, attention)
+    pretend(monkeypatch, None)
+    assert choose_kernels(CPU, torch.float32, saved=Kernels("native", attention)) == Kernels("native", attention)
 
 
-def test_attention_is_chosen_by_time_and_settings_stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pretend(fused: float, written_out: float) -> AttentionKernel:
-        seconds = iter([fused, written_out])
-        monkeypatch.setattr(kernel_choice, "cpu_seconds", lambda action: next(seconds))
-        return choose_kernels(CPU, torch.float32).attention
-
-    assert pretend(2.0, 1.0) == "written_out"
-    assert pretend(1.0, 1.0) == "fused"
-    assert pretend(1.0, 2.0) == "fused"
-    monkeypatch.setattr(kernel_choice, "cpu_seconds", lambda action: pytest.fail("a setting was measured"))
+@pytest.mark.parametrize(("ratio", "expected"), [(2.0, "written_out"), (1.25, "fused"), (1.0, "fused"), (0.5, "fused")])
+def test_attention_is_chosen_by_time_and_settings_stand(
+    ratio: float, expected: AttentionKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, ratio)
+    assert choose_kernels(CPU, torch.float32).attention == expected
+    pretend(monkeypatch, None)
     assert choose_kernels(CPU, torch.bfloat16, products="fp32", attention="fused") == Kernels("fp32", "fused")
     assert choose_kernels(torch.device("cuda"), torch.bfloat16) == Kernels("native", "fused")
 
 
-def test_the_measurement_is_short() -> None:
-    calls: list[int] = []
+def test_two_ways_are_timed_in_turn() -> None:
+    calls: list[str] = []
 
-    def slow() -> None:
-        calls.append(1)
-        F.linear(torch.randn(256, 256), torch.randn(256, 256))
+    def work(name: str, size: int) -> None:
+        calls.append(name)
+        F.linear(torch.randn(size, size), torch.randn(size, size))
 
-    assert 0 < cpu_seconds(slow, budget=0.0) < 10
-    assert len(calls) == 3
+    assert times_as_long(lambda: work("a", 512), lambda: work("b", 64), budget=0.0) > 3
+    assert calls == ["a", "b"] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT])
