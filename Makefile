@@ -2,12 +2,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install quickstart test test-full lint types peers benchmark clean
+.PHONY: help install quickstart test test-unit test-full docs-check lint types peers benchmark clean
 
 help:
 	@echo 'make quickstart   train a small model at tensor 2 x pipeline 2 on this machine, from text to curves'
+	@echo 'make test-unit    the tests that start no process: a minute'
 	@echo 'make test         lint, types and the test suite: what CI runs'
 	@echo 'make test-full    also the long proofs'
+	@echo 'make docs-check   run the commands of README, docs/ and examples/ as a reader would'
 	@echo 'make peers        Megatron-core, which some long proofs are beside'
 	@echo 'make benchmark    training steps, schedules and ZeRO stages beside their peers, into benchmarks/results/'
 
@@ -30,6 +32,9 @@ lint: install
 types: install
 	$(BIN)/pyright
 
+test-unit: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unit --hypothesis-profile quick
+
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not full'
 
@@ -39,6 +44,9 @@ peers: install
 
 test-full: lint types peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+docs-check: install
+	$(BIN)/python tools/docs_check.py
 
 benchmark: install
 	$(BIN)/python benchmarks/train_step.py

@@ -1,15 +1,53 @@
-"""What tests share: a token index of made-up text, and run files over it."""
+"""What tests share: which tier they are of, a token index of made-up text, and run files over it."""
 
 import signal
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 from training import QUICKSTART_MODEL
 
 from megalite.data.writer import IndexedDatasetWriter
+
+settings.register_profile("quick", max_examples=20)
+
+STARTS_PROCESSES = frozenset({"run_distributed", "subprocess", "multiprocessing", "psutil", "warm", "launch_local"})
+"""A test module that knows any of these names starts processes, and is not of the tier `unit`."""
+
+_unit: list[str] = []
+"""The test of the tier `unit` that runs now."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Mark the tests of modules that start no process."""
+    for item in items:
+        names = vars(item.module) if isinstance(item, pytest.Function) else STARTS_PROCESSES
+        if not STARTS_PROCESSES.intersection(names) and not any(
+            map(item.get_closest_marker, ("processes", "slow", "full"))
+        ):
+            item.add_marker(pytest.mark.unit)
+
+
+def _refuse_processes(event: str, _: object) -> None:
+    if _unit and event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+        raise AssertionError(f"{_unit[0]} starts a process: mark it or its module `processes`")
+
+
+sys.addaudithook(_refuse_processes)
+
+
+@pytest.fixture(autouse=True)
+def _a_unit_test_starts_no_process(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("unit"):
+        _unit[:] = [request.node.nodeid]
+    yield
+    _unit.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -301,6 +301,7 @@ def test_runs_that_differ_are_not_equal(write: Callable[..., Path]) -> None:
     assert config != load_run_config(write({"deepspeed.gradient_clipping": 0.5}))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     name=st.text(st.characters(blacklist_categories=["Cs", "Cc"]), min_size=1).filter(lambda text: text.strip()),

@@ -528,8 +528,9 @@ def test_master_weights_are_not_rounded_at_the_start(run_file: Path, tmp_path: P
 
 
 def test_weights_alone_begin_another_run(run_file: Path, tmp_path: Path) -> None:
-    run(run_file, tmp_path / "run", (1, 1, 2), *at((1, 1, 2), 1), "train.stop_after=3")
-    start = [*at((2, 1, 1), 1), f"init_from={tmp_path}/run", "model.rope_theta=2.0e4", "train.stop_after=1"]
+    wide = ("model.hidden_size=256", "model.intermediate_size=688")  # a narrow model learns too little in three steps
+    run(run_file, tmp_path / "run", (1, 1, 2), *at((1, 1, 2), 1), *wide, "train.stop_after=3")
+    start = [*at((2, 1, 1), 1), f"init_from={tmp_path}/run", *wide, "model.rope_theta=2.0e4", "train.stop_after=1"]
     step, notes = run(run_file, tmp_path / "tuned", (2, 1, 1), *start, "checkpoint.every=1")
     assert step == 0
     assert notes[1] == "warning: model.rope_theta=20000.0 here, 10000.0 where the weights are from"

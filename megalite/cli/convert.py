@@ -132,13 +132,13 @@ def _open(source: Path, max_positions: int | None = None, model: Path | None = N
 def _with_tokenizer(companions: Mapping[str, Path], path: Path) -> dict[str, Path]:
     """Return the files that go along with those of a tokenizer in the place of the source's."""
     from megalite.checkpoint.companions import GENERATION_CONFIG, companions_among
-    from megalite.data.tokenizer import load_tokenizer, standard_name, tokenizer_file
+    from megalite.data.tokenizer import load_tokenizer, tokenizer_paths
 
     load_tokenizer(path)
     if path.is_dir():
         given = dict(companions_among(path, sorted(file.name for file in path.iterdir() if file.is_file())))
     else:
-        given = {standard_name(path): tokenizer_file(path)}
+        given = tokenizer_paths(path)
     # How generation ends belongs to the weights; only where they tell nothing it is that of the tokenizer's folder.
     kept = {name: file for name, file in companions.items() if name == GENERATION_CONFIG}
     return given | kept

@@ -177,27 +177,21 @@ class IndexedDataset:
             yield len(self.loss_mask(at, min(BLOCK, self.num_tokens - at)))
 
     def max_token_id(self) -> int:
-        """Return the largest token id, or -1 without tokens: from the sidecar, else by reading every token."""
-        return self._token_ids()[1]
+        """Return the largest token id, or -1 without tokens: from the sidecar, else by reading every token.
 
-    def _token_ids(self) -> tuple[int, int]:
-        """The smallest and the largest token id, of no tokens 0 and -1. A sidecar tells the largest; megalite, which
-        writes it, writes none below 0."""
+        Raises UserError where it reads one below 0.
+        """
         if self.sidecar is not None:
-            return 0, self.sidecar.max_token_id
-        smallest, largest = 0, -1
-        for at in range(0, self.num_tokens, 64 * BLOCK):
-            block = self._tokens[at : at + 64 * BLOCK]
-            smallest, largest = min(smallest, int(block.min())), max(largest, int(block.max()))
-        return smallest, largest
+            return self.sidecar.max_token_id
+        blocks = range(0, self.num_tokens, 64 * BLOCK)
+        return max((int(self._checked_ids(self._tokens[at : at + 64 * BLOCK]).max()) for at in blocks), default=-1)
 
     def require_vocabulary(self, vocab_size: int) -> None:
-        """Raise UserError where a token id lies outside a vocabulary, below 0 or beyond its end."""
-        smallest, largest = self._token_ids()
-        if smallest < 0 or largest >= vocab_size:
-            outside = smallest if smallest < 0 else largest
+        """Raise UserError where a token id lies beyond a vocabulary."""
+        largest = self.max_token_id()
+        if largest >= vocab_size:
             raise UserError(
-                f"{self.tokens_path}: holds token id {outside}; a vocabulary of {vocab_size} allows 0 to "
+                f"{self.tokens_path}: holds token id {largest}; a vocabulary of {vocab_size} allows 0 to "
                 f"{vocab_size - 1}; preprocess the text with the model's own tokenizer"
             )
 

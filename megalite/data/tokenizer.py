@@ -153,7 +153,7 @@ def standard_name(file: Path) -> str:
     """Return the name under which a folder's tokenizer is looked for, of a tokenizer's file of any name."""
     if file.suffix == tiktoken_tokenizer.SUFFIX:  # whose name says which encoding it is
         return file.name
-    return "tokenizer.json" if file.suffix == ".json" or file.name in gpt2_files.NAMES else "tokenizer.model"
+    return "tokenizer.json" if file.suffix == ".json" else "tokenizer.model"
 
 
 def tokenizer_file(path: Path) -> Path:
@@ -173,6 +173,17 @@ def tokenizer_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: {_no_tokenizer(path)}")
     return path
+
+
+def tokenizer_paths(path: Path) -> dict[str, Path]:
+    """Return a tokenizer's files, by the names under which a folder's tokenizer is looked for; raise UserError where
+    there is none."""
+    file = tokenizer_file(path)
+    if file.name in gpt2_files.NAMES:
+        return {name: file.with_name(name) for name in gpt2_files.NAMES}
+    added = file.with_name(ADDED_TOKENS)
+    beside = {ADDED_TOKENS: added} if added_tokens_beside(file) and added.is_file() else {}
+    return {standard_name(file): file} | beside
 
 
 def standard_files(path: Path) -> dict[str, bytes]:

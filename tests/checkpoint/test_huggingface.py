@@ -96,6 +96,7 @@ def rewrite(
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_logits_are_those_of_transformers(saved: Callable[[str], Path], variant: str) -> None:
     weights = open_weights(saved(variant))

@@ -193,24 +193,6 @@ def test_a_token_beyond_the_vocabulary_is_named(samples: StreamingSamples) -> No
         SampleRules(vocab_size=largest).microbatch(samples, everything)
 
 
-@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
-def test_a_token_below_0_is_named(tmp_path: Path, dtype: type[np.signedinteger]) -> None:
-    writer = IndexedDatasetWriter(tmp_path / "signed", np.dtype(dtype))
-    writer.add_document(np.arange(40, dtype=dtype))
-    writer.finalize()
-    indexed = IndexedDataset(tmp_path / "signed")
-    indexed.require_vocabulary(40)
-    tokens = np.memmap(indexed.tokens_path, dtype=dtype, mode="r+")
-    tokens[19] = -3
-    tokens.flush()
-    with pytest.raises(UserError, match=r"signed\.bin: holds token id -3; a vocabulary of 40 allows 0 to 39"):
-        IndexedDataset(tmp_path / "signed").require_vocabulary(40)
-    samples = StreamingSamples(IndexedDataset(tmp_path / "signed"), sequence_length=S, seed=3)
-    SampleRules().microbatch(samples, range(samples.samples_per_epoch))
-    with pytest.raises(UserError, match=r"signed: sample \d+ holds token id -3; a vocabulary of 40 allows 0 to 39"):
-        SampleRules(vocab_size=40).microbatch(samples, range(samples.samples_per_epoch))
-
-
 # --------------------------------------------------------------------------------------------------------- read ahead
 
 

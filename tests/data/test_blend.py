@@ -45,6 +45,7 @@ def test_the_golden_blend_of_megatron():
 weights = st.lists(st.one_of(st.integers(1, 9), st.floats(1e-3, 1e3), st.integers(1, 10**12)), min_size=1, max_size=9)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(weights, st.integers(1, 400), st.integers(1, 8), st.integers(1, 20))
 def test_the_blend_is_that_of_the_rule(weights, num_samples, lanes, steps):

@@ -74,6 +74,7 @@ def test_the_golden_index(golden):
 corpora = st.lists(st.one_of(st.integers(0, 1), st.integers(0, 30)), min_size=1, max_size=30).filter(any)
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(
     corpora,
@@ -171,6 +172,7 @@ def test_samples_beyond_the_ends_are_refused(golden):
             samples.pieces(index)
 
 
+@pytest.mark.slow
 def test_a_kept_tail_is_counted_in_whole_numbers():
     """Megatron-core's float32 knows no 2^24 + 1, and makes 142,857,136 samples of 999,999,937 tokens at 7."""
     tokens = (1 << 24) + 2

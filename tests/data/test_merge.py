@@ -2,6 +2,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -123,3 +124,30 @@ def test_the_tool_merges_and_says_so(tmp_path):
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.count("\n") == 1
+
+
+def test_a_merged_dataset_overwrites_only_where_it_may(tmp_path):
+    first, second = (write(tmp_path / name, [[1]], sidecar=sidecar()) for name in "ab")
+    merge_datasets([first, second], tmp_path / "all", overwrite=False)
+    with pytest.raises(
+        UserError, match=r"all\.idx: is there already; give another --output, or overwrite it with --force"
+    ):
+        merge_datasets([first, second], tmp_path / "all", overwrite=False)
+    assert merge_datasets([first, first], tmp_path / "all", overwrite=True).num_documents == 2
+
+
+@pytest.mark.parametrize("edge", ["eod", "bos"])
+def test_tokens_at_the_edges_of_documents_are_told_where_all_have_them(tmp_path, edge):
+    told: dict[str, Any] = {f"{edge}_id": 2, f"{edge}_token": "<x>", "ignored": {"id": 3}}
+    other_counts: dict[str, Any] = {"ignored": {"id": 1, "n": 2}}
+    with_edge, without = (
+        write(tmp_path / name, [[1]], sidecar=replace(sidecar(), **changes))
+        for name, changes in (("a", told), ("b", other_counts))
+    )
+    same = merge_datasets([with_edge, with_edge], tmp_path / "same").sidecar
+    other = merge_datasets([with_edge, without], tmp_path / "other").sidecar
+    assert same is not None
+    assert other is not None
+    assert (getattr(same, f"{edge}_id"), getattr(same, f"{edge}_token"), same.ignored) == (2, "<x>", {"id": 6})
+    assert (getattr(other, f"{edge}_id"), getattr(other, f"{edge}_token")) == (None, None)
+    assert other.ignored == {"id": 4, "n": 2}

@@ -11,6 +11,7 @@ GOLDEN_ORDER = [4, 5, 8, 6, 7, 0, 3, 1, 9, 2]
 GOLDEN_IMAGE = 324_612_049_589
 
 
+@pytest.mark.slow
 def test_the_permutation_is_one_for_every_size_to_10_000():
     for n in range(1, 10_001):
         images = KeyedPermutation(n, b"key %d" % n).array(np.arange(n))
@@ -25,6 +26,7 @@ def test_the_inverse_undoes_every_size():
         assert (permutation.array(permutation.inverse_array(np.arange(n))) == np.arange(n)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [10**12, 2**61 - 1, LARGEST])
 def test_a_million_probes_of_a_large_size_are_one_to_one(n):
     permutation = KeyedPermutation(n, b"key")
@@ -67,6 +69,7 @@ def test_the_permutation_knows_its_bounds():
             KeyedPermutation(n, b"")
 
 
+@pytest.mark.slow
 def test_every_permutation_of_four_is_about_as_frequent():
     keys = 6000
     counts = Counter(tuple(KeyedPermutation(4, b"%d" % key).array(np.arange(4)).tolist()) for key in range(keys))

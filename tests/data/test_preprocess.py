@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -689,7 +690,8 @@ REFUSING = {
 def test_a_text_that_the_tokenizer_refuses_is_malformed(tmp_path, name, workers, monkeypatch, write_jsonl, many_shards):
     many_shards(12)
     (tmp_path / "tokenizer.json").write_text(json.dumps(REFUSING))
-    texts, options = ["a b", "a 日本", "b", "c"], {}
+    texts: list[str] = ["a b", "a 日本", "b", "c"]
+    options: dict[str, Any] = {}
     path = tmp_path / name
     if name == "chat.jsonl":
         turns = [{"messages": [{"role": "assistant", "content": text}]} for text in texts]
@@ -719,7 +721,8 @@ def test_a_text_that_the_tokenizer_refuses_is_malformed(tmp_path, name, workers,
 
 
 def test_a_token_begins_every_document(corpus, sentences, tokenizer_path, tmp_path, monkeypatch):
-    for options in ({"prepend_bos": True}, {"bos_token": "<s>"}):
+    wanted: list[dict[str, Any]] = [{"prepend_bos": True}, {"bos_token": "<s>"}]
+    for options in wanted:
         preprocess([corpus], tokenizer_path, tmp_path / "data", append_eod=True, workers=1, **options)
         dataset = IndexedDataset(tmp_path / "data")
         expected = [[1, *ids, 2] for ids in load_tokenizer(tokenizer_path).encode_batch(sentences)]
@@ -784,8 +787,9 @@ def test_tokens_of_the_edges_are_those_that_tokenizer_config_names(tmp_path, wri
     edges_tokenizer(tmp_path, eos_token="<|none|>")
     for option in ("append_eod", "prepend_bos"):
         flag = f"--{option.replace('_', '-')}"
+        options: dict[str, Any] = {option: True}
         with pytest.raises(UserError, match=f"has no (end-of-document|beginning) token for {flag}; name one with --"):
-            preprocess([path], folder, tmp_path / "data", workers=1, **{option: True})
+            preprocess([path], folder, tmp_path / "data", workers=1, **options)
 
 
 def test_letters_that_the_tokenizer_does_not_know_are_told(tmp_path, write_jsonl):

@@ -332,7 +332,7 @@ def test_a_key_within_a_key_is_read(tmp_path, record, key, text):
 def test_a_key_within_a_key_that_is_not_there_is_named(tmp_path, record, reason):
     (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
     (found,) = read_all(tmp_path / "a.jsonl", Extract(("a.b",)))
-    assert found.startswith(f":1: byte 0: {reason}")
+    assert str(found).startswith(f":1: byte 0: {reason}")
 
 
 TURNS = [{"role": "assistant", "content": "ho"}]
@@ -357,7 +357,5 @@ def test_what_stands_beside_a_conversation_comes_with_it(tmp_path, record, key, 
 
 def test_an_object_over_several_lines_is_told_how_to_be_written(tmp_path):
     (tmp_path / "a.json").write_text('{\n"text": "a"\n}\n')
-    assert (
-        "and all of it; to write an object in several lines, put all of them into one JSON array"
-        in read_all(tmp_path / "a.json")[0]
-    )
+    found = read_all(tmp_path / "a.json")[0]
+    assert "and all of it; to write an object in several lines, put all of them into one JSON array" in str(found)

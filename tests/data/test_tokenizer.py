@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from megalite.data.preprocessing import long_text
 from megalite.data.preprocessing.encoding import encode_long
 from megalite.data.preprocessing.long_text import LongText
-from megalite.data.tokenizer import load_tokenizer, standard_files, train_sentencepiece
+from megalite.data.tokenizer import load_tokenizer, standard_files, tokenizer_paths, train_sentencepiece
 from megalite.data.tokenizers.control_tokens import TextRefused, refusals_named
 from megalite.data.tokenizers.hugging_face_tokenizer import HuggingFaceTokenizer
 from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -46,6 +46,7 @@ def reference(tokenizer_path):
     return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.one_of(st.text(max_size=50), TRICKY))
 def test_text_comes_back_as_it_was(tokenizer, text):
@@ -53,6 +54,7 @@ def test_text_comes_back_as_it_was(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text.replace("\u2581", " ")
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(st.one_of(st.text(max_size=50), TRICKY))
 def test_the_word_cache_is_exact(tokenizer, reference, text):
@@ -366,6 +368,7 @@ def test_ranks_of_tiktoken_are_read(tiktoken_tokenizer, ranks):
     assert tokenizer.decode([*tokenizer.encode("the"), 50_256]) == "the"
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=50), TRICKY))
 def test_every_way_of_tiktoken_gives_the_same_ids(tiktoken_tokenizer, text):
@@ -709,3 +712,13 @@ def test_what_begins_a_text_is_found(tmp_path, sentences, hugging_face_path):
 def test_a_tokenizer_that_is_not_there_is_told_with_a_fix_that_fits(name, fix):
     with pytest.raises(UserError, match=fix):
         load_tokenizer(Path(name))
+
+
+def test_a_tokenizers_files_have_the_names_under_which_they_are_looked_for(tmp_path, sentences, tokenizer_path):
+    assert tokenizer_paths(tokenizer_path) == {"tokenizer.model": tokenizer_path}
+    gpt2_pair(tmp_path, sentences)
+    pair = {name: tmp_path / name for name in ("vocab.json", "merges.txt")}
+    assert tokenizer_paths(tmp_path) == tokenizer_paths(tmp_path / "merges.txt") == pair
+    beside_model(tmp_path, sentences, added_tokens={"<a>": 400})
+    files = {name: tmp_path / name for name in ("tokenizer.model", "added_tokens.json")}
+    assert tokenizer_paths(tmp_path) == tokenizer_paths(tmp_path / "tokenizer.model") == files

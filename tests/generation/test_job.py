@@ -134,6 +134,10 @@ def test_prompts_stand_in_lines_of_text_or_json(tmp_path: Path) -> None:
         Prompt(f"{text}: line 3", "ünd"),
     ]
     assert [prompt.text for prompt in read_prompts([], lines)] == ["a\nb", ""]
+    for file in (text, lines):
+        before = read_prompts([], file)
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        assert read_prompts([], file) == before, "a byte order mark is no text"
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,7 @@ def test_a_backward_comes_after_its_forward_and_its_weights_half_after_its_input
                 assert Backward(*at) not in place
 
 
+@pytest.mark.slow
 @for_many_sizes(*ALL)
 def test_each_send_follows_its_compute_and_each_receive_is_posted_early(case: Case) -> None:
     early = 2 if case.name == "interleaved_1f1b" else 1

@@ -46,11 +46,13 @@ def gets_through(case: Case, *, rendezvous: bool) -> None:
     assert set(ran) == {compute for computes in case.computes for compute in computes}
 
 
+@pytest.mark.slow
 @for_many_sizes(*ALL)
 def test_no_schedule_deadlocks_or_crosses_messages(case: Case) -> None:
     gets_through(case, rendezvous=False)
 
 
+@pytest.mark.slow
 @for_many_sizes(*BLOCKING)
 def test_nor_where_every_send_blocks(case: Case) -> None:
     gets_through(case, rendezvous=True)
@@ -116,6 +118,7 @@ def test_zb_h1_takes_as_long_as_published(p: int) -> None:
             assert timeline.makespan == work + idle
 
 
+@pytest.mark.slow
 @for_many_sizes("zb_h1")
 def test_zb_h1_is_never_slower_than_1f1b(case: Case) -> None:
     p, _, m = sizes(case)
@@ -155,6 +158,7 @@ def halves(forward: float, for_input: float, for_weight: float) -> Cost:
 # ---- what is held
 
 
+@pytest.mark.slow
 @for_many_sizes(*ALL)
 def test_activations_held_at_once(case: Case) -> None:
     p, v, m = sizes(case)

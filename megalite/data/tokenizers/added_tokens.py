@@ -10,18 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT_NAMES, end_of_document, looks_like_control
+from megalite.data.tokenizers.inner_text import InnerText
 from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from megalite.data.tokenizers.tokenizer_config import NAME as TOKENIZER_CONFIG
 from megalite.data.tokenizers.tokenizer_config import read_object
 from megalite.errors import UserError
-
-if TYPE_CHECKING:
-    from megalite.data.tokenizers.inner_text import InnerText
 
 ADDED_TOKENS = "added_tokens.json"
 _MODEL = "tokenizer.model"
@@ -154,17 +152,13 @@ class AddedTokens:
             parts.append(self._model.decode(tokens) if text is None else text)
         return "".join(parts)
 
-    def _within(self) -> "InnerText":
-        from megalite.data.tokenizers.inner_text import InnerText
-
+    def _within(self) -> InnerText:
         if self._inner is None:
             self._inner = InnerText(self._model, self._model.encode)
         return self._inner
 
     def _without(self, names: Iterable[str]) -> Callable[[str], list[int]]:
         """Return an encoder that reads none of these names, neither as an added token nor as the model's symbol."""
-        from megalite.data.tokenizers.inner_text import InnerText
-
         kept = frozenset(names)
         if kept not in self._encoders:
             bare = self._model.message_encoder(kept) if kept else self._model.encode
