@@ -7,6 +7,7 @@ tags, so messages of different directions or kinds must not share one.
 
 import datetime
 import json
+import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from megalite.allocator import keep_freed_memory
 from megalite.errors import CommonError, UserError
+from megalite.interfaces import require_interfaces
 from megalite.layout import Coordinate, ParallelLayout
 from megalite.pipeline.instructions import Kind
 from megalite.pipeline.placement import Placement
@@ -139,13 +141,17 @@ def process_grid(
 
     Every operation fails after `timeout`: without it a lost peer would strand the others for half an hour. Leaving
     matters: a process that ends well with its groups alive may abort.
+
+    Raises UserError where the environment names network interfaces that this host has not.
     """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    require_interfaces(os.environ, backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif device.type == "cpu":
         keep_freed_memory()
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        backend,
         rank=rank,
         world_size=layout.world_size,
         timeout=timeout,

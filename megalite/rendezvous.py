@@ -36,6 +36,7 @@ NAME_SECONDS = 10.0
 """How long a name may lead nowhere: name servers have their moments."""
 _TRY_SECONDS = 5.0
 _POLL_SECONDS = 0.02
+_MOST_POLL_SECONDS = 0.5
 _ASK_SECONDS = 0.1
 _LINES = 8
 
@@ -186,7 +187,7 @@ def _find(environment: LaunchEnvironment, timeout: datetime.timedelta, *, listen
 
     torch would try as long, and fill the console with each of its tries.
     """
-    host, began = socket.gethostname(), time.monotonic()
+    host, began, pause = socket.gethostname(), time.monotonic(), _POLL_SECONDS
     while True:
         waited = time.monotonic() - began
         try:
@@ -208,7 +209,8 @@ def _find(environment: LaunchEnvironment, timeout: datetime.timedelta, *, listen
                     f"{timeout.total_seconds():g} s ({error.strerror or error}); see whether it was started, and its "
                     "own messages"
                 ) from error
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(1.5 * pause, _MOST_POLL_SECONDS)  # thousands of ranks may wait for a host that comes late
 
 
 def _within(timeout: datetime.timedelta, connect: Callable[[], Store]) -> Store:

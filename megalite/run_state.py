@@ -40,7 +40,7 @@ class RunState:
     host: str
     pid: int
     doing: str = ""
-    """What a start is doing."""
+    """What a start is doing, or was when it failed; empty once training has begun."""
     reason: str | None = None
     """Why the run stopped or failed."""
     step: int | None = None
@@ -114,7 +114,10 @@ class RunMarker:
         self._over.set()
         before = read_state(self._folder)
         if before is None or not self._began or not self._is_our_failure(before):
-            self._write(replace(self._now, state="failed", reason=reason[-_WORDS:]))
+            # Rank 0 may have gone on where the launcher has left the word to it.
+            ours = before is not None and before.start == self._now.start
+            doing = before.doing if before is not None and ours else self._now.doing
+            self._write(replace(self._now, state="failed", doing=doing, reason=reason[-_WORDS:]))
 
     def cleared(self) -> None:
         """Remove the file where it still says that this start goes on: it was refused, or had nothing to do."""

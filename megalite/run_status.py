@@ -45,8 +45,17 @@ class RunStatus:
 
     @property
     def laggards(self) -> list[Beat]:
-        """The ranks that hold the others up; none of a run that has ended."""
-        return laggards(self.beats, self.now) if self.state in ("running", "dead") else []
+        """The ranks that hold the others up, or held them up; none of a run that has ended well or was starting."""
+        return laggards(self.beats, self.now) if self.has_ranks else []
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether the heartbeats are those of ranks in training, be it that they have ended without its end."""
+        if self.state == "failed":
+            return self.told is not None and not self.told.doing
+        return self.state == "running" or (
+            self.state == "dead" and (self.told is None or self.told.state != "starting")
+        )
 
     @property
     def missing(self) -> list[int]:

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": ("cluster", "config"),
     "files": (),
     "heartbeat": ("files",),
+    "interfaces": (),
     "run_state": ("files",),
     "finished": ("checkpoint", "plan", "run_state", "stopping"),
     "run_status": ("checkpoint.weights", "config", "files", "heartbeat", "run_state", "stopping"),
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "tensor_parallel": ("tensor_parallel",),
     "allocator": (),
     "distributed": (
-        *("allocator", "layout", "pipeline.instructions", "pipeline.placement"),
+        *("allocator", "interfaces", "layout", "pipeline.instructions", "pipeline.placement"),
         "tensor_parallel.collectives",
     ),
     "model": ("config", "model", "tensor_parallel"),

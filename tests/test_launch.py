@@ -3,6 +3,7 @@
 The ranks here are small programs of real processes: what they do when one is killed does not depend on training.
 """
 
+import io
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import psutil
 import pytest
 
 from megalite.errors import STOPPED_STATUS, UserError
-from megalite.launch import LaunchEnvironment, launch_environment, launch_local
+from megalite.launch import LaunchEnvironment, interactive_shell, keep_log, launch_environment, launch_local
 from megalite.launch.environment import LAUNCHER_PID, first_host
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -168,6 +169,31 @@ def test_every_launcher_says_who_a_rank_is(variables: Mapping[str, str], expecte
     found = launch_environment(variables)
     assert found is not None
     assert {name: getattr(found, name) for name in expected} == expected
+
+
+SHELL = {**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_PTY_PORT": "38151"}
+"""What `srun --pty bash` leaves in the shell."""
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_shell"),
+    [
+        (SHELL, True),
+        (SHELL | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"}, True),  # in an allocation of eight
+        (SHELL | {"SLURM_STEP_ID": "4294967290", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, True),
+        ({name: SHELL[name] for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_PTY_PORT")}, True),
+        (SHELL | {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}, False),  # srun again, in that shell
+        ({name: value for name, value in SHELL.items() if name != "SLURM_PTY_PORT"}, False),  # srun of one rank
+        (SLURM, False),
+        ({}, False),
+        ({"SLURM_PTY_PORT": "1", "SLURM_NTASKS": "1"}, False),  # no task of Slurm's at all
+        (SHELL | RANKED, False),  # torchrun or deepspeed in that shell
+    ],
+)
+def test_a_shell_of_slurm_is_no_rank(variables: dict[str, str], is_shell: bool) -> None:
+    assert interactive_shell(variables) == is_shell
+    if is_shell:
+        assert launch_environment(variables) is None
 
 
 @pytest.mark.parametrize("variables", [{}, {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8"}, {"WORLD_SIZE": "8"}])
@@ -626,3 +652,59 @@ def test_a_rank_outlives_the_shell_above_deepspeed(deepspeed_run: dict[str, int]
     os.kill(deepspeed_run["shell"], signal.SIGKILL)
     time.sleep(2.5)
     assert is_alive(deepspeed_run["rank"])
+
+
+# ---- the logs of ranks that others launch
+
+
+class Broken(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stdout", [False, True])
+def test_a_rank_keeps_a_log_beside_its_console(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stdout: bool
+) -> None:
+    path = tmp_path / "logs/rank_3.log"
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    for number in (1, 2):  # a second start adds to it
+        with monkeypatch.context() as start:
+            start.setattr(sys, "stdout", sys.stdout)
+            start.setattr(sys, "stderr", sys.stderr)
+            keep_log(path, rank=3, stdout=stdout)
+            sys.stdout.write(f"out {number}\n")
+            sys.stderr.write(f"err {number}\n")
+            sys.stderr.writelines(["more\n"])
+            sys.stdout.flush()
+            sys.stderr.flush()
+            assert sys.stderr.encoding
+    told = capsys.readouterr()
+    assert told.out == "out 1\nout 2\n"
+    assert told.err == "err 1\nmore\nerr 2\nmore\n"
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if not line.startswith("--- ")] == [
+        *(["out 1"] if stdout else []),
+        *("err 1", "more"),
+        *(["out 2"] if stdout else []),
+        *("err 2", "more"),
+    ]
+    heads = [line for line in lines if line.startswith("--- ")]
+    assert len(heads) == 2
+    assert f": rank 3 on {socket.gethostname()}, process {os.getpid()}" in heads[0]
+
+
+def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    (tmp_path / "logs").touch()
+    keep_log(tmp_path / "logs/rank_0.log", rank=0, stdout=False)
+    assert "rank_0.log: no log of this rank: " in capsys.readouterr().err
+    keep_log(tmp_path / "rank_0.log", rank=0, stdout=False)
+    sys.stderr._log = Broken()  # pyright: ignore[reportAttributeAccessIssue]
+    for line in ("one\n", "two\n"):
+        sys.stderr.write(line)
+    told = capsys.readouterr().err
+    assert told == "one\nmegalite: the log of this rank is not written any more: No space left on device\ntwo\n"

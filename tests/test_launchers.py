@@ -113,6 +113,13 @@ def test_a_run_file_trains_alike_under_every_launcher(launch: Callable[..., Run]
         run = launch(launcher, "train.steps=3", fresh=True)
         assert run.process.wait(120) == 0, run.output.read_text()
         assert (run.directory / "DONE.json").exists()
-        losses[launcher] = [json.loads(line)["loss"] for line in (run.directory / "metrics.jsonl").open()]
+        records = [json.loads(line) for line in (run.directory / "metrics.jsonl").open()]
+        losses[launcher] = [record["loss"] for record in records if "loss" in record]
+        assert json.loads((run.directory / "STATE.json").read_text())["state"] == "done"
+        for rank in (0, 1):
+            log = run.directory / f"logs/rank_{rank}.log"
+            assert log.exists()
+            if launcher is not by_hand:
+                assert f": rank {rank} on {socket.gethostname()}, process " in log.read_text().splitlines()[0]
     assert len(losses[by_hand]) == 3
     assert losses[by_hand] == losses[by_torchrun] == losses[by_deepspeed]

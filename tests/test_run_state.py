@@ -199,7 +199,13 @@ def test_status_speaks_of_every_state(tmp_path: Path, run_file: Path) -> None:
     assert first.startswith(f"{folder}: dead, while it was starting (building the model): nothing was written for 2")
     assert hint == f"logs of the ranks: {folder}/logs; started again, it goes on from its newest checkpoint"
     ours.failed("data.train: no such file\nand more")
-    assert lines()[0] == f"{folder}: failed: data.train: no such file (and 1 more lines)"
+    said = "data.train: no such file (and 1 more lines)"
+    assert lines()[0] == f"{folder}: failed, while it was starting (building the model): {said}"
+    assert len(lines()) == 3
+    ours.running()
+    ours.failed("rank 2 on node1 ended with status 1")
+    assert lines()[0] == f"{folder}: failed: rank 2 on node1 ended with status 1"
+    assert lines()[2] == "4 ranks: 0 behind or silent, 4 not heard of yet"
     (folder / "config.yaml").write_text(prepare(run_file, [*TINY], None).config.to_yaml())
     ours.ended("stopped", step=4, reason="train.stop_after=4", checkpoint="runs/checkpoints/step_4")
     assert lines() == [
@@ -339,4 +345,5 @@ def test_a_failed_run_says_why(run_file: Path, tmp_path: Path) -> None:
     refused = megalite("train", *given, status=2)
     assert "no checkpoint is whole" in refused.stderr
     lines = megalite("status", str(run_file)).stdout.splitlines()
-    assert lines[0].startswith(f"{tmp_path}/run: failed: {tmp_path}/run/checkpoints/step_2: state.json has ")
+    start = f"{tmp_path}/run: failed, while it was starting (building the model): {tmp_path}/run/checkpoints/step_2: "
+    assert lines[0].startswith(start + "state.json has ")

@@ -113,8 +113,8 @@ def test_a_run_stops_where_it_is_told_and_is_not_done(run_file: Path, tmp_path: 
     assert not (tmp_path / "run" / "DONE.json").exists()
     assert json.loads((tmp_path / "run" / "earlier" / "1" / "DONE.json").read_text())["step"] == 6
     assert len((tmp_path / "run" / "earlier" / "1" / "metrics.jsonl").read_text().splitlines()) == 6
-    until = [line.split(" | tok/s")[0] for line in whole if line.startswith("step")][:3]
-    assert [line.split(" | tok/s")[0] for line in stopped if line.startswith("step")] == until
+    until = [line.split(" | ")[:4] for line in whole if " | loss " in line][:3]
+    assert [line.split(" | ")[:4] for line in stopped if " | loss " in line] == until
 
 
 @pytest.mark.full

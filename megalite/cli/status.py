@@ -44,7 +44,7 @@ def _lines(status: "RunStatus") -> Iterator[str]:
         )
     else:
         yield f"no step of {status.total_steps:,} is done yet"
-    if status.state in ("running", "dead") and not _is_start(status):
+    if status.has_ranks:
         yield from _ranks(status)
     yield from _how_to_go_on(status)
 
@@ -61,7 +61,8 @@ def _of_the_end(status: "RunStatus") -> str:
     if status.state == "failed":
         assert told is not None
         first, *more = (told.reason or "").splitlines() or [""]
-        return f": {first}" + (f" (and {len(more):,} more lines)" if more else "")
+        when = f", while it was starting ({told.doing})" if told.doing else ""
+        return f"{when}: {first}" + (f" (and {len(more):,} more lines)" if more else "")
     if status.state == "dead":
         if told is not None and _is_start(status):
             return f", while it was starting ({told.doing}): nothing was written for {status.now - told.time:,.0f} s"

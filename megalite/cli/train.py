@@ -14,6 +14,8 @@ from megalite.launch import (
     announce,
     die_with_parent,
     end_announcement,
+    interactive_shell,
+    keep_log,
     launch_environment,
     launch_local,
     start_name,
@@ -67,6 +69,8 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     if dry_run:
         _dry_run(run, overrides, None)
         return
+    if interactive_shell(os.environ):
+        typer.echo("megalite: this is an interactive shell of Slurm: the ranks are started on this machine", err=True)
     announce(f"checking {run.name}")  # before the imports, which may take a second
     from megalite.files import sole_user
     from megalite.finished import step_of_a_finished_run
@@ -120,6 +124,9 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
     from megalite.plan import prepare
 
     plan = prepare(run, overrides, environment.world_size)
+    if environment.launcher != "megalite":  # which keeps logs itself
+        log = plan.config.run.dir / "logs" / f"rank_{environment.rank}.log"
+        keep_log(log, rank=environment.rank, stdout=environment.rank != 0)
     marker = _marker(plan)
     try:
         if environment.rank == 0:

@@ -82,13 +82,15 @@ def launch_environment(env: Mapping[str, str]) -> LaunchEnvironment | None:
     RANK goes before the rest, since torchrun and deepspeed run inside Slurm jobs; mpirun goes before Slurm, since a
     batch script has a SLURM_PROCID of its own, which mpirun hands down to every rank.
 
+    An interactive shell of Slurm has the variables of a task and is none: see `interactive_shell`.
+
     Raises UserError where a launcher's variables are incomplete or no numbers.
     """
     if "RANK" in env:
         found = _from_rank(env)
     elif "OMPI_COMM_WORLD_RANK" in env:
         found = _from_openmpi(env)
-    elif "SLURM_PROCID" in env:
+    elif "SLURM_PROCID" in env and not interactive_shell(env):
         found = _from_slurm(env)
     else:
         return None
@@ -99,6 +101,19 @@ def launch_environment(env: Mapping[str, str]) -> LaunchEnvironment | None:
         if value >= size:
             raise UserError(f"environment: {name} {value} of {found.launcher} is not in 0..{size - 1}")
     return found
+
+
+_INTERACTIVE_STEP = str(0xFFFFFFFA)
+"""The step in which salloc runs a shell on a node."""
+
+
+def interactive_shell(env: Mapping[str, str]) -> bool:
+    """Whether this process was started by hand in a shell that Slurm gave: by ``srun --pty``, as its only task, or by
+    salloc. A command in the place of that shell is the only task too, and starting its ranks here is the same to it."""
+    if any(name in env for name in ("RANK", "OMPI_COMM_WORLD_RANK")) or "SLURM_PROCID" not in env:
+        return False
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS"))
+    return env.get("SLURM_STEP_ID") == _INTERACTIVE_STEP or ("SLURM_PTY_PORT" in env and tasks == "1")
 
 
 def _from_rank(env: Mapping[str, str]) -> LaunchEnvironment:
