@@ -108,6 +108,10 @@ def test_every_schedule_composes_with_tensor_and_data_parallelism(
     check(run_file, corpus, (2, 2, 2), "deepspeed.zero_optimization.stage=3", *schedule, tied=True)
 
 
+def test_fused_attention_trains_like_one_process(run_file: Path, corpus: Path) -> None:
+    check(run_file, corpus, (2, 2, 1), tied=True, model=("train.cpu_attention=fused",))
+
+
 def test_uneven_stages_train_like_one_process(run_file: Path, corpus: Path) -> None:
     check(run_file, corpus, (1, 2, 1), "parallel.stage_layers=[3, 1]", tied=True)
 

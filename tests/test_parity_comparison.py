@@ -128,10 +128,10 @@ def verified(
     timeout = timedelta(seconds=60)
     grid = build_grid(plan.layout, rank, device=torch.device("cpu"), timeout=timeout, placement=plan.placement)
     datasets = open_datasets(plan.config)
-    reference = Reference(plan, datasets, grid.device) if rank == 0 else None
     if initialise is not None and rank == 1:
         Stage.initialise = initialise  # pyright: ignore[reportAttributeAccessIssue]
     trainer = Trainer(plan, grid, datasets)
+    reference = Reference(plan, datasets, grid.device, trainer.kernels) if rank == 0 else None
     if sabotage is not None:
         sabotage(grid, trainer)
     finding = compare(trainer, reference)

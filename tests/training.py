@@ -92,10 +92,12 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     from megalite.model.stage import Stage
     from megalite.plan import prepare
     from megalite.tensor_parallel.collectives import TensorGroup
+    from megalite.tensor_parallel.kernels import Kernels
 
     plan = prepare(path, overrides, 1)
     config, train = plan.config, plan.config.train
-    model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
+    group = TensorGroup(kernels=Kernels("native", train.cpu_attention or "written_out"))
+    model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=group)
     model.initialise(config.run.seed)
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},

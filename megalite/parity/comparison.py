@@ -49,8 +49,8 @@ def verify_layout(plan: Plan, environment: LaunchEnvironment) -> Finding:
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     with process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid:
         datasets = open_datasets(plan.config)
-        reference = Reference(plan, datasets, device) if grid.rank == 0 else None
         trainer = Trainer(plan, grid, datasets)
+        reference = Reference(plan, datasets, device, trainer.kernels) if grid.rank == 0 else None
         finding = compare(trainer, reference)
         trainer.close()
     return finding

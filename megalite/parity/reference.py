@@ -15,6 +15,7 @@ from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.plan import Plan
 from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.tensor_parallel.kernels import Kernels
 from megalite.tensor_parallel.sharding import place
 
 
@@ -24,9 +25,10 @@ class Reference:
     `loss` is the mean over the global batch, or over what counts of it; `norm` is the gradient's global norm.
     """
 
-    def __init__(self, plan: Plan, datasets: Datasets, device: torch.device) -> None:
+    def __init__(self, plan: Plan, datasets: Datasets, device: torch.device, kernels: Kernels) -> None:
+        """Compute with the kernels of the layout that is compared, so that both round at the same places."""
         self._plan, self._device = plan, device
-        model = _whole_model(plan).to(device)
+        model = _whole_model(plan, kernels).to(device)
         self._parameters = dict(_global_tensors(model))
         batch = list(self._microbatches(datasets))
         counted = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
@@ -78,9 +80,9 @@ class Reference:
         return torch.from_numpy(array.copy()).to(self._device)
 
 
-def _whole_model(plan: Plan) -> Stage:
-    config = plan.config
-    model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
+def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
+    config, group = plan.config, TensorGroup(kernels=kernels)
+    model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=group)
     if config.init_from is None:
         model.initialise(config.run.seed)
     else:
