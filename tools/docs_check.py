@@ -5,8 +5,9 @@
     python tools/docs_check.py --list             # what would run, and what is left out and why
 
 A command is to end with status 0, or with 2 where the page shows a ``megalite: error``. What a page shows and the
-command does not say any more is noted, since numbers and times differ; what a model generates is its own. The models of the run files are made narrow and
-trained in fp32, so that a laptop's processor is enough; steps, layouts and commands are the page's.
+command does not say any more is noted, since numbers and times differ; what a model generates is its own. The models
+of the run files are made narrow and trained in fp32, so that a laptop's processor is enough; steps, layouts and
+commands are the page's.
 
 `LEFT_OUT` names what cannot run here and why. An entry that no page has any more is an error, as is a page of docs/
 with commands that has no place in `PAGES`.
