@@ -292,13 +292,13 @@ def train_with_a_bad_corpus(run: str, overrides: Sequence[str]) -> tuple[str, li
     from megalite.train import train
 
     read: list[str] = []
-    whole = IndexedDataset._token_ids
+    whole = IndexedDataset.max_token_id
 
-    def reading(self: IndexedDataset) -> tuple[int, int]:
+    def reading(self: IndexedDataset) -> int:
         read.append(self.tokens_path.name)
         return whole(self)
 
-    IndexedDataset._token_ids = reading
+    IndexedDataset.max_token_id = reading
     plan = prepare(Path(run), overrides, here().world_size)
     return refusal(lambda: train(plan, here())), read
 

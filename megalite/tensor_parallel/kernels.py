@@ -82,7 +82,8 @@ def times_as_long(first: Callable[[], object], second: Callable[[], object], bud
     Each is called once to warm up, and then both in turn, so that whatever else the machine does meets both: twice at
     least, and until `budget` CPU seconds are spent. The least time of each counts.
     """
-    first(), second()
+    first()
+    second()
     least, spent, rounds = [float("inf"), float("inf")], 0.0, 0
     while rounds < 2 or spent < budget:
         for number, action in enumerate((first, second)):
