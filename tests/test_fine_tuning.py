@@ -238,7 +238,7 @@ def test_weights_to_begin_with_are_passed_over_aloud_where_the_run_goes_on(
 def documents_with(folder: Path, tokenizer: Path, *options: str) -> Path:
     (folder / "text.jsonl").write_text('{"text": "How are you?"}\n' * 60)
     words = [str(folder / "text.jsonl"), "--output", str(folder / "text"), "--tokenizer", str(tokenizer)]
-    assert main(["preprocess", *words, "--workers", "1", *options]) == 0
+    assert main(["preprocess", *words, "--workers", "1", "--force", *options]) == 0
     return folder / "text"
 
 

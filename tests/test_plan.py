@@ -97,11 +97,11 @@ def test_bad_input_is_one_line_and_status_2_before_any_rank(
     write_corpus(prefix, np.arange(4000, dtype=np.uint16) % 300)
     spoil(prefix)
     status = main(["train", str(run_file), f"data.train=[{{prefix: {prefix}}}]", *overrides])
-    captured = capsys.readouterr()
-    assert status == 2
-    assert captured.err.startswith("megalite: error: ")
+    first, error = capsys.readouterr().err.splitlines()
+    assert (status, first) == (2, "megalite: checking run.yaml")
+    assert error.startswith("megalite: error: ")
     for part in parts:
-        assert part in captured.err
+        assert part in error
     assert not (tmp_path / "run").exists()
 
 

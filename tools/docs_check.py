@@ -99,18 +99,24 @@ def commands(page: str, text: str) -> list[Command]:
     return found
 
 
-def first_run_file(text: str) -> str:
-    """Return the block of a page that is a run file."""
-    return next("\n".join(lines) for _, language, lines in blocks(text) if language == "yaml" and "run:" in lines[0])
+def run_files(text: str) -> dict[str, str]:
+    """Return the run files of a page by name: "# NAME" is a block's first line, else it is run.yaml."""
+    found: dict[str, str] = {}
+    for _, language, lines in blocks(text):
+        if language == "yaml" and any(line.startswith("run:") for line in lines):
+            name = lines[0].removeprefix("# ") if lines[0].startswith("# ") else "run.yaml"
+            found[name] = "\n".join(lines)
+    return found
 
 
 # ---- what a page assumes
 
 
 def narrow(file: Path) -> None:
-    """Make the model of a run file narrow, and its sequences short."""
+    """Make the model of a run file narrow, if it states one, and its sequences short."""
     content: dict[str, Any] = yaml.safe_load(file.read_text())
-    content["model"] |= NARROW
+    if "model" in content:
+        content["model"] |= NARROW
     content["data"]["sequence_length"] = 32
     file.write_text(yaml.safe_dump(content, sort_keys=False))
 
@@ -126,11 +132,12 @@ def check_out(here: Path) -> None:
 
 
 def a_readers_text(here: Path) -> None:
-    """Lay out README's corpus and the run file that README shows."""
+    """Lay out README's corpus and the run files that README shows."""
     build = [sys.executable, "examples/quickstart/build_corpus.py", "--output", "corpus/text.jsonl"]
     subprocess.run(build, cwd=here, check=True, stdout=subprocess.DEVNULL)
-    (here / "run.yaml").write_text(first_run_file((ROOT / "README.md").read_text()))
-    narrow(here / "run.yaml")
+    for name, content in run_files((ROOT / "README.md").read_text()).items():
+        (here / name).write_text(content)
+        narrow(here / name)
 
 
 def prompts(here: Path) -> None:
@@ -179,7 +186,6 @@ LEFT_OUT = {
         "make test": "is the tests",
         "srun python -m megalite train run.yaml": SLURM,
         "megalite slurm run.yaml --nodes 2 --launcher torchrun": SLURM,
-        "megalite train run.yaml init_from=hf/llama-3.2-1b": OTHERS,
     },
     "examples/pretrain_llama_7b/README.md": {
         "megalite tokenizer train /corpus/jsonl --vocab-size 32000 --output data/llama_7b/tokenizer.model": CORPUS,
