@@ -17,7 +17,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "composition.md"
 TOLERANCE = 1e-5
 SMALL = (
     *("model.num_hidden_layers=8", "model.hidden_size=64", "model.intermediate_size=96", "model.vocab_size=512"),
-    *("data.sequence_length=48", "train.global_batch_size=16", "train.micro_batch_size=2", "train.steps=6"),
+    *("data.sequence_length=48", "train.global_batch_size=16", "train.micro_batch_size=2", "train.steps=4"),
 )
 Case = dict[str, tuple[str, ...]]
 LAYOUTS = list(product((1, 2), (2, 4), (1, 2)))

@@ -5,12 +5,17 @@ step. Losses and gradient norms agree to 1e-5, relative.
 """
 
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
 from harness import run_distributed
-from training import Trace, train_in_plain_torch, train_rank
+from training import Trace, resized, train_in_plain_torch, train_rank
 
+SIZES = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 509}
+"""Of the model here, whose heads and layers are the quickstart's: a vocabulary that no ranks divide is padded."""
+FASTER = "train.optimizer.lr=2.0e-3"
+"""A narrow model takes larger steps to learn something in ten."""
 TOLERANCE = 1e-5
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2), (1, 4, 1)]
 
@@ -27,7 +32,8 @@ def check(
 ) -> None:
     """Train at `layout` with `overrides`, and in one process; `model` is what both share."""
     tensor, pipeline, data = layout
-    shared = (*model, f"model.tie_word_embeddings={str(tied).lower()}")
+    resized(run_file, **SIZES)
+    shared = (FASTER, *model, f"model.tie_word_embeddings={str(tied).lower()}")
     expected = reference(corpus, run_file.read_text().replace(str(run_file.parent), ""), shared)
     traces = run_distributed(
         train_rank,
@@ -44,12 +50,18 @@ def check(
     for losses, norms in traces:
         Trace(losses, norms).assert_close(expected, TOLERANCE)
     assert max(expected.norms) > 0.5, "clipping was never active"
-    assert expected.losses[-1] < expected.losses[0] - 0.3, "nothing was learned"
+    assert expected.losses[-1] < expected.losses[0] - 0.15, "nothing was learned"
 
 
-QUICK = [(True, 0), (True, 2), (False, 3)]
+# Every pair of an axis' size, tied or not, and a ZeRO stage is in one of these; `full` has every combination.
+QUICK = [
+    *[((2, 1, 1), True, 0), ((1, 1, 2), False, 1), ((2, 1, 2), True, 2), ((2, 1, 2), False, 3)],
+    *[((1, 2, 2), False, 0), ((2, 2, 1), True, 1), ((2, 2, 1), False, 2), ((2, 2, 2), True, 3)],
+    *[((1, 4, 1), True, 0), ((1, 4, 1), False, 1), ((1, 2, 2), True, 2), ((1, 4, 1), False, 3)],
+    *[((1, 1, 1), True, 2), ((1, 1, 1), False, 3)],
+]
 EVERY = [
-    pytest.param(layout, tied, stage, marks=() if (tied, stage) in QUICK else pytest.mark.full)
+    pytest.param(layout, tied, stage, marks=() if (layout, tied, stage) in QUICK else pytest.mark.full)
     for layout in LAYOUTS
     for tied in (True, False)
     for stage in (0, 1, 2, 3)
@@ -72,7 +84,7 @@ def test_stages_may_have_different_numbers_of_sub_groups(run_file: Path, corpus:
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param((1, 2, 1), marks=pytest.mark.full), (1, 4, 1), (2, 2, 2)],
+    [pytest.param((1, 2, 1), marks=pytest.mark.full), (1, 4, 1), pytest.param((2, 2, 2), marks=pytest.mark.full)],
     ids=lambda layout: "x".join(map(str, layout)),
 )
 def test_gpipe_trains_like_one_process(run_file: Path, corpus: Path, layout: tuple[int, int, int]) -> None:
@@ -86,22 +98,30 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 2)), 1, 3])
-@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.full)], ids=["tied", "untied"])
-@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-def test_every_schedule_trains_like_one_process(
-    run_file: Path, corpus: Path, schedule: tuple[str, ...], tied: bool, stage: int
-) -> None:
-    check(run_file, corpus, (1, 2, 1), f"deepspeed.zero_optimization.stage={stage}", *schedule, tied=tied)
+QUICK_SCHEDULES = {("interleaved", True, 3), ("zb_h1", True, 1), ("zb_v", True, 2), ("zb_v", True, 3)}
 
 
 @pytest.mark.parametrize(
-    "schedule",
+    ("schedule", "tied", "stage"),
     [
-        pytest.param(overrides, id=name, marks=() if name == "zb_v" else pytest.mark.full)
-        for name, overrides in SCHEDULES.items()
+        pytest.param(*case, marks=() if case in QUICK_SCHEDULES else pytest.mark.full)
+        for case in product(SCHEDULES, (True, False), (0, 1, 2, 3))
     ],
 )
+def test_every_schedule_trains_like_one_process(
+    run_file: Path, corpus: Path, schedule: str, tied: bool, stage: int
+) -> None:
+    zero = f"deepspeed.zero_optimization.stage={stage}"
+    check(run_file, corpus, (1, 2, 1), zero, *SCHEDULES[schedule], tied=tied)
+
+
+@pytest.mark.parametrize("schedule", [("parallel.schedule=zb_h1",)], ids=["zb_h1"])
+def test_a_schedule_composes_with_tensor_parallelism(run_file: Path, corpus: Path, schedule: tuple[str, ...]) -> None:
+    check(run_file, corpus, (2, 2, 1), "deepspeed.zero_optimization.stage=2", *schedule, tied=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_every_schedule_composes_with_tensor_and_data_parallelism(
     run_file: Path, corpus: Path, schedule: tuple[str, ...]
 ) -> None:
@@ -130,7 +150,7 @@ def test_offload_trains_like_one_process(run_file: Path, corpus: Path, stage: in
 
 
 GPT2 = (
-    "model={architecture: gpt2, vocab_size: 8192, hidden_size: 256, num_hidden_layers: 4, num_attention_heads: 8,"
+    "model={architecture: gpt2, vocab_size: 509, hidden_size: 64, num_hidden_layers: 4, num_attention_heads: 8,"
     " max_position_embeddings: 256}"
 )
 
@@ -204,8 +224,7 @@ DIVIDED_FAMILIES = {"llama": (), "gpt2": (GPT2,), "gpt_neox": (NEOX,), **QUICK_F
         ((2, 2, 1), 0, "llama"),
         ((2, 2, 1), 1, "gpt_neox"),
         ((2, 1, 2), 2, "normed heads, 1 kv head"),
-        ((2, 1, 2), 3, "gpt2"),
-        ((2, 2, 1), 3, "llama"),
+        ((2, 2, 1), 3, "gpt2"),
     ],
 )
 def test_divided_tokens_train_like_one_process(
@@ -242,8 +261,8 @@ QUICK_RECOMPUTED = [
     ((2, 1, 1), 0, "full, divided"),
     ((1, 2, 1), 2, "selective"),
     ((1, 1, 2), 3, "full"),
-    ((2, 2, 2), 1, "kept"),
-    ((2, 2, 2), 3, "full, two at once"),
+    ((2, 2, 1), 1, "kept"),
+    ((1, 2, 2), 3, "full, two at once"),
 ]
 
 
