@@ -38,8 +38,16 @@ NO_MARKER = "\nimport megalite.cli.train; megalite.cli.train._marker = lambda pl
 
 
 def prepare_that(statement: str) -> str:
-    """Code that puts a stand-in for the first thing that `megalite train` does."""
-    return f"import megalite.plan\ndef prepare(*arguments):\n    {statement}\nmegalite.plan.prepare = prepare"
+    """Code that puts a stand-in for the first thing that `megalite train` does, of a run in RUN_DIR."""
+    return f"""
+import os, pathlib, types
+import megalite.plan
+def prepare(*arguments):
+    {statement}
+    run = types.SimpleNamespace(dir=pathlib.Path(os.environ["RUN_DIR"]))
+    return types.SimpleNamespace(config=types.SimpleNamespace(run=run))
+megalite.plan.prepare = prepare
+"""
 
 
 def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
@@ -225,7 +233,7 @@ def test_a_dry_run_says_what_will_be_kept(
     assert line in capsys.readouterr().out
 
 
-def test_a_launched_rank_takes_its_place() -> None:
+def test_a_launched_rank_takes_its_place(tmp_path: Path) -> None:
     code = (
         prepare_that("print(arguments[1:], flush=True)")
         + NO_MARKER
@@ -236,7 +244,7 @@ def train(plan, environment, marker):
 sys.modules["megalite.train"] = types.SimpleNamespace(train=train)
 """
     )
-    done = run("--local_rank=1", "train", "run.yaml", "train.steps=3", code=code, **LAUNCHED, CROSS_RANK="0")
+    done = run("--local_rank=1", "train", "run.yaml", "train.steps=3", code=code, **LAUNCHED, CROSS_RANK="0", RUN_DIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "(['train.steps=3'], 2)\n1 deepspeed 2\n"), done.stderr
 
 
@@ -256,13 +264,13 @@ def test_a_failing_rank_leaves_at_once() -> None:
     assert failed.returncode == 1
 
 
-def test_a_rank_that_is_done_leaves_at_once() -> None:
+def test_a_rank_that_is_done_leaves_at_once(tmp_path: Path) -> None:
     """A thread of torch that asks for the interpreter while it is taken down aborts the process."""
     code = prepare_that("pass") + NO_MARKER + "\nimport atexit, os, sys, types; atexit.register(os.abort)\n"
     code += (
         "sys.modules['megalite.train'] = types.SimpleNamespace(train=lambda plan, environment, marker: print('done'))"
     )
-    done = run("train", "run.yaml", code=code, **LAUNCHED)
+    done = run("train", "run.yaml", code=code, **LAUNCHED, RUN_DIR=str(tmp_path))
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
