@@ -53,6 +53,7 @@ class Megalite(Contender):
 
     def setup(self, rank: int, world_size: int, port: int) -> None:
         from megalite.data.datasets import Datasets
+        from megalite.data.writer import IndexedDatasetWriter
         from megalite.distributed import local_device, process_grid
         from megalite.plan import prepare
         from megalite.train import Trainer
@@ -61,6 +62,11 @@ class Megalite(Contender):
             path = Path(folder) / "run.yaml"
             path.write_text(yaml.safe_dump(self.run_file(folder)), encoding="utf-8")
             plan = prepare(path, self.settings, world_size)
+            # The trainer asks the run file's dataset what its documents end with, though its samples are the job's.
+            writer = IndexedDatasetWriter(Path(folder) / "corpus", np.dtype(np.uint16))
+            writer.add_document(np.zeros(2, np.uint16))
+            writer.finalize()
+            _ = plan.documents  # read while the files are there
         os.environ["LOCAL_RANK"] = str(rank)
         self.stack = ExitStack()
         grid = self.stack.enter_context(
@@ -88,7 +94,7 @@ class Megalite(Contender):
                 "rope_theta": job.rope_theta,
                 "initializer_range": job.initializer_range,
             },
-            "data": {"sequence_length": job.sequence_length, "train": [{"prefix": "none"}]},
+            "data": {"sequence_length": job.sequence_length, "train": [{"prefix": f"{folder}/corpus"}]},
             "parallel": {
                 "tensor": self.layout.tensor,
                 "pipeline": self.layout.pipeline,
