@@ -1,5 +1,6 @@
 """What tests share: which tier they are of, a token index of made-up text, and run files over it."""
 
+import ast
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,22 @@ from training import QUICKSTART_MODEL
 
 from megalite.data.writer import IndexedDatasetWriter
 
-settings.register_profile("quick", max_examples=20)
+settings.register_profile("quick", max_examples=10)
 
+IMPORTS = (ast.Import, ast.ImportFrom)
 STARTS_PROCESSES = frozenset({"run_distributed", "subprocess", "multiprocessing", "psutil", "warm", "launch_local"})
 """A test module that knows any of these names starts processes, and is not of the tier `unit`."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out, where the tier `unit` alone is asked for, the modules without any: they are slow to import."""
+    if config.option.markexpr != "unit" or not collection_path.match("test_*.py"):
+        return None
+    imports = [node for node in ast.walk(ast.parse(collection_path.read_bytes())) if isinstance(node, IMPORTS)]
+    names = {name.asname or name.name.partition(".")[0] for node in imports for name in node.names}
+    return True if names & STARTS_PROCESSES else None
+
 
 _unit: list[str] = []
 """The test of the tier `unit` that runs now."""

@@ -244,7 +244,16 @@ def train(plan, environment, marker):
 sys.modules["megalite.train"] = types.SimpleNamespace(train=train)
 """
     )
-    done = run("--local_rank=1", "train", "run.yaml", "train.steps=3", code=code, **LAUNCHED, CROSS_RANK="0", RUN_DIR=str(tmp_path))
+    done = run(
+        "--local_rank=1",
+        "train",
+        "run.yaml",
+        "train.steps=3",
+        code=code,
+        **LAUNCHED,
+        CROSS_RANK="0",
+        RUN_DIR=str(tmp_path),
+    )
     assert (done.returncode, done.stdout) == (0, "(['train.steps=3'], 2)\n1 deepspeed 2\n"), done.stderr
 
 

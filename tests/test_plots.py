@@ -10,6 +10,8 @@ import pytest
 from megalite.errors import UserError
 from megalite.plots import loss_curve, loss_figure
 
+pytestmark = pytest.mark.slow
+
 
 def run(steps: Iterable[int], **extra: Any) -> list[dict[str, Any]]:
     """Training lines, with an evaluation after every tenth step; losses tell their step."""

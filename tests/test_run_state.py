@@ -168,6 +168,7 @@ def test_the_processes_of_a_start_share_a_name() -> None:
         (SILENT, 2**80, None, "dead"),
         (500, os.getpid(), None, "dead"),
     ],
+    ids=["elsewhere", "here", "silent elsewhere", "gone", "no process", "silent here"],
 )
 def test_a_start_is_told_from_its_first_second_and_whether_it_lives(
     tmp_path: Path, seconds: float, pid: int, host: str | None, state: str
@@ -183,6 +184,7 @@ def test_a_start_is_told_from_its_first_second_and_whether_it_lives(
     assert (status.state, status.ranks, status.total_steps) == (state, 4, 100)
 
 
+@pytest.mark.processes
 def test_status_speaks_of_every_state(tmp_path: Path, run_file: Path) -> None:
     from megalite.plan import prepare
 
@@ -286,6 +288,7 @@ def test_a_closed_stream_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 # ------------------------------------------------------------------------------------------------ a whole run
 
 
+@pytest.mark.processes
 def test_a_run_tells_what_it_does_and_a_finished_one_starts_no_rank(run_file: Path, tmp_path: Path) -> None:
     from megalite.plan import prepare
 
@@ -337,6 +340,7 @@ def test_a_run_tells_what_it_does_and_a_finished_one_starts_no_rank(run_file: Pa
     assert step_of_a_finished_run(plan) is None
 
 
+@pytest.mark.processes
 def test_a_failed_run_says_why(run_file: Path, tmp_path: Path) -> None:
     given = [str(run_file), *TINY, "train.steps=4", "checkpoint.every=2", "parallel.data=2"]
     megalite("train", *given, "train.stop_after=2")

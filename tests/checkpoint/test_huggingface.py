@@ -28,6 +28,8 @@ from megalite.config import LlamaConfig, read_model
 from megalite.errors import UserError
 from megalite.verification import largest_difference
 
+pytestmark = pytest.mark.slow
+
 PARITY = 1e-5
 SMALL_SHARDS = 12_000
 

@@ -14,6 +14,8 @@ from megalite.data.tokenizer import load_tokenizer, train_sentencepiece
 from megalite.data.tokenizers.inner_text import InnerText
 from megalite.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 # Names of control tokens are read in text there, and here they are not.
 DOCUMENTS = [path.read_text().replace("<", "< ") for path in sorted(Path(__file__).parent.glob("test_*.py"))]
 IDENTITY: dict[str, Any] = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}

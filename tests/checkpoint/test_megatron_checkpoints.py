@@ -24,6 +24,8 @@ from megalite.model.loading import load_stage
 from megalite.model.stage import Stage
 from megalite.tensor_parallel.collectives import TensorGroup
 
+pytestmark = pytest.mark.slow
+
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "grouped": GROUPED, "rotary gpt": ROTARY_GPT}
 WRITERS: dict[str, Callable[[Path, Made], Path]] = {
     "megatron-lm": files.write_megatron_lm,

@@ -13,6 +13,8 @@ from megalite.pipeline.schedule import all_streams, forward_only, interleaved_1f
 from megalite.pipeline.simulate import Cost, simulate
 from megalite.pipeline.timeline import Span, Timeline
 
+pytestmark = pytest.mark.slow
+
 
 def simulated(num_stages: int = 4, num_microbatches: int = 16) -> Timeline:
     return simulate(all_streams(one_f_one_b, Placement(num_stages), num_microbatches))

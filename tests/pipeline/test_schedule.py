@@ -30,6 +30,8 @@ from megalite.pipeline.schedule import (
     zb_v,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def microbatches(stream: tuple[Instruction, ...], stage: int, *kinds: type[Instruction]) -> list[int]:
     return [i.microbatch for i in stream if isinstance(i, kinds) and i.stage == stage]

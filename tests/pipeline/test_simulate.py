@@ -32,6 +32,8 @@ from megalite.pipeline.simulate import (
 )
 from megalite.pipeline.timeline import Span, Timeline
 
+pytestmark = pytest.mark.slow
+
 BLOCKING = tuple(name for name in ALL if name != "zb_v")
 """The schedules that get through even where every send blocks."""
 
