@@ -23,6 +23,8 @@ from megalite.checkpoint.store import Part
 from megalite.checkpoint.weights import CheckpointWeights
 from megalite.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 WEIGHT = np.arange(35, dtype=np.float32).reshape(7, 5)
 STEPS = np.array([3, 4, 5], dtype=np.float32)
 

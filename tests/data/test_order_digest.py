@@ -16,6 +16,8 @@ from megalite.data.datasets import open_datasets
 from megalite.data.order_digest import order_digest, order_digest_of_before
 from megalite.data.writer import IndexedDatasetWriter
 
+pytestmark = pytest.mark.slow
+
 Load = Callable[..., RunConfig]
 
 
