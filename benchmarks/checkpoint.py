@@ -50,7 +50,7 @@ class Rank:
         from contender_megalite import Megalite
 
         from megalite.checkpoint.fragments import parts
-        from megalite.zero_state import ZeroState
+        from megalite.zero.optimizer_state import ZeroState
 
         self.rank, self.folder = rank, folder
         self.megalite = Megalite(JOB, layout)
@@ -95,8 +95,8 @@ class Rank:
 
     def checkpointer(self, *, asynchronous: bool):
         """Return megalite's own, over this folder."""
-        from megalite.checkpointer import Checkpointer
         from megalite.config.sections import CheckpointSection
+        from megalite.training.checkpointing import Checkpointer
 
         settings = CheckpointSection.model_validate({"every": 1, "async": asynchronous})
         grid = self.trainer.grid

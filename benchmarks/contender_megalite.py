@@ -11,7 +11,7 @@ import torch
 import yaml
 from workload import TIMEOUT, Contender, Job
 
-from megalite.data.samples import Piece
+from megalite.data.order.streaming import Piece
 
 
 class JobSamples:
@@ -53,10 +53,10 @@ class Megalite(Contender):
 
     def setup(self, rank: int, world_size: int, port: int) -> None:
         from megalite.data.datasets import Datasets
-        from megalite.data.writer import IndexedDatasetWriter
-        from megalite.distributed import local_device, process_grid
-        from megalite.plan import prepare
-        from megalite.train import Trainer
+        from megalite.data.indexed.writer import IndexedDatasetWriter
+        from megalite.parallel.mesh import local_device, process_grid
+        from megalite.training.plan import prepare
+        from megalite.training.trainer import Trainer
 
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "run.yaml"

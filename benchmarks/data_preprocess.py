@@ -240,7 +240,7 @@ def train_tokenizers(folder: Path, corpus: Path) -> None:
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
 
-    from megalite.data.tokenizer import train_sentencepiece
+    from megalite.data.tokenizers.train_sentencepiece import train_sentencepiece
 
     texts = [text for text, _ in zip(read(corpus), range(TRAINING_TEXTS), strict=False)]
     part = folder / "part.jsonl"

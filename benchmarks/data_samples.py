@@ -18,12 +18,12 @@ from typing import Any, cast
 
 import numpy as np
 
-from megalite.data.blend import BlendedSamples
-from megalite.data.index_format import HEADER, MAGIC, VERSION
-from megalite.data.indexed import IndexedDataset
-from megalite.data.megatron import MegatronSamples
-from megalite.data.permutation import KeyedPermutation
-from megalite.data.samples import Samples, StreamingSamples
+from megalite.data.indexed.dataset import IndexedDataset
+from megalite.data.indexed.format import HEADER, MAGIC, VERSION
+from megalite.data.order.blend import BlendedSamples
+from megalite.data.order.megatron import MegatronSamples
+from megalite.data.order.permutation import KeyedPermutation
+from megalite.data.order.streaming import Samples, StreamingSamples
 
 SEQUENCE_LENGTH = 2048
 DOCUMENTS, TOKENS = 2_000_000, 10**9

@@ -15,7 +15,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from megalite.pipeline.placement import Placement, Shape
+from megalite.parallel.placement import Placement, Shape
 
 
 class PipelineTorch(PlainTorch):

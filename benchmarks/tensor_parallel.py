@@ -22,7 +22,7 @@ from machine import describe
 
 from megalite.config import LlamaConfig
 from megalite.model.stage import Stage
-from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.parallel.tensor_group import TensorGroup
 
 RESULT = Path(__file__).parent / "results" / "tensor_parallel.md"
 RANKS, ROWS, LENGTH = 2, 2, 512

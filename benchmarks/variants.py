@@ -29,11 +29,11 @@ class Variant(Megalite):
 
     def timeline(self) -> dict[str, object]:
         """The bubble of one step as it was, and simulated with the step's own median times; equal on every rank."""
-        from megalite.distributed import gather_json
+        from megalite.parallel.json_collectives import gather_json
         from megalite.pipeline.instructions import parse
-        from megalite.pipeline.schedule import SCHEDULES, all_streams
-        from megalite.pipeline.simulate import measured_cost, simulate
-        from megalite.pipeline.timeline import Span, Timeline
+        from megalite.pipeline.schedules import SCHEDULES, all_streams
+        from megalite.pipeline.timeline.simulator import measured_cost, simulate
+        from megalite.pipeline.timeline.spans import Span, Timeline
 
         spans: list[Span] = []
 

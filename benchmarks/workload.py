@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from megalite.layout import ParallelLayout
+from megalite.parallel.layout import ParallelLayout
 
 LAYOUTS: dict[str, ParallelLayout] = {
     "one": ParallelLayout(tensor=1, pipeline=1, data=1),

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import settings
 from training import QUICKSTART_MODEL
 
-from megalite.data.writer import IndexedDatasetWriter
+from megalite.data.indexed.writer import IndexedDatasetWriter
 
 settings.register_profile("quick", max_examples=10)
 

@@ -1,4 +1,4 @@
-"""Dependencies point one way: what each room of the house may import, read from the source.
+"""Imports point towards the ground: the order of the packages, and rules for single ones, read from the source.
 
 An import inside a function counts as much as one at the top; only what importing a module costs is about the top.
 """
@@ -14,183 +14,49 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "megalite"
 
-PURE_PIPELINE = tuple(
-    f"pipeline.{name}"
-    for name in ("placement", "instructions", "timeline", "schedule", "partition", "simulate", "plot", "trace")
+# From the ground to the roof: a package, or a module at the top, imports itself and what stands before it.
+ORDER = (
+    "errors",  # UserError, exit statuses
+    "files",  # atomic writes, locks
+    "paths",  # ~ and variables in paths
+    "kernels",  # which implementation computes products and attention
+    "parallel",  # layout, placement, mesh, sharding, regions of tensors
+    "tensor_parallel",  # layers and collectives of the tensor axis
+    "launch",  # ranks are started and find each other
+    "pipeline",  # schedules as data, and what runs them
+    "config",  # the run file and the DeepSpeed JSON
+    "model",  # the Transformer and what follows from its shape
+    "slurm",  # batch scripts
+    "data",  # from text to microbatches in host memory
+    "checkpoint",  # the format on disk
+    "optim",  # AdamW, learning rates
+    "convert",  # Hugging Face's and Megatron's formats
+    "monitoring",  # metrics, heartbeats, the run's state and pictures
+    "zero",  # the sharding engine on DeepSpeed
+    "generation",  # text from a model
+    "training",  # one run: plan, loop, saving, resuming
+    "doctor",  # checks of machines
+    "verify",  # one step of a layout against one process
+    "cli",  # a thin file a verb
+    "__main__",
 )
 
-# A room is a module or a package, and the longest name that fits a module is its room. `errors` is open to all.
-MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "errors": (),
-    "layout": (),
-    "paths": (),
-    "faults": ("paths",),
-    "deepspeed_json": ("faults", "paths"),
-    "deepspeed_defaults": ("deepspeed_json",),
-    "deepspeed_table": ("deepspeed_json", "faults"),
-    "composition": ("config",),
-    "config": (
-        "config",
-        "deepspeed_defaults",
-        "deepspeed_json",
-        "faults",
-        "layout",
-        "paths",
-        "pipeline.placement",
-        "pipeline.schedule",
-    ),
-    "launch": ("launch",),
-    "cluster": ("cluster", "config"),
-    "files": (),
-    "heartbeat": ("files",),
-    "interfaces": (),
-    "run_state": ("files",),
-    "finished": ("checkpoint", "plan", "run_state", "stopping"),
-    "run_status": ("checkpoint.weights", "config", "files", "heartbeat", "run_state", "stopping"),
-    "stopping": (),
-    "stragglers": ("layout",),
-    "data": ("config", "data", "faults", "files"),
-    "checkpoint": ("checkpoint", "config", "faults", "files", "tensor_parallel.sharding"),
-    "tensor_parallel.sharding": (),
-    "tensor_parallel": ("tensor_parallel",),
-    "allocator": (),
-    "distributed": (
-        *("allocator", "interfaces", "layout", "pipeline.instructions", "pipeline.placement"),
-        "tensor_parallel.collectives",
-    ),
-    "model": ("config", "model", "tensor_parallel"),
-    "model.loading": ("checkpoint.boxes", "checkpoint.weights", "model.stage", "tensor_parallel.sharding"),
-    **dict.fromkeys(PURE_PIPELINE, PURE_PIPELINE),
-    "pipeline.placement": (),
-    "pipeline.instructions": ("pipeline.placement",),
-    "pipeline": ("distributed", "model.dropout", "model.packing", "pipeline", "tensor_parallel.deferral"),
-    "model.packing": (),
-    "model.dropout": ("config",),
-    "learning_rate": ("config",),
-    "lean_torch": (),
-    "metrics": ("checkpointer", "config", "files", "launch", "stragglers", "tensor_parallel.kernels"),
-    "precision": (),
-    "feed": ("config", "data.batches", "data.samples", "distributed", "model", "pipeline.executor"),
-    "plots": (),
-    "spikes": ("config",),
-    "zero": (
-        "config",
-        "distributed",
-        "lean_torch",
-        "model",
-        "precision",
-        "tensor_parallel.deferral",
-        "tensor_parallel.sharding",
-    ),
-    "bad_steps": ("distributed", "model.stage"),
-    "checkpointer": ("checkpoint", "config", "distributed", "files", "zero_state"),
-    "resume": (
-        *("checkpoint", "config", "data.batches", "data.order_digest", "distributed", "faults", "plan"),
-        "tensor_parallel.kernels",
-    ),
-    "zero_state": ("checkpoint.fragments", "checkpoint.manifest", "tensor_parallel.sharding", "zero"),
-    "plan": (
-        *("checkpoint", "config", "data", "layout", "memory", "model", "run_folder", "tensor_parallel.collectives"),
-        *PURE_PIPELINE,
-    ),
-    "memory": ("config",),
-    "run_folder": ("files",),
-    "provenance": ("data", "plan"),
-    "agreement": ("checkpoint.selection", "config", "data.fingerprint", "plan"),
-    "rendezvous": ("agreement", "launch", "layout"),
-    "doctor": ("distributed", "doctor", "launch", "layout"),
-    "doctor.report": (),
-    "doctor.speed": ("distributed", "doctor.report", "layout", "metrics", "tensor_parallel.kernels"),
-    "doctor.disk": ("checkpoint.forecast", "distributed", "doctor.report", "plan"),
-    "doctor.examination": ("agreement", "distributed", "doctor", "launch", "layout", "plan", "precision", "rendezvous"),
-    "generation": (
-        "checkpoint.companions",
-        "checkpoint.manifest",
-        "checkpoint.special_tokens",
-        "checkpoint.weights",
-        "config",
-        "data.tokenizer",
-        "distributed",
-        "generation",
-        "launch",
-        "layout",
-        "model",
-        "precision",
-        "tensor_parallel.collectives",
-    ),
-    "recorder": (
-        "checkpoint.forecast",
-        "checkpoint.retention",
-        "checkpointer",
-        "data.datasets",
-        "distributed",
-        "files",
-        "metrics",
-        "pipeline",
-        "plan",
-        "plots",
-        "resume",
-        "run_state",
-        "spikes",
-        "stopping",
-        "stragglers",
-        "tensor_parallel.kernels",
-        "zero",
-    ),
-    "train": (
-        "agreement",
-        "bad_steps",
-        "checkpoint",
-        "checkpointer",
-        "config",
-        "data",
-        "distributed",
-        "feed",
-        "files",
-        "heartbeat",
-        "launch",
-        "learning_rate",
-        "model",
-        "pipeline",
-        "plan",
-        "precision",
-        "recorder",
-        "rendezvous",
-        "resume",
-        "run_state",
-        "spikes",
-        "stopping",
-        "tensor_parallel.kernels",
-        "zero",
-        "zero_state",
-    ),
-    "verification": ("checkpoint.weights", "config", "model", "tensor_parallel.collectives"),
-    "parity": ("parity",),
-    "parity.cases": ("config", "deepspeed_json", "layout", "plan"),
-    "parity.scale": ("config", "deepspeed_json", "layout"),
-    "parity.reference": ("checkpoint.weights", "data", "model", "plan", "tensor_parallel"),
-    "parity.comparison": (
-        *("checkpoint.boxes", "checkpoint.fragments", "data.datasets", "distributed", "launch", "parity", "plan"),
-        "train",
-    ),
-    "parity.table": ("layout", "parity.finding"),
-    "cli": (
-        *("checkpoint", "cli", "cluster", "config", "data", "doctor", "files", "finished", "generation", "launch"),
-        *("layout", "parity", "paths", "plan", "plots", "provenance", "resume", "run_state", "run_status", "train"),
-        "verification",
-    ),
-    "__main__": ("cli",),
-}
-
+PURE_PIPELINE = (
+    "parallel.placement",
+    *(f"pipeline.{name}" for name in ("instructions", "schedules", "partition", "timeline")),
+)
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "layout", "faults", "config", "deepspeed_json", "launch", "checkpoint", "cli", "cluster"),
-    *("files", "heartbeat", "run_folder", "run_state", "run_status", "stopping", "stragglers"),
-    *("doctor.report", "parity.cases", "parity.finding", "parity.scale", "parity.table"),
-    "tensor_parallel.sharding",
+    *("errors", "files", "paths", "launch", "config", "slurm", "checkpoint", "convert", "cli"),
+    *(f"parallel.{name}" for name in ("layout", "placement", "sharding", "regions", "network_interfaces")),
+    *(f"model.{name}" for name in ("shapes", "flops", "weights")),
+    *(f"monitoring.{name}" for name in ("heartbeat", "run_folder", "run_state", "run_status", "stragglers")),
+    *("training.stop_requests", "training.memory_estimate", "doctor.report"),
+    *(f"verify.{name}" for name in ("layouts", "parity_report", "scaled_down", "table")),
     *PURE_PIPELINE,
 )
-TORCH_FILES = "checkpoint.megatron.torch_file"
+NOT_LIGHT = ("launch.rendezvous", "convert.logits_check")
+TORCH_FILES = "convert.megatron.torch_file"
 PICKLES = ("pickle", "cloudpickle", "dill", "shelve", "marshal")
 
 
@@ -204,7 +70,7 @@ class Import:
 
 @cache
 def sources() -> dict[str, ast.Module]:
-    """Every module, by its name inside the package: ``pipeline.schedule``, and ``pipeline`` for the package's own."""
+    """Every module, by its name inside the package: ``pipeline.schedules``, and ``pipeline`` for the package's own."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -236,8 +102,8 @@ def is_deferred(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
-def is_in(module: str, room: str) -> bool:
-    return module == room or module.startswith(f"{room}.")
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def ours(module: str, *, at_top: bool = False) -> set[str]:
@@ -258,18 +124,35 @@ def callers_of(*functions: str) -> list[str]:
     ]
 
 
+def is_light(module: str) -> bool:
+    return any(is_in(module, name) for name in LIGHT) and module not in NOT_LIGHT
+
+
+@cache
+def loaded_by(module: str) -> frozenset[str]:
+    """The modules that importing one imports, the packages around them and itself among them."""
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        around = {name.rpartition(".")[0]} - {""}
+        waiting += (ours(name, at_top=True) | around) - seen
+    return frozenset(seen)
+
+
 @pytest.mark.parametrize("module", [module for module in sources() if module])
-def test_a_module_imports_only_what_its_room_may(module: str) -> None:
-    rooms = [room for room in MAY_IMPORT if is_in(module, room)]
-    assert rooms, f"megalite.{module} has no room: say in MAY_IMPORT what it may import"
-    allowed = ("errors", *MAY_IMPORT[max(rooms, key=len)])
-    stray = {name for name in ours(module) if not any(is_in(name, room) for room in allowed)}
-    assert not stray, f"megalite.{module} imports {sorted(stray)}; its room may import {sorted(allowed)}"
+def test_a_module_imports_only_towards_the_ground(module: str) -> None:
+    own = module.split(".")[0]
+    assert own in ORDER, f"megalite.{module}: say in ORDER where {own} stands"
+    below = ORDER[: ORDER.index(own) + 1]
+    stray = {name for name in ours(module) if name.split(".")[0] not in below}
+    assert not stray, f"megalite.{module} imports {sorted(stray)}, which stand above {own} in ORDER"
 
 
-def test_every_room_exists() -> None:
-    gone = [room for room in MAY_IMPORT if not any(is_in(module, room) for module in sources())]
-    assert not gone, f"MAY_IMPORT names {gone}, which are no more"
+def test_every_package_of_the_order_exists() -> None:
+    gone = [package for package in ORDER if package not in sources()]
+    assert not gone, f"ORDER names {gone}, which are no more"
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:
@@ -277,12 +160,26 @@ def test_no_module_imports_itself_by_a_detour() -> None:
 
 
 def test_only_zero_imports_deepspeed() -> None:
-    assert importers_of("deepspeed") == ["zero"]
+    assert [module for module in importers_of("deepspeed") if not is_in(module, "zero")] == []
 
 
 def test_only_the_command_line_and_the_comparison_of_a_step_know_train() -> None:
-    knowing = importers_of("megalite.train")
-    assert [module for module in knowing if not is_in(module, "cli")] == ["parity.comparison"]
+    knowing = [module for name in ("train", "trainer") for module in importers_of(f"megalite.training.{name}")]
+    assert [module for module in knowing if not is_in(module, "cli")] == ["training.train", "verify.comparison"]
+
+
+@pytest.mark.parametrize("module", [module for module in sources() if is_in(module, "monitoring")])
+def test_what_observes_loads_no_engine(module: str) -> None:
+    assert not {name for name in loaded_by(module) if is_in(name, "zero")}
+
+
+@pytest.mark.parametrize("module", [module for module in sources() if is_in(module, "doctor")])
+def test_the_doctor_loads_no_engine(module: str) -> None:
+    assert not {name for name in loaded_by(module) if is_in(name, "zero")}
+
+
+def test_a_resume_loads_no_foreign_format() -> None:
+    assert not {name for name in loaded_by("training.resume") if is_in(name, "convert")}
 
 
 @pytest.mark.parametrize("package", PICKLES)
@@ -304,20 +201,14 @@ def test_one_module_reads_torchs_files_and_by_the_restricted_reader() -> None:
     assert "pickle_module" not in given
 
 
-@pytest.mark.parametrize("module", PURE_PIPELINE)
+@pytest.mark.parametrize("module", [module for module in sources() if any(is_in(module, p) for p in PURE_PIPELINE)])
 def test_the_pure_pipeline_knows_no_torch(module: str) -> None:
     assert [found.name for found in imports_of(module) if is_in(found.name, "torch")] == []
 
 
-@pytest.mark.parametrize("module", [module for module in sources() if any(is_in(module, room) for room in LIGHT)])
+@pytest.mark.parametrize("module", [module for module in sources() if is_light(module)])
 def test_importing_a_light_module_imports_nothing_heavy(module: str) -> None:
     """Nor by a detour, packages on the way included."""
-    seen: set[str] = set()
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        seen.add(name)
+    for name in loaded_by(module):
         heavy = {i.name for i in imports_of(name) if i.at_top and any(is_in(i.name, package) for package in HEAVY)}
         assert not heavy, f"megalite.{module} imports {sorted(heavy)} by way of megalite.{name}"
-        around = {name.rpartition(".")[0]} - {""}
-        waiting += (ours(name, at_top=True) | around) - seen

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megalite.cli.progress import count_progress
-from megalite.data.merge import merge_datasets
+from megalite.data.indexed.merge import merge_datasets
 from megalite.errors import USER_ERROR_STATUS, UserError
 from megalite.files import writing
 

@@ -18,8 +18,8 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in `megalite preprocess`: threads keep workers from forking
 
 from megalite.cli.preprocess import summary  # noqa: E402
-from megalite.data.preprocess import preprocess  # noqa: E402
-from megalite.data.preprocessing.workers import Interrupted  # noqa: E402
+from megalite.data.preprocess.preprocess import preprocess  # noqa: E402
+from megalite.data.preprocess.workers import Interrupted  # noqa: E402
 from megalite.data.tokenizers.gpt2_files import tokenizer_json  # noqa: E402
 from megalite.errors import USER_ERROR_STATUS, UserError  # noqa: E402
 

@@ -3,9 +3,8 @@
 import shutil
 from dataclasses import dataclass
 
-from megalite.checkpoint.reader import checkpoints
+from megalite.checkpoint.discovery import CHECKPOINTS, checkpoints
 from megalite.checkpoint.retention import kept
-from megalite.checkpoint.selection import CHECKPOINTS
 from megalite.config import RunConfig
 
 MAKE_ROOM = "make room, keep fewer (checkpoint.keep_last), or set run.dir"

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from megalite.checkpoint.boxes import Box, FlatBox, global_boxes
 from megalite.checkpoint.store import Part
-from megalite.tensor_parallel.sharding import PlacedShard
+from megalite.parallel.regions import Box, FlatBox, global_boxes
+from megalite.parallel.sharding import PlacedShard
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from megalite.checkpoint.boxes import Box
-from megalite.checkpoint.differences import shape_differences
+from megalite.checkpoint.discovery import checkpoints
 from megalite.checkpoint.manifest import KINDS, MANIFEST
-from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.checkpoint.mismatch_table import shape_differences
+from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.store import TEMPORARY
 from megalite.errors import UserError
+from megalite.parallel.regions import Box
 
 BOX_ELEMENTS = 1 << 23
 """The largest box that is read at a time, 32 MiB of fp32."""

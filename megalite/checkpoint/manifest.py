@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.safetensors_file import ENCODINGS, FileRecord
 from megalite.checkpoint.special_tokens import DocumentTokens
+from megalite.config.validation import validation_lines
 from megalite.errors import UserError
-from megalite.faults import validation_lines
+from megalite.parallel.regions import Box
 
 FORMAT = "megalite checkpoint"
 VERSION = 1

@@ -1,6 +1,6 @@
 """Boxes of global tensors out of a checkpoint, whatever ranks wrote it: each reader takes just what it needs."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,10 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.manifest import STATE, Chunk, Manifest
 from megalite.checkpoint.safetensors_file import SafetensorsFile, file_record
 from megalite.errors import UserError
-
-REPLACED = ".replaced"
-"""What is added to the name of a checkpoint while one of the same step takes its place."""
+from megalite.parallel.regions import Box
 
 
 class CheckpointReader:
@@ -95,16 +92,3 @@ class CheckpointReader:
             if progress:
                 progress(done, total)
         return found
-
-
-def checkpoints(root: Path) -> Sequence[tuple[int, Path]]:
-    """Return the steps and folders of a run's checkpoints, the newest first.
-
-    A checkpoint that stands aside for one of the same step counts as long as that one is not there.
-    """
-    found: dict[int, Path] = {}
-    for path in sorted(root.glob("step_*")) if root.is_dir() else ():
-        number = path.name.removeprefix("step_").removesuffix(REPLACED)
-        if path.is_dir() and number.isdigit():
-            found.setdefault(int(number), path)  # step_N is sorted before step_N.replaced
-    return sorted(found.items(), reverse=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megalite.checkpoint.reader import REPLACED, checkpoints
-from megalite.checkpoint.store import TEMPORARY, remove_what_can_be, rename_to_free
+from megalite.checkpoint.discovery import checkpoints
+from megalite.checkpoint.store import REPLACED, TEMPORARY, remove_what_can_be, rename_to_free
 from megalite.errors import UserError
 
 

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.manifest import MANIFEST, STATE, Chunk, Manifest, StoredTensor
-from megalite.checkpoint.reader import REPLACED
 from megalite.checkpoint.safetensors_file import FileRecord, file_record, write_safetensors
 from megalite.files import publish, write_whole
+from megalite.parallel.regions import Box
+
+REPLACED = ".replaced"
+"""What is added to the name of a checkpoint while one of the same step takes its place."""
 
 TEMPORARY = ".tmp"
 MOST_POLL_SECONDS = 0.5

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from megalite.cli import convert, doctor, generate, inspect, preprocess, slurm, status, tokenizer, train, verify
 from megalite.cli.argument_paths import expand_paths
-from megalite.cli.failure import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
+from megalite.cli.exit import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
 from megalite.errors import USER_ERROR_STATUS, CommonError, RanksMissing, UserError, nearest
 from megalite.launch import LaunchEnvironment, launch_environment
 

@@ -12,7 +12,7 @@ from megalite.cli.progress import byte_progress
 from megalite.errors import UserError
 
 if TYPE_CHECKING:
-    from megalite.checkpoint.weights import Weights
+    from megalite.model.weights import Weights
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -65,12 +65,12 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a model: a Hugging Face folder into a checkpoint, and a checkpoint into a Hugging Face folder."""
-    from megalite.checkpoint.companions import TIKTOKEN_SUFFIX
-    from megalite.checkpoint.conversion import RoundedWeights, growing, size_of, to_checkpoint, to_hugging_face
-    from megalite.checkpoint.huggingface.reader import HuggingFaceWeights
+    from megalite.checkpoint.model_files import TIKTOKEN_SUFFIX
     from megalite.checkpoint.weights import CheckpointWeights
+    from megalite.convert.conversion import RoundedWeights, growing, size_of, to_checkpoint, to_hugging_face
+    from megalite.convert.huggingface.reader import HuggingFaceWeights
     from megalite.files import writing
-    from megalite.generation.vocabulary import untrained_beginning
+    from megalite.generation.tokenization import untrained_beginning
 
     shard_bytes = _bytes(max_shard_size)
     weights = _open(source, max_positions, model)
@@ -115,10 +115,10 @@ def convert(
 
 
 def _open(source: Path, max_positions: int | None = None, model: Path | None = None) -> "Weights":
-    from megalite.checkpoint.huggingface.reader import HuggingFaceWeights, is_hugging_face
-    from megalite.checkpoint.megatron.collection import checkpoint_folder
-    from megalite.checkpoint.megatron.weights import MegatronWeights
-    from megalite.checkpoint.weights import open_weights
+    from megalite.convert.huggingface.reader import HuggingFaceWeights, is_hugging_face
+    from megalite.convert.megatron.reader import MegatronWeights
+    from megalite.convert.megatron.state_dict import checkpoint_folder
+    from megalite.convert.open import open_weights
 
     if max_positions is not None and not is_hugging_face(source):
         raise UserError(f"--max-positions={max_positions}: belongs to Hugging Face folders, {source} is none")
@@ -131,8 +131,8 @@ def _open(source: Path, max_positions: int | None = None, model: Path | None = N
 
 def _with_tokenizer(companions: Mapping[str, Path], path: Path) -> dict[str, Path]:
     """Return the files that go along with those of a tokenizer in the place of the source's."""
-    from megalite.checkpoint.companions import GENERATION_CONFIG, companions_among
-    from megalite.data.tokenizer import load_tokenizer, tokenizer_paths
+    from megalite.checkpoint.model_files import GENERATION_CONFIG, companions_among
+    from megalite.data.tokenizers.load import load_tokenizer, tokenizer_paths
 
     load_tokenizer(path)
     if path.is_dir():
@@ -145,8 +145,8 @@ def _with_tokenizer(companions: Mapping[str, Path], path: Path) -> dict[str, Pat
 
 
 def _require_verifiable(weights: "Weights", target: Target) -> None:
-    from megalite.checkpoint.huggingface.reader import HuggingFaceWeights
-    from megalite.verification import require_transformers
+    from megalite.convert.huggingface.reader import HuggingFaceWeights
+    from megalite.convert.logits_check import require_transformers
 
     if target is Target.megalite and not isinstance(weights, HuggingFaceWeights):
         raise UserError(
@@ -156,7 +156,7 @@ def _require_verifiable(weights: "Weights", target: Target) -> None:
 
 
 def _proof(weights: "Weights", hugging_face: Path, output: Path) -> str:
-    from megalite.verification import TOLERANCE, largest_difference
+    from megalite.convert.logits_check import TOLERANCE, largest_difference
 
     with byte_progress("verifying") as progress:
         difference, tokens = largest_difference(weights, hugging_face, progress)

@@ -14,7 +14,7 @@ from megalite.paths import spell
 
 if TYPE_CHECKING:
     from megalite.doctor.report import Report
-    from megalite.plan import Plan
+    from megalite.training.plan import Plan
 
 _REPORT = "report.json"
 
@@ -72,7 +72,7 @@ def _be_a_rank(
     die_with_parent()
     faulthandler.enable()
     os.environ.update(environment.variables())
-    from megalite.doctor.examination import examine
+    from megalite.doctor.checks import examine
 
     report = examine(environment, _prepare(run, overrides, environment.world_size))
     if report_into is not None:
@@ -85,7 +85,7 @@ def _be_a_rank(
 
 
 def _prepare(run: Path | None, overrides: list[str], world_size: int | None) -> "Plan | None":
-    from megalite.plan import prepare
+    from megalite.training.plan import prepare
 
     return None if run is None else prepare(run, overrides, world_size)
 

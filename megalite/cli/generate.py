@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from megalite.cli.generated import audience, nobody, summary
+from megalite.cli.generate_output import audience, nobody, summary
 from megalite.cli.progress import byte_progress
 from megalite.errors import USER_ERROR_STATUS, UserError
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local
 
 if TYPE_CHECKING:
-    from megalite.generation.job import Job
+    from megalite.generation.request import Job
 
 _INTERRUPTED = 130
 
@@ -77,8 +77,8 @@ def generate(
         faulthandler.enable()
         os.environ.update(environment.variables())
     from megalite.files import require_writable_folder
-    from megalite.generation.job import Limits, Sampling, prepare
     from megalite.generation.prompts import read_prompts
+    from megalite.generation.request import Limits, Sampling, prepare
 
     job = prepare(
         model,
@@ -139,9 +139,9 @@ def _words(context: Any) -> list[str]:
 def _be_a_rank(
     job: "Job", environment: LaunchEnvironment | None, batch_size: int, as_json: bool, output: Path | None
 ) -> None:
-    from megalite.generation.continuation import Continuation
+    from megalite.generation.distributed import tensor_group
     from megalite.generation.generator import load_generator
-    from megalite.generation.ranks import tensor_group
+    from megalite.generation.sequence import Continuation
 
     rows = [Continuation(job, number) for number in range(len(job.prompts))]
     speaks = environment is None or environment.rank == 0

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalite.cli.argument_types import file_name
 from megalite.cli.progress import token_progress
-from megalite.cli.words import file_name
 from megalite.errors import UserError
 from megalite.paths import expand
 
 if TYPE_CHECKING:
-    from megalite.data.preprocess import PreprocessReport
+    from megalite.data.preprocess.preprocess import PreprocessReport
 
 
 def register(app: typer.Typer) -> None:
@@ -96,8 +96,8 @@ def preprocess(
     """
     # Threads for matrix products, of which there are none here, would keep workers from being forked.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from megalite.data.preprocess import preprocess as run
-    from megalite.data.preprocessing.workers import Interrupted
+    from megalite.data.preprocess.preprocess import preprocess as run
+    from megalite.data.preprocess.workers import Interrupted
     from megalite.files import writing
 
     try:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megalite.cluster import LAUNCHERS, Job, ranks_per_node, render, tensor_over_nodes
 from megalite.errors import UserError, nearest
 from megalite.files import writing
+from megalite.slurm import LAUNCHERS, Job, ranks_per_node, render, tensor_over_nodes
 
 if TYPE_CHECKING:
     from megalite.config import RunConfig
@@ -162,9 +162,9 @@ def _checked(
     run: Path, overrides: list[str], nodes: int, ranks: int | None, gpus: int | None, max_restarts: int
 ) -> "RunConfig":
     """Return the run as its ranks will resolve it."""
-    from megalite.checkpoint.weights import section_of_weights
     from megalite.config import load_run_config
-    from megalite.plan import prepare
+    from megalite.convert.open import section_of_weights
+    from megalite.training.plan import prepare
 
     config = load_run_config(run, overrides, section_of_weights)
     if config.resume != "auto" and max_restarts:

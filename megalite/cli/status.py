@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from megalite.layout import name_ranks
+from megalite.parallel.layout import name_ranks
 
 if TYPE_CHECKING:
-    from megalite.run_status import RunStatus
+    from megalite.monitoring.run_status import RunStatus
 
 _SHOWN = 16
 
@@ -27,7 +27,7 @@ def _status(
     It is starting, running, stopped (it was asked to, and can go on), done, failed (it said why), or dead: it ended
     without a word.
     """
-    from megalite.run_status import run_status
+    from megalite.monitoring.run_status import run_status
 
     for line in _lines(run_status(run)):
         typer.echo(line)

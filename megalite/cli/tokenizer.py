@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from megalite.cli.argument_types import file_name
 from megalite.cli.progress import byte_progress
-from megalite.cli.words import file_name
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +37,7 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that is there.")] = False,
 ) -> None:
     """Train a sentencepiece BPE tokenizer with byte fallback, which gives every text back as it was."""
-    from megalite.data.tokenizer import train_sentencepiece
+    from megalite.data.tokenizers.train_sentencepiece import train_sentencepiece
     from megalite.files import writing
 
     with writing(output, "give another --output"), byte_progress("reading") as progress:

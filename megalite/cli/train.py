@@ -23,8 +23,8 @@ from megalite.launch import (
 from megalite.paths import spell
 
 if TYPE_CHECKING:
-    from megalite.plan import Plan
-    from megalite.run_state import RunMarker
+    from megalite.monitoring.run_state import RunMarker
+    from megalite.training.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -73,8 +73,8 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
         typer.echo("megalite: this is an interactive shell of Slurm: the ranks are started on this machine", err=True)
     announce(f"checking {run.name}")  # before the imports, which may take a second
     from megalite.files import sole_user
-    from megalite.finished import step_of_a_finished_run
-    from megalite.plan import prepare
+    from megalite.training.finished import step_of_a_finished_run
+    from megalite.training.plan import prepare
 
     plan = prepare(run, overrides, None)
     folder, world_size = plan.config.run.dir, plan.layout.world_size
@@ -101,7 +101,7 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
 
 
 def _marker(plan: "Plan") -> "RunMarker":
-    from megalite.run_state import RunMarker
+    from megalite.monitoring.run_state import RunMarker
 
     return RunMarker(
         plan.config.run.dir,
@@ -121,7 +121,7 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
         if environment.rank == 0:
             _dry_run(run, overrides, environment.world_size)
         return
-    from megalite.plan import prepare
+    from megalite.training.plan import prepare
 
     plan = prepare(run, overrides, environment.world_size)
     if environment.launcher != "megalite":  # which keeps logs itself
@@ -132,7 +132,7 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
         if environment.rank == 0:
             marker.starting("importing torch and DeepSpeed")
             marker.keep_fresh()
-        from megalite.train import train
+        from megalite.training.train import train
 
         status = train(plan, environment, marker=marker)
     except Exception as error:
@@ -147,8 +147,8 @@ def _dry_run(run: Path, overrides: list[str], world_size: int | None) -> None:
     from rich.console import Console
 
     from megalite.files import require_unused
-    from megalite.plan import prepare
-    from megalite.resume import foresee_start
+    from megalite.training.plan import prepare
+    from megalite.training.resume import foresee_start
 
     plan = prepare(run, overrides, world_size, tokenizer_may_be_absent=True)
     folder = plan.config.run.dir

@@ -16,9 +16,9 @@ from megalite.launch import LaunchEnvironment, die_with_parent, launch_environme
 from megalite.paths import spell
 
 if TYPE_CHECKING:
-    from megalite.layout import ParallelLayout
-    from megalite.parity.table import Outcome
-    from megalite.plan import Plan
+    from megalite.parallel.layout import ParallelLayout
+    from megalite.training.plan import Plan
+    from megalite.verify.table import Outcome
 
 _STOPPED = 128
 _FEW_RANKS = 4
@@ -91,9 +91,9 @@ def _verify(
 def _prepare(
     run: Path, overrides: Sequence[str], scale: bool, world_size: int | None
 ) -> "tuple[Plan, tuple[str, ...]]":
-    from megalite.checkpoint.weights import open_weights
-    from megalite.parity.scale import scale_down
-    from megalite.plan import plan_of, prepare
+    from megalite.convert.open import open_weights
+    from megalite.training.plan import plan_of, prepare
+    from megalite.verify.scaled_down import scale_down
 
     plan = prepare(run, overrides, world_size)
     if not scale:
@@ -115,7 +115,7 @@ def _layouts(
 
     A layout of more than `limit` ranks cannot, where there is a limit; this is found before any data are read.
     """
-    from megalite.parity.cases import case_plan, layouts_of, read_layouts, require_cores, require_ranks, write_layout
+    from megalite.verify.layouts import case_plan, layouts_of, read_layouts, require_cores, require_ranks, write_layout
 
     chosen = layouts_of(plan.layout) if given is None else read_layouts(given)
     if world_size is not None:
@@ -134,7 +134,7 @@ def _layouts(
 
 
 def _introduce(plan: "Plan", notes: Sequence[str], layouts: "Sequence[ParallelLayout]") -> None:
-    from megalite.data.batches import BatchSchedule
+    from megalite.data.batch_schedule import BatchSchedule
 
     config = plan.config
     typer.echo(
@@ -154,9 +154,9 @@ def _run_cases(
     speaks: bool,
 ) -> "list[Outcome]":
     """Compare one layout after the other, each in fresh processes: DeepSpeed's engine is one a process."""
-    from megalite.parity.cases import write_layout
-    from megalite.parity.finding import Finding
-    from megalite.parity.table import Outcome
+    from megalite.verify.layouts import write_layout
+    from megalite.verify.parity_report import Finding
+    from megalite.verify.table import Outcome
 
     outcomes = []
     folder = Path(tempfile.mkdtemp(prefix="megalite-verify-"))
@@ -190,7 +190,7 @@ def _conclude(outcomes: "Sequence[Outcome]") -> int:
     """Show the table and what differs; return the exit status."""
     from rich.console import Console
 
-    from megalite.parity.table import diagnosis, table
+    from megalite.verify.table import diagnosis, table
 
     Console().print(table(outcomes))
     for outcome in outcomes:
@@ -208,8 +208,8 @@ def _be_a_rank(
     run: Path, overrides: Sequence[str], scale: bool, layout: str, folder: Path, environment: LaunchEnvironment
 ) -> None:
     os.environ.update(environment.variables())
-    from megalite.parity.cases import case_plan, read_layouts
-    from megalite.parity.comparison import verify_layout
+    from megalite.verify.comparison import verify_layout
+    from megalite.verify.layouts import case_plan, read_layouts
 
     target, _ = _prepare(run, overrides, scale, None)
     (size,) = read_layouts(layout)

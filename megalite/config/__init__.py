@@ -6,11 +6,11 @@ together. Whatever is wrong becomes one `UserError`: a line a fault, in the form
 allowed, the nearest fix*. Nothing here imports torch.
 """
 
+from megalite.config.activation_checkpointing import Recompute
+from megalite.config.cross_checks import tensor_size_fault
 from megalite.config.data import DataSection, DataSource, ValidationSet
-from megalite.config.fit import tensor_size_fault
-from megalite.config.recompute import Recompute
-from megalite.config.run import RunConfig
-from megalite.config.run_file import load_run_config
+from megalite.config.load import load_run_config
+from megalite.config.run_config import RunConfig
 from megalite.config.sections import (
     GPT2Config,
     GPTNeoXConfig,

@@ -5,18 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megalite.config.base import (
-    SHARE,
-    Count,
-    FilePath,
-    Flag,
-    Index,
-    Name,
-    PositiveNumber,
-    Section,
-    Share,
-)
-from megalite.faults import POSITIVE, TEXTS, Fault, Kind, choice, show
+from megalite.config.section import SHARE, Count, FilePath, Flag, Index, Name, PositiveNumber, Section, Share
+from megalite.config.validation import Fault, show
+from megalite.config.values import POSITIVE, TEXTS, Kind, choice
 
 ORDER = choice("streaming", "megatron")
 SPLIT_VALIDATION = "valid"

@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from megalite.config.base import (
+from megalite.config.deepspeed.adamw import AdamW
+from megalite.config.deepspeed.rules import Precision
+from megalite.config.section import (
     COUNT,
     COUNT_OR_AUTO,
     COUNTS,
@@ -21,9 +23,9 @@ from megalite.config.base import (
     Share,
     divisors,
 )
-from megalite.deepspeed_json import AdamW, Precision
-from megalite.faults import BETAS, POSITIVE, Fault, alternatives, choice, number, show, whole
-from megalite.pipeline.schedule import SCHEDULES
+from megalite.config.validation import Fault, alternatives, show
+from megalite.config.values import BETAS, POSITIVE, choice, number, whole
+from megalite.pipeline.schedules import SCHEDULES
 
 SCHEDULE = choice(*SCHEDULES)
 CURVE = choice("cosine", "linear", "constant", "wsd")

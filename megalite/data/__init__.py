@@ -4,23 +4,26 @@
 
     INPUT: jsonl, parquet, arrow, txt; files, folders, patterns
       |
-      |  preprocess     (preprocessing/) shards -> token ids, in worker processes, then put together
+      |  preprocess/    shards -> token ids, in worker processes, then put together
       |     ^
-      |     +---------- tokenizer (tokenizers/): sentencepiece, tokenizer.json, tiktoken;  chat: conversations
+      |     +---------- tokenizers/: sentencepiece, tokenizer.json, tiktoken;  chat/: conversations
       v
     PREFIX.bin          token ids, nothing else         \\
-    PREFIX.idx          where each document begins       \\  index_format says it byte for byte; writer, merge write;
-    PREFIX.mask         which tokens count, of some      /  indexed, index_map read; inspection counts
+    PREFIX.idx          where each document begins       \\  indexed/: format, byte for byte; writer, merge write;
+    PREFIX.mask         which tokens count, of some      /  dataset, index read; statistics counts
     PREFIX.json         what they were made of          /
       |
-      |  samples        the streaming order: sample i by arithmetic, over a permutation (permutation)
-      |  megatron       Megatron-core's order, from an index that is built once (index_cache)
-      |  blend          several sources as one
+      |  order/         which sample comes when
+      |    streaming    sample i by arithmetic, over a permutation (permutation)
+      |    megatron     Megatron-core's order, from an index that is built once (index_cache)
+      |    blend        several sources as one
       v
     datasets            what a run file says: sources, split, blend, validation sets; how often each is read
       |
-      |  batches        the samples of a step, this rank's share, documents and loss masks beside them, read ahead
-      |  fim            fill-in-the-middle
+      |  batch_schedule the samples of a step
+      |  batch_reader   this rank's share of them; prefetch reads it ahead
+      |  collate        documents, positions and loss masks beside the tokens
+      |  fill_in_the_middle
       v
     microbatches
 

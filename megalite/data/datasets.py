@@ -6,13 +6,13 @@ from pathlib import Path
 
 from megalite.config import DataSection, RunConfig
 from megalite.config.data import SPLIT_VALIDATION
-from megalite.data.batches import BatchSchedule
-from megalite.data.blend import BlendedSamples, megatron_source_sizes
-from megalite.data.fim import FillInTheMiddle, fim_tokens
-from megalite.data.indexed import IndexedDataset
-from megalite.data.megatron import MegatronSamples
-from megalite.data.samples import Samples, StreamingSamples, split_documents
-from megalite.data.tokenizer import load_tokenizer
+from megalite.data.batch_schedule import BatchSchedule
+from megalite.data.fill_in_the_middle import FillInTheMiddle, fim_tokens
+from megalite.data.indexed.dataset import IndexedDataset
+from megalite.data.order.blend import BlendedSamples, megatron_source_sizes
+from megalite.data.order.megatron import MegatronSamples
+from megalite.data.order.streaming import Samples, StreamingSamples, split_documents
+from megalite.data.tokenizers.load import load_tokenizer
 from megalite.errors import UserError
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megalite.checkpoint.forecast import MAKE_ROOM, forecast, size
-from megalite.distributed import ProcessGrid, broadcast_json, gather_json
 from megalite.doctor.report import Row
-from megalite.plan import Plan
+from megalite.parallel.json_collectives import broadcast_json, gather_json
+from megalite.parallel.mesh import ProcessGrid
+from megalite.training.plan import Plan
 
 _SEEN_SECONDS = 5.0
 """How long a rank looks for what rank 0 made: network file systems keep old listings for a while."""

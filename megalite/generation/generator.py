@@ -7,15 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megalite.generation.continuation import Continuation
-from megalite.generation.job import Job, Sampling
+from megalite.generation.request import Job, Sampling
 from megalite.generation.sampling import choose
-from megalite.model.cache import KeyValueCache
+from megalite.generation.sequence import Continuation
 from megalite.model.kernel_choice import choose_kernels
-from megalite.model.loading import load_stage
+from megalite.model.kv_cache import KeyValueCache
+from megalite.model.load import load_stage
+from megalite.model.precision import DTYPES
 from megalite.model.stage import Stage
-from megalite.precision import DTYPES
-from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.parallel.tensor_group import TensorGroup
 
 
 class Generator:

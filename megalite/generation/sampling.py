@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megalite.generation.job import Sampling
+from megalite.generation.request import Sampling
 
 
 def choose(logits_BV: Tensor, drawn: Sequence[float], sampling: Sampling) -> list[int]:

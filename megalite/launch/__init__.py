@@ -12,10 +12,10 @@ The standard library alone: a launcher has no use for torch.
 
 from megalite.launch.announce import announce, clear_for_stderr, end_announcement
 from megalite.launch.environment import LaunchEnvironment, interactive_shell, launch_environment, start_name, start_time
-from megalite.launch.lifeline import die_with_parent
 from megalite.launch.local import USER_ERROR_PREFIX, launch_local
-from megalite.launch.log import keep_log
-from megalite.launch.stand_in import run_stand_in
+from megalite.launch.parent_watchdog import die_with_parent
+from megalite.launch.rank_log import keep_log
+from megalite.launch.rank_subprocess import run_stand_in
 
 __all__ = [
     "USER_ERROR_PREFIX",

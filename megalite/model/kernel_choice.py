@@ -2,15 +2,8 @@
 
 import torch
 
+from megalite.kernels.choice import FASTER_PRODUCTS, AttentionKernel, Kernels, Products, faster_products, times_as_long
 from megalite.model.transformer import causal_attention
-from megalite.tensor_parallel.kernels import (
-    FASTER_PRODUCTS,
-    AttentionKernel,
-    Kernels,
-    Products,
-    faster_products,
-    times_as_long,
-)
 
 _FASTER_ATTENTION = 1.35
 """How many times faster the written-out attention must be than the fused one, which keeps fewer tensors.

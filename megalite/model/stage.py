@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from megalite.config import GPT2Config, ModelConfig, Recompute, RotaryConfig
-from megalite.model.cache import KeyValueCache
+from megalite.model.activation_checkpointing import run_layers
 from megalite.model.dropout import DropoutStreams
+from megalite.model.kv_cache import KeyValueCache
 from megalite.model.packing import PackedDocuments
-from megalite.model.recompute import run_layers
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.tensor_parallel.collectives import TensorGroup, gather_from_group, own_tokens
+from megalite.parallel.sharding import ShardSpec, place
+from megalite.parallel.tensor_group import TensorGroup
+from megalite.tensor_parallel.collectives import gather_from_group, own_tokens
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megalite.tensor_parallel.deferral import WeightGradients
-from megalite.tensor_parallel.initialisation import initialise_parameter
+from megalite.tensor_parallel.init import initialise_parameter
 from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
 from megalite.tensor_parallel.linear import linear
-from megalite.tensor_parallel.sharding import ShardSpec, place
+from megalite.tensor_parallel.weight_grad_store import WeightGradients
 
 TOKEN_TABLE = "embedding.tokens.weight"
 

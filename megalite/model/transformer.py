@@ -23,14 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig, ModelConfig, RopeScaling, RotaryConfig
-from megalite.model.cache import LayerCache
+from megalite.kernels.choice import NATIVE, AttentionKernel, Kernels
+from megalite.model.activation_checkpointing import recomputed
 from megalite.model.dropout import DropoutStreams, ScoreDropout
+from megalite.model.kv_cache import LayerCache
 from megalite.model.packing import PackedDocuments
-from megalite.model.recompute import recomputed
-from megalite.tensor_parallel.collectives import TensorGroup, copy_to_group, enter_region
-from megalite.tensor_parallel.kernels import NATIVE, AttentionKernel, Kernels
+from megalite.parallel.sharding import ShardSpec
+from megalite.parallel.tensor_group import TensorGroup
+from megalite.tensor_parallel.collectives import copy_to_group, enter_region
 from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear, ShardedModule
-from megalite.tensor_parallel.sharding import ShardSpec
 
 
 def head_dim(config: ModelConfig) -> int:

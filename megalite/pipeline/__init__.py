@@ -2,10 +2,10 @@
 
 ::
 
-    placement ──> schedule ──> a stream of instructions per rank ──┬──> executor ──> a measured Timeline ──┬──> plot
-    (which rank   (gpipe, 1f1b, interleaved_1f1b,                  └──> simulate ──> the ideal Timeline ───┴──> trace
+    placement ──> schedules ──> a stream of instructions per rank ──┬──> executor ───> a measured Timeline ──┬──> plot
+    (which rank   (gpipe, 1f1b, interleaved_1f1b,                   └──> simulator ──> the ideal Timeline ───┴──> trace
     holds what)   zb_h1, zb_v, forward_only)
 
-`placement`, `instructions`, `schedule`, `partition`, `simulate`, `timeline`, `plot` and `trace` are pure: no torch, no
-process, no clock. Only `p2p` and `executor` touch tensors.
+`instructions`, `schedules`, `partition` and `timeline/` are pure, as is `megalite.parallel.placement`: no torch, no
+process, no clock. Only `p2p`, `executor` and `compute_timer` touch tensors or devices.
 """

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megalite.distributed import Links
-from megalite.model.dropout import DropoutStreams
-from megalite.model.packing import PackedDocuments
+from megalite.parallel.mesh import Links
+from megalite.parallel.placement import Placement
+from megalite.pipeline.compute_timer import own_time
 from megalite.pipeline.instructions import (
     Backward,
     BackwardInput,
@@ -25,11 +25,29 @@ from megalite.pipeline.instructions import (
     SendActivation,
     SendGradient,
 )
-from megalite.pipeline.own_time import own_time
 from megalite.pipeline.p2p import Channel, PendingReceive
-from megalite.pipeline.placement import Placement
-from megalite.pipeline.timeline import Span
-from megalite.tensor_parallel.deferral import DeferredProducts
+from megalite.pipeline.timeline.spans import Span
+from megalite.tensor_parallel.weight_grad_store import DeferredProducts
+
+
+class PipelineInput(Protocol):
+    """What the executor reads of a microbatch, `megalite.model.microbatch.Microbatch`; of `packing` and `dropout` it
+    knows nothing, and hands them on."""
+
+    @property
+    def ids(self) -> Tensor | None: ...
+
+    @property
+    def targets(self) -> Tensor | None: ...
+
+    @property
+    def packing(self) -> Any: ...
+
+    @property
+    def loss_weights(self) -> Tensor | None: ...
+
+    @property
+    def dropout(self) -> Any: ...
 
 
 class StageEngine(Protocol):
@@ -40,9 +58,9 @@ class StageEngine(Protocol):
         stage: int,
         inputs: Tensor,
         targets: Tensor | None,
-        packing: PackedDocuments | None,
+        packing: Any,
         loss_weights: Tensor | None,
-        dropout: DropoutStreams | None,
+        dropout: Any,
     ) -> Tensor: ...
 
     def backward(self, scalar: Tensor) -> None:
@@ -56,21 +74,6 @@ class StageEngine(Protocol):
     def run_deferred(self, products: DeferredProducts) -> None:
         """Compute weight gradients that were put off, and add them to the others."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Microbatch:
-    """Token ids and targets ``[B, S]``, int64; each is needed at one end of the pipeline only, and None elsewhere.
-
-    With `loss_weights` ``[B, S]``, fp32, the losses of a step are the sum over its tokens, each times its weight;
-    without, the mean. `packing` says on every stage where documents begin, and `dropout` what is dropped.
-    """
-
-    ids: Tensor | None
-    targets: Tensor | None
-    packing: PackedDocuments | None = None
-    loss_weights: Tensor | None = None
-    dropout: DropoutStreams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ class PipelineExecutor:
         self.outgoing = {end: Channel(link, activation_shape, dtype, device) for end, link in links.outgoing.items()}
 
     def run(
-        self, stream: Sequence[Instruction], microbatches: Sequence[Microbatch], *, record: bool = False
+        self, stream: Sequence[Instruction], microbatches: Sequence[PipelineInput], *, record: bool = False
     ) -> StepResult:
         """Execute `stream` over `microbatches`, whose count the last stage divides unweighted losses by.
 
@@ -137,7 +140,7 @@ Key = tuple[int, int]
 class _Run:
     """The state of one stream under way: what was received and computed and is not used up yet."""
 
-    def __init__(self, executor: PipelineExecutor, microbatches: Sequence[Microbatch], record: bool) -> None:
+    def __init__(self, executor: PipelineExecutor, microbatches: Sequence[PipelineInput], record: bool) -> None:
         self.executor, self.microbatches, self.record = executor, microbatches, record
         self.placement = executor.placement
         self.last_stage = executor.placement.num_stages - 1

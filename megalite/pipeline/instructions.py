@@ -10,11 +10,9 @@ there is no message: the rank hands the tensor over to itself.
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from megalite.pipeline.placement import Placement
-
-Kind = Literal["activation", "gradient"]
+from megalite.parallel.placement import Kind, Placement
 
 
 @dataclass(frozen=True, slots=True)

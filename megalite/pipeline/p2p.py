@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.distributed import Link
+from megalite.parallel.mesh import Link
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,38 +17,13 @@ so no collective transposes anything. Legend for shapes: B rows, S tokens of a r
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.tensor_parallel.kernels import NATIVE, Kernels
-
-
-@dataclass(frozen=True, slots=True)
-class TensorGroup:
-    """The ranks that share a layer, and this rank's place among them; `process_group` may be None for one rank.
-
-    Plain numbers beside the process group let modules be built, sized and initialised without any process.
-    """
-
-    rank: int = 0
-    size: int = 1
-    process_group: dist.ProcessGroup | None = None
-    sequence_parallel: bool = False
-    """Divide the tokens between sharded regions over the ranks; with one rank it means nothing."""
-    overlap: bool = False
-    """Let the collectives of a layer's backward run beside its products."""
-    kernels: Kernels = NATIVE
-    """How the layers of this group compute their products and attention."""
-
-    @property
-    def divides_tokens(self) -> bool:
-        """Whether a rank holds a share of the tokens, ``[1, B*S / size, H]``, outside sharded regions."""
-        return self.sequence_parallel and self.size > 1
-
+from megalite.parallel.tensor_group import TensorGroup
 
 # torch gives both another name from 2.13 on.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.parallel.tensor_group import TensorGroup
 
 # Rows are worked on in chunks whose fp32 copies stay in a core's cache; an accelerator wants fewer, larger ones.
 CPU_CHUNK_ELEMENTS = 1 << 18

@@ -2,7 +2,7 @@
 
 Every layer takes its group in the constructor and declares in `shard_specs` which slice of which global tensor each
 of its parameters holds. Weights have torch's shape, ``[out_features, in_features]``, and are left uninitialised:
-`megalite.tensor_parallel.initialisation` fills them by name.
+`megalite.tensor_parallel.init` fills them by name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,16 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.tensor_parallel.collectives import (
-    TensorGroup,
-    copy_to_group,
-    enter_region,
-    gather_from_group,
-    leave_region,
-)
-from megalite.tensor_parallel.deferral import WeightGradients
+from megalite.parallel.sharding import ShardSpec, padded_vocabulary
+from megalite.parallel.tensor_group import TensorGroup
+from megalite.tensor_parallel.collectives import copy_to_group, enter_region, gather_from_group, leave_region
 from megalite.tensor_parallel.linear import ONE_RANK, linear
-from megalite.tensor_parallel.sharding import ShardSpec, padded_vocabulary
+from megalite.tensor_parallel.weight_grad_store import WeightGradients
 
 
 class ShardedModule(nn.Module):

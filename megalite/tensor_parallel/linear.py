@@ -1,9 +1,9 @@
 """The one product behind every sharded linear layer, with a backward whose two halves can part.
 
 The gradient of the input is computed first; its sum over the group may be under way while that of the weight is
-computed, and that of the weight may be left for later (`megalite.tensor_parallel.deferral`). It costs nothing beside
-torch's own product, so there is no second path without it. How the products are computed is the group's to say
-(`megalite.tensor_parallel.kernels`).
+computed, and that of the weight may be left for later (`megalite.tensor_parallel.weight_grad_store`). It costs nothing
+beside torch's own product, so there is no second path without it. How the products are computed is the group's to say
+(`megalite.kernels.choice`).
 """
 
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.tensor_parallel.collectives import TensorGroup, enter_region, start_entering, start_summing
-from megalite.tensor_parallel.deferral import WeightGradients
-from megalite.tensor_parallel.kernels import Kernels
+from megalite.kernels.choice import Kernels
+from megalite.parallel.tensor_group import TensorGroup
+from megalite.tensor_parallel.collectives import enter_region, start_entering, start_summing
+from megalite.tensor_parallel.weight_grad_store import WeightGradients
 
 ONE_RANK = TensorGroup()
 

@@ -14,14 +14,15 @@ import pytest
 from safetensors import safe_open
 
 from megalite.checkpoint import store
-from megalite.checkpoint.boxes import Box
+from megalite.checkpoint.discovery import checkpoints
 from megalite.checkpoint.manifest import Manifest
-from megalite.checkpoint.reader import CheckpointReader, checkpoints
+from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.retention import clean, prune, set_aside_later
 from megalite.checkpoint.safetensors_file import file_record, write_safetensors
 from megalite.checkpoint.store import Part
 from megalite.checkpoint.weights import CheckpointWeights
 from megalite.errors import UserError
+from megalite.parallel.regions import Box
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from megalite.checkpoint.weights import open_weights
 from megalite.cli import main
-from megalite.data.tokenizer import load_tokenizer, train_sentencepiece
+from megalite.convert.open import open_weights
+from megalite.data.tokenizers.load import load_tokenizer
+from megalite.data.tokenizers.train_sentencepiece import train_sentencepiece
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 400,
@@ -105,7 +106,7 @@ def test_a_checkpoint_again_as_a_checkpoint_has_the_weights_alone(source: Path, 
 def test_a_model_with_another_function_is_not_blessed(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megalite.checkpoint.huggingface import writer
+    from megalite.convert.huggingface import writer
 
     right = writer.assemble
     swapped = {"k_proj": "v_proj", "v_proj": "k_proj"}
@@ -132,7 +133,7 @@ def test_an_output_that_exists_is_left_alone(source: Path, tmp_path: Path, capsy
 def test_a_source_that_breaks_on_the_way_leaves_nothing(
     source: Path, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megalite.checkpoint.huggingface.files import TensorFiles
+    from megalite.convert.huggingface.folder import TensorFiles
 
     right, count = TensorFiles.read, 0
 

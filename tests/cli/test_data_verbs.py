@@ -11,8 +11,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from megalite.cli import main, preprocess, progress, tokenizer
-from megalite.data.indexed import IndexedDataset
-from megalite.data.tokenizer import load_tokenizer
+from megalite.data.indexed.dataset import IndexedDataset
+from megalite.data.tokenizers.load import load_tokenizer
 from megalite.errors import UserError
 
 TEXTS = [f"the fox number {n} jumps over the lazy dog number {n * n}" for n in range(200)]

@@ -12,7 +12,7 @@ import warm
 from generating import GREEDY, LLAMA, continued, save_model, train_tokenizer
 
 from megalite.cli import main
-from megalite.generation.job import Limits
+from megalite.generation.request import Limits
 
 TEXTS = ["the fox", "a lazy dog", "the quick brown"]
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from megalite.cli import main
-from megalite.data.indexed import IndexedDataset
-from megalite.data.inspection import length_histogram, readable
-from megalite.data.tokenizer import load_tokenizer, train_sentencepiece
-from megalite.data.writer import IndexedDatasetWriter
+from megalite.data.indexed.dataset import IndexedDataset
+from megalite.data.indexed.statistics import length_histogram, readable
+from megalite.data.indexed.writer import IndexedDatasetWriter
+from megalite.data.tokenizers.load import load_tokenizer
+from megalite.data.tokenizers.train_sentencepiece import train_sentencepiece
 
 LENGTHS = [0, 1, 2, 3, 3, 4, 7, 8, 100, 5]
 
@@ -25,7 +26,7 @@ def prefix(tmp_path: Path) -> Path:
 
 
 def test_lengths_are_counted(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megalite.data.inspection._BLOCK", 3)
+    monkeypatch.setattr("megalite.data.indexed.statistics._BLOCK", 3)
     histogram = length_histogram(IndexedDataset(prefix))
     assert histogram.bins()[:4] == [(0, 0), (1, 1), (2, 3), (4, 7)]
     assert histogram.documents.tolist() == [1, 1, 3, 3, 1, 0, 0, 1]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from megalite.checkpoint import inspection, store
-from megalite.checkpoint.boxes import Box
 from megalite.checkpoint.inspection import compare, flat_state, in_order, list_checkpoints, norms, tiles
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.store import Part
 from megalite.cli import main
+from megalite.parallel.regions import Box
 
 SHAPES = {"layers.10.mlp.up.weight": (6, 5), "layers.2.mlp.up.weight": (6, 5), "final_norm.weight": (5,)}
 MODEL = {"architecture": "llama", "hidden_size": 5}

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedDataset
-from megalite.data.tokenizer import train_sentencepiece
-from megalite.data.writer import IndexedDatasetWriter
+from megalite.data.indexed.dataset import IndexedDataset
+from megalite.data.indexed.writer import IndexedDatasetWriter
+from megalite.data.tokenizers.train_sentencepiece import train_sentencepiece
 
 SENTENCE = "the quick brown fox jumps over the lazy dog while seven wizards quietly box 42 jugs of liquid"
 WORDS = SENTENCE.split()

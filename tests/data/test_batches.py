@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.config import RampupSection, TrainSection
-from megalite.data.batches import BatchReader, BatchSchedule, ReadAhead, SampleRules
-from megalite.data.indexed import IndexedDataset
-from megalite.data.samples import StreamingSamples
-from megalite.data.writer import IndexedDatasetWriter
+from megalite.data.batch_reader import BatchReader
+from megalite.data.batch_schedule import BatchSchedule
+from megalite.data.collate import SampleRules
+from megalite.data.indexed.dataset import IndexedDataset
+from megalite.data.indexed.writer import IndexedDatasetWriter
+from megalite.data.order.streaming import StreamingSamples
+from megalite.data.prefetch import ReadAhead
 from megalite.errors import UserError
 
 EOD = 0

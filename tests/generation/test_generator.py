@@ -10,11 +10,11 @@ from generating import CPU, FAMILIES, GREEDY, LLAMA, TEXTS, continued, greedy_to
 from harness import run_distributed
 
 from megalite.config import read_model
-from megalite.generation.continuation import Continuation
 from megalite.generation.generator import load_generator
-from megalite.generation.job import Limits, Sampling, prepare
 from megalite.generation.prompts import Prompt
-from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.generation.request import Limits, Sampling, prepare
+from megalite.generation.sequence import Continuation
+from megalite.parallel.tensor_group import TensorGroup
 
 
 @pytest.mark.parametrize("family", FAMILIES)

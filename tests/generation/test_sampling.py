@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalite.errors import UserError
-from megalite.generation.job import Limits, Sampling
+from megalite.generation.request import Limits, Sampling
 from megalite.generation.sampling import choose, probabilities
 
 CHANCES = torch.tensor([[0.1, 0.4, 0.0, 0.3, 0.2]], dtype=torch.float64)

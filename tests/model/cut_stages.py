@@ -11,9 +11,9 @@ from torch import Tensor
 from megalite.config import ModelConfig, Recompute, read_model
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
+from megalite.parallel.sharding import place
+from megalite.parallel.tensor_group import TensorGroup
 from megalite.pipeline.partition import partition
-from megalite.tensor_parallel.collectives import TensorGroup
-from megalite.tensor_parallel.sharding import place
 
 SHAPE = {
     "vocab_size": 301,

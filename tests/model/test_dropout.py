@@ -13,7 +13,7 @@ from megalite.config import Recompute
 from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
-from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.parallel.tensor_group import TensorGroup
 
 LONG = {"max_position_embeddings": 80}
 FAMILIES: dict[str, dict[str, Any]] = {

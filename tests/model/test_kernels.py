@@ -9,14 +9,14 @@ from harness import run_distributed
 from model.cut_stages import LLAMA, model_config
 from training import build_trainer
 
-from megalite.metrics import device_peak, matrix_rate
+from megalite.kernels import choice as kernels_module
+from megalite.kernels.choice import AttentionKernel, Kernels, Products, faster_products, times_as_long
 from megalite.model import kernel_choice
 from megalite.model.kernel_choice import choose_kernels
 from megalite.model.stage import Stage
 from megalite.model.transformer import causal_attention
-from megalite.tensor_parallel import kernels as kernels_module
-from megalite.tensor_parallel.collectives import TensorGroup
-from megalite.tensor_parallel.kernels import AttentionKernel, Kernels, Products, faster_products, times_as_long
+from megalite.monitoring.device import device_peak, matrix_rate
+from megalite.parallel.tensor_group import TensorGroup
 
 CPU = torch.device("cpu")
 WIDE = Kernels("fp32", "fused")

@@ -27,7 +27,7 @@ from megalite.model import transformer
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.model.transformer import causal_attention
-from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.parallel.tensor_group import TensorGroup
 
 LENGTH = 20
 BOUNDARIES = [[3, 4, 15], []]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
-from megalite.tensor_parallel.collectives import TensorGroup
+from megalite.parallel.tensor_group import TensorGroup
 
 ROWS, LENGTH = 3, 20  # shares of 30 and 15 tokens: none ends where a row does
 BOUNDARIES = [[3, 4, 15], [], [11]]

@@ -21,8 +21,8 @@ from reference_model import ReferenceModel, stage_shapes
 from torch import Tensor
 
 from megalite.model.stage import Stage
-from megalite.tensor_parallel.collectives import TensorGroup
-from megalite.tensor_parallel.sharding import ShardSpec
+from megalite.parallel.sharding import ShardSpec
+from megalite.parallel.tensor_group import TensorGroup
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,

@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.pipeline import instructions, partition, placement, schedule
+from megalite.parallel import placement
+from megalite.parallel.placement import Placement
+from megalite.pipeline import instructions, partition, schedules
 from megalite.pipeline.instructions import (
     Backward,
     BackwardInput,
@@ -19,7 +21,6 @@ from megalite.pipeline.instructions import (
     SendGradient,
     parse,
 )
-from megalite.pipeline.placement import Placement
 
 KINDS: tuple[type[Instruction], ...] = (
     Forward,
@@ -110,7 +111,7 @@ def test_a_message_names_what_makes_it() -> None:
         assert set(send.sources) == {kind(1, 5) for kind in computes if kind(1, 5).makes(3) == send}
 
 
-@pytest.mark.parametrize("module", [instructions, partition, placement, schedule])
+@pytest.mark.parametrize("module", [instructions, partition, placement, schedules])
 def test_the_examples_in_the_docstrings_are_true(module) -> None:
     outcome = doctest.testmod(module)
     assert outcome.attempted

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from harness import run_distributed
 
+from megalite.parallel.sharding import ShardSpec, padded_vocabulary
+from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel import cross_entropy
-from megalite.tensor_parallel.collectives import TensorGroup
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megalite.tensor_parallel.sharding import ShardSpec, padded_vocabulary
 
 
 def compare(vocab_size: int, dtype: torch.dtype, spread: float) -> None:

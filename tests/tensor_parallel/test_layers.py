@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from harness import run_distributed
 from torch import Tensor, nn
 
-from megalite.tensor_parallel.collectives import TensorGroup
-from megalite.tensor_parallel.initialisation import initialise_parameter
+from megalite.parallel.sharding import place
+from megalite.parallel.tensor_group import TensorGroup
+from megalite.tensor_parallel.init import initialise_parameter
 from megalite.tensor_parallel.layers import (
     ColumnParallelLinear,
     HeadSliceLinear,
@@ -17,7 +18,6 @@ from megalite.tensor_parallel.layers import (
     VocabParallelEmbedding,
     parameter_shards,
 )
-from megalite.tensor_parallel.sharding import place
 
 IN, OUT, SEED = 12, 24, 7
 assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
@@ -192,7 +192,7 @@ def test_layers_refuse_what_does_not_divide() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_initialisation_is_the_same_whatever_the_layout(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megalite.tensor_parallel.initialisation.BLOCK_ELEMENTS", 50)
+    monkeypatch.setattr("megalite.tensor_parallel.init.BLOCK_ELEMENTS", 50)
 
     def build(rank: int, of: int, kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
         group = TensorGroup(rank, of)

@@ -10,8 +10,8 @@ from harness import run_distributed
 from test_layers import check_gradients, draw, fill
 from torch import Tensor, nn
 
+from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.collectives import (
-    TensorGroup,
     enter_region,
     gather_tokens,
     leave_region,
@@ -113,7 +113,7 @@ def mlp(overlap: bool) -> None:
     assert x_ref.grad is not None
     assert_close(x.grad, share(x_ref.grad, group))
     assert down.bias.grad is not None
-    torch.distributed.all_reduce(down.bias.grad)  # the one of a share: zero.py sums it once a step
+    torch.distributed.all_reduce(down.bias.grad)  # the one of a share: the engine sums it once a step
     check_gradients(layers, group, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 

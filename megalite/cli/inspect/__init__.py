@@ -42,7 +42,6 @@ def inspect(
 
     Or show what a step of a run trains on, from its configuration.
     """
-    from megalite.checkpoint.huggingface.reader import is_hugging_face
     from megalite.cli.inspect.checkpoint import (
         compare_checkpoints,
         inspect_checkpoint,
@@ -53,8 +52,9 @@ def inspect(
         verify_checkpoint,
     )
     from megalite.cli.inspect.dataset import inspect_dataset, is_dataset, nearest_prefix
-    from megalite.cli.inspect.hugging_face import inspect_hugging_face
+    from megalite.cli.inspect.huggingface import inspect_hugging_face
     from megalite.cli.inspect.run import inspect_step
+    from megalite.convert.huggingface.reader import is_hugging_face
 
     of_run = {"--step": step is not None, "--rank": rank is not None, "--json": as_json}
     of_dataset = {

@@ -34,7 +34,7 @@ def newest_checkpoint(path: Path) -> Path:
 
     A damaged one is taken too: its damage is what is asked about. Raises UserError where no save has ended.
     """
-    from megalite.checkpoint.reader import checkpoints
+    from megalite.checkpoint.discovery import checkpoints
 
     if is_checkpoint(path) or not lists_checkpoints(path):
         return path
@@ -148,7 +148,7 @@ def compare_checkpoints(path: Path, other: Path) -> bool:
 
 
 def _comparison(comparison: "Comparison") -> Iterator[str]:
-    from megalite.checkpoint.differences import difference_table
+    from megalite.checkpoint.mismatch_table import difference_table
 
     if comparison.shapes:
         yield f"tensors of other names or shapes:\n{difference_table(comparison.shapes, 'in A', 'in B')}"

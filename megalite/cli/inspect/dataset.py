@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from megalite.cli.inspect.lines import console_width, one_line
+from megalite.cli.inspect.text import console_width, one_line
 from megalite.cli.progress import count_progress
 from megalite.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from megalite.data.indexed import IndexedDataset
-    from megalite.data.inspection import LengthHistogram
+    from megalite.data.indexed.dataset import IndexedDataset
+    from megalite.data.indexed.statistics import LengthHistogram
 
 
 def is_dataset(path: Path) -> bool:
@@ -32,8 +32,8 @@ def nearest_prefix(path: Path) -> str:
 
 def inspect_dataset(prefix: Path, shown: int, tokenizer: Path | None, plot: Path | None) -> None:
     """Check a dataset, and print its counts, its lengths and its first documents."""
-    from megalite.data.indexed import IndexedDataset
-    from megalite.data.inspection import length_histogram
+    from megalite.data.indexed.dataset import IndexedDataset
+    from megalite.data.indexed.statistics import length_histogram
 
     dataset = IndexedDataset(prefix)
     with count_progress("checking", "") as progress:
@@ -46,7 +46,7 @@ def inspect_dataset(prefix: Path, shown: int, tokenizer: Path | None, plot: Path
         typer.echo(line)
     if plot is not None:
         from megalite.files import writing
-        from megalite.plots import length_histogram_plot
+        from megalite.monitoring.plots import length_histogram_plot
 
         with writing(plot, "give another --plot"):
             length_histogram_plot(
@@ -88,8 +88,8 @@ def _bars(histogram: "LengthHistogram") -> Iterator[str]:
 
 
 def _first_documents(dataset: "IndexedDataset", shown: int, tokenizer: Path | None) -> Iterator[str]:
-    from megalite.data.inspection import readable
-    from megalite.data.tokenizer import load_tokenizer
+    from megalite.data.indexed.statistics import readable
+    from megalite.data.tokenizers.load import load_tokenizer
 
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
     digest = dataset.sidecar.tokenizer_sha256 if dataset.sidecar else None

@@ -1,1 +1,1 @@
-"""The kinds of tokenizers behind `megalite.data.tokenizer`, and what they share: control tokens, text without edges."""
+"""The kinds of tokenizers that `load` finds, and what they share: control tokens, text without edges."""

@@ -1,0 +1,12 @@
+"""Hugging Face's folders, in and out.
+
+::
+
+    config.json   <---- config           settings ---->   ModelConfig
+    tensors       <---- tensor_map       families ---->   weights by global names
+    tokenizer     <---- tokenizer_files                   the tokenizer's file
+
+`families` has one table a family, of its settings and of its tensors, and each is read both ways: `reader` finds any
+box of a weight of ours through it, `writer` makes their tensors. No code of a folder's own is ever run; torch's
+files are read as plain tensors alone.
+"""

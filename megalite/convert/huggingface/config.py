@@ -1,0 +1,179 @@
+"""``config.json`` into our section `model` and back; what it asks beyond that is refused by name."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megalite.checkpoint.safetensors_file import ENCODINGS
+from megalite.config import ModelConfig, read_model
+from megalite.config.validation import alternatives, show
+from megalite.convert.huggingface.families import (
+    DEFAULT_WINDOW,
+    DEFAULT_WINDOW_LAYERS,
+    FAMILIES,
+    FLAGS,
+    INERT,
+    INERT_PREFIXES,
+    REQUIRED,
+    Family,
+    Setting,
+)
+from megalite.convert.huggingface.rope import ROPE_KEYS, rotary_of, written_rotary
+from megalite.errors import UserError, nearest
+
+CONFIG = "config.json"
+
+_WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
+def model_of(config: Mapping[str, Any], path: Path, max_positions: int | None = None) -> tuple[Family, ModelConfig]:
+    """Return the family and the model that a ``config.json`` describes.
+
+    `max_positions` takes the place of the longest sequence that it allows, where that is longer. Raises UserError for
+    a family that is not known, code of its own, and all that this package's models do not compute.
+    """
+    family = _family(config, path)
+    given: dict[str, Any] = {"architecture": family.architecture, **dict.fromkeys(family.flags, True)}
+    for setting in family.settings:
+        value = _ours(setting, config, path)
+        if value is not None:
+            given[setting.ours] = value
+    if family.rotary:
+        given |= rotary_of(family, config, path)
+    try:
+        model = read_model(given)
+    except ValueError as error:
+        raise UserError(f"{path}: describes no model that megalite knows: {_first_line(error)}") from error
+    if max_positions is not None:
+        longest = model.max_position_embeddings
+        if max_positions > longest or not family.rotary:
+            reason = "" if family.rotary else ", and each has weights"
+            raise UserError(
+                f"--max-positions={max_positions}: {path} has max_position_embeddings={longest}{reason}; leave it out"
+            )
+        model = read_model({**given, "max_position_embeddings": max_positions})
+    _require_full_attention(family, config, model.max_position_embeddings, path)
+    _require_known(family, config, path)
+    return family, model
+
+
+def config_of(model: ModelConfig, precision: str, token_ids: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
+    """Return the family that a model of ours is written as, and its ``config.json``.
+
+    `token_ids` go in as they are. Raises UserError for a model that no family's class computes.
+    """
+    ours = model.model_dump(mode="json")
+    on = {flag for flag in FLAGS if ours.get(flag)} if model.architecture == "llama" else set()
+    suits = (one for one in FAMILIES.values() if one.architecture == model.architecture and one.has(on))
+    family = next(suits, None)
+    if family is None:
+        flags = " and ".join(f"{flag}=true" for flag in sorted(on))
+        raise UserError(
+            f"model: no family of Hugging Face has {flags} and none of the other biases and norms; this model can be "
+            "trained and generated from, but not written as theirs"
+        )
+    _require_dividing_heads(family, model)
+    written: dict[str, Any] = {"architectures": [family.causal_class], "model_type": family.model_type}
+    written |= {setting.theirs: _theirs(setting, ours[setting.ours]) for setting in family.settings}
+    written |= {fixed.theirs: fixed.allowed[0] for fixed in family.fixed}
+    if family.rotary:
+        written |= written_rotary(family, ours)
+    return family, {**written, **token_ids, "dtype": ENCODINGS[precision].torch_name, "use_cache": True}
+
+
+def _require_dividing_heads(family: Family, model: ModelConfig) -> None:
+    hidden, heads, width = model.hidden_size, model.num_attention_heads, model.head_dim
+    has_width = any(setting.theirs == "head_dim" for setting in family.settings)
+    if (hidden % heads and family.heads_divide) or (width * heads != hidden and not has_width):
+        raise UserError(
+            f"model.head_dim={width}: transformers' {family.causal_class} takes only models whose "
+            f"num_attention_heads={heads} divides hidden_size={hidden}{'' if has_width else ', which gives head_dim'}; "
+            "this model can be trained and generated from, but not written as theirs"
+        )
+
+
+def _family(config: Mapping[str, Any], path: Path) -> Family:
+    name = config.get("model_type")
+    if config.get("auto_map"):
+        raise UserError(
+            f"{path}: auto_map names code of the folder's own, which is never run; if the model is a plain {name}, "
+            "delete the key"
+        )
+    if name not in FAMILIES:
+        fix = nearest(str(name), FAMILIES)
+        raise UserError(f"{path}: model_type={show(name)} is none of the families that are converted{fix}")
+    return FAMILIES[name]
+
+
+def _ours(setting: Setting, config: Mapping[str, Any], path: Path) -> Any:
+    value = config.get(setting.theirs)
+    if value is None:
+        value = setting.default
+    if value is REQUIRED:
+        raise UserError(f"{path}: {setting.theirs} is missing; give it as the model was trained")
+    if setting.words is None:
+        return value
+    if not isinstance(value, str) or value not in setting.words:
+        allowed = alternatives(setting.words)
+        raise UserError(f"{path}: {setting.theirs}={show(value)} is not what megalite computes; it can be {allowed}")
+    return setting.words[value]
+
+
+def _theirs(setting: Setting, value: object) -> object:
+    if setting.words is None:
+        return value
+    return next(word for word, ours in setting.words.items() if ours == value)
+
+
+def _require_full_attention(family: Family, config: Mapping[str, Any], positions: int, path: Path) -> None:
+    """Refuse a window that is shorter than the sequences: within it, attention is the same with and without."""
+    window = config.get("sliding_window", DEFAULT_WINDOW)
+    slides = config.get("use_sliding_window", family.always_slides)
+    layers = config.get("layer_types")
+    if isinstance(layers, list):
+        strange = sorted({str(layer) for layer in layers} - {"full_attention", "sliding_attention"})
+        if strange:
+            raise UserError(f"{path}: layer_types has {strange[0]!r}; every layer can be 'full_attention'")
+        slides = "sliding_attention" in layers
+    elif slides and not family.always_slides:
+        # Layers below this number attend to all tokens whatever the window is.
+        slides = config.get("max_window_layers", DEFAULT_WINDOW_LAYERS) < config["num_hidden_layers"]
+    if slides and isinstance(window, int) and window < positions:
+        raise UserError(
+            f"{path}: sliding_window={window} is below max_position_embeddings={positions}, and megalite attends to "
+            f"all tokens before; up to {window} both are the same: convert with --max-positions {window}"
+        )
+
+
+def _require_known(family: Family, config: Mapping[str, Any], path: Path) -> None:
+    for fixed in family.fixed:
+        value = config.get(fixed.theirs)
+        if value is not None and value not in fixed.allowed:
+            raise UserError(
+                f"{path}: {fixed.theirs}={show(value)} is not what megalite computes: {fixed.reason}; it can be "
+                f"{alternatives(fixed.allowed)}"
+            )
+    for key in _unknown(family, config):
+        raise UserError(
+            f"{path}: {key}={show(config[key])} is not known of a {family.model_type}; if the model computes the same "
+            "without it, delete the key"
+        )
+
+
+def _unknown(family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+    known = {*(one.theirs for one in (*family.settings, *family.fixed)), *INERT, *family.inert, *_WINDOW_KEYS}
+    if family.rotary:
+        known |= {*ROPE_KEYS}
+    for key, value in config.items():
+        if value and key not in known and not key.startswith(INERT_PREFIXES):
+            yield key
+
+
+def _first_line(error: ValueError) -> str:
+    from pydantic import ValidationError
+
+    from megalite.config.validation import validation_lines
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return validation_lines(error, below=1, whole="")[0]

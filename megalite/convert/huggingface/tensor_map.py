@@ -1,0 +1,68 @@
+"""How a tensor of theirs is made of weights of ours: at most stacked by blocks of rows, and then transposed."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megalite.parallel.regions import Box
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module of theirs, with a weight and perhaps a bias, and the modules of ours whose parameters these are.
+
+    Several of ours lie in one of theirs one after the other or, `by_head`, the rows of each head together. A
+    `transposed` weight is stored ``[in, out]``.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False
+    by_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of theirs: weights `ours`, each of `part_shape`, stacked in turns of `block` rows.
+
+    Row r of weight p stands in row ``(r // block * len(ours) + p) * block + r % block``.
+    """
+
+    name: str
+    ours: tuple[str, ...]
+    part_shape: tuple[int, ...]
+    block: int
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that it is stored in."""
+        rows, *rest = self.part_shape
+        return self._stored((rows * len(self.ours), *rest))
+
+    def pieces(self, part: int, box: Box) -> Iterator[tuple[Box, Box]]:
+        """Cut a box of weight `part` into pieces; yield where each is stored, and where it is within `box`.
+
+        What is stored `transposed` has to be turned.
+        """
+        (start, *corner), (rows, *extent) = box.offset, box.shape
+        stop = start + rows
+        while start < stop:
+            turn, within = divmod(start, self.block)
+            end = min(stop, (turn + 1) * self.block)
+            row = (turn * len(self.ours) + part) * self.block + within
+            stored = Box(self._stored((row, *corner)), self._stored((end - start, *extent)))
+            yield stored, Box((start - box.offset[0], *[0] * len(corner)), (end - start, *extent))
+            start = end
+
+    def _stored(self, numbers: tuple[int, ...]) -> tuple[int, ...]:
+        return numbers[::-1] if self.transposed else numbers
+
+
+def tensors_of(module: Module, shapes: Mapping[str, tuple[int, ...]], head_dim: int) -> Iterator[Tensor]:
+    """Return a module's tensors in a model of these shapes; parameters that the model lacks are left out."""
+    for kind in ("weight", "bias"):
+        ours = tuple(f"{name}.{kind}" for name in module.ours)
+        if all(name in shapes for name in ours):
+            shape = shapes[ours[0]]
+            block = head_dim if module.by_head else shape[0]
+            yield Tensor(f"{module.theirs}.{kind}", ours, shape, block, module.transposed)

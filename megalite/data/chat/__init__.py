@@ -1,0 +1,1 @@
+"""Records of conversations, and the chat template that turns them into token ids and a loss mask."""

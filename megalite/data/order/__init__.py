@@ -1,0 +1,1 @@
+"""Which sample comes when: streaming and Megatron orders, blends of sources, and their digest."""

@@ -1,0 +1,1 @@
+"""Which implementation computes matrix products and attention on this device: types, and the measurement."""

@@ -1,0 +1,243 @@
+"""What a run says of itself: the console's line, metrics.jsonl and TensorBoard; throughput, MFU and memory."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+
+from megalite.checkpoint.save_report import SaveReport
+from megalite.config.data import SPLIT_VALIDATION
+from megalite.files import writing
+from megalite.launch import end_announcement
+from megalite.monitoring.stragglers import WINDOW, Straggler
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One line of metrics.jsonl. `tokens` counts from the start of the run, `memory_bytes` is the peak of the rank
+    that has most: resident memory on a CPU, allocated memory on an accelerator. `data_wait` is the share of the step
+    that the rank which waited longest for its batch did so."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    loss_scale: float | None
+    skipped: bool
+    tokens: int
+    tokens_per_second: float
+    step_seconds: float
+    mfu: float
+    memory_bytes: int
+    data_wait: float
+
+
+WIDTH = 100
+"""Columns that the line of a step fits into."""
+_WARM_UP = 2
+"""Steps that no mean counts."""
+_FIX = "make room, and start the run again: it goes on from its newest checkpoint"
+_ON_THE_BOARD = tuple(field.name for field in fields(StepMetrics) if field.name not in ("step", "tokens", "skipped"))
+
+
+class MetricsLog:
+    """Writes a run's metrics, on one rank: a line a step to the console and to metrics.jsonl, and TensorBoard."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        total_steps: int,
+        world_size: int,
+        after: int = 0,
+        last: int | None = None,
+        log_every: int = 1,
+        stream: TextIO | None = None,
+    ) -> None:
+        """Write into a run's folder, adding to the metrics up to step `after` that are there.
+
+        The console shows the first step, those that `log_every` divides, those that are skipped and `last`, by default
+        the last of `total_steps`; the file and TensorBoard have all.
+        """
+        from torch.utils.tensorboard import SummaryWriter  # a second of import that only this rank needs
+
+        self._total, self._world = total_steps, world_size
+        self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._path = directory / "metrics.jsonl"
+        self._file = self._path.open("ab", buffering=0)
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=after + 1 if after else None)
+        self._last, self._log_every = last or total_steps, log_every
+        self._seconds = self._tokens = 0.0
+        self._steps = 0
+        self._told_memory = 0
+        self._told_scale: float | None = None
+        if stream is None:
+            end_announcement()  # that of the start, on a terminal
+
+    def say(self, text: str) -> None:
+        """Print one line that is no metric."""
+        self._console.print(text, markup=False)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record one training step."""
+        self._write(asdict(metrics))
+        for name in _ON_THE_BOARD:
+            value = getattr(metrics, name)
+            if value is not None:
+                self._add_scalar(f"train/{name}", value, metrics.step)
+        self._steps += 1
+        if self._steps > _WARM_UP:
+            self._seconds += metrics.step_seconds
+            self._tokens += metrics.tokens_per_second * metrics.step_seconds
+        if self._is_shown(metrics):
+            self.say(self._line(metrics))
+            self._say_what_changed(metrics)
+
+    def configuration(self, text: str, settings: Mapping[str, str | int | float | bool]) -> None:
+        """Show a run's configuration on TensorBoard: its text, and the settings by which runs are compared there."""
+        from torch.utils.tensorboard.summary import hparams
+
+        with writing(self._path.with_name("tensorboard"), _FIX):
+            self._board.add_text("configuration", "".join(f"    {line}\n" for line in text.splitlines()))
+            for summary in hparams(dict(settings), {"train/loss": 0.0, "valid/loss": 0.0}):
+                self._board._get_file_writer().add_summary(summary)
+
+    def throughput(self) -> str | None:
+        """Return in words what the run has come to in a second, its first steps aside; None where it has no others."""
+        if self._seconds == 0.0:
+            return None
+        rate = self._tokens / self._seconds
+        return f"throughput: {rate:,.0f} tok/s, {rate / self._world:,.0f} tok/s/rank"
+
+    def evaluation(self, step: int, name: str, loss: float) -> None:
+        """Record one evaluation on the validation set `name`."""
+        perplexity = _exp(loss)
+        self._write({"step": step, "valid_set": name, "valid_loss": loss, "valid_perplexity": perplexity})
+        of_split = name == SPLIT_VALIDATION
+        folder = "valid" if of_split else f"valid_{name}"
+        self._add_scalar(f"{folder}/loss", loss, step)
+        self._add_scalar(f"{folder}/perplexity", perplexity, step)
+        which = "" if of_split else f" on {name}"
+        self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
+
+    def rollback(self, step: int, back: int, passed_over: int) -> None:
+        """Record that after `step` the run goes on from step `back`, with so many samples passed over from there."""
+        # It is of the first step after it: a run that resumes from before has not passed anything over.
+        self._write({"step": back + 1, "rolled_back_from": step, "passed_over_samples": passed_over})
+        self.say(f"step {step}: back to step {back}; the {passed_over:,} samples from there are passed over")
+
+    def checkpoint(self, report: SaveReport) -> None:
+        """Record one checkpoint, or that there is none."""
+        head = f"step {report.step:>{len(str(self._total))}}/{self._total} | checkpoint"
+        if report.failure is not None:
+            self._write({"step": report.step, "checkpoint_failure": report.failure})
+            self.say(f"{head} NOT written: {report.failure}")
+            return
+        numbers = {
+            "checkpoint_bytes": report.bytes,
+            "checkpoint_blocked_seconds": report.blocked_seconds,
+            "checkpoint_durable_seconds": report.durable_seconds,
+        }
+        self._write({"step": report.step, **numbers})
+        for name, value in numbers.items():
+            self._add_scalar(f"train/{name}", value, report.step)
+        self.say(
+            f"{head} {report.folder.name} | {report.bytes / 1e6:,.1f} MB | blocked {report.blocked_seconds:.2f} s"
+            f" | durable after {report.durable_seconds:.2f} s"
+        )
+        for warning in report.warnings:
+            self._write({"step": report.step, "checkpoint_warning": warning})
+            self.say(f"warning: {warning}")
+
+    def restart(self, step: int, count: int) -> None:
+        """Record that the run goes on after `step` since its ranks were started again, the `count`-th time."""
+        self._write({"step": step, "restart": count})
+        self.say(f"restart {count}: the run goes on after step {step}")
+
+    def straggler(self, step: int, found: Straggler, host: str) -> None:
+        """Record that a rank takes longer than its peers."""
+        numbers = {"straggler": found.rank, "own_seconds": found.seconds, "median_own_seconds": found.median}
+        self._write({"step": step, **numbers})
+        self.say(
+            f"step {step:>{len(str(self._total))}}/{self._total} | straggler: rank {found.rank} on {host} was at work"
+            f" for {found.seconds:.3g} s a step over the last {WINDOW}, {found.factor:.2f} times the median of the"
+            f" {found.peers:,} ranks with its stages"
+        )
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        # JSON has no word for what is not finite.
+        finite = {
+            name: None if _not_finite(value) else value for name, value in {**record, "time": time.time()}.items()
+        }
+        line = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        with writing(self._path, _FIX):
+            while line:  # a disk that is nearly full takes a part
+                line = line[self._file.write(line) :]
+
+    def _add_scalar(self, name: str, value: float, step: int) -> None:
+        with writing(self._path.with_name("tensorboard"), _FIX):
+            self._board.add_scalar(name, value, step)
+
+    def _is_shown(self, m: StepMetrics) -> bool:
+        return m.step % self._log_every == 0 or self._steps == 1 or m.step == self._last or m.skipped
+
+    def _line(self, m: StepMetrics) -> str:
+        # The first steps warm caches up; the remaining time is told from the others as soon as there are some.
+        warm = self._steps - _WARM_UP
+        mean = self._seconds / warm if warm > 0 else m.step_seconds
+        rate = m.tokens_per_second
+        parts = [
+            f"step {m.step:>{len(str(self._total))}}/{self._total}",
+            f"loss {m.loss:.4f}",
+            f"lr {m.learning_rate:.2e}",
+            f"grad {m.grad_norm:.3f}",
+            *(["skipped"] if m.skipped else []),
+            f"{rate:,.0f} tok/s" if rate < 1e6 else f"{rate / 1e6:.2f}M tok/s",
+            f"MFU {m.mfu:.1%}",
+            f"ETA {_clock((self._total - m.step) * mean)}",
+        ]
+        for dropped in ("", "MFU ", "lr ", "ETA "):  # as few as leave the line short enough; the file has all
+            parts = [part for part in parts if not dropped or not part.startswith(dropped)]
+            if len(" | ".join(parts)) <= WIDTH:
+                break
+        return " | ".join(parts)
+
+    def _say_what_changed(self, m: StepMetrics) -> None:
+        """Tell what is much the same from step to step, when it changes: the line of a step is short without."""
+        head = f"step {m.step:>{len(str(self._total))}}/{self._total}"
+        if m.memory_bytes > 1.1 * self._told_memory:
+            self._told_memory = m.memory_bytes
+            whose = "" if self._world == 1 else ", of the rank that has most"
+            self.say(f"{head} | peak memory {m.memory_bytes / 2**30:.2f} GiB{whose}")
+        if m.loss_scale != self._told_scale:
+            self._told_scale = m.loss_scale
+            self.say(f"{head} | loss scale {m.loss_scale:.8g}")
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours // 24}d {hours % 24}h"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,50 @@
+"""Weights from (seed, global name): the same model whatever layout builds it, in bounded memory.
+
+A global tensor is drawn in blocks of rows, each from a generator of its own, keyed by (seed, name, block). A rank
+draws only the blocks that meet its slice, and keeps of them what is its own.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from megalite.parallel.sharding import PlacedShard
+
+BLOCK_ELEMENTS = 1 << 20
+
+
+def _generator(seed: int, name: str, block: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=8).digest()
+    # torch takes seeds of 63 bits on every device.
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def normal_slice_(target: Tensor, shard: PlacedShard, *, seed: int, std: float) -> None:
+    """Fill `target`, the local place of one shard, with its slice of a global normal tensor of deviation `std`."""
+    shape = shard.spec.global_shape
+    columns = 1
+    for length in shape[1:]:
+        columns *= length
+    rows = max(1, BLOCK_ELEMENTS // columns)
+    wanted = shard.source[0]
+    for block in range(wanted.start // rows, -(-wanted.stop // rows)):
+        first, last = block * rows, min((block + 1) * rows, shape[0])
+        drawn = torch.empty(last - first, *shape[1:])
+        drawn.normal_(0.0, std, generator=_generator(seed, shard.spec.name, block))
+        low, high = max(first, wanted.start), min(last, wanted.stop)
+        part = drawn[low - first : high - first][(slice(None), *shard.source[1:])]
+        target[low - wanted.start : high - wanted.start].copy_(part)
+
+
+@torch.no_grad()
+def initialise_parameter(parameter: Tensor, shards: Iterable[PlacedShard], *, seed: int, std: float) -> None:
+    """Fill one parameter from its placed shards: norms' weights with 1, biases and padding with 0, others normal."""
+    parameter.zero_()
+    for shard in shards:
+        target = parameter[shard.target]
+        if shard.spec.name.endswith("norm.weight"):
+            target.fill_(1.0)
+        elif not shard.spec.name.endswith(".bias"):
+            normal_slice_(target, shard, seed=seed, std=std)

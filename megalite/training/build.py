@@ -1,0 +1,37 @@
+"""Build the stages of the model that a rank holds."""
+
+from dataclasses import replace
+
+from megalite.kernels.choice import NATIVE, Kernels
+from megalite.model.load import load_stage
+from megalite.model.stage import Stage
+from megalite.model.weights import Weights
+from megalite.parallel.mesh import ProcessGrid
+from megalite.training.plan import Plan
+
+
+def build_stages(
+    plan: Plan, grid: ProcessGrid, weights: Weights | None = None, kernels: Kernels = NATIVE
+) -> dict[int, Stage]:
+    """Build this rank's stages with the given weights, or with those that (seed, name) give them."""
+    parallel = plan.config.parallel
+    group = replace(
+        grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap, kernels=kernels
+    )
+    stages: dict[int, Stage] = {}
+    for index in grid.stages:
+        stage = stages[index] = Stage(
+            plan.config.model,
+            plan.stage_layers[index],
+            index=index,
+            num_stages=plan.placement.num_stages,
+            group=group,
+            rows=plan.config.train.micro_batch_size,
+            recompute=plan.config.recompute,
+            table=stages[0].tied_table if 0 in stages else None,
+        )
+        if weights is None:
+            stage.initialise(plan.config.run.seed)
+        else:
+            load_stage(stage, weights)
+    return stages

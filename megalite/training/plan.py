@@ -1,0 +1,427 @@
+"""All that can be known of a run before a rank starts: its configuration, layout and data, checked against each other.
+
+`prepare` is what every launcher goes through first, and all that ``megalite train --dry-run`` does. It forms no
+process group and needs no accelerator, so that mistakes end a run in a second.
+"""
+
+from collections.abc import Iterator, Sequence
+from ctypes.util import find_library
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from importlib.metadata import version
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from megalite.checkpoint import forecast
+from megalite.checkpoint.compatibility import Expectation
+from megalite.checkpoint.discovery import CHECKPOINTS, candidates
+from megalite.checkpoint.manifest import Manifest
+from megalite.checkpoint.model_files import run_companions, tokenizer_companions, tokenizer_name
+from megalite.checkpoint.reader import CheckpointReader
+from megalite.checkpoint.special_tokens import DocumentTokens
+from megalite.checkpoint.weights import CheckpointWeights, documents_of
+from megalite.config import ModelConfig, RunConfig, load_run_config
+from megalite.data.batch_schedule import BatchSchedule
+from megalite.data.datasets import Datasets, open_datasets
+from megalite.data.indexed.dataset import IndexedDataset
+from megalite.data.indexed.format import DatasetSidecar, with_suffix
+from megalite.data.order.digest import order_digest
+from megalite.data.tokenizers.load import load_tokenizer, standard_files, tokenizer_file
+from megalite.errors import UserError
+from megalite.model.shapes import weight_shapes
+from megalite.model.weights import Weights
+from megalite.monitoring.run_folder import require_run_folder
+from megalite.parallel.layout import Coordinate, ParallelLayout, spans
+from megalite.parallel.placement import Placement
+from megalite.pipeline.partition import partition
+from megalite.pipeline.schedules import SCHEDULES, all_streams
+from megalite.pipeline.timeline.simulator import simulate
+from megalite.training.memory_estimate import rank_bytes, unit_for
+
+CONFIG = "config.yaml"
+"""The resolved run file in a checkpoint."""
+
+
+_LISTED = 4
+"""Pipeline ranks that the rank map lists one by one; of more, those that are alike stand in one row."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Ranks that hold alike."""
+
+    ranks: tuple[int, ...]
+    layers: str
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start: a resolved configuration whose parts fit each other and the data on disk."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    placement: Placement
+    stage_layers: tuple[range, ...]
+    """The layers of every stage."""
+    tokenizer_digest: str | None = None
+    unchecked: tuple[str, ...] = ()
+    """What a dry run could not look at, since it is not there; a line each."""
+    _counted: dict[tuple[int, bool, bool, int], int] = field(default_factory=dict, repr=False, compare=False)
+
+    def check_data(self, *, keep_index: bool = True) -> Datasets:
+        """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
+        vocabulary, or where nothing can be written in `run.dir`."""
+        self.check_machine()
+        for source in (*self.config.data.train, *self.config.data.valid):
+            self.check_source(source.prefix)
+        return open_datasets(self.config, keep_index=keep_index)
+
+    def check_source(self, prefix: Path) -> None:
+        """Raise UserError where a dataset is missing, broken, or of another vocabulary."""
+        vocab_size, path, digest = self.config.model.vocab_size, self.config.data.tokenizer, self.tokenizer_digest
+        assert vocab_size is not None
+        indexed = IndexedDataset(prefix)
+        indexed.require_vocabulary(vocab_size)
+        indexed.require_sound_mask()
+        if digest and indexed.sidecar and indexed.sidecar.tokenizer_sha256 != digest:
+            raise UserError(
+                f"{prefix}.json: made with a tokenizer of SHA-256 {indexed.sidecar.tokenizer_sha256[:12]}, "
+                f"not with data.tokenizer={path} ({digest[:12]}); preprocess again, or name the other tokenizer"
+            )
+
+    @property
+    def data_is_there(self) -> bool:
+        """Whether something is there of every source to train on."""
+        return not any(_is_absent(source.prefix) for source in self.config.data.train)
+
+    def check_data_that_is_there(self) -> tuple[Datasets | None, list[str]]:
+        """Check what there is of the data as `check_data` does, and write no index.
+
+        Returns the datasets, None where a source to train on is not there, and a line for each source that is not. A
+        source of which only a part is there is damaged, not absent. Raises UserError as `check_data` does.
+        """
+        data = self.config.data
+        absent = {source.prefix for source in (*data.train, *data.valid) if _is_absent(source.prefix)}
+        present = data.model_copy(
+            update={
+                "train": tuple(source for source in data.train if source.prefix not in absent),
+                "valid": tuple(source for source in data.valid if source.prefix not in absent),
+                # Without its tokenizer nothing says which tokens to fill the middle in with.
+                **({"fim_rate": 0.0} if self.unchecked else {}),
+            }
+        )
+        lines = [f"not checked: {prefix}: neither {prefix}.idx nor {prefix}.bin is there" for prefix in sorted(absent)]
+        plan = replace(self, config=self.config.model_copy(update={"data": present}))
+        if len(present.train) == len(data.train):
+            return plan.check_data(keep_index=False), lines
+        self.check_machine()
+        for source in (*present.train, *present.valid):
+            self.check_source(source.prefix)
+        return None, lines
+
+    @cached_property
+    def expectation(self) -> Expectation:
+        """What a checkpoint must hold for this run."""
+        return Expectation(self.config.model, weight_shapes(self.config.model), self.tokenizer_digest)
+
+    @cached_property
+    def order_digest(self) -> str:
+        """SHA-256 of all that the order of samples follows from; raises UserError where the data are not there."""
+        return order_digest(self.config)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint's tensors: of every weight its master and two moments, in fp32."""
+        return 12 * sum(map(prod, self.expectation.shapes.values()))
+
+    def describe_checkpoints(self) -> str:
+        """Return a line on what the run will keep, and the room that this takes."""
+        return forecast.describe(self.config, self.checkpoint_bytes)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.config.run.dir / CHECKPOINTS
+
+    def manifest(self, step: int) -> Manifest:
+        """Return what a checkpoint of this run says of itself."""
+        return Manifest(
+            step,
+            {},
+            {},
+            versions={name: version(name) for name in ("megalite", "torch", "deepspeed")},
+            layout=f"{self.layout}, ZeRO-{self.config.zero_stage}, {self.config.precision}",
+            model=self.config.model.model_dump(mode="json"),
+            precision=self.config.precision,
+            config_sha256=sha256(self.config.to_yaml().encode()).hexdigest(),
+            tokenizer_sha256=self.tokenizer_digest,
+            documents=self.documents,
+        )
+
+    def companion_files(self) -> dict[str, bytes]:
+        """Return the small files that a checkpoint has with it: the resolved run file, the tokenizer's files, and how
+        to generate, from `data.tokenizer` and `init_from`, byte for byte."""
+        weights, of_weights = self._first_weights, {}
+        if weights is not None:
+            from megalite.convert.generation_config import companion_contents  # with the readers of foreign formats
+
+            of_weights = companion_contents(weights, weights.companions)
+        tokenizer, standard = None, {}
+        if self.config.data.tokenizer is not None:
+            file = tokenizer_file(self.config.data.tokenizer)
+            standard = standard_files(self.config.data.tokenizer)
+            tokenizer = tokenizer_companions(file, next(iter(standard)))
+        elif (name := tokenizer_name(of_weights)) and (digests := {one.tokenizer_sha256 for one in self._sidecars}):
+            # The weights' own tokenizer is that of the run, unless the data were made with another.
+            of_weights = of_weights if digests == {sha256(of_weights[name]).hexdigest()} else {}
+        return run_companions(tokenizer, of_weights) | standard | {CONFIG: self.config.to_yaml().encode()}
+
+    @cached_property
+    def documents(self) -> DocumentTokens:
+        """What stands around the documents of the training data; weights to begin with may have seen more ends, and a
+        token before every text, which they still know."""
+        ends = [one.eod_id for one in self._sidecars if one.eod_id is not None]
+        begins = [one for one in (getattr(sidecar, "bos_id", None) for sidecar in self._sidecars) if one is not None]
+        before = documents_of(self._first_weights) if self._first_weights else None
+        if isinstance(self._first_weights, CheckpointWeights) and self.tokenizer_digest is not None:
+            theirs = self._first_weights.reader.manifest.tokenizer_sha256
+            before = before if theirs in (None, self.tokenizer_digest) else None  # its ids are other tokens here
+        beginning: tuple[int, ...] | None = tuple(begins[:1])
+        if not beginning and self._first_weights:
+            beginning = before.beginning if before is not None else None
+        elif not beginning and not self._sidecars:
+            beginning = None
+        return DocumentTokens(tuple(dict.fromkeys([*ends, *(before.ends if before is not None else ())])), beginning)
+
+    @cached_property
+    def _first_weights(self) -> Weights | None:
+        """The weights of `init_from`; raises UserError where there are none, even where a checkpoint is before them."""
+        if self.config.init_from is None:
+            return None
+        from megalite.convert.open import open_weights  # with the readers of foreign formats
+
+        try:
+            return open_weights(self.config.init_from)
+        except UserError as error:
+            raise UserError(f"init_from={error}") from error
+
+    @cached_property
+    def _sidecars(self) -> list[DatasetSidecar]:
+        """What is told of the training data, as far as anything is."""
+        found = [IndexedDataset(source.prefix).sidecar for source in self.config.data.train]
+        return [sidecar for sidecar in found if sidecar is not None]
+
+    def check_machine(self) -> None:
+        """Raise UserError where this host lacks what the run takes: a run.dir to write in, libraries. Every host's own
+        matter, and quickly seen; `check_start` and `check_data` begin with it."""
+        require_run_folder(self.config.run.dir)
+        if (sections := self.config.deepspeed.on_nvme) and find_library("aio") is None:
+            raise UserError(
+                f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine has not; "
+                "install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
+            )
+
+    def check_start(self) -> str:
+        """Return a line on where the run will begin; raise UserError where that is not of this run's model.
+
+        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes.
+        """
+        self.check_machine()
+        weights = self._first_weights
+        for folder in candidates(self.config):
+            try:
+                reader = CheckpointReader(folder)
+            except UserError:
+                if self.config.resume != "auto":
+                    raise
+                continue
+            self.expectation.require_resumable(reader)
+            passed_over = f"; {self.init_from_passed_over}" if weights is not None else ""
+            return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole{passed_over}"
+        if weights is None:
+            return "start: anew"
+        self.expectation.require_weights(weights)
+        return f"start: with the weights of {self.config.init_from}"
+
+    @property
+    def init_from_passed_over(self) -> str:
+        """What is said where a run has checkpoints and names weights to begin with too."""
+        return (
+            f"init_from={self.config.init_from} is passed over, since the run goes on; to begin with those weights, "
+            "set another run.dir, or resume=never"
+        )
+
+    def describe(self) -> RenderableType:
+        """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""
+        return Group(self._summary(), self._rank_map(), self._pipeline())
+
+    def _summary(self) -> str:
+        config, train = self.config, self.config.train
+        tokens = BatchSchedule(train).consumed(train.steps) * config.data.sequence_length
+        ramp = train.batch_size_rampup
+        sizes = f"{train.global_batch_size:,}" if ramp is None else f"{ramp.start:,} to {train.global_batch_size:,}"
+        return (
+            f"{config.source.name}: {config.model.architecture}, {self.layout}, {self.layout.world_size} ranks, "
+            f"ZeRO-{config.zero_stage}, {config.precision}\n"
+            f"{train.steps:,} steps x {sizes} sequences x {config.data.sequence_length:,} tokens "
+            f"= {tokens:,} tokens; {config.gradient_accumulation_steps:,} microbatches of "
+            f"{_sequences(train.micro_batch_size)} per rank and step"
+        )
+
+    def _rank_map(self) -> Table:
+        rows = [(row, rank_bytes(self.config, row.parameters)) for row in self._rows()]
+        unit, size = unit_for(max(held.total for _, held in rows))
+        table = Table(title=f"what a rank holds, in {unit}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+        left = ("ranks", "stages: layers")
+        for column in (*left, "parameters", "weights", "gradients", "reduction", "optimizer", "sum"):
+            table.add_column(column, justify="left" if column in left else "right", no_wrap=column not in left)
+        for row, held in rows:
+            sizes = held.weights, held.gradients, held.reduction, held.optimizer, held.total
+            shown = [f"{number / size:,.2f}" for number in sizes]
+            table.add_row(spans(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
+        total = sum(self.parameters_of_rank(*place) for place in self._places()) * self.layout.data
+        model = _num_parameters(self.config.model, range(self.config.model.num_hidden_layers), 0, 1, (0, 1))
+        notes = [
+            f"{model:,} parameters in the model, {total:,} on its ranks",
+            "(norms, tied tables and replicas stand on several)",
+            "bytes by arithmetic, without activations and what the device's libraries take",
+        ]
+        if offloaded := max(held.offloaded for _, held in rows):
+            notes.append(f"off the device: up to {offloaded / size:,.2f} {unit} more for each rank")
+        table.caption = "\n".join(notes)
+        table.caption_justify = "left"
+        return table
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        return product(range(self.layout.pipeline), range(self.layout.tensor))
+
+    def _rows(self) -> list["_Row"]:
+        """Ranks that hold as many parameters, together: those of a pipeline rank, and in a long pipeline neighbours."""
+        rows: list[_Row] = []
+        for pipeline, tensor in self._places():
+            ranks = tuple(
+                self.layout.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
+                for data in range(self.layout.data)
+            )
+            stages = [(stage, self.stage_layers[stage]) for stage in self.placement.stages_of(pipeline)]
+            numbers = ", ".join(str(stage) for stage, _ in stages)
+            layers = f"{numbers}: {', '.join(f'{layers.start}-{layers.stop - 1}' for _, layers in stages)}"
+            if self.layout.pipeline > _LISTED:
+                layers = f"{' + '.join(str(len(layers)) for _, layers in stages)} layers"
+            row = _Row(ranks, layers, self.parameters_of_rank(pipeline, tensor))
+            alike = [
+                at for at, other in enumerate(rows) if (other.layers, other.parameters) == (layers, row.parameters)
+            ]
+            if alike:
+                rows[alike[0]] = _Row(tuple(sorted((*rows[alike[0]].ranks, *ranks))), layers, row.parameters)
+            else:
+                rows.append(row)
+        return rows
+
+    def parameters_of_rank(self, pipeline: int, tensor: int) -> int:
+        """Number of parameters of all stages of a rank, before ZeRO divides them."""
+        return sum(self.parameters(stage, tensor) for stage in self.placement.stages_of(pipeline))
+
+    def parameters(self, stage: int, tensor: int) -> int:
+        """Number of parameters that one rank holds of a stage, before ZeRO divides them."""
+        layers, last = self.stage_layers[stage], self.placement.num_stages - 1
+        # A stage between the first and the last is as large as any other of as many layers.
+        kind = (len(layers), stage == 0, stage == last, tensor)
+        if kind not in self._counted:
+            shares = stage == last > 0 and self.placement.rank_of(0) == self.placement.rank_of(stage)
+            size = (tensor, self.layout.tensor)
+            count = _num_parameters(self.config.model, layers, stage, last + 1, size, shares_rank=shares)
+            self._counted[kind] = count
+        return self._counted[kind]
+
+    def _pipeline(self) -> str:
+        schedule, microbatches = self.config.parallel.schedule, self.config.gradient_accumulation_steps
+        if self.layout.pipeline == 1:
+            return "no pipeline: every rank runs all layers"
+        timeline = simulate(all_streams(SCHEDULES[schedule], self.placement, microbatches))
+        stages = f"{self.placement.num_stages} stages"
+        if self.placement.virtual_stages > 1:
+            stages += f", {self.placement.virtual_stages} a rank"
+        return (
+            f"pipeline {schedule}: {stages}, {microbatches} microbatches, simulated bubble "
+            f"{timeline.bubble_fraction:.1%}, at most {max(timeline.peak_microbatches):g} microbatches in flight"
+        )
+
+
+def _sequences(count: int) -> str:
+    return "1 sequence" if count == 1 else f"{count} sequences"
+
+
+def _num_parameters(
+    model: ModelConfig,
+    layers: range,
+    index: int,
+    num_stages: int,
+    tensor_rank_and_size: tuple[int, int],
+    *,
+    shares_rank: bool = False,
+) -> int:
+    """Number of parameters of a stage on a rank; of the last stage without a tied table that its rank has already."""
+    import torch
+
+    from megalite.model.stage import Stage
+    from megalite.parallel.tensor_group import TensorGroup
+
+    with torch.device("meta"):
+        group = TensorGroup(*tensor_rank_and_size)
+        first = Stage(model, (), index=0, num_stages=num_stages, group=group) if shares_rank else None
+        table = first.tied_table if first is not None else None
+        return Stage(model, layers, index=index, num_stages=num_stages, group=group, table=table).num_parameters()
+
+
+def _is_absent(prefix: Path) -> bool:
+    return not any(with_suffix(prefix, suffix).exists() for suffix in (".idx", ".bin"))
+
+
+def prepare(
+    path: Path, overrides: Sequence[str], world_size: int | None, *, tokenizer_may_be_absent: bool = False
+) -> Plan:
+    """Read a run file and resolve it; raise UserError for what cannot work. `Plan.check_data` looks at the data.
+
+    `world_size` is the number of ranks that a launcher started, None where megalite will start them itself. With
+    `tokenizer_may_be_absent` a tokenizer that is not there is told in `Plan.unchecked`, where `model.vocab_size` is
+    given beside it.
+    """
+    config = load_run_config(path, overrides, _section_of_weights)
+    named, tokenizer, unchecked = config.data.tokenizer, None, ()
+    if named is not None and tokenizer_may_be_absent and not named.exists():
+        if config.model.vocab_size is None:
+            raise UserError(
+                f"data.tokenizer={named}: is not there, and without model.vocab_size the model's size is not known; "
+                "give model.vocab_size=N, or make the tokenizer with `megalite tokenizer train`"
+            )
+        unchecked = (f"not checked: data.tokenizer={named}: it is not there",)
+    elif named is not None:
+        tokenizer = load_tokenizer(named)
+    config = config.resolve(world_size=world_size, vocab_size=tokenizer.vocab_size if tokenizer else None)
+    return replace(plan_of(config, tokenizer.digest if tokenizer else None), unchecked=unchecked)
+
+
+def _section_of_weights(path: Path) -> dict[str, Any]:
+    from megalite.convert.open import section_of_weights  # with the readers of foreign formats
+
+    return section_of_weights(path)
+
+
+def plan_of(config: RunConfig, tokenizer_digest: str | None) -> Plan:
+    """Return the plan of a configuration that `RunConfig.resolve` has completed and checked."""
+    stages = config.placement
+    return Plan(
+        config=config,
+        layout=config.layout,
+        placement=stages,
+        stage_layers=partition(config.model.num_hidden_layers, stages.num_stages, config.parallel.stage_layers),
+        tokenizer_digest=tokenizer_digest,
+    )

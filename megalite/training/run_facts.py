@@ -1,0 +1,52 @@
+"""The facts of a run that its ranks compare before any group forms: settings, code, data, checkpoints."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megalite.checkpoint.discovery import candidates
+from megalite.config import RunConfig
+from megalite.data.indexed.fingerprint import fingerprint
+from megalite.launch.consistency import SHOWN_DIGITS, Facts, process_facts
+from megalite.training.plan import Plan
+
+_PLACES = frozenset({"run.dir", "data.tokenizer", "data.index_cache"})
+_PLACES_ANYWHERE = frozenset({"prefix", "nvme_path"})
+"""Settings that say where something is. Hosts may have it in different places: what is there is compared instead."""
+
+
+def run_facts(plan: Plan, world_size: int) -> Facts:
+    """Return what the ranks of a run have in common. Paths are not compared, but what they lead to is.
+
+    Raises UserError where the data cannot be opened.
+    """
+    process, config = process_facts(world_size), plan.config
+    sources = {f"data.train.{number}": source.prefix for number, source in enumerate(config.data.train)}
+    sources |= {f"data.valid.{number}": source.prefix for number, source in enumerate(config.data.valid)}
+    return {
+        "launch": process["launch"],
+        "run file": dict(_settings(config)),
+        "code": process["code"],
+        "versions": process["versions"],
+        "tokenizer": {"data.tokenizer (SHA-256)": (plan.tokenizer_digest or "none")[:SHOWN_DIGITS]},
+        "data": {f"{name} (fingerprint)": fingerprint(prefix)[:SHOWN_DIGITS] for name, prefix in sources.items()},
+        "checkpoints": {
+            "the checkpoints in run.dir": ", ".join(folder.name for folder in candidates(config)) or "none",
+        },
+    }
+
+
+def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
+    document: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude={"deepspeed"})
+    yield from _flat({**document, "deepspeed": dict(config.deepspeed.document)}, ())
+
+
+def _flat(node: Any, key: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Take a tree of settings apart: every leaf, written as JSON, under its dotted key."""
+    if isinstance(node, list | tuple) and any(isinstance(item, Mapping) for item in node):
+        node = {str(number): item for number, item in enumerate(node)}
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _flat(value, (*key, str(name)))
+    elif ".".join(key) not in _PLACES and key[-1] not in _PLACES_ANYWHERE:
+        yield ".".join(key), json.dumps(node, default=str)

@@ -1,0 +1,143 @@
+"""Which layouts of a run are held against one process, and the run that each of them is for one step."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from megalite.config import ScheduleSection
+from megalite.config.deepspeed.settings import DeepSpeedSettings
+from megalite.config.sections import CheckpointSection, ParallelSection
+from megalite.errors import UserError
+from megalite.parallel.layout import ParallelLayout
+from megalite.training.plan import Plan, plan_of
+
+_OF_A_PIPELINE = ("schedule", "virtual_stages", "stage_layers")
+_OF_A_TENSOR_AXIS = ("sequence_parallel",)
+
+_LEFT_OUT = (
+    # Precision: the comparison is in fp32.
+    *("bf16", "fp16", "data_types", "communication_data_type"),
+    # The full learning rate: at the start of a warm-up an update is lost in the rounding of a weight of 1.
+    "scheduler",
+)
+
+
+def layouts_of(target: ParallelLayout) -> tuple[ParallelLayout, ...]:
+    """Return what a verification compares: each axis of several ranks by itself, then the whole layout."""
+    alone = (
+        ParallelLayout(target.tensor, 1, 1),
+        ParallelLayout(1, target.pipeline, 1),
+        ParallelLayout(1, 1, target.data),
+    )
+    return tuple(dict.fromkeys([*(layout for layout in alone if layout.world_size > 1), target]))
+
+
+def read_layouts(text: str) -> tuple[ParallelLayout, ...]:
+    """Read ``2x1x1,2x2x2``: tensor, pipeline and data of each layout; raise UserError for what is none."""
+    found = []
+    for word in text.split(","):
+        sizes = word.strip().lower().split("x")
+        if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+            raise UserError(f"--layouts: {word.strip()!r} is no layout; write tensor x pipeline x data, such as 2x1x1")
+        found.append(ParallelLayout(*map(int, sizes)))
+    return tuple(dict.fromkeys(found))
+
+
+def write_layout(layout: ParallelLayout) -> str:
+    """Return the form that `read_layouts` reads."""
+    return f"{layout.tensor}x{layout.pipeline}x{layout.data}"
+
+
+def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
+    """Return the first step of `target` at `layout`, in fp32, at the full learning rate and into `folder`.
+
+    Model, data, batch, ZeRO stage and offloading are the target's; what a layout without a pipeline or a tensor axis
+    cannot have is left out. Raises UserError where the model or the batch does not fit the layout.
+    """
+    config = target.config
+    left_out = () if layout.pipeline > 1 else _OF_A_PIPELINE
+    left_out += () if layout.tensor > 1 else _OF_A_TENSOR_AXIS
+    parallel: dict[str, Any] = {name: ParallelSection.model_fields[name].default for name in left_out}
+    if layout.pipeline != target.layout.pipeline:
+        parallel["stage_layers"] = None
+    parallel |= {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    case = config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": folder}),
+            "parallel": config.parallel.model_copy(update=parallel),
+            "train": config.train.model_copy(
+                update={
+                    "precision": "fp32",
+                    "schedule": ScheduleSection(name="constant"),
+                    "stop_after": 1,
+                    "eval_every": 0,
+                    "trace_steps": (),
+                }
+            ),
+            "checkpoint": CheckpointSection(last=False),
+            "resume": "never",
+            "deepspeed": _in_fp32(config.deepspeed),
+        }
+    )
+    return plan_of(case.resolve(world_size=layout.world_size, vocab_size=None), target.tokenizer_digest)
+
+
+def _in_fp32(settings: DeepSpeedSettings) -> DeepSpeedSettings:
+    # A case has another batch and layout than those that the JSON may restate.
+    document = {k: value for k, value in settings.without_derived().document.items() if k not in _LEFT_OUT}
+    if "zero_optimization" in document:
+        document["zero_optimization"] = {
+            name: _in_memory(value) if name.startswith("offload_") else value
+            for name, value in document["zero_optimization"].items()
+        }
+    return replace(settings, document=document)
+
+
+def _in_memory(offload: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is kept on NVMe is out of reach: keep it in host memory."""
+    return {"device": "cpu"} if offload.get("device") == "nvme" else offload
+
+
+def require_ranks(layouts: Sequence[ParallelLayout], started: int) -> None:
+    """Raise UserError where a layout needs more ranks than a launcher started."""
+    for layout in layouts:
+        if layout.world_size > started:
+            raise UserError(
+                f"--layouts: {write_layout(layout)} is {layout.world_size} ranks, but {started} were started; "
+                f"start {max(each.world_size for each in layouts)}, or leave it out"
+            )
+
+
+def require_cores(plan: Plan, layouts: Sequence[ParallelLayout], limit: int, cores: int) -> None:
+    """Raise UserError, naming layouts that would do, where one has more ranks than may start on this machine."""
+    large = [layout for layout in layouts if layout.world_size > limit]
+    if not large:
+        return
+    most = max(large, key=lambda layout: layout.world_size)
+    smaller = ",".join(map(write_layout, smaller_layouts(plan, limit)))
+    raise UserError(
+        f"{plan.config.source}: {most} is {most.world_size:,} ranks, each a process on this machine of "
+        f"{cores:,} cores; at most {limit:,} start unasked; "
+        + (f"compare smaller layouts with --layouts {smaller}, " if smaller else "")
+        + "use the ranks of a launcher, or start them all the same with --oversubscribe"
+    )
+
+
+def smaller_layouts(plan: Plan, limit: int) -> tuple[ParallelLayout, ...]:
+    """Return layouts of at most `limit` ranks in which each axis of several ranks has two, alone and with the others.
+
+    Those that the run's own settings refuse are left out.
+    """
+    whole = plan.layout
+    sizes = (whole.tensor, whole.pipeline, whole.data)
+    found = []
+    for tensor, pipeline, data in product(*((1, 2) if size > 1 else (1,) for size in sizes)):
+        layout = ParallelLayout(tensor, pipeline, data)
+        if 1 < layout.world_size <= limit and layout != whole:
+            with suppress(UserError):
+                case_plan(plan, layout, plan.config.run.dir)
+                found.append(layout)
+    return tuple(sorted(found, key=lambda layout: layout.world_size))

@@ -1,0 +1,98 @@
+"""One step in one process of plain torch: what every layout is held against. No DeepSpeed, no pipeline, no ranks."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megalite.convert.open import open_weights
+from megalite.data.batch_schedule import BatchSchedule
+from megalite.data.collate import SampleMicrobatch, SampleRules
+from megalite.data.datasets import Datasets
+from megalite.kernels.choice import Kernels
+from megalite.model.dropout import DropoutStreams
+from megalite.model.load import load_stage
+from megalite.model.packing import PackedDocuments
+from megalite.model.stage import Stage
+from megalite.parallel.sharding import place
+from megalite.parallel.tensor_group import TensorGroup
+from megalite.training.plan import Plan
+
+
+class Reference:
+    """The first step's loss and gradients by torch's autograd over the whole model, fp32; the weights stay as they are.
+
+    `loss` is the mean over the global batch, or over what counts of it; `norm` is the gradient's global norm.
+    """
+
+    def __init__(self, plan: Plan, datasets: Datasets, device: torch.device, kernels: Kernels) -> None:
+        """Compute with the kernels of the layout that is compared, so that both round at the same places."""
+        self._plan, self._device = plan, device
+        model = _whole_model(plan, kernels).to(device)
+        self._parameters = dict(_global_tensors(model))
+        batch = list(self._microbatches(datasets))
+        counted = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
+        self.loss = 0.0
+        for microbatch in batch:
+            loss = self._loss(model, microbatch, len(batch), counted)
+            loss.backward()
+            self.loss += float(loss.detach().double())
+        # In double: over millions of elements fp32 on a CPU is off by 1e-4.
+        self.squares = {name: float(self.gradient(name).double().square().sum()) for name in self._parameters}
+        """Square of each parameter's gradient norm, by global name."""
+        self.replicated = frozenset(
+            shard.name for _, _, shards in model.named_shards() for shard in shards if shard.dim is None
+        )
+        """What every rank of a tensor axis holds whole."""
+        self.norm = sum(self.squares.values()) ** 0.5
+
+    def weight(self, name: str) -> Tensor:
+        """Return a global tensor as it was before the step."""
+        parameter, region = self._parameters[name]
+        return parameter.detach()[region]
+
+    def gradient(self, name: str) -> Tensor:
+        """Return the gradient of a global tensor, not clipped."""
+        parameter, region = self._parameters[name]
+        return torch.zeros_like(parameter[region]) if parameter.grad is None else parameter.grad[region]
+
+    def _microbatches(self, datasets: Datasets) -> Iterator[SampleMicrobatch]:
+        config = self._plan.config
+        rules, size = SampleRules.of(config, datasets.fim), config.train.micro_batch_size
+        samples = BatchSchedule(config.train).samples(1)
+        for start in range(samples.start, samples.stop, size):
+            yield rules.microbatch(datasets.train, range(start, start + size))
+
+    def _loss(self, model: Stage, batch: SampleMicrobatch, microbatches: int, counted: int) -> Tensor:
+        positions = None if batch.positions is None else self._tensor(batch.positions)
+        packing = None
+        if batch.document_lengths is not None or positions is not None:
+            packing = PackedDocuments(batch.document_lengths, positions)
+        ids, targets = self._tensor(batch.ids), self._tensor(batch.targets)
+        config = self._plan.config
+        dropout = DropoutStreams.of(config.model, config.run.seed, batch.samples)
+        if batch.counts is None:
+            return model(ids, targets, packing=packing, dropout=dropout) / microbatches
+        weights = self._tensor(batch.counts).float() / max(counted, 1)
+        return model(ids, targets, packing=packing, loss_weights=weights, dropout=dropout)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.copy()).to(self._device)
+
+
+def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
+    config, group = plan.config, TensorGroup(kernels=kernels)
+    model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=group)
+    if config.init_from is None:
+        model.initialise(config.run.seed)
+    else:
+        load_stage(model, open_weights(config.init_from))
+    return model
+
+
+def _global_tensors(model: Stage) -> Iterator[tuple[str, tuple[nn.Parameter, tuple[slice, ...]]]]:
+    """Yield each global tensor's name, the parameter that holds it, and where in it: padding stays out."""
+    for _, parameter, shards in model.named_shards():
+        for placed in place(shards, 0, 1):
+            yield placed.spec.name, (parameter, placed.target)

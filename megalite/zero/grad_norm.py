@@ -1,0 +1,30 @@
+"""Which rank counts each parameter in the gradient's norm, so that every element counts once."""
+
+from torch import nn
+
+from megalite.model.stage import Stage
+from megalite.parallel.mesh import ProcessGrid
+
+
+def mark_for_norm(stage: Stage, grid: ProcessGrid) -> None:
+    """Mark which ranks count each parameter in the gradient's norm: exactly one for every element of the model.
+
+    DeepSpeed: without a mark, only model-parallel rank 0 counts what is whole on every rank, and so the norms and
+    biases of every stage but the first are lost.
+    """
+    copy = None if grid.has_first_stage else stage.tied_copy
+    for _, parameter, shards in stage.named_shards():
+        is_copy = parameter is copy
+        sharded = shards[0].dim is not None
+        parameter.ds_pipe_replicated = is_copy  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.model_parallel = not is_copy and (  # pyright: ignore[reportAttributeAccessIssue]
+            sharded or grid.tensor.rank == 0
+        )
+
+
+def counts_in_norm(parameter: nn.Parameter) -> bool:
+    return bool(parameter.model_parallel)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_tied(parameter: nn.Parameter) -> bool:
+    return bool(parameter.ds_pipe_replicated)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,132 @@
+"""Runs for tests: steps of a run file on real ranks, and the same steps in one process of plain torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from torch import nn
+
+if TYPE_CHECKING:
+    from megalite.training.trainer import Trainer
+
+QUICKSTART_MODEL: dict[str, Any] = {
+    "architecture": "llama",
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 688,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+NARROW = ("model.hidden_size=64", "model.intermediate_size=176")
+"""Overrides that leave that model's heads and layers, and a tenth of its arithmetic: for tests of anything else."""
+FEW_TOKENS = 512
+"""A vocabulary that still holds the made-up corpus's tokens; that model's own is half of its parameters."""
+
+
+def resized(run_file: Path, **sizes: int) -> Path:
+    """Give a run file other sizes of its model, where no override may: one that replaces the model has its own."""
+    content = yaml.safe_load(run_file.read_text())
+    content["model"] |= sizes
+    run_file.write_text(yaml.safe_dump(content))
+    return run_file
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Loss and gradient norm of each step."""
+
+    losses: list[float]
+    norms: list[float]
+
+    def assert_close(self, expected: "Trace", relative: float) -> None:
+        assert len(self.losses) == len(expected.losses)
+        for step, pairs in enumerate(zip(self.losses, expected.losses, self.norms, expected.norms, strict=True), 1):
+            loss, loss_expected, norm, norm_expected = pairs
+            assert abs(loss / loss_expected - 1) <= relative, f"step {step}: loss {loss} is not {loss_expected}"
+            assert abs(norm / norm_expected - 1) <= relative, f"step {step}: norm {norm} is not {norm_expected}"
+
+
+def build_trainer(
+    path: str | Path, overrides: Sequence[str], reached: Callable[[str], None] = lambda point: None
+) -> "Trainer":
+    """Build this rank's trainer of a run file, inside the process group that the test formed.
+
+    `reached` hears of the points that a save passes.
+    """
+    from megalite.data.datasets import open_datasets
+    from megalite.parallel.mesh import build_grid, local_device
+    from megalite.training.plan import prepare
+    from megalite.training.trainer import Trainer
+
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plan = prepare(Path(path), overrides, world_size)
+    grid = build_grid(
+        plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60), placement=plan.placement
+    )
+    return Trainer(plan, grid, open_datasets(plan.config), reached=reached)
+
+
+def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:
+    """Run all steps of a run file on this rank."""
+    trainer = build_trainer(path, overrides)
+    reports = [trainer.step(step) for step in range(1, trainer.config.train.steps + 1)]
+    trainer.close()
+    return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]
+
+
+def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
+    """Run the same steps without DeepSpeed, pipeline or ranks: torch's AdamW and clipping over one module."""
+    from megalite.data.batch_schedule import BatchSchedule
+    from megalite.data.collate import SampleRules
+    from megalite.data.datasets import open_datasets
+    from megalite.kernels.choice import Kernels
+    from megalite.model.dropout import DropoutStreams
+    from megalite.model.packing import PackedDocuments
+    from megalite.model.stage import Stage
+    from megalite.optim.learning_rate import learning_rate
+    from megalite.parallel.tensor_group import TensorGroup
+    from megalite.training.plan import prepare
+
+    plan = prepare(path, overrides, 1)
+    config, train = plan.config, plan.config.train
+    group = TensorGroup(kernels=Kernels("native", train.cpu_attention or "written_out"))
+    model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=group)
+    model.initialise(config.run.seed)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    datasets, schedule = open_datasets(config), BatchSchedule(train)
+    rules = SampleRules.of(config, datasets.fim)
+    losses, norms = [], []
+    for step in range(1, train.steps + 1):
+        batch = rules.microbatch(datasets.train, schedule.samples(step))
+        positions = None if batch.positions is None else torch.from_numpy(batch.positions.copy())
+        packing = PackedDocuments(batch.document_lengths, positions)
+        weights = None if batch.counts is None else torch.from_numpy(batch.counts / batch.counts.sum()).float()
+        ids, targets = (torch.from_numpy(tokens.copy()) for tokens in (batch.ids, batch.targets))
+        dropout = None
+        if config.model.hidden_dropout or config.model.attention_dropout:
+            shares = config.model.hidden_dropout, config.model.attention_dropout
+            dropout = DropoutStreams(config.run.seed, tuple(schedule.samples(step)), *shares)
+        loss = model(ids, targets, packing=packing, loss_weights=weights, dropout=dropout)
+        adamw.zero_grad()
+        loss.backward()
+        # clip_grad_norm_ with its norm in double: over millions of elements fp32 on a CPU is off by 1e-4.
+        norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
+        nn.utils.clip_grads_with_norm_(model.parameters(), config.gradient_clipping, norm)
+        norms.append(float(norm))
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, train.steps, config.schedule, config.optimizer)
+        adamw.step()
+        losses.append(float(loss.detach()))
+    return Trace(losses, norms)

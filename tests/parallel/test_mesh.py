@@ -1,0 +1,179 @@
+"""Process groups of a grid against the layout's arithmetic, and messages over its links."""
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_distributed
+
+from megalite.errors import CommonError, UserError
+from megalite.parallel.json_collectives import broadcast_json, gather_json, on_rank_zero
+from megalite.parallel.layout import Axis, ParallelLayout
+from megalite.parallel.mesh import Link, build_grid, device_index
+from megalite.parallel.placement import Placement
+from megalite.pipeline.p2p import Channel
+from megalite.zero.mpu import ModelParallelUnit
+
+CPU = torch.device("cpu")
+
+
+def group_members(layout: ParallelLayout, placement: Placement | None = None) -> dict[str, list[int] | None]:
+    """The members of every group by its name, and of every link by what it carries and where its other end is."""
+    timeout = timedelta(seconds=60)
+    grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timeout, placement=placement)
+    unit = ModelParallelUnit(grid)
+    assert unit.get_data_parallel_rank() == grid.coordinate.data
+    assert unit.get_model_parallel_world_size() == layout.tensor * layout.pipeline
+    assert dist.get_rank(grid.model) == unit.get_model_parallel_rank()
+    members = {
+        "tensor": grid.tensor.process_group,
+        "data": grid.data,
+        "pipeline": grid.pipeline,
+        "model": grid.model,
+        "embedding": grid.embedding,
+        "replicas": grid.replicas,
+    }
+    links = {f"{kind} from {peer}": link.group for (kind, peer), link in grid.links.incoming.items()}
+    links |= {f"{kind} to {peer}": link.group for (kind, peer), link in grid.links.outgoing.items()}
+    assert len({id(group) for group in links.values()}) == len(links), "two directions share a communicator"
+    return {name: group and dist.get_process_group_ranks(group) for name, group in (members | links).items()}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelLayout(tensor=2, pipeline=2, data=2),
+        ParallelLayout(tensor=1, pipeline=4, data=1),
+        ParallelLayout(tensor=1, pipeline=3, data=3),
+    ],
+    ids=str,
+)
+def test_groups_are_those_of_the_layout(layout: ParallelLayout) -> None:
+    axes: dict[str, tuple[Axis, ...]] = {
+        "tensor": ("tensor",),
+        "data": ("data",),
+        "pipeline": ("pipeline",),
+        "model": ("pipeline", "tensor"),
+    }
+    for rank, found in enumerate(run_distributed(group_members, layout.world_size, layout)):
+        for name, along in axes.items():
+            assert found[name] == list(next(group for group in layout.groups(*along) if rank in group))
+        pipeline = next(group for group in layout.groups("pipeline") if rank in group)
+        ends = [pipeline[0], pipeline[-1]]
+        assert found["embedding"] == (ends if rank in ends else None)
+        plane = next(group for group in layout.groups("pipeline", "data") if rank in group)
+        replicas = [one for one in plane if layout.coordinate(one).pipeline in (0, layout.pipeline - 1)]
+        assert found["replicas"] == (replicas if layout.data > 2 and rank in replicas else None)
+        place = pipeline.index(rank)
+        before, after = pipeline[place - 1 : place + 1], pipeline[place : place + 2]
+        expected = {f"activation from {place - 1}": before, f"gradient to {place - 1}": before} if place else {}
+        if rank != pipeline[-1]:
+            expected |= {f"activation to {place + 1}": after, f"gradient from {place + 1}": after}
+        assert {name: tuple(ranks or ()) for name, ranks in found.items() if " " in name} == expected
+
+
+def test_a_loop_links_its_ends_and_a_v_turns_on_the_last_rank() -> None:
+    layout = ParallelLayout(tensor=1, pipeline=3, data=1)
+    loop = run_distributed(group_members, 3, layout, Placement(3, 2))
+    assert [ranks["embedding"] for ranks in loop] == [[0, 2], None, [0, 2]]
+    v = run_distributed(group_members, 3, layout, Placement(3, 2, "v"))
+    assert [ranks["embedding"] for ranks in v] == [None, None, None], "one rank holds the first stage and the last"
+
+    def links(ranks: dict[str, list[int] | None]) -> list[str]:
+        return sorted(name for name in ranks if " " in name)
+
+    both_ways = ["activation from {0}", "activation to {0}", "gradient from {0}", "gradient to {0}"]
+    assert links(v[0]) == [name.format(1) for name in both_ways]
+    assert links(v[2]) == [name.format(1) for name in both_ways]
+    assert links(v[1]) == sorted(name.format(peer) for name in both_ways for peer in (0, 2))
+    onwards = ["activation from {0}", "activation to {1}", "gradient from {1}", "gradient to {0}"]
+    for rank, ranks in enumerate(loop):
+        assert links(ranks) == sorted(name.format((rank - 1) % 3, (rank + 1) % 3) for name in onwards)
+
+
+def exchange() -> list[float]:
+    layout = ParallelLayout(tensor=1, pipeline=2, data=1)
+    grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
+    shape, links = (2, 3), grid.links
+
+    def channel(link: Link) -> Channel:
+        return Channel(link, shape, torch.float32, CPU)
+
+    first = grid.has_first_stage
+    incoming = channel(links.incoming["gradient" if first else "activation", 1 - grid.rank])
+    outgoing = channel(links.outgoing["activation" if first else "gradient", 1 - grid.rank])
+    receives = [incoming.receive() for _ in range(4)]
+    for number in range(4):
+        outgoing.send(torch.full(shape, 10.0 * grid.rank + number))
+    found = [float(receive.wait().mean()) for receive in receives]
+    outgoing.flush()
+    with pytest.raises(ValueError, match="the link carries"):
+        outgoing.send(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="the link carries"):
+        outgoing.send(torch.zeros(shape, dtype=torch.bfloat16))
+    return found
+
+
+def test_messages_of_both_directions_arrive_in_order() -> None:
+    assert run_distributed(exchange, 2) == [[10.0, 11.0, 12.0, 13.0], [0.0, 1.0, 2.0, 3.0]]
+
+
+def gather() -> list[object]:
+    layout = ParallelLayout(tensor=1, pipeline=1, data=3)
+    grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
+    return gather_json({"rank": grid.rank, "text": "é" * 10 * grid.rank}, grid)
+
+
+def test_json_is_gathered_in_the_order_of_ranks() -> None:
+    expected = [{"rank": rank, "text": "é" * 10 * rank} for rank in range(3)]
+    assert run_distributed(gather, 3) == [expected] * 3
+
+
+def asked_of_rank_zero(layout: ParallelLayout) -> list[object]:
+    """What every rank hears of rank 0's answers: one that each would give otherwise, nothing, and a refusal."""
+    rank = dist.get_rank()
+    grid = build_grid(layout, rank, device=CPU, timeout=timedelta(seconds=60))
+    asked = []
+
+    def refuse() -> None:
+        asked.append(rank)
+        raise UserError(f"rank {rank} refuses")
+
+    heard: list[object] = [broadcast_json({"rank": rank}, grid), on_rank_zero(lambda: [rank, "é" * (100 - rank)], grid)]
+    heard.append(on_rank_zero(lambda: None, grid))
+    try:
+        on_rank_zero(refuse, grid)
+    except CommonError as error:
+        heard.append(str(error))
+    return [*heard, asked]
+
+
+def test_what_rank_zero_finds_all_ranks_have_found() -> None:
+    ranks = run_distributed(asked_of_rank_zero, 3, ParallelLayout(tensor=1, pipeline=1, data=3))
+    for rank, heard in enumerate(ranks):
+        assert heard == [{"rank": 0}, [0, "é" * 100], None, "rank 0 refuses", [] if rank else [0]]
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "devices", "launcher", "index"),
+    [
+        (0, 1, "megalite", 0),
+        (3, 4, "torchrun", 3),
+        (7, 8, None, 7),
+        (3, 1, "slurm", 0),  # each task sees a device of its own
+        (2, 1, "openmpi", 0),
+        (5, 1, None, 0),
+        (4, 4, "slurm", None),
+        (7, 4, "torchrun", None),
+        (1, 1, "megalite", None),
+        (1, 1, "deepspeed", None),
+        (5, 4, None, None),
+    ],
+)
+def test_no_two_ranks_share_a_device(local_rank: int, devices: int, launcher: str | None, index: int | None) -> None:
+    if index is not None:
+        assert device_index(local_rank, devices, launcher) == index
+        return
+    with pytest.raises(UserError, match=f"has no device of its own: {devices} are visible .*at most {devices} ranks"):
+        device_index(local_rank, devices, launcher)

@@ -1,0 +1,296 @@
+"""What `megalite verify` compares: right code agrees at every layout, and every broken build is caught and named."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_distributed
+from torch import Tensor
+from training import build_trainer
+
+from megalite.checkpoint.fragments import Fragment
+from megalite.model.stage import Stage
+from megalite.parallel.layout import ParallelLayout
+from megalite.parallel.mesh import ProcessGrid, build_grid
+from megalite.parallel.sharding import place
+from megalite.tensor_parallel.init import initialise_parameter
+from megalite.verify.parity_report import GRADIENT_TOLERANCE, UPDATE_TOLERANCE, Finding
+
+TINY = (
+    "model.vocab_size=256",
+    "model.hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.intermediate_size=48",
+    "data.sequence_length=24",
+    "train.global_batch_size=8",
+)
+GPT2 = (
+    "model={architecture: gpt2, vocab_size: 256, hidden_size: 32, num_hidden_layers: 4, num_attention_heads: 4,"
+    " max_position_embeddings: 24}"
+)
+NEOX = GPT2.replace("gpt2", "gpt_neox").replace("hidden_size: 32", "hidden_size: 64")
+
+
+right_initialise = Stage.initialise
+
+# ------------------------------------------------------------------------------------------------- broken builds
+
+
+def forget_the_tied_gradient(grid: ProcessGrid, trainer: Any) -> None:
+    trainer.engine.grid = replace(grid, embedding=None)
+
+
+def count_a_norm_twice(grid: ProcessGrid, trainer: Any) -> None:
+    for stage in trainer.engine.stages.values():
+        for _, parameter, shards in stage.named_shards():
+            if shards[0].name == "final_norm.weight":
+                parameter.model_parallel = True
+
+
+def count_every_norm_twice(grid: ProcessGrid, trainer: Any) -> None:
+    for stage in trainer.engine.stages.values():
+        for parameter in stage.parameters():
+            parameter.model_parallel = True
+
+
+def send_another_microbatch(grid: ProcessGrid, trainer: Any) -> None:
+    if grid.coordinate.pipeline == 0:
+        (channel,) = trainer.executor.outgoing.values()
+        send, before = channel.send, []
+
+        def send_the_one_before(tensor: Tensor) -> None:
+            before.append(tensor)
+            send(before[-2] if len(before) == 2 else tensor)
+
+        channel.send = send_the_one_before
+
+
+def average_nothing_at_stage_0(grid: ProcessGrid, trainer: Any) -> None:
+    trainer.engine.engine.allreduce_gradients = lambda: None
+
+
+def average_nothing_at_stage_2(grid: ProcessGrid, trainer: Any) -> None:
+    trainer.engine.zero_optimizer.average_tensor = lambda *arguments, **settings: None
+
+
+def decay_twice(grid: ProcessGrid, trainer: Any) -> None:
+    """An optimizer that decays twice as much: nothing but the weights after the step shows it."""
+    for group in trainer.engine.optimizer.param_groups:
+        group["weight_decay"] *= 2
+
+
+def lose_a_parameter(grid: ProcessGrid, trainer: Any) -> None:
+    """An optimizer that was never given one of them."""
+    fragments, gradients = trainer.state.fragments, trainer.state.gradients
+    trainer.state.fragments = lambda: (each for each in fragments() if not is_final_norm(each))
+    trainer.state.gradients = lambda: (each for each in gradients() if not is_final_norm(each))
+
+
+def is_final_norm(fragment: Fragment) -> bool:
+    return fragment.shards[0].spec.name == "final_norm.weight"
+
+
+def initialise_from_another_slice(stage: Stage, seed: int) -> None:
+    """What rank 1 does in place of `Stage.initialise`: one matrix is the part of rank 0."""
+    right_initialise(stage, seed)
+    for _, parameter, shards in stage.named_shards():
+        if shards[0].name == "layers.2.mlp.down.weight":
+            initialise_parameter(parameter, place(shards, 0, stage.group.size), seed=seed, std=stage._residual_std)
+
+
+# ------------------------------------------------------------------------------------------------------- on ranks
+
+
+def verified(
+    path: str,
+    layout: tuple[int, int, int],
+    overrides: tuple[str, ...],
+    sabotage: Callable[[ProcessGrid, Any], None] | None = None,
+    initialise: Callable[[Stage, int], None] | None = None,
+) -> Finding:
+    """Compare one layout, as `verify_layout` does, over ranks whose code may have been broken."""
+    from megalite.data.datasets import open_datasets
+    from megalite.training.plan import prepare
+    from megalite.training.trainer import Trainer
+    from megalite.verify.comparison import compare
+    from megalite.verify.layouts import case_plan
+    from megalite.verify.reference import Reference
+
+    target = prepare(Path(path), overrides, None)
+    plan = case_plan(target, ParallelLayout(*layout), target.config.run.dir)
+    rank = dist.get_rank()
+    timeout = timedelta(seconds=60)
+    grid = build_grid(plan.layout, rank, device=torch.device("cpu"), timeout=timeout, placement=plan.placement)
+    datasets = open_datasets(plan.config)
+    if initialise is not None and rank == 1:
+        Stage.initialise = initialise  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = Trainer(plan, grid, datasets)
+    reference = Reference(plan, datasets, grid.device, trainer.kernels) if rank == 0 else None
+    if sabotage is not None:
+        sabotage(grid, trainer)
+    finding = compare(trainer, reference)
+    trainer.close()
+    return finding
+
+
+def verify(
+    run_file: Path, layout: tuple[int, int, int], *overrides: str, stage: int, tied: bool = True, **broken: Any
+) -> Finding:
+    """Return what every rank found alike."""
+    settings = (
+        *TINY,
+        f"model.tie_word_embeddings={str(tied).lower()}",
+        *overrides,
+        f"deepspeed.zero_optimization.stage={stage}",
+    )
+    world_size = layout[0] * layout[1] * layout[2]
+    found = run_distributed(verified, world_size, str(run_file), layout, settings, *broken.values())
+    assert all(finding == found[0] for finding in found)
+    return found[0]
+
+
+def assert_agrees(finding: Finding) -> None:
+    assert list(finding.faults()) == []
+    # A fifth of the tolerance: what rounding makes of right code stays well away from it.
+    assert finding.gradients.worst is not None
+    assert finding.update.worst is not None
+    assert finding.gradients.worst.relative < GRADIENT_TOLERANCE / 5
+    assert finding.update.worst.relative < UPDATE_TOLERANCE / 5
+
+
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "stage", "tied"),
+    [((2, 1, 1), 1, True), ((1, 2, 1), 2, False), ((1, 1, 2), 3, True), ((2, 2, 1), 0, True), ((1, 2, 2), 1, True)],
+)
+def test_right_code_agrees(run_file: Path, layout: tuple[int, int, int], stage: int, tied: bool) -> None:
+    assert_agrees(verify(run_file, layout, stage=stage, tied=tied))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
+def test_right_code_agrees_at_every_layout_and_zero_stage(
+    run_file: Path, layout: tuple[int, int, int], tied: bool, stage: int
+) -> None:
+    assert_agrees(verify(run_file, layout, stage=stage, tied=tied))
+
+
+FAMILIES = {
+    "gpt2": (GPT2,),
+    "gpt_neox": (NEOX,),
+    "biased keys": ("model.attention_bias=true", "model.qk_norm=true"),
+    "packed": ("data.reset_attention_mask=true", "data.reset_position_ids=true", "data.eod_mask_loss=true"),
+    "gpipe, uneven": ("parallel.schedule=gpipe", "parallel.pipeline=2", "parallel.stage_layers=[3, 1]"),
+    "two stages a rank": ("parallel.schedule=interleaved_1f1b", "parallel.pipeline=2", "parallel.virtual_stages=2"),
+    "zero bubble": ("parallel.schedule=zb_h1", "parallel.pipeline=2"),
+    "both ends on a rank": ("parallel.schedule=zb_v", "parallel.pipeline=2", "parallel.virtual_stages=2"),
+    "ramp-up": ("train.batch_size_rampup={start: 4, increment: 4, samples: 8}",),
+    "offloaded": ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",),
+    "bf16": ("deepspeed.bf16={enabled: true}",),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "layout", "stage"),
+    [("gpt2", (2, 1, 1), 1), ("packed", (1, 2, 1), 2), ("offloaded", (1, 1, 2), 1), ("bf16", (2, 1, 1), 2)]
+    + [("two stages a rank", (1, 2, 1), 1), ("both ends on a rank", (1, 2, 1), 3)],
+)
+def test_right_code_agrees_on_every_kind_of_run(
+    run_file: Path, family: str, layout: tuple[int, int, int], stage: int
+) -> None:
+    assert_agrees(verify(run_file, layout, *FAMILIES[family], stage=stage))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 2)], ids=lambda layout: "x".join(map(str, layout)))
+def test_right_code_agrees_on_every_kind_of_run_at_every_zero_stage(
+    run_file: Path, family: str, layout: tuple[int, int, int], stage: int
+) -> None:
+    assert_agrees(verify(run_file, layout, *FAMILIES[family], stage=stage))
+
+
+# ------------------------------------------------------------------------------------------------ what is caught
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_tied_gradient_that_is_not_summed_is_named(run_file: Path, stage: int) -> None:
+    found = verify(run_file, (1, 2, 1), stage=stage, sabotage=forget_the_tied_gradient)
+    assert found.gradients.first is not None
+    assert found.gradients.first.name == "embedding.tokens.weight"
+    assert found.gradients.differing == (0,), "the other gradients are as they should be"
+    assert found.agreeing()[:2] == ["weights before the step", "loss"]
+
+
+# Tokens that stand for much: the norms' share of the global norm is large enough to matter.
+LARGE_SHARE = "model.initializer_range=0.1"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("sabotage", "name"),
+    [(count_a_norm_twice, "final_norm.weight"), (count_every_norm_twice, "what every tensor rank holds whole")],
+)
+def test_norms_counted_twice_are_named(run_file: Path, stage: int, sabotage: Any, name: str) -> None:
+    found = verify(run_file, (2, 1, 1), LARGE_SHARE, stage=stage, sabotage=sabotage)
+    assert not found.agrees
+    assert found.miscounted == f"{name} were counted more than once"
+    assert found.agreeing()[:3] == ["weights before the step", "loss", "gradients"]
+
+
+def test_a_wrong_send_is_caught(run_file: Path) -> None:
+    found = verify(run_file, (1, 2, 1), stage=1, sabotage=send_another_microbatch)
+    assert found.agreeing() == ["weights before the step", "the update by the gradients as found"]
+
+
+def test_a_shard_from_another_slice_is_named(run_file: Path) -> None:
+    found = verify(run_file, (2, 1, 1), stage=1, sabotage=None, initialise=initialise_from_another_slice)
+    assert found.start.first is not None
+    assert (found.start.first.name, found.start.first.rank) == ("layers.2.mlp.down.weight", 1)
+    assert len(found.start.differing) == 1
+    assert next(found.faults()).startswith(
+        "weights before the step of layers.2.mlp.down.weight on stage 0, rank 1 differ by "
+    )
+
+
+@pytest.mark.parametrize(("stage", "sabotage"), [(0, average_nothing_at_stage_0), (2, average_nothing_at_stage_2)])
+def test_gradients_that_are_not_averaged_over_data_are_caught(run_file: Path, stage: int, sabotage: Any) -> None:
+    found = verify(run_file, (1, 1, 2), stage=stage, sabotage=sabotage)
+    assert len(found.gradients.differing) == found.parameters
+    assert found.agreeing()[:2] == ["weights before the step", "loss"]
+
+
+def test_an_optimizer_of_another_kind_is_caught(run_file: Path) -> None:
+    found = verify(run_file, (1, 1, 2), stage=1, sabotage=decay_twice)
+    assert found.agreeing() == ["weights before the step", "loss", "gradients", "global norm"]
+    assert found.update.differing
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_parameter_that_nobody_updates_is_missed(run_file: Path, stage: int) -> None:
+    found = verify(run_file, (1, 2, 1), stage=stage, sabotage=lose_a_parameter)
+    assert list(found.faults()) == ["the ranks update 32 elements fewer than the model has"]
+
+
+def save_at_once(path: str, overrides: tuple[str, ...]) -> None:
+    trainer = build_trainer(path, overrides)
+    trainer.step(1)
+    trainer.save(1)
+    trainer.close()
+
+
+def test_right_code_agrees_from_weights_that_are_read(run_file: Path, tmp_path: Path) -> None:
+    run_distributed(save_at_once, 1, str(run_file), (*TINY, "checkpoint.every=1"))
+    saved = f"init_from={tmp_path / 'run' / 'checkpoints' / 'step_1'}"
+    assert_agrees(verify(run_file, (1, 2, 1), saved, stage=1))

@@ -1,0 +1,80 @@
+"""The optimizer's state, as ZeRO divides it, is that of one process under global names."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import run_distributed
+from training import NARROW, build_trainer
+
+from megalite.zero.optimizer_state import ZeroState
+
+STEPS = 3
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
+
+
+def state_after_training(path: str, overrides: list[str]) -> list[tuple[str, str, Any, np.ndarray]]:
+    """Train some steps; return (kind, name, box, elements) of all that this rank updates."""
+    trainer = build_trainer(path, overrides)
+    for step in range(1, STEPS + 1):
+        trainer.step(step)
+    held = []
+    for fragment in ZeroState(trainer.engine).fragments():
+        for kind, flat in fragment.tensors.items():
+            assert flat.dtype == torch.float32
+            for part in fragment.boxes(0, fragment.numel):
+                elements = flat[part.start : part.start + part.box.numel].view(part.box.shape)
+                held.append((kind, part.name, part.box, elements.numpy().copy()))
+    trainer.close()
+    return held
+
+
+def assembled(run_file: Path, layout: tuple[int, int, int], *overrides: str) -> dict[tuple[str, str], np.ndarray]:
+    """The state of all ranks as global tensors; what several hold must agree, and nothing may be missing."""
+    place_of = [f"parallel.{axis}={n}" for axis, n in zip(("tensor", "pipeline", "data"), layout, strict=True)]
+    ranks = run_distributed(state_after_training, int(np.prod(layout)), str(run_file), [*overrides, *place_of])
+    pieces = [piece for rank in ranks for piece in rank]
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    for kind, name, box, _ in pieces:
+        corner = tuple(np.add(box.offset, box.shape).tolist())
+        shapes[kind, name] = tuple(map(max, shapes.get((kind, name), corner), corner))
+    tensors = {key: np.full(shape, np.nan, np.float32) for key, shape in shapes.items()}
+    for kind, name, box, elements in pieces:
+        region = tensors[kind, name][box.slices]
+        known = ~np.isnan(region)
+        np.testing.assert_array_equal(region[known], elements[known], err_msg=f"{kind} of {name}, held twice")
+        region[...] = elements
+    assert not any(np.isnan(tensor).any() for tensor in tensors.values())
+    return tensors
+
+
+@cache
+def state_of_one_process(corpus: Path, content: str, overrides: tuple[str, ...]) -> dict[tuple[str, str], np.ndarray]:
+    path = corpus.parent / "one_process.yaml"
+    path.write_text(content)
+    return assembled(path, (1, 1, 1), *overrides, f"run.dir={corpus.parent}", "deepspeed.zero_optimization.stage=0")
+
+
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2)), 3])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "x".join(map(str, layout)))
+def test_the_state_is_that_of_one_process(
+    run_file: Path, corpus: Path, layout: tuple[int, int, int], stage: int
+) -> None:
+    # With its usual epsilon AdamW moves a weight of no gradient to speak of by its sign, which is noise.
+    optimizer = "train.optimizer={name: adamw, lr: 5.0e-4, betas: [0.9, 0.95], eps: 1.0e-3, weight_decay: 0.1}"
+    overrides = (*NARROW, "model.num_hidden_layers=2", "model.vocab_size=300", optimizer)
+    expected = state_of_one_process(corpus, run_file.read_text().replace(str(run_file.parent), ""), overrides)
+    found = assembled(run_file, layout, *overrides, f"deepspeed.zero_optimization.stage={stage}")
+    assert {kind for kind, _ in found} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(
+            torch.from_numpy(tensor),
+            torch.from_numpy(expected[key]),
+            rtol=1e-4,
+            atol=1e-6,
+            msg=lambda m, k=key: f"{k}: {m}",
+        )

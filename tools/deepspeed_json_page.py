@@ -1,0 +1,97 @@
+"""``python tools/deepspeed_json_page.py > docs/deepspeed_json.md``: the page that says what becomes of each key."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megalite.config.deepspeed.rules import ByType, Derived, Honoured, Off, Refused, Unused
+from megalite.config.deepspeed.table import TABLE
+from megalite.config.validation import show
+
+_HEAD = """\
+# The DeepSpeed JSON
+
+The path of a DeepSpeed JSON, or its content, stands in a run file under `deepspeed`. Here is every section and key that
+DeepSpeed 0.19.8 documents or reads, and what becomes of it. Nothing is ignored in silence: a key that is not listed is
+an error that names its nearest neighbour, and a value that cannot be had is one that says what to write instead.
+
+Made by `python tools/deepspeed_json_page.py` from the table that the reader itself goes by.
+
+- **honoured**: handed to DeepSpeed's engine as written. `"auto"` is DeepSpeed's default, or what is said.
+- **follows**: stated once, in the run file; here it may be `"auto"`, or must agree.
+- **not used**: accepted and left out, for the reason that is said; the start says so as well, but for the values in
+  brackets.
+- **refused**: cannot be had. The values in brackets ask for nothing, and may stand.
+
+What `"auto"` follows:
+
+- `bf16.enabled`, `fp16.enabled`: `train.precision`. Where that is not given it is bf16, or fp16 where the JSON rules
+  bf16 out, and the start says so. An `enabled` that is true or false must agree with a `train.precision` that is given.
+- `optimizer.params`: `train.optimizer` of the run file. What both state must agree. What neither states is megalite's
+  default where the JSON says `"auto"`, and DeepSpeed's where it says nothing.
+- `scheduler.params`: `train.schedule.warmup_steps` (of a section `train.schedule` that says nothing else; 1 where it is
+  0, as DeepSpeed takes no less), `train.steps` and the optimizer's rate. `warmup_min_lr` is 0.
+- bucket sizes of `zero_optimization`: the model's `hidden_size`, by the rules of transformers.
+
+In bf16 and fp16, ZeRO stage 0 runs as stage 1, and the start says so: DeepSpeed's optimizer for half precision without
+ZeRO is no AdamW over fp32 master weights that fits a pipeline. The training is the same; the replicas share the
+optimizer's state. Without any JSON a run is at stage 1, in `train.precision`.
+
+| key | what happens |
+| --- | --- |
+"""
+_AUTO = {"default": "", "resolved": "; `auto` is computed from the run", "refused": "; `auto` is refused"}
+
+
+def deepspeed_table() -> str:
+    """Return the page, in Markdown."""
+    return _HEAD + "".join(f"| `{key}` | {words} |\n" for key, words in _rows(TABLE, ""))
+
+
+def _rows(rules: Mapping[str, Any], at: str) -> Iterator[tuple[str, str]]:
+    for name, rule in rules.items():
+        yield from _rows_of(rule, at + name)
+
+
+def _rows_of(rule: Any, key: str) -> Iterator[tuple[str, str]]:
+    match rule:
+        case Honoured():
+            yield key, f"honoured: {rule.kind.words}{_AUTO[rule.auto]}"
+        case Derived():
+            yield key, f"follows `{rule.follows}`"
+        case Unused():
+            yield key, f"not used: {rule.reason}{_stand(rule.quiet)}"
+        case Refused():
+            yield key, _refusal(rule.reason, rule.instead, rule.harmless)
+        case Off():
+            yield f"{key}.{rule.switch}", _refusal(rule.reason, rule.instead, rule.off)
+        case ByType():
+            yield f"{key}.type", f"honoured: {', '.join(rule.params)}"
+            for name, refused in rule.refused.items():
+                yield f"{key}.type: {name}", _refusal(refused.reason, refused.instead, ())
+            yield from _rows(rule.others, f"{key}.")
+            yield from _parameters(rule, key)
+        case _:
+            yield from _rows(rule, f"{key}.")
+
+
+def _parameters(rule: ByType, key: str) -> Iterator[tuple[str, str]]:
+    """Each parameter once, with the types that have it."""
+    types: dict[tuple[str, str], list[str]] = {}
+    for name, rules in rule.params.items():
+        for row in _rows(rules, f"{key}.params."):
+            types.setdefault(row, []).append(name)
+    for (parameter, words), names in types.items():
+        yield parameter, words if len(names) == len(rule.params) else f"{words} ({', '.join(names)})"
+
+
+def _refusal(reason: str, instead: str, harmless: tuple[object, ...]) -> str:
+    return f"refused: {reason}; {instead}{_stand(harmless)}"
+
+
+def _stand(values: tuple[object, ...]) -> str:
+    return f" [{', '.join(f'`{show(value)}`' for value in values)}]" if values else ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(deepspeed_table())
