@@ -1,8 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Tests that start no process take a core each; those that do need the cores for their ranks, and run one by one.
-BESIDE_EACH_OTHER := -n auto --maxprocesses 8
+# As many files of tests at a time as there are cores; ranks wait for each other more than they compute.
+BESIDE_EACH_OTHER := -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: help install quickstart test test-unit test-full docs-check lint types peers benchmark clean
 
@@ -38,8 +38,7 @@ test-unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unit $(BESIDE_EACH_OTHER) --hypothesis-profile quick
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '(unit or slow) and not full' $(BESIDE_EACH_OTHER)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not unit and not slow and not full'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not full' $(BESIDE_EACH_OTHER)
 
 # Megatron-core's own requirements would bring other versions of ours; for its datasets torch and numpy are enough.
 peers: install

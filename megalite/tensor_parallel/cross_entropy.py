@@ -47,10 +47,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         chunks = _row_chunks(logits_NV)
         for start in chunks:
             rows = slice(start, start + chunks.step)
-            exponentials = (logits_NV[rows].float() - peak_N[rows, None]).exp_()
+            exponentials = logits_NV[rows].float().sub_(peak_N[rows, None]).exp_()
             exponentials[:, columns:] = 0.0
             torch.sum(exponentials, dim=1, out=total_N[rows])
-            logits_NV[rows] = exponentials.to(logits_NV.dtype)
+            if logits_NV.dtype != torch.float32:  # otherwise they were computed in place
+                logits_NV[rows] = exponentials
         sums_2N = torch.stack((total_N, target_logit_N))
         if group.size > 1:
             dist.all_reduce(sums_2N, group=group.process_group)
@@ -67,9 +68,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         scale_N = grad_N / total_N
         for start in chunks:
             rows = slice(start, start + chunks.step)
-            scaled = probabilities_NV[rows].float() * scale_N[rows, None]
+            scaled = probabilities_NV[rows].float().mul_(scale_N[rows, None])
             scaled.scatter_add_(1, local_N[rows, None], -(grad_N * mine_N)[rows, None])
-            probabilities_NV[rows] = scaled.to(probabilities_NV.dtype)
+            if probabilities_NV.dtype != torch.float32:
+                probabilities_NV[rows] = scaled
         ctx.exponentials = None
         return probabilities_NV, None, None, None, None
 
