@@ -86,7 +86,9 @@ def _how_to_go_on(status: "RunStatus") -> Iterator[str]:
         whence = "it goes on from there" if kept else "it begins with the newest checkpoint there is, or anew"
         yield f"to go on: start it again {how}; {whence}"
     elif status.state in ("failed", "dead"):
-        yield f"logs of the ranks: {status.folder / 'logs'}; started again, it goes on from its newest checkpoint"
+        kept = any((status.folder / "checkpoints").glob("step_*"))
+        whence = "it goes on from its newest checkpoint" if kept else "it begins anew: there is no checkpoint yet"
+        yield f"logs of the ranks: {status.folder / 'logs'}; started again, {whence}"
 
 
 def _eta(status: "RunStatus") -> str:

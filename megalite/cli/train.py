@@ -71,7 +71,7 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
         return
     if interactive_shell(os.environ):
         typer.echo("megalite: this is an interactive shell of Slurm: the ranks are started on this machine", err=True)
-    announce(f"checking {run.name}")  # before the imports, which may take a second
+    announce(f"checking {run.name or run}")  # before the imports, which may take a second
     from megalite.files import sole_user
     from megalite.training.finished import step_of_a_finished_run
     from megalite.training.plan import prepare

@@ -22,9 +22,9 @@ from megalite.checkpoint import forecast
 from megalite.checkpoint.compatibility import Expectation
 from megalite.checkpoint.discovery import CHECKPOINTS, candidates
 from megalite.checkpoint.manifest import Manifest
-from megalite.checkpoint.model_files import run_companions, tokenizer_companions, tokenizer_name
+from megalite.checkpoint.model_files import read_settings, run_companions, tokenizer_companions, tokenizer_name
 from megalite.checkpoint.reader import CheckpointReader
-from megalite.checkpoint.special_tokens import DocumentTokens
+from megalite.checkpoint.special_tokens import DocumentTokens, declared_ends
 from megalite.checkpoint.weights import CheckpointWeights, documents_of
 from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.data.batch_schedule import BatchSchedule
@@ -248,7 +248,18 @@ class Plan:
         if weights is None:
             return "start: anew"
         self.expectation.require_weights(weights)
+        self._require_companions_that_can_be_read(weights)
         return f"start: with the weights of {self.config.init_from}"
+
+    def _require_companions_that_can_be_read(self, weights: Weights) -> None:
+        """Raise UserError where a file that goes into every checkpoint is of no use to `generate` and `convert`."""
+        from megalite.convert.generation_config import generation_settings
+
+        settings, where = generation_settings(weights, weights.companions)
+        declared_ends(settings, self.expectation.model.vocab_size, where)
+        for name, path in weights.companions.items():
+            if name.endswith(".json") and name != "tokenizer.json":  # which the tokenizers library opens
+                read_settings(path)
 
     @property
     def init_from_passed_over(self) -> str:

@@ -199,7 +199,7 @@ def test_status_speaks_of_every_state(tmp_path: Path, run_file: Path) -> None:
     age(folder, 200)
     first, _, hint = lines()
     assert first.startswith(f"{folder}: dead, while it was starting (building the model): nothing was written for 2")
-    assert hint == f"logs of the ranks: {folder}/logs; started again, it goes on from its newest checkpoint"
+    assert hint == f"logs of the ranks: {folder}/logs; started again, it begins anew: there is no checkpoint yet"
     ours.failed("data.train: no such file\nand more")
     said = "data.train: no such file (and 1 more lines)"
     assert lines()[0] == f"{folder}: failed, while it was starting (building the model): {said}"

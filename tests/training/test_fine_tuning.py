@@ -216,6 +216,27 @@ def test_what_disagrees_with_the_weights_is_told_with_both(
     assert str(raised.value).startswith(message.format(folder=folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("generation_config.json", "{broken", "cannot be read as JSON: "),
+        ("generation_config.json", "[1]", "holds no JSON object; "),
+        ("generation_config.json", '{"eos_token_id": [2, 99999]}', "eos_token_id has 99999, and the model has "),
+        ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id has -1, and the model has "),
+        ("tokenizer_config.json", "{", "cannot be read as JSON: "),
+    ],
+)
+def test_a_file_of_no_use_to_the_trained_model_is_refused_before_training(
+    chat_model: Path, conversations: Path, tmp_path: Path, file: str, content: str, message: str
+) -> None:
+    source = shutil.copytree(chat_model, tmp_path / "source")
+    (source / file).write_text(content)
+    path = write_run(tmp_path, conversations, init_from=str(source))
+    with pytest.raises(UserError) as raised:
+        prepare(path, [], 1).check_start()
+    assert str(raised.value).startswith(f"{source}/{file}: {message}")
+
+
 def test_weights_to_begin_with_are_passed_over_aloud_where_the_run_goes_on(
     chat_model: Path, conversations: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megalite.config.validation import show
+
 ASSISTANT, USER, SYSTEM = "assistant", "user", "system"
 FUNCTION_CALL = "function_call"
 """The role of a message that is a call of tools, in JSON."""
@@ -178,7 +180,7 @@ class _Reader:
 
     def _counts(self, where: str, role: str, key: str, value: object) -> bool:
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise ValueError(f"{where}: {key} is {str(value)[:40]}; 0 and 1 are allowed, or false and true")
+            raise ValueError(f"{where}: {key} is {show(value)}; 0 and 1 are allowed, or false and true")
         if value and role not in (ASSISTANT, FUNCTION_CALL):
             raise ValueError(
                 f"{where}: {key} counts words of {role[:40]!r}; the assistant's alone are learnt; remove it, or pass "

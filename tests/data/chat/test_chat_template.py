@@ -411,7 +411,7 @@ REFUSED: list[tuple[object, str]] = [
     ),
     ([{**ANSWER, "reasoning": ["a"]}], "message 1: reasoning is no text but a list"),
     ([{**ANSWER, "weight": 0.5}], "message 1: weight is 0.5; 0 and 1 are allowed"),
-    ([{**ANSWER, "weight": "1"}], "message 1: weight is 1; 0 and 1 are allowed"),
+    ([{**ANSWER, "weight": "1"}], "message 1: weight is '1'; 0 and 1 are allowed"),
     ([{"role": "user", "content": "a", "weight": 1}, ANSWER], "message 1: weight counts words of 'user'"),
     ([{**ANSWER, "weight": 0}], "no message of the assistant's counts, so nothing to learn"),
     ({"prompt": "a", "completion": 3}, "messages are no list but a number"),
