@@ -256,7 +256,9 @@ class Plan:
         from megalite.convert.generation_config import generation_settings
 
         settings, where = generation_settings(weights, weights.companions)
-        declared_ends(settings, self.expectation.model.vocab_size, where)
+        vocab_size = self.expectation.model.vocab_size
+        assert vocab_size is not None
+        declared_ends(settings, vocab_size, where)
         for name, path in weights.companions.items():
             if name.endswith(".json") and name != "tokenizer.json":  # which the tokenizers library opens
                 read_settings(path)
