@@ -27,7 +27,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """Leave out, where the tier `unit` alone is asked for, the modules without any: they are slow to import."""
     if config.option.markexpr != "unit" or not collection_path.match("test_*.py"):
         return None
-    imports = [node for node in ast.walk(ast.parse(collection_path.read_bytes())) if isinstance(node, IMPORTS)]
+    imports = [node for node in ast.parse(collection_path.read_bytes()).body if isinstance(node, IMPORTS)]
     names = {name.asname or name.name.partition(".")[0] for node in imports for name in node.names}
     return True if names & STARTS_PROCESSES else None
 

@@ -86,7 +86,9 @@ def _how_to_go_on(status: "RunStatus") -> Iterator[str]:
         whence = "it goes on from there" if kept else "it begins with the newest checkpoint there is, or anew"
         yield f"to go on: start it again {how}; {whence}"
     elif status.state in ("failed", "dead"):
-        kept = any((status.folder / "checkpoints").glob("step_*"))
+        from megalite.checkpoint.discovery import CHECKPOINTS, checkpoints
+
+        kept = checkpoints(status.folder / CHECKPOINTS)
         whence = "it goes on from its newest checkpoint" if kept else "it begins anew: there is no checkpoint yet"
         yield f"logs of the ranks: {status.folder / 'logs'}; started again, {whence}"
 

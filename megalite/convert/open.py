@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.discovery import checkpoints
+from megalite.checkpoint.discovery import CHECKPOINTS, checkpoints
 from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
@@ -25,7 +25,7 @@ def open_weights(path: Path) -> Weights:
     """
     if is_hugging_face(path):
         return HuggingFaceWeights(path)
-    for folder in (path, path / "checkpoints"):
+    for folder in (path, path / CHECKPOINTS):
         newest = checkpoints(folder)
         if newest:
             return CheckpointWeights(CheckpointReader(newest[0][1]))

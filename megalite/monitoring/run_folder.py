@@ -30,7 +30,7 @@ RUN_FILES = (
 
 FOLDERS = ("checkpoints", "logs", "tensorboard", "heartbeats", "spikes", "earlier")
 APPENDED = ("metrics.jsonl", ".lock")
-FILES = (*APPENDED, "config.yaml", "DONE.json", "STOPPED.json", "STATE.json", "loss.png")
+FILES = (*APPENDED, "config.yaml", DONE, STOPPED, "STATE.json", "loss.png")
 
 
 def require_run_folder(folder: Path) -> None:

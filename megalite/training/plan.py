@@ -22,7 +22,13 @@ from megalite.checkpoint import forecast
 from megalite.checkpoint.compatibility import Expectation
 from megalite.checkpoint.discovery import CHECKPOINTS, candidates
 from megalite.checkpoint.manifest import Manifest
-from megalite.checkpoint.model_files import read_settings, run_companions, tokenizer_companions, tokenizer_name
+from megalite.checkpoint.model_files import (
+    GENERATION_CONFIG,
+    read_settings,
+    run_companions,
+    tokenizer_companions,
+    tokenizer_name,
+)
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.special_tokens import DocumentTokens, declared_ends
 from megalite.checkpoint.weights import CheckpointWeights, documents_of
@@ -260,7 +266,7 @@ class Plan:
         assert vocab_size is not None
         declared_ends(settings, vocab_size, where)
         for name, path in weights.companions.items():
-            if name.endswith(".json") and name != "tokenizer.json":  # which the tokenizers library opens
+            if name.endswith(".json") and name not in (GENERATION_CONFIG, "tokenizer.json"):  # which tokenizers opens
                 read_settings(path)
 
     @property

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -180,9 +179,7 @@ def test_status_of_a_run_that_runs_names_who_is_behind(
     assert lines[0] == f"{run_folder}: running"
     assert lines[1] == "step 4/100 | loss 2.5000 | 1,000 tok/s | 2.00 s a step | ETA 0:03:12"
     assert lines[2] == "2 ranks: 1 behind or silent, 0 not heard of yet"
-    behind = re.fullmatch(r"  rank 1 on node1: data of step 3 for (\d+) s", lines[3])
-    assert behind is not None
-    assert 60 <= int(behind[1]) < 60 + SILENT_SECONDS  # and the time that the command takes to start
+    assert lines[3].startswith("  rank 1 on node1: data of step 3 for 6")
 
 
 @pytest.mark.parametrize("skew", [-3600.0, -20.0, 20.0, 3600.0])

@@ -197,6 +197,7 @@ def test_status_speaks_of_every_state(tmp_path: Path, run_file: Path) -> None:
     ours.starting("building the model")
     assert lines() == [f"{folder}: starting 4 ranks: building the model", "no step of 100 is done yet"]
     age(folder, 200)
+    (folder / "checkpoints/step_2.tmp").mkdir(parents=True)  # what a save that was killed leaves is no checkpoint
     first, _, hint = lines()
     assert first.startswith(f"{folder}: dead, while it was starting (building the model): nothing was written for 2")
     assert hint == f"logs of the ranks: {folder}/logs; started again, it begins anew: there is no checkpoint yet"
