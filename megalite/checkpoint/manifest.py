@@ -16,7 +16,7 @@ from megalite.checkpoint.safetensors_file import ENCODINGS, FileRecord
 from megalite.checkpoint.special_tokens import DocumentTokens
 from megalite.config.validation import validation_lines
 from megalite.errors import UserError
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 FORMAT = "megalite checkpoint"
 VERSION = 1
@@ -40,9 +40,9 @@ class Chunk:
     shape: tuple[int, ...]
 
     @property
-    def box(self) -> Box:
+    def region(self) -> Region:
         """The box within the global tensor."""
-        return Box(self.offset, self.shape)
+        return Region(self.offset, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class Manifest:
         held = Counter[str]()
         for tensor in self.tensors.values():
             for chunk in tensor.chunks:
-                held[chunk.file] += chunk.box.numel
+                held[chunk.file] += chunk.region.numel
         for name, elements in held.items():
             if 4 * elements > self.files[name].bytes:
                 raise UserError(
@@ -130,7 +130,7 @@ class Manifest:
 
 
 def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, FileRecord]) -> None:
-    whole = Box((0,) * len(tensor.shape), tensor.shape)
+    whole = Region((0,) * len(tensor.shape), tensor.shape)
     if not name.isprintable():
         raise UserError(f"{path}: {name!r} is no name of a tensor; the checkpoint is broken, use another")
     covered = 0
@@ -138,22 +138,22 @@ def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, 
         if chunk.file not in files:
             raise UserError(f"{path}: {name} lies in {chunk.file!r}, a file that is not listed; use another checkpoint")
         same_rank = len(chunk.offset) == len(chunk.shape) == len(tensor.shape)
-        if not same_rank or min(chunk.shape, default=1) < 1 or chunk.box.intersect(whole) != chunk.box:
+        if not same_rank or min(chunk.shape, default=1) < 1 or chunk.region.intersect(whole) != chunk.region:
             raise UserError(f"{path}: {name} of {tensor.shape} has a chunk {chunk.shape} at {chunk.offset}, outside it")
-        covered += chunk.box.numel
+        covered += chunk.region.numel
     if covered != whole.numel:
         raise UserError(f"{path}: the chunks of {name} hold {covered} of its {whole.numel} elements; use another")
-    if overlap := _overlap([chunk.box for chunk in tensor.chunks]):
+    if overlap := _overlap([chunk.region for chunk in tensor.chunks]):
         raise UserError(f"{path}: {name} has two chunks that overlap, at {overlap[0].offset} and {overlap[1].offset}")
 
 
-def _overlap(boxes: list[Box]) -> tuple[Box, Box] | None:
+def _overlap(regions: list[Region]) -> tuple[Region, Region] | None:
     """Return two boxes that overlap, if there are any; boxes of disjoint rows are not held against each other."""
-    reaching: list[Box] = []
-    for box in sorted(boxes, key=lambda one: one.offset):
-        reaching = [one for one in reaching if not box.shape or one.offset[0] + one.shape[0] > box.offset[0]]
+    reaching: list[Region] = []
+    for region in sorted(regions, key=lambda one: one.offset):
+        reaching = [one for one in reaching if not region.shape or one.offset[0] + one.shape[0] > region.offset[0]]
         for one in reaching:
-            if one.intersect(box) is not None:
-                return one, box
-        reaching.append(box)
+            if one.intersect(region) is not None:
+                return one, region
+        reaching.append(region)
     return None

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from megalite.checkpoint.manifest import MANIFEST, STATE, Chunk, Manifest, StoredTensor
 from megalite.checkpoint.safetensors_file import FileRecord, file_record, write_safetensors
 from megalite.files import publish, write_whole
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 REPLACED = ".replaced"
 """What is added to the name of a checkpoint while one of the same step takes its place."""
@@ -39,7 +39,7 @@ class Part:
 
     name: str
     global_shape: tuple[int, ...]
-    box: Box
+    region: Region
     load: Callable[[], np.ndarray]
 
 
@@ -121,12 +121,12 @@ def write_rank(folder: Path, rank: int, parts: Sequence[Part], moved: Callable[[
     `moved` is called whenever some of it is written.
     """
     growing, file = temporary(folder), f"rank_{rank:05d}.safetensors"
-    keys = [f"{part.name}@{','.join(map(str, part.box.offset))}" for part in parts]
-    shapes = {key: part.box.shape for key, part in zip(keys, parts, strict=True)}
+    keys = [f"{part.name}@{','.join(map(str, part.region.offset))}" for part in parts]
+    shapes = {key: part.region.shape for key, part in zip(keys, parts, strict=True)}
     record = write_safetensors(growing / file, shapes, (part.load() for part in parts), moved=moved)
     tensors: dict[str, StoredTensor] = {}
     for key, part in zip(keys, parts, strict=True):
-        chunk = Chunk(file, key, part.box.offset, part.box.shape)
+        chunk = Chunk(file, key, part.region.offset, part.region.shape)
         known = tensors.get(part.name)
         chunks = (*known.chunks, chunk) if known else (chunk,)
         tensors[part.name] = StoredTensor(part.global_shape, "F32", chunks)

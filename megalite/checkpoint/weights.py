@@ -16,7 +16,7 @@ from megalite.config.validation import validation_lines
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 WEIGHT = f"{KINDS[0]}/"
 """How the names of weights begin in a checkpoint; optimizer state has the optimizer's names for it."""
@@ -46,8 +46,8 @@ class CheckpointWeights:
     def companions(self) -> Mapping[str, Path]:
         return companions_among(self.origin, self.reader.manifest.files)
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
-        self.reader.read(WEIGHT + name, box, out)
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
+        self.reader.read(WEIGHT + name, region, out)
 
 
 class WeightSource:
@@ -56,9 +56,9 @@ class WeightSource:
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         """Fill `out` with a box of a weight; the name begins with `WEIGHT`."""
-        self._weights.read(name.removeprefix(WEIGHT), box, out)
+        self._weights.read(name.removeprefix(WEIGHT), region, out)
 
 
 def documents_of(weights: Weights) -> DocumentTokens | None:

@@ -56,7 +56,7 @@ def _in_turn(layers: Sequence[Layer], x: Tensor) -> Tensor:
 
 def _kept_input(recompute: Recompute, group: TensorGroup) -> AbstractContextManager[object]:
     """Say where the input of what is recomputed waits; torch keeps nothing else of it by these hooks."""
-    partition = recompute.partition and group.size > 1 and not group.divides_tokens  # what is a share already
+    partition = recompute.partition and group.size > 1 and not group.sequence_parallel  # what is a share already
     if not (partition or recompute.cpu):
         return nullcontext()
 

@@ -17,7 +17,7 @@ from megalite.model.dropout import DropoutStreams
 from megalite.model.kv_cache import KeyValueCache
 from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.parallel.sharding import ShardSpec, place
+from megalite.parallel.sharding import ShardSpec, local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.collectives import gather_from_group, own_tokens
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -48,7 +48,7 @@ class Embedding(nn.Module):
         if self.positions is not None:
             if positions_BS is None:
                 positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-            if self.group.divides_tokens:
+            if self.group.sequence_parallel:
                 positions_BS = own_tokens(positions_BS.expand_as(ids_BS), self.group)
             x_BSH = x_BSH + self.positions(positions_BS)
         return x_BSH
@@ -116,9 +116,9 @@ class Stage(nn.Module):
         recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
-        if group.divides_tokens and rows is None:
+        if group.sequence_parallel and rows is None:
             raise ValueError("a stage that holds a share of the tokens must know how many rows they come from")
-        rows = rows if group.divides_tokens else None
+        rows = rows if group.sequence_parallel else None
         self.index, self.num_stages, self.group, self.recompute = index, num_stages, group, recompute
         first, last = index == 0, index == num_stages - 1
         self.embedding = Embedding(config, group) if first else None
@@ -151,7 +151,7 @@ class Stage(nn.Module):
         loss_weights: Tensor | None = None,
         dropout: DropoutStreams | None = None,
     ) -> Tensor:
-        if dropout is not None and self.group.divides_tokens:
+        if dropout is not None and self.group.sequence_parallel:
             dropout = replace(dropout, share=(self.group.rank, self.group.size))
         if self.embedding is not None:
             x = self.embedding(x, packing.positions_BS if packing else None)
@@ -174,7 +174,7 @@ class Stage(nn.Module):
         assert self.embedding is not None
         assert self.head is not None
         assert self.final_norm is not None
-        assert not self.group.divides_tokens
+        assert not self.group.sequence_parallel
         x_BSH = self.embedding(ids_BS, cache.positions_BS)
         for block, layer in zip(self.layers.values(), cache.layers, strict=True):
             x_BSH = block(x_BSH, cache=layer)
@@ -189,7 +189,7 @@ class Stage(nn.Module):
 
     def activation_shape(self, rows: int, sequence_length: int) -> tuple[int, int, int]:
         """Shape of what a microbatch ``[B, S]`` sends to the next stage, and of the gradient that comes back."""
-        if self.group.divides_tokens:
+        if self.group.sequence_parallel:
             return 1, rows * sequence_length // self.group.size, self._hidden_size
         return rows, sequence_length, self._hidden_size
 
@@ -199,7 +199,7 @@ class Stage(nn.Module):
         Norms, biases of row-parallel layers and learned positions, where the group divides tokens: what works on the
         residual stream, and so is no layer's to divide. Their gradients are summed over the group once a step.
         """
-        if not self.group.divides_tokens:
+        if not self.group.sequence_parallel:
             return []
         layers = [module for module in self.modules() if isinstance(module, ShardedModule)]
         declared = {id(getattr(layer, name)) for layer in layers for name in layer.shard_specs}
@@ -229,7 +229,7 @@ class Stage(nn.Module):
         for _, parameter, shards in self.named_shards():
             residual = shards[0].name.endswith(("attention.output.weight", "mlp.down.weight"))
             std = self._residual_std if residual else self._std
-            placed = place(shards, self.group.rank, self.group.size)
+            placed = local_shards(shards, self.group.rank, self.group.size)
             initialise_parameter(parameter, placed, seed=seed, std=std)
 
     def num_parameters(self) -> int:
@@ -237,7 +237,7 @@ class Stage(nn.Module):
         return sum(
             _volume(placed.source)
             for _, _, shards in self.named_shards()
-            for placed in place(shards, self.group.rank, self.group.size)
+            for placed in local_shards(shards, self.group.rank, self.group.size)
         )
 
 

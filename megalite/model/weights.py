@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from megalite.config import ModelConfig
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 
 class Weights(Protocol):
@@ -38,6 +38,6 @@ class Weights(Protocol):
         """The files beside the weights that go with them, by their names."""
         ...
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         """Fill `out`, fp32 of the box's shape, with a box of a weight; raise UserError where that cannot be read."""
         ...

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megalite.parallel.placement import Kind, Placement
+from megalite.parallel.placement import MessageKind, Placement
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Compute(Instruction):
 class Send(Instruction):
     """Start sending a result of this stage to a neighbour, and go on without waiting for it to arrive."""
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[MessageKind]
 
     @property
     def sources(self) -> tuple[Compute, ...]:
@@ -80,7 +80,7 @@ class Send(Instruction):
 class Receive(Instruction):
     """Post the receive of something a neighbour sends, and go on; the compute that needs it waits for it."""
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[MessageKind]
 
     @property
     def counterpart(self) -> Send:
@@ -171,7 +171,7 @@ class SendActivation(Send):
     """
 
     code: ClassVar[str] = "SA"
-    kind: ClassVar[Kind] = "activation"
+    kind: ClassVar[MessageKind] = "activation"
 
     @property
     def sources(self) -> tuple[Forward]:
@@ -193,7 +193,7 @@ class ReceiveActivation(Receive):
     """
 
     code: ClassVar[str] = "RA"
-    kind: ClassVar[Kind] = "activation"
+    kind: ClassVar[MessageKind] = "activation"
 
     @property
     def counterpart(self) -> SendActivation:
@@ -209,7 +209,7 @@ class SendGradient(Send):
     """
 
     code: ClassVar[str] = "SG"
-    kind: ClassVar[Kind] = "gradient"
+    kind: ClassVar[MessageKind] = "gradient"
 
     @property
     def sources(self) -> tuple[Backward, BackwardInput]:
@@ -231,7 +231,7 @@ class ReceiveGradient(Receive):
     """
 
     code: ClassVar[str] = "RG"
-    kind: ClassVar[Kind] = "gradient"
+    kind: ClassVar[MessageKind] = "gradient"
 
     @property
     def counterpart(self) -> SendGradient:

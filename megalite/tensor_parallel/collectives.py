@@ -52,14 +52,14 @@ def start_entering(x: Tensor, group: TensorGroup) -> Pending:
 
     Without the group's `overlap` it is through on return, here and in `start_summing`.
     """
-    return _begun(_start_gather(x, group) if group.divides_tokens else Pending(x), group)
+    return _begun(_start_gather(x, group) if group.sequence_parallel else Pending(x), group)
 
 
 def start_summing(x: Tensor, group: TensorGroup) -> Pending:
     """Begin to sum a contiguous `x` over the group: in place, or for the own share where tokens are divided."""
     if group.size == 1:
         return Pending(x)
-    if group.divides_tokens:
+    if group.sequence_parallel:
         return _begun(_start_reduce_scatter(x, group), group)
     return _begun(Pending(x, dist.all_reduce(x, group=group.process_group, async_op=True)), group)
 
@@ -172,25 +172,25 @@ def gather_from_group(x: Tensor, group: TensorGroup) -> Tensor:
 
 def gather_tokens(x: Tensor, group: TensorGroup) -> Tensor:
     """Join the shares ``[1, B*S / size, H]`` of every rank into ``[1, B*S, H]``; the gradient's share is summed."""
-    return _GatherTokens.apply(x, group) if group.divides_tokens else x  # pyright: ignore[reportReturnType]
+    return _GatherTokens.apply(x, group) if group.sequence_parallel else x  # pyright: ignore[reportReturnType]
 
 
 def scatter_tokens(x: Tensor, group: TensorGroup) -> Tensor:
     """Sum ``[..., H]`` over the group, of which each rank keeps its share ``[1, B*S / size, H]``; the gradient's shares
     are joined."""
-    return _ScatterTokens.apply(x, group) if group.divides_tokens else x  # pyright: ignore[reportReturnType]
+    return _ScatterTokens.apply(x, group) if group.sequence_parallel else x  # pyright: ignore[reportReturnType]
 
 
 def enter_region(x: Tensor, group: TensorGroup) -> Tensor:
     """Open a sharded region: `gather_tokens` where tokens are divided, else `copy_to_group`."""
-    return gather_tokens(x, group) if group.divides_tokens else copy_to_group(x, group)
+    return gather_tokens(x, group) if group.sequence_parallel else copy_to_group(x, group)
 
 
 def leave_region(x: Tensor, group: TensorGroup) -> Tensor:
     """Close a sharded region: `scatter_tokens` where tokens are divided, else `reduce_from_group`."""
-    return scatter_tokens(x, group) if group.divides_tokens else reduce_from_group(x, group)
+    return scatter_tokens(x, group) if group.sequence_parallel else reduce_from_group(x, group)
 
 
 def own_tokens(x_BS: Tensor, group: TensorGroup) -> Tensor:
     """Return what stands at this rank's tokens, ``[1, B*S / size]``; all of ``[B, S]`` where tokens are not divided."""
-    return x_BS.flatten().chunk(group.size)[group.rank].unsqueeze(0) if group.divides_tokens else x_BS
+    return x_BS.flatten().chunk(group.size)[group.rank].unsqueeze(0) if group.sequence_parallel else x_BS

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megalite.parallel.sharding import PlacedShard
+from megalite.parallel.sharding import LocalShard
 
 BLOCK_ELEMENTS = 1 << 20
 
@@ -21,7 +21,7 @@ def _generator(seed: int, name: str, block: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def normal_slice_(target: Tensor, shard: PlacedShard, *, seed: int, std: float) -> None:
+def normal_slice_(target: Tensor, shard: LocalShard, *, seed: int, std: float) -> None:
     """Fill `target`, the local place of one shard, with its slice of a global normal tensor of deviation `std`."""
     shape = shard.spec.global_shape
     columns = 1
@@ -39,7 +39,7 @@ def normal_slice_(target: Tensor, shard: PlacedShard, *, seed: int, std: float) 
 
 
 @torch.no_grad()
-def initialise_parameter(parameter: Tensor, shards: Iterable[PlacedShard], *, seed: int, std: float) -> None:
+def initialise_parameter(parameter: Tensor, shards: Iterable[LocalShard], *, seed: int, std: float) -> None:
     """Fill one parameter from its placed shards: norms' weights with 1, biases and padding with 0, others normal."""
     parameter.zero_()
     for shard in shards:

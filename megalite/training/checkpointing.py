@@ -28,7 +28,7 @@ from megalite.config.sections import CheckpointSection
 from megalite.errors import UserError
 from megalite.files import write_whole
 from megalite.parallel.json_collectives import broadcast_json, gather_json
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 from megalite.zero.optimizer_state import ZeroState
 
 LATEST = "LATEST"
@@ -71,7 +71,7 @@ class Checkpointer:
         settings: CheckpointSection,
         root: Path,
         state: ZeroState,
-        grid: ProcessGrid,
+        mesh: Mesh,
         *,
         tensor_bytes: int,
         files: Mapping[str, bytes],
@@ -79,7 +79,7 @@ class Checkpointer:
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._moved = moved
-        self._settings, self._root, self._state, self._grid = settings, root, state, grid
+        self._settings, self._root, self._state, self._mesh = settings, root, state, mesh
         self._needed, self._files, self._reached = tensor_bytes, files, reached
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffer: torch.Tensor | None = None
@@ -104,11 +104,11 @@ class Checkpointer:
             self._judge(report)
             return
         save = self._under_way = _Save(report, began)
-        if self._grid.device.type == "cuda":
-            torch.cuda.synchronize(self._grid.device)
+        if self._mesh.device.type == "cuda":
+            torch.cuda.synchronize(self._mesh.device)
         mine = list(parts(self._state.fragments()))
         self._thread.submit(self._write, save, mine)
-        if self._grid.rank == 0:
+        if self._mesh.rank == 0:
             save.finished = self._thread.submit(self._finish, save, manifest, dict(state))
         report.blocked_seconds = time.perf_counter() - began
         if not self._settings.asynchronous:
@@ -149,13 +149,13 @@ class Checkpointer:
         report = save.report
         with self._blocking(report):
             self._wait_together(save, save.written)
-            failures = [told for told in gather_json(self._failure(save.written), self._grid) if told is not None]
+            failures = [told for told in gather_json(self._failure(save.written), self._mesh) if told is not None]
             if failures:
                 save.others_failed.set()
             self._wait_together(save, save.finished)
             finished = self._failure(save.finished) if save.finished is not None else None
-            report.failure = next(iter(failures), broadcast_json(finished, self._grid))
-        if report.failure is not None and self._grid.rank == 0:
+            report.failure = next(iter(failures), broadcast_json(finished, self._mesh))
+        if report.failure is not None and self._mesh.rank == 0:
             store.discard(report.folder)
         self._judge(report)
 
@@ -170,7 +170,7 @@ class Checkpointer:
             with suppress(TimeoutError):
                 if future is not None:
                     future.exception(TELL_SECONDS)
-            told = gather_json([future is None or future.done(), save.moves], self._grid)
+            told = gather_json([future is None or future.done(), save.moves], self._mesh)
             everywhere = all(done for done, _ in told)
             moves = sum(number for _, number in told)
             if moves != before:
@@ -193,7 +193,7 @@ class Checkpointer:
     def _begin(self, folder: Path) -> str | None:
         """Make room on the disk; return why there is none, the same on every rank."""
         failure = None
-        if self._grid.rank == 0:
+        if self._mesh.rank == 0:
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(self._root).free
@@ -204,14 +204,14 @@ class Checkpointer:
             except OSError as error:
                 failure = self._on_this_rank(error)
             self._reached("begun")
-        return broadcast_json(failure, self._grid)
+        return broadcast_json(failure, self._mesh)
 
     def _write(self, save: _Save, mine: Sequence[Part]) -> None:
         try:
             if self._settings.asynchronous:
                 mine = self._copy(mine, save.moved)
             save.copied.set_result(None)
-            store.write_rank(save.report.folder, self._grid.rank, mine, save.moved)
+            store.write_rank(save.report.folder, self._mesh.rank, mine, save.moved)
             self._reached("written")
             save.written.set_result(None)
         except BaseException as error:
@@ -222,15 +222,15 @@ class Checkpointer:
 
     def _copy(self, mine: Sequence[Part], moved: Callable[[], None]) -> list[Part]:
         """Copy the parts into one buffer, which stays: memory that is new costs more than the copy."""
-        sizes = [part.box.numel for part in mine]
+        sizes = [part.region.numel for part in mine]
         if self._buffer is None or self._buffer.numel() < sum(sizes):
-            pin = self._grid.device.type == "cuda"
+            pin = self._mesh.device.type == "cuda"
             self._buffer = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=pin)
         copies, start = [], 0
         for part, size in zip(mine, sizes, strict=True):
-            room = self._buffer[start : start + size].numpy().reshape(part.box.shape)
+            room = self._buffer[start : start + size].numpy().reshape(part.region.shape)
             np.copyto(room, part.load())
-            copies.append(Part(part.name, part.global_shape, part.box, _Held(room)))
+            copies.append(Part(part.name, part.global_shape, part.region, _Held(room)))
             start += size
             moved()
         return copies
@@ -244,7 +244,7 @@ class Checkpointer:
             save.moved()
             self._reached(point)
 
-        ranks = self._grid.layout.world_size
+        ranks = self._mesh.layout.world_size
         folder = store.finish(
             save.report.folder,
             ranks=ranks,
@@ -285,7 +285,7 @@ class Checkpointer:
 
     def _on_this_rank(self, failure: BaseException) -> str:
         reason = failure.strerror if isinstance(failure, OSError) else None
-        return f"rank {self._grid.rank} on {socket.gethostname()}: {reason or failure}"
+        return f"rank {self._mesh.rank} on {socket.gethostname()}: {reason or failure}"
 
     def _judge(self, report: SaveReport) -> None:
         self._tell(report)

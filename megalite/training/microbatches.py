@@ -13,23 +13,21 @@ from megalite.data.order.streaming import Samples
 from megalite.model.dropout import DropoutStreams
 from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 
 
 class Feed:
     """One set of samples, as this rank's pipeline takes it: of every global batch the part of its data coordinate."""
 
-    def __init__(
-        self, samples: Samples, rules: SampleRules, config: RunConfig, grid: ProcessGrid, *, trains: bool
-    ) -> None:
+    def __init__(self, samples: Samples, rules: SampleRules, config: RunConfig, mesh: Mesh, *, trains: bool) -> None:
         """Read `samples` by `rules`; dropout is drawn where it `trains`."""
-        self._config, self._grid, self._trains = config, grid, trains
+        self._config, self._mesh, self._trains = config, mesh, trains
         self._reader = BatchReader(
             samples,
             rules,
             micro_batch_size=config.train.micro_batch_size,
-            data_rank=grid.coordinate.data,
-            data_size=grid.layout.data,
+            data_rank=mesh.coordinate.data,
+            data_size=mesh.layout.data,
         )
 
     def read(self, samples: range) -> list[SampleMicrobatch]:
@@ -45,8 +43,8 @@ class Feed:
         if batch[0].counts is None:
             return None
         mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
-        total = torch.tensor(mine, dtype=torch.float64, device=self._grid.device)
-        dist.all_reduce(total, group=self._grid.data)
+        total = torch.tensor(mine, dtype=torch.float64, device=self._mesh.device)
+        dist.all_reduce(total, group=self._mesh.data)
         return float(total)
 
     def microbatches(self, batch: Sequence[SampleMicrobatch], counted: float | None) -> list[Microbatch]:
@@ -58,18 +56,18 @@ class Feed:
         if read.document_lengths is not None or read.positions is not None:
             positions = None if read.positions is None else self._to_device(read.positions)
             packing = PackedDocuments(read.document_lengths, positions)
-        if read.counts is not None and counted is not None and self._grid.has_last_stage:
+        if read.counts is not None and counted is not None and self._mesh.has_last_stage:
             # The gradients of the data axis are averaged, and a mean over all that counts is asked for.
-            weight = self._grid.layout.data / max(counted, 1.0)
+            weight = self._mesh.layout.data / max(counted, 1.0)
             weights = self._to_device(read.counts).to(torch.float32) * weight
         model, seed = self._config.model, self._config.run.seed
         return Microbatch(
-            ids=self._to_device(read.ids) if self._grid.has_first_stage else None,
-            targets=self._to_device(read.targets) if self._grid.has_last_stage else None,
+            ids=self._to_device(read.ids) if self._mesh.has_first_stage else None,
+            targets=self._to_device(read.targets) if self._mesh.has_last_stage else None,
             packing=packing,
             loss_weights=weights,
             dropout=DropoutStreams.of(model, seed, read.samples) if self._trains else None,
         )
 
     def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._grid.device, non_blocking=True)
+        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._mesh.device, non_blocking=True)

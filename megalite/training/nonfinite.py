@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megalite.errors import UserError
 from megalite.model.stage import Stage
 from megalite.parallel.json_collectives import gather_json
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 
 # What a rank has found, in the order in which a step comes by it: the smallest is the cause, the others follow from it.
 _PARAMETER, _OUTPUT, _GRADIENT = range(3)
@@ -24,8 +24,8 @@ class BadSteps:
     gradient. No other step costs anything.
     """
 
-    def __init__(self, limit: int, stages: Mapping[int, Stage], grid: ProcessGrid, run: Path) -> None:
-        self.limit, self._stages, self._grid, self._run = limit, stages, grid, run
+    def __init__(self, limit: int, stages: Mapping[int, Stage], mesh: Mesh, run: Path) -> None:
+        self.limit, self._stages, self._mesh, self._run = limit, stages, mesh, run
         self._in_a_row = 0
         self._first: list[Any] | None = None
         """[order, words] of the first tensor of this rank that was not finite in the step that was watched."""
@@ -49,11 +49,11 @@ class BadSteps:
         self._in_a_row = self._in_a_row + 1 if skipped else 0
         if self._in_a_row < self.limit:
             return
-        found = [(*first, rank) for rank, first in enumerate(gather_json(self._first, self._grid)) if first]
+        found = [(*first, rank) for rank, first in enumerate(gather_json(self._first, self._mesh)) if first]
         cause = "every gradient of the last is finite on its rank, and their sum or its norm is not"
         if found:
             _, words, rank = min(found)
-            at = self._grid.layout.coordinate(rank)
+            at = self._mesh.layout.coordinate(rank)
             cause = f"in the last, rank {rank} (tensor {at.tensor}, pipeline {at.pipeline}, data {at.data}) was the "
             cause += f"first with a number that is not finite: {words}"
         fix = "Lower train.optimizer.lr or gradient_clipping"

@@ -43,7 +43,7 @@ from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
 from megalite.monitoring.run_folder import require_run_folder
-from megalite.parallel.layout import Coordinate, ParallelLayout, spans
+from megalite.parallel.layout import MeshCoordinate, ParallelLayout, format_ranges
 from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
 from megalite.pipeline.schedules import SCHEDULES, all_streams
@@ -304,7 +304,7 @@ class Plan:
         for row, held in rows:
             sizes = held.weights, held.gradients, held.reduction, held.optimizer, held.total
             shown = [f"{number / size:,.2f}" for number in sizes]
-            table.add_row(spans(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
+            table.add_row(format_ranges(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
         total = sum(self.parameters_of_rank(*place) for place in self._places()) * self.layout.data
         model = _num_parameters(self.config.model, range(self.config.model.num_hidden_layers), 0, 1, (0, 1))
         notes = [
@@ -326,7 +326,7 @@ class Plan:
         rows: list[_Row] = []
         for pipeline, tensor in self._places():
             ranks = tuple(
-                self.layout.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
+                self.layout.rank(MeshCoordinate(pipeline=pipeline, data=data, tensor=tensor))
                 for data in range(self.layout.data)
             )
             stages = [(stage, self.stage_layers[stage]) for stage in self.placement.stages_of(pipeline)]

@@ -22,7 +22,7 @@ from megalite.errors import CommonError, UserError
 from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.weights import Weights
 from megalite.parallel.json_collectives import broadcast_json, gather_json, on_rank_zero
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 from megalite.training.plan import Plan
 
 SEEN_SECONDS = 60.0
@@ -63,17 +63,17 @@ Found = tuple[CheckpointReader | None, Sequence[str]]
 """A checkpoint that could be opened, and what is wrong with it."""
 
 
-def find_start(plan: Plan, grid: ProcessGrid) -> Start:
+def find_start(plan: Plan, mesh: Mesh) -> Start:
     """Return where the run file's `resume` and `init_from` let training begin. Collective.
 
     Raises UserError where a checkpoint that is named is not whole, where none of several is, or where it does not fit.
     """
     patience = min(SEEN_SECONDS, plan.config.train.timeout_seconds / 2)
     together = _Look(
-        candidates=lambda: _candidates(plan.config, grid),
-        checked=lambda folder: _checked(folder, grid, patience),
-        faults=lambda reader: _faults(reader, grid),
-        weights=lambda: _opened_weights(plan, grid),
+        candidates=lambda: _candidates(plan.config, mesh),
+        checked=lambda folder: _checked(folder, mesh, patience),
+        faults=lambda reader: _faults(reader, mesh),
+        weights=lambda: _opened_weights(plan, mesh),
     )
     return _find(plan, together)
 
@@ -170,19 +170,19 @@ def _find(plan: Plan, look: _Look, *, data_is_there: bool = True) -> Start:
     return Start(weights=weights, notes=notes)
 
 
-def _candidates(config: RunConfig, grid: ProcessGrid) -> list[Path]:
+def _candidates(config: RunConfig, mesh: Mesh) -> list[Path]:
     """Return the folders that rank 0 finds, where this host has them. Collective.
 
     No other rank lists the run's folder: a network file system may show a host an old listing for a minute, and ranks
     with different lists would go on from different checkpoints.
     """
-    names = on_rank_zero(lambda: [folder.name for folder in candidates(config)], grid)
+    names = on_rank_zero(lambda: [folder.name for folder in candidates(config)], mesh)
     if config.resume != "auto":
         return [Path(config.resume) for _ in names]
     return [config.run.dir / CHECKPOINTS / name for name in names]
 
 
-def _opened_weights(plan: Plan, grid: ProcessGrid) -> Weights:
+def _opened_weights(plan: Plan, mesh: Mesh) -> Weights:
     """Open the weights of `init_from`; raise CommonError on every rank where one cannot use them. Collective."""
     from megalite.convert.open import open_weights  # with the readers of foreign formats
 
@@ -193,37 +193,37 @@ def _opened_weights(plan: Plan, grid: ProcessGrid) -> Weights:
         plan.expectation.require_weights(weights)
     except UserError as error:
         found = [str(error)]
-    if told := _together(found, grid):
+    if told := _together(found, mesh):
         raise CommonError("\n".join(told))
     assert weights is not None
     return weights
 
 
-def _checked(folder: Path, grid: ProcessGrid, patience: float) -> tuple[CheckpointReader | None, Sequence[str]]:
+def _checked(folder: Path, mesh: Mesh, patience: float) -> tuple[CheckpointReader | None, Sequence[str]]:
     """Open a checkpoint, and say what is wrong with it, the same on every rank; no reader where it cannot be opened.
 
     A rank that does not see rank 0's manifest looks for it again for `patience` seconds.
     """
-    reader, found = None, _unlike_rank_zero(folder, grid, patience)
+    reader, found = None, _unlike_rank_zero(folder, mesh, patience)
     if not found:
         try:
             reader = CheckpointReader(folder)
         except UserError as error:
             found = [str(error)]
-    if told := _together(found, grid):
+    if told := _together(found, mesh):
         return None, told
     assert reader is not None
-    return reader, _faults(reader, grid)
+    return reader, _faults(reader, mesh)
 
 
-def _unlike_rank_zero(folder: Path, grid: ProcessGrid, patience: float) -> list[str]:
+def _unlike_rank_zero(folder: Path, mesh: Mesh, patience: float) -> list[str]:
     """Return a line where this rank does not see the manifest that rank 0 sees, or sees an older one. Collective."""
-    wanted = broadcast_json(_manifest_digest(folder) if grid.rank == 0 else None, grid)
+    wanted = broadcast_json(_manifest_digest(folder) if mesh.rank == 0 else None, mesh)
     deadline = time.monotonic() + patience
     while wanted is not None and _manifest_digest(folder) != wanted:
         if time.monotonic() > deadline:
             host = socket.gethostname()
-            return [f"{folder}: rank {grid.rank} on {host} does not see the {MANIFEST} that rank 0 sees there"]
+            return [f"{folder}: rank {mesh.rank} on {host} does not see the {MANIFEST} that rank 0 sees there"]
         time.sleep(0.1)
     return []
 
@@ -235,21 +235,21 @@ def _manifest_digest(folder: Path) -> str | None:
         return None
 
 
-def _faults(reader: CheckpointReader, grid: ProcessGrid) -> Sequence[str]:
+def _faults(reader: CheckpointReader, mesh: Mesh) -> Sequence[str]:
     """What is wrong with a checkpoint, the same on every rank: each reads its share of the files for their digests,
     and the state, which it goes on with itself."""
     try:
-        mine = dict.fromkeys([*sorted(reader.manifest.files)[grid.rank :: grid.layout.world_size], STATE])
+        mine = dict.fromkeys([*sorted(reader.manifest.files)[mesh.rank :: mesh.layout.world_size], STATE])
         found = reader.faults(mine)
-        if not found and grid.rank == 0:
+        if not found and mesh.rank == 0:
             _ = reader.state
     except UserError as error:
         found = [str(error)]
-    return _together(found, grid)
+    return _together(found, mesh)
 
 
-def _together(found: Sequence[str], grid: ProcessGrid) -> Sequence[str]:
-    return list(dict.fromkeys(fault for faults in gather_json(list(found), grid) for fault in faults))
+def _together(found: Sequence[str], mesh: Mesh) -> Sequence[str]:
+    return list(dict.fromkeys(fault for faults in gather_json(list(found), mesh) for fault in faults))
 
 
 def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *, data_is_there: bool = True) -> Start:

@@ -24,7 +24,7 @@ from megalite.monitoring.run_folder import DONE, STOPPED, keep_metrics_until, ne
 from megalite.monitoring.run_state import RunMarker
 from megalite.monitoring.stragglers import StragglerWatch
 from megalite.parallel.json_collectives import gather_json
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 from megalite.pipeline.instructions import parse
 from megalite.pipeline.schedules import SCHEDULES, all_streams
 from megalite.pipeline.timeline.chrome_trace import chrome_trace
@@ -44,7 +44,7 @@ class RunRecorder:
     def __init__(
         self,
         plan: Plan,
-        grid: ProcessGrid,
+        mesh: Mesh,
         dtype: torch.dtype,
         datasets: Datasets,
         start: Start | None = None,
@@ -53,7 +53,7 @@ class RunRecorder:
         marker: RunMarker | None = None,
     ) -> None:
         config, start = plan.config, start or Start()
-        self.config, self.grid, self.plan = config, grid, plan
+        self.config, self.mesh, self.plan = config, mesh, plan
         self.directory, self.stop, self.marker = config.run.dir, stop, marker
         self.log: MetricsLog | None = None
         self.tokens = 0
@@ -63,7 +63,7 @@ class RunRecorder:
         self.unigram_entropy = datasets.unigram_entropy
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         said: list[str] = []
-        if grid.rank == 0:
+        if mesh.rank == 0:
             with writing(self.directory, "make it writable, or set another run.dir"):
                 said = self._start_directory(start)
                 self.log = MetricsLog(
@@ -76,14 +76,14 @@ class RunRecorder:
                 )
                 self.log.configuration(config.to_yaml(), dict(_flat(config.model_dump(mode="json"))))
         self.stragglers = StragglerWatch(plan.layout, config.train.straggler_factor)
-        self.hosts = gather_json(socket.gethostname(), grid)
+        self.hosts = gather_json(socket.gethostname(), mesh)
         self.peak = self._measure_peak(dtype)
         if self.log:
             self.log.say(
                 f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
                 f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
-            if grid.device.type == "cpu":
+            if mesh.device.type == "cpu":
                 self.log.say(f"kernels: {kernels.describe(dtype)}")
             for line in (
                 *config.notes,
@@ -109,8 +109,8 @@ class RunRecorder:
         tokens = report.samples * self.config.data.sequence_length
         self.tokens = report.consumed_samples * self.config.data.sequence_length
         share = report.data_seconds / report.seconds
-        own = [report.own_seconds if rank == self.grid.rank else 0.0 for rank in range(self.plan.layout.world_size)]
-        mine = torch.tensor([peak_memory(self.grid.device), share, *own], dtype=torch.float64, device=self.grid.device)
+        own = [report.own_seconds if rank == self.mesh.rank else 0.0 for rank in range(self.plan.layout.world_size)]
+        mine = torch.tensor([peak_memory(self.mesh.device), share, *own], dtype=torch.float64, device=self.mesh.device)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         if self.log is None:
             return
@@ -178,9 +178,9 @@ class RunRecorder:
 
     def timeline(self, step: int, spans: Sequence[Span]) -> None:
         """Gather the measured spans of all stages, keep them as JSON, and draw them beside the simulation."""
-        at = self.grid.coordinate
+        at = self.mesh.coordinate
         mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if at.data == at.tensor == 0 else []
-        gathered = gather_json(mine, self.grid)
+        gathered = gather_json(mine, self.mesh)
         if self.log is None:
             return
         from megalite.pipeline.timeline.plot import plot_timelines
@@ -282,8 +282,8 @@ class RunRecorder:
 
     def _measure_peak(self, dtype: torch.dtype) -> Peak:
         dist.barrier()
-        flops, source = device_peak(self.grid.device, dtype)
-        total = torch.tensor(flops, dtype=torch.float64, device=self.grid.device)
+        flops, source = device_peak(self.mesh.device, dtype)
+        total = torch.tensor(flops, dtype=torch.float64, device=self.mesh.device)
         dist.all_reduce(total)
         return Peak(float(total), source)
 

@@ -14,7 +14,7 @@ from megalite.monitoring.heartbeat import HEAD_START_SECONDS, Heart, Progress
 from megalite.monitoring.run_folder import STOP
 from megalite.monitoring.run_state import RunMarker
 from megalite.parallel.json_collectives import on_rank_zero
-from megalite.parallel.mesh import ProcessGrid, local_device, process_grid
+from megalite.parallel.mesh import Mesh, joined_mesh, local_device
 from megalite.training.plan import Plan
 from megalite.training.run_facts import run_facts
 from megalite.training.stop_requests import StopRequests
@@ -54,18 +54,18 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunMarker | Non
         ask_rank_zero(store, environment, "check of start and data", lambda: _check(plan))
     with (
         ExitStack() as stack,
-        process_grid(
+        joined_mesh(
             plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement, store=store
-        ) as grid,
+        ) as mesh,
     ):
-        claim_folder(config.run.dir, grid, stack)
-        heart = Heart(config.run.dir, grid.rank, plan.layout.world_size, progress, config.train.timeout_seconds)
+        claim_folder(config.run.dir, mesh, stack)
+        heart = Heart(config.run.dir, mesh.rank, plan.layout.world_size, progress, config.train.timeout_seconds)
         stack.enter_context(heart)
         restarts = environment.restarts
         doing("opening the data")
         datasets = open_datasets(config)
         doing("building the model")
-        trainer = Trainer(plan, grid, datasets, stop=stop, progress=progress, restarts=restarts, marker=marker)
+        trainer = Trainer(plan, mesh, datasets, stop=stop, progress=progress, restarts=restarts, marker=marker)
         with stop.heeding_signals():
             stopped = trainer.run()
         trainer.close()
@@ -79,6 +79,6 @@ def _check(plan: Plan) -> None:
     plan.check_data()
 
 
-def claim_folder(folder: Path, grid: ProcessGrid, until: ExitStack) -> None:
+def claim_folder(folder: Path, mesh: Mesh, until: ExitStack) -> None:
     """Keep other runs out of a run's folder; raise UserError on every rank where one is in. Collective."""
-    on_rank_zero(lambda: until.enter_context(sole_user(folder, f"run.dir={folder}")), grid)
+    on_rank_zero(lambda: until.enter_context(sole_user(folder, f"run.dir={folder}")), mesh)

@@ -24,7 +24,7 @@ from megalite.monitoring.heartbeat import Progress
 from megalite.monitoring.run_state import RunMarker
 from megalite.optim.learning_rate import learning_rate
 from megalite.parallel.json_collectives import on_rank_zero
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 from megalite.pipeline.executor import PipelineExecutor, StepResult
 from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedules import SCHEDULES, forward_only
@@ -49,7 +49,7 @@ class Trainer:
     def __init__(
         self,
         plan: Plan,
-        grid: ProcessGrid,
+        mesh: Mesh,
         datasets: Datasets,
         *,
         stop: StopRequests | None = None,
@@ -63,25 +63,25 @@ class Trainer:
         `stop` is what may end its training early, `progress` hears where it is, `restarts` says how often the ranks
         were started again, and `marker` hears on rank 0 that training begins and how it ended.
         """
-        self.plan, self.config, self.grid = plan, plan.config, grid
+        self.plan, self.config, self.mesh = plan, plan.config, mesh
         self.stop, self.progress, self.restarts = stop or StopRequests(), progress or Progress(), restarts
         self.marker = marker
-        self.start = find_start(plan, grid)
-        self.kernels = _agreed_kernels(self.config, grid, self.start.kernels)
-        self.engine = ZeroEngine(build_stages(plan, grid, self.start.weights, self.kernels), self.config, grid)
+        self.start = find_start(plan, mesh)
+        self.kernels = _agreed_kernels(self.config, mesh, self.start.kernels)
+        self.engine = ZeroEngine(build_stages(plan, mesh, self.start.weights, self.kernels), self.config, mesh)
         self.state = ZeroState(self.engine)
         self._restore()
         _ = plan.documents  # read at the start: at the first save the folder of `init_from` may be gone
         self.spikes = SpikeWatch(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
-        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, grid, self.config.run.dir)
+        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, mesh, self.config.run.dir)
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
             plan.checkpoints,
             self.state,
-            grid,
+            mesh,
             tensor_bytes=plan.checkpoint_bytes,
-            files=plan.companion_files() if grid.rank == 0 else {},
+            files=plan.companion_files() if mesh.rank == 0 else {},
             reached=reached,
             moved=self.progress.moved,
         )
@@ -90,24 +90,24 @@ class Trainer:
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
-            grid.links,
+            mesh.links,
             placement=plan.placement,
-            rank=grid.coordinate.pipeline,
+            rank=mesh.coordinate.pipeline,
             activation_shape=next(iter(self.engine.stages.values())).activation_shape(
                 train.micro_batch_size, self.config.data.sequence_length
             ),
             dtype=self.engine.dtype,
-            device=grid.device,
+            device=mesh.device,
             moved=self.progress.moved,
         )
         self.datasets = datasets
         self.schedule = self.start.batches(train)
         rules = SampleRules.of(self.config, datasets.fim)
-        self.feed = Feed(datasets.train, rules, self.config, grid, trains=True)
+        self.feed = Feed(datasets.train, rules, self.config, mesh, trains=True)
         self.batches = self._read_ahead()
         as_it_stands = replace(rules, fim=None)
         self.valid_feeds = {
-            name: Feed(samples, as_it_stands, self.config, grid, trains=False)
+            name: Feed(samples, as_it_stands, self.config, mesh, trains=False)
             for name, samples in datasets.valid.items()
         }
 
@@ -120,7 +120,7 @@ class Trainer:
         train = self.config.train
         last = train.stop_after or train.steps
         recorder = RunRecorder(
-            *(self.plan, self.grid, self.engine.dtype, self.datasets, self.start, self.stop),
+            *(self.plan, self.mesh, self.engine.dtype, self.datasets, self.start, self.stop),
             kernels=self.kernels,
             marker=self.marker,
         )
@@ -212,7 +212,7 @@ class Trainer:
         """
         self.checkpointer.wait()
         self.progress.enter("start", step)  # a checkpoint is read as at a start, which may take long
-        start = find_start(replace(self.plan, config=self.config.model_copy(update={"resume": "auto"})), self.grid)
+        start = find_start(replace(self.plan, config=self.config.model_copy(update={"resume": "auto"})), self.mesh)
         if start.reader is None:
             return None
         if self.rollbacks == rule.max_rollbacks:
@@ -323,10 +323,10 @@ class Trainer:
 
     def _train_stream(self, microbatches: int) -> tuple[Instruction, ...]:
         schedule = SCHEDULES[self.config.parallel.schedule]
-        return schedule(self.grid.coordinate.pipeline, self.plan.placement, microbatches)
+        return schedule(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
 
     def _eval_stream(self, microbatches: int) -> tuple[Instruction, ...]:
-        return forward_only(self.grid.coordinate.pipeline, self.plan.placement, microbatches)
+        return forward_only(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
 
     def _learning_rate(self, step: int) -> float | None:
         if self.config.deepspeed.scheduler is not None:
@@ -338,8 +338,8 @@ class Trainer:
 
         What the ranks were asked goes with it: after it they agree on whether to stop.
         """
-        total = torch.tensor([0.0, *self.stop.asked()], dtype=torch.float64, device=self.grid.device)
-        if result.loss is not None and self.grid.coordinate.tensor == 0:
+        total = torch.tensor([0.0, *self.stop.asked()], dtype=torch.float64, device=self.mesh.device)
+        if result.loss is not None and self.mesh.coordinate.tensor == 0:
             total[0] = result.loss
         dist.all_reduce(total)
         loss, *asked = total.tolist()
@@ -347,11 +347,11 @@ class Trainer:
         return loss / self.plan.layout.data
 
 
-def _agreed_kernels(config: RunConfig, grid: ProcessGrid, saved: Kernels | None) -> Kernels:
+def _agreed_kernels(config: RunConfig, mesh: Mesh, saved: Kernels | None) -> Kernels:
     """Measure on rank 0 how the device computes fastest, and let all ranks compute so. Collective."""
     products, attention, dtype = config.train.cpu_products, config.train.cpu_attention, DTYPES[config.precision]
 
     def choose() -> dict[str, Any]:
-        return asdict(choose_kernels(grid.device, dtype, products=products, attention=attention, saved=saved))
+        return asdict(choose_kernels(mesh.device, dtype, products=products, attention=attention, saved=saved))
 
-    return Kernels(**on_rank_zero(choose, grid))
+    return Kernels(**on_rank_zero(choose, mesh))

@@ -23,8 +23,8 @@ from megalite.checkpoint.fragments import Fragment
 from megalite.data.datasets import open_datasets
 from megalite.launch import LaunchEnvironment
 from megalite.parallel.json_collectives import broadcast_json, gather_json
-from megalite.parallel.mesh import local_device, process_grid
-from megalite.parallel.regions import Box
+from megalite.parallel.mesh import joined_mesh, local_device
+from megalite.parallel.regions import Region
 from megalite.training.plan import Plan
 from megalite.training.trainer import Trainer
 from megalite.verify.parity_report import (
@@ -48,10 +48,10 @@ def verify_layout(plan: Plan, environment: LaunchEnvironment) -> Finding:
     device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    with process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid:
+    with joined_mesh(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as mesh:
         datasets = open_datasets(plan.config)
-        trainer = Trainer(plan, grid, datasets)
-        reference = Reference(plan, datasets, device, trainer.kernels) if grid.rank == 0 else None
+        trainer = Trainer(plan, mesh, datasets)
+        reference = Reference(plan, datasets, device, trainer.kernels) if mesh.rank == 0 else None
         finding = compare(trainer, reference)
         trainer.close()
     return finding
@@ -67,11 +67,11 @@ class _Piece:
     """Elements of a global tensor that this rank holds, flat, and the box that they are."""
 
     elements: Tensor
-    box: Box
+    region: Region
 
     def of(self, whole: Tensor) -> Tensor:
         """Return the same elements of a whole tensor, flat."""
-        return whole[self.box.slices].reshape(-1)
+        return whole[self.region.slices].reshape(-1)
 
 
 _Held = Mapping[str, list[_Piece]]
@@ -82,7 +82,7 @@ _Measure = Callable[[str, int, _Piece, Tensor], float]
 
 class _Comparison:
     def __init__(self, trainer: Trainer, reference: Reference | None) -> None:
-        self.trainer, self.grid, self.reference = trainer, trainer.grid, reference
+        self.trainer, self.mesh, self.reference = trainer, trainer.mesh, reference
         self.shapes = trainer.plan.expectation.shapes
         self.gradients: _Held = {}
         self.stage_of = {
@@ -107,34 +107,34 @@ class _Comparison:
             loss=report.loss,
             reference_loss=loss,
             # Replicas whose gradients were not averaged each have a norm of their own.
-            norm=max(gather_json(report.outcome.grad_norm, self.grid), key=lambda found: abs(found - norm)),
+            norm=max(gather_json(report.outcome.grad_norm, self.mesh), key=lambda found: abs(found - norm)),
             reference_norm=norm,
             start=start,
             gradients=gradients,
             update=update,
         )
-        return replace(found, miscounted=broadcast_json(self._miscounted(found), self.grid))
+        return replace(found, miscounted=broadcast_json(self._miscounted(found), self.mesh))
 
     # ------------------------------------------------------------------------------------------ what this rank holds
 
     def _weights(self) -> _Held:
-        return _by_name(self.trainer.state.fragments(), "weight", self.grid.device)
+        return _by_name(self.trainer.state.fragments(), "weight", self.mesh.device)
 
     def _keep_gradients(self) -> None:
         # Copies: the step clips in place.
-        held = _by_name(self.trainer.state.gradients(), "gradient", self.grid.device)
+        held = _by_name(self.trainer.state.gradients(), "gradient", self.mesh.device)
         self.gradients = {
-            name: [_Piece(piece.elements.clone(), piece.box) for piece in pieces] for name, pieces in held.items()
+            name: [_Piece(piece.elements.clone(), piece.region) for piece in pieces] for name, pieces in held.items()
         }
 
     def _elements_missing(self) -> int:
         """Elements of the model less those that the ranks update, each counted once as a checkpoint counts it."""
         mine = sum(
-            at.box.numel
+            at.region.numel
             for number, fragment in enumerate(self.trainer.state.fragments())
-            for at in fragment.boxes(*fragment.share(number))
+            for at in fragment.regions(*fragment.share(number))
         )
-        held = torch.tensor(mine, dtype=torch.int64, device=self.grid.device)
+        held = torch.tensor(mine, dtype=torch.int64, device=self.mesh.device)
         dist.all_reduce(held)
         return sum(map(prod, self.shapes.values())) - int(held)
 
@@ -144,7 +144,7 @@ class _Comparison:
         """Yield each global tensor of the reference, one after the other on every rank, in the model's order."""
         for index, (name, shape) in enumerate(self.shapes.items()):
             if self.reference is None:
-                whole = torch.empty(shape, dtype=torch.float32, device=self.grid.device)
+                whole = torch.empty(shape, dtype=torch.float32, device=self.mesh.device)
             else:
                 whole = getattr(self.reference, kind)(name).contiguous()
             dist.broadcast(whole, src=0)
@@ -153,7 +153,7 @@ class _Comparison:
     def _numbers(self) -> tuple[float, float]:
         """Return the reference's loss and global norm."""
         mine = (0.0, 0.0) if self.reference is None else (self.reference.loss, self.reference.norm)
-        both = torch.tensor(mine, dtype=torch.float64, device=self.grid.device)
+        both = torch.tensor(mine, dtype=torch.float64, device=self.mesh.device)
         dist.broadcast(both, src=0)
         loss, norm = both.tolist()
         return loss, norm
@@ -175,10 +175,10 @@ class _Comparison:
                 relative = max(inf if isnan(value) else value for value in found)
                 factor = _factor(pieces, whole)
                 differences.append(
-                    Difference(index, name, relative, factor, self.stage_of.get(name, -1), self.grid.rank)
+                    Difference(index, name, relative, factor, self.stage_of.get(name, -1), self.mesh.rank)
                 )
         mine = asdict(Agreement.of(differences, tolerance))
-        ranks = [TypeAdapter(Agreement).validate_python(found) for found in gather_json(mine, self.grid)]
+        ranks = [TypeAdapter(Agreement).validate_python(found) for found in gather_json(mine, self.mesh)]
         return Agreement.over_ranks(ranks)
 
     def _relative(self, name: str, number: int, piece: _Piece, whole: Tensor) -> float:
@@ -209,7 +209,7 @@ class _Comparison:
             return None
         off = found.norm**2 - found.reference_norm**2
         shares = dict(self.reference.squares)
-        copies = self.grid.layout.tensor - 1
+        copies = self.mesh.layout.tensor - 1
         shares["what every tensor rank holds whole"] = copies * sum(shares[name] for name in self.reference.replicated)
         name = min(shares, key=lambda name: abs(abs(off) - shares[name]))
         if not off or abs(abs(off) - shares[name]) > 0.01 * abs(off):
@@ -223,8 +223,8 @@ def _by_name(fragments: Iterable[Fragment], kind: str, device: torch.device) -> 
     for fragment in fragments:
         # What ZeRO keeps on the host is compared on the device, where the reference's tensors come.
         flat = fragment.tensors[kind].detach().to(device)
-        for at in fragment.boxes(0, fragment.numel):
-            held[at.name].append(_Piece(flat[at.start : at.start + at.box.numel], at.box))
+        for at in fragment.regions(0, fragment.numel):
+            held[at.name].append(_Piece(flat[at.start : at.start + at.region.numel], at.region))
     return held
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 
 
 def quieten_deepspeed(reports: bool) -> None:
@@ -31,9 +31,9 @@ def _import_muon_uncompiled() -> None:
         compiler.compile = compiled  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def adapt_deepspeed(grid: ProcessGrid) -> None:
+def adapt_deepspeed(mesh: Mesh) -> None:
     _import_muon_uncompiled()
-    if grid.device.type == "cpu":
+    if mesh.device.type == "cpu":
         # DeepSpeed: on CPU every start compiles a shared-memory all-reduce with g++, a minute long, and a build that
         # is killed leaves a lock on which every later run hangs. gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -41,9 +41,9 @@ def adapt_deepspeed(grid: ProcessGrid) -> None:
         cast(Any, get_accelerator()).is_fp16_supported = lambda: True
 
     def assert_same_in_data_group(numbers: list[int]) -> None:
-        mine = torch.tensor(numbers, dtype=torch.int64, device=grid.device)
+        mine = torch.tensor(numbers, dtype=torch.int64, device=mesh.device)
         extremes = torch.stack((mine, -mine))
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=grid.data)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.data)
         if not torch.equal(extremes[0], -extremes[1]):
             raise RuntimeError("the ranks of one data-parallel group use their parameters in different orders")
 

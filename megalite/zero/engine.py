@@ -24,7 +24,7 @@ from megalite.model.stage import Stage
 from megalite.optim.adamw import make_adamw, params_of
 from megalite.optim.outcome import StepOutcome
 from megalite.optim.uncompiled import leave_the_compiler_out
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 from megalite.tensor_parallel.weight_grad_store import DeferredProducts
 from megalite.zero.deepspeed_patches import adapt_deepspeed, quieten_deepspeed
 from megalite.zero.grad_norm import counts_in_norm, is_tied, mark_for_norm
@@ -61,23 +61,23 @@ class ZeroEngine:
     One optimizer step is ``with engine.accumulate(): <forwards and backwards>`` and then ``engine.step()``.
     """
 
-    def __init__(self, stages: Mapping[int, Stage], config: RunConfig, grid: ProcessGrid) -> None:
-        self.grid, self.zero_stage = grid, config.zero_stage
+    def __init__(self, stages: Mapping[int, Stage], config: RunConfig, mesh: Mesh) -> None:
+        self.mesh, self.zero_stage = mesh, config.zero_stage
         self._gradient_precision = config.deepspeed.gradient_precision
         self._clip = config.gradient_clipping
         self.stages = dict(stages)
         for stage in stages.values():
-            mark_for_norm(stage, grid)
+            mark_for_norm(stage, mesh)
         quieten_deepspeed(config.deepspeed.asks_deepspeed_to_report)
-        adapt_deepspeed(grid)
-        apart = config.model.tie_word_embeddings and grid.tied_copies_may_part
-        self.optimizer = make_adamw(stages, config.optimizer, device=grid.device, table_apart=apart)
+        adapt_deepspeed(mesh)
+        apart = config.model.tie_word_embeddings and mesh.tied_copies_may_differ
+        self.optimizer = make_adamw(stages, config.optimizer, device=mesh.device, table_apart=apart)
         local_elements = sum(parameter.numel() for parameter in params_of(stages))
         engine, *_ = deepspeed.initialize(
             model=_Stages(stages),
             optimizer=self.optimizer,
             config=self._engine_config(config, local_elements),
-            mpu=ModelParallelUnit(grid),
+            mpu=ModelParallelUnit(mesh),
             dist_init_required=False,
         )
         self.engine = cast(DeepSpeedEngine, engine)
@@ -109,15 +109,15 @@ class ZeroEngine:
         DeepSpeed: at stage 3 the norm is summed over the stages once for each sub-group of ``sub_group_size``, as if
         all had the same number.
         """
-        zero, group = self.zero_optimizer, self.grid.model
-        most = torch.tensor(len(zero.fp16_groups), device=self.grid.device)
+        zero, group = self.zero_optimizer, self.mesh.model
+        most = torch.tensor(len(zero.fp16_groups), device=self.mesh.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
         missing, norms_of_own = int(most) - len(zero.fp16_groups), zero._get_norm_groups
 
         def norms() -> list[Tensor]:
             found: list[Tensor] = norms_of_own()
             for _ in range(missing):
-                squares = torch.zeros((), dtype=found[0].dtype, device=self.grid.device)
+                squares = torch.zeros((), dtype=found[0].dtype, device=self.mesh.device)
                 dist.all_reduce(squares, group=group)
                 found.append(squares.sqrt().to(found[0].device))
             return found
@@ -300,7 +300,7 @@ class ZeroEngine:
         gradients = [parameter.grad for parameter in partial if parameter.grad is not None]
         assert len(gradients) == len(partial)
         flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-        dist.all_reduce(flat, group=self.grid.tensor.process_group)
+        dist.all_reduce(flat, group=self.mesh.tensor.process_group)
         for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(whole.view_as(gradient))
 
@@ -311,14 +311,14 @@ class ZeroEngine:
         in the bucket: of three summands or more, the last bit does. So with three data ranks the whole sum is taken
         here, in one all-reduce that ends alike on all ranks, and the reductions add zeros to it, which is exact.
         """
-        if self.grid.embedding is None:
+        if self.mesh.embedding is None:
             return
         for stage in self.stages.values():
             copy = stage.tied_copy
             if copy is not None:
                 assert copy.grad is not None
-                dist.all_reduce(copy.grad, group=self.grid.replicas or self.grid.embedding)
-                if self.grid.replicas is not None and self.grid.coordinate.data > 0:
+                dist.all_reduce(copy.grad, group=self.mesh.embedding_replicas or self.mesh.embedding)
+                if self.mesh.embedding_replicas is not None and self.mesh.coordinate.data > 0:
                     copy.grad.zero_()
 
     def _spread_what_no_norm_counts(self) -> None:
@@ -332,11 +332,11 @@ class ZeroEngine:
     def _clip_at_stage_0(self) -> float:
         gradients = {parameter: parameter.grad for parameter in params_of(self.stages) if parameter.grad is not None}
         counted = [gradient for parameter, gradient in gradients.items() if counts_in_norm(parameter)]
-        square = torch.zeros((), dtype=torch.float64, device=self.grid.device)
+        square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for gradient in counted:
             # Row by row, then in double: over millions of elements at once, fp32 on a CPU is off by 1e-4.
             square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
-        dist.all_reduce(square, group=self.grid.model)
+        dist.all_reduce(square, group=self.mesh.model)
         norm = float(square.sqrt())
         if math.isfinite(norm) and self._clip > 0 and norm + 1e-6 > self._clip:
             scale = self._clip / (norm + 1e-6)

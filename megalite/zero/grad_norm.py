@@ -3,22 +3,22 @@
 from torch import nn
 
 from megalite.model.stage import Stage
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 
 
-def mark_for_norm(stage: Stage, grid: ProcessGrid) -> None:
+def mark_for_norm(stage: Stage, mesh: Mesh) -> None:
     """Mark which ranks count each parameter in the gradient's norm: exactly one for every element of the model.
 
     DeepSpeed: without a mark, only model-parallel rank 0 counts what is whole on every rank, and so the norms and
     biases of every stage but the first are lost.
     """
-    copy = None if grid.has_first_stage else stage.tied_copy
+    copy = None if mesh.has_first_stage else stage.tied_copy
     for _, parameter, shards in stage.named_shards():
         is_copy = parameter is copy
         sharded = shards[0].dim is not None
         parameter.ds_pipe_replicated = is_copy  # pyright: ignore[reportAttributeAccessIssue]
         parameter.model_parallel = not is_copy and (  # pyright: ignore[reportAttributeAccessIssue]
-            sharded or grid.tensor.rank == 0
+            sharded or mesh.tensor.rank == 0
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megalite.checkpoint.fragments import Fragment, Source, fill
 from megalite.checkpoint.manifest import KINDS, MOMENTS
-from megalite.parallel.sharding import PlacedShard, ShardSpec, place
+from megalite.parallel.sharding import LocalShard, ShardSpec, local_shards
 from megalite.zero.engine import ZeroEngine
 
 _SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -24,7 +24,7 @@ class ZeroState:
     """The state of an engine's optimizer: tensors as fragments of parameters, the rest as plain numbers."""
 
     def __init__(self, engine: ZeroEngine) -> None:
-        self._engine, self._grid = engine, engine.grid
+        self._engine, self._mesh = engine, engine.mesh
         self._optimizer, self._zero = engine.optimizer, engine.zero_optimizer
 
     def fragments(self) -> Iterator[Fragment]:
@@ -45,7 +45,7 @@ class ZeroState:
         self._require_moments()
         for stage in self._engine.stages.values():
             for _, parameter, shards in stage.named_shards():
-                both = self._grid.embedding is not None and parameter is stage.tied_copy
+                both = self._mesh.embedding is not None and parameter is stage.tied_copy
                 window = self._half(shards) if both else None
                 for fragment in self._fragment(parameter, shards):
                     yield parameter, replace(fragment, window=window)
@@ -125,18 +125,18 @@ class ZeroState:
 
     def _half(self, shards: tuple[ShardSpec, ...]) -> tuple[int, int]:
         """The elements that this stage saves of a table that the first and the last stage hold alike."""
-        size = prod(shards[0].local_shape(self._grid.tensor.size))
-        return (0, size // 2) if self._grid.has_first_stage else (size // 2, size)
+        size = prod(shards[0].local_shape(self._mesh.tensor.size))
+        return (0, size // 2) if self._mesh.has_first_stage else (size // 2, size)
 
     def _fragment(self, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
-        tensor, data = self._grid.tensor, self._grid.layout.data
+        tensor, data = self._mesh.tensor, self._mesh.layout.data
         # What is not divided among the ranks of the tensor axis, all of them hold.
         copy, copies = (0, 1) if shards[0].dim is not None else (tensor.rank, tensor.size)
-        placed = tuple(place(shards, tensor.rank, tensor.size))
+        placed = tuple(local_shards(shards, tensor.rank, tensor.size))
         if self._engine.zero_stage == 0:
             flat = {name: value.view(-1) for name, value in self._moments_of(parameter).items()}
             held = {"weight": parameter.detach().view(-1), **flat}
-            copy, copies = self._grid.coordinate.data * copies + copy, copies * data
+            copy, copies = self._mesh.coordinate.data * copies + copy, copies * data
             yield Fragment(placed, tuple(parameter.shape), 0, held, copy, copies)
         elif self._engine.zero_stage == 3:
             yield from self._partition(cast(Any, parameter), placed, copy, copies)
@@ -150,10 +150,10 @@ class ZeroState:
                 held = self._narrowed(master, at.start, at.numel)
                 yield Fragment(placed, tuple(parameter.shape), start, held, copy, copies)
 
-    def _partition(self, parameter: Any, placed: tuple[PlacedShard, ...], copy: int, copies: int) -> Iterator[Fragment]:
+    def _partition(self, parameter: Any, placed: tuple[LocalShard, ...], copy: int, copies: int) -> Iterator[Fragment]:
         """ZeRO-3 divides every parameter evenly over the data axis, the last share padded."""
         share = parameter.partition_numel()
-        start = self._grid.coordinate.data * share
+        start = self._mesh.coordinate.data * share
         length = min(share, parameter.ds_numel - start)
         if length > 0:
             group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]

@@ -187,7 +187,7 @@ def break_down(path: str, overrides: Sequence[str], at: int) -> None:
     calls = iter(range(1, 1000))
 
     def spoil() -> None:
-        if next(calls) >= at and trainer.grid.rank == 1:
+        if next(calls) >= at and trainer.mesh.rank == 1:
             for stage in trainer.engine.stages.values():
                 for parameter in stage.parameters():
                     assert parameter.grad is not None

@@ -12,7 +12,7 @@ from megalite.config import read_model
 from megalite.model import kv_cache as cache_module
 from megalite.model.kv_cache import KeyValueCache
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import place
+from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 
 PROMPTS = [[5, 7, 11, 13, 17], [3], [200, 100, 50, 25, 12, 6, 3, 1, 0, 2, 4]]
@@ -72,7 +72,7 @@ def read_on_a_share(fields: dict[str, Any], weights: dict[str, Tensor]) -> tuple
     with torch.inference_mode():
         for _, parameter, shards in stage.named_shards():
             parameter.zero_()
-            for shard in place(shards, group.rank, group.size):
+            for shard in local_shards(shards, group.rank, group.size):
                 parameter[shard.target] = weights[shard.spec.name][shard.source]
         return read_on(stage, PROMPTS, steps=8)
 
@@ -82,7 +82,7 @@ def test_every_tensor_rank_sees_the_logits_of_one_process(family: str, size: int
     stage = whole_stage(read_model(FAMILIES[family]))
     weights: dict[str, Tensor] = {}
     for _, parameter, shards in stage.named_shards():
-        for shard in place(shards, 0, 1):
+        for shard in local_shards(shards, 0, 1):
             weights[shard.spec.name] = parameter.detach()[shard.target].clone()
     with torch.inference_mode():
         rows, logits = read_on(stage, PROMPTS, steps=8)

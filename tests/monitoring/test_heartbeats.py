@@ -294,7 +294,7 @@ def save_while_watched(path: str, overrides: Sequence[str], rank: int, naps: Seq
     checkpointing.TELL_SECONDS = 0.1
     trainer = build_trainer(path, overrides)
     trainer.step(1)
-    if trainer.grid.rank == rank:
+    if trainer.mesh.rank == rank:
         plain, left = checkpointing.parts, iter(naps)
 
         def slow(part: Part) -> Part:

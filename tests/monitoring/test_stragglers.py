@@ -69,7 +69,7 @@ def train_beside_a_straggler(path: str, overrides: Sequence[str], slow: int) -> 
     from training import build_trainer
 
     trainer = build_trainer(path, overrides)
-    if trainer.grid.rank == slow:
+    if trainer.mesh.rank == slow:
         stage = next(iter(trainer.engine.stages.values()))
         stage.register_forward_pre_hook(lambda module, inputs: burn(0.05))
     trainer.run()

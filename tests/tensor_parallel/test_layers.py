@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from harness import run_distributed
 from torch import Tensor, nn
 
-from megalite.parallel.sharding import place
+from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.init import initialise_parameter
 from megalite.tensor_parallel.layers import (
@@ -37,14 +37,14 @@ def fill(module: nn.Module, group: TensorGroup, whole: dict[str, Tensor]) -> Non
     with torch.no_grad():
         for _, parameter, shards in parameter_shards(module):
             parameter.zero_()
-            for shard in place(shards, group.rank, group.size):
+            for shard in local_shards(shards, group.rank, group.size):
                 parameter[shard.target] = whole[shard.spec.name][shard.source]
 
 
 def check_gradients(module: nn.Module, group: TensorGroup, expected: dict[str, Tensor]) -> None:
     for _, parameter, shards in parameter_shards(module):
         assert parameter.grad is not None
-        for shard in place(shards, group.rank, group.size):
+        for shard in local_shards(shards, group.rank, group.size):
             assert_close(parameter.grad[shard.target], expected[shard.spec.name][shard.source])
 
 
@@ -205,8 +205,8 @@ def test_initialisation_is_the_same_whatever_the_layout(size: int, monkeypatch: 
             module.layer = VocabParallelEmbedding(301, IN, group=group)
         found: dict[str, Tensor] = {}
         for _, parameter, shards in parameter_shards(module):
-            initialise_parameter(parameter, place(shards, rank, of), seed=SEED, std=0.5)
-            for shard in place(shards, rank, of):
+            initialise_parameter(parameter, local_shards(shards, rank, of), seed=SEED, std=0.5)
+            for shard in local_shards(shards, rank, of):
                 whole = found.setdefault(shard.spec.name, torch.full(shard.spec.global_shape, torch.nan))
                 whole[shard.source] = parameter.detach()[shard.target]
         return module, found

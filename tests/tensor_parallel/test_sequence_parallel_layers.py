@@ -183,7 +183,7 @@ def test_an_embedding_gives_every_rank_its_tokens(world_size: int) -> None:
 
 def test_one_rank_has_nothing_to_divide() -> None:
     group, x = TensorGroup(sequence_parallel=True), draw(2, 3, 4)
-    assert not group.divides_tokens
+    assert not group.sequence_parallel
     for found in (
         enter_region(x, group),
         leave_region(x, group),

@@ -26,7 +26,7 @@ from megalite.convert.open import open_weights
 from megalite.errors import UserError
 from megalite.generation.request import Limits
 from megalite.generation.tokenization import open_vocabulary
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 from megalite.training.plan import prepare
 
 TEMPLATE = (
@@ -115,7 +115,7 @@ def saved(path: Path, overrides: Sequence[str] = ()) -> Path:
     folder = plan.checkpoints / "step_1"
     shapes = {f"{kind}/{name}": shape for kind in KINDS for name, shape in plan.expectation.shapes.items()}
     parts = [
-        Part(name, shape, Box((0,) * len(shape), shape), partial(np.zeros, shape, np.float32))
+        Part(name, shape, Region((0,) * len(shape), shape), partial(np.zeros, shape, np.float32))
         for name, shape in shapes.items()
     ]
     store.begin(folder)

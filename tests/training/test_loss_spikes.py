@@ -278,7 +278,7 @@ def roll_back_on_a_lagging_disk(path: str, overrides: Sequence[str], lag: str) -
 
     trainer = build_trainer(path, overrides)
     trainer.run()
-    if trainer.grid.rank == 1:
+    if trainer.mesh.rank == 1:
         listed, digest, looks = discovery.checkpoints, resume._manifest_digest, iter(range(1000))
         if lag == "old listing":
             discovery.checkpoints = lambda root: listed(root)[1:]

@@ -163,14 +163,14 @@ def assert_holds(trainer: "Trainer", checkpoint: Path, kinds: Sequence[str]) -> 
     """Every element that this rank updates is the checkpoint's, to the last bit."""
     reader = CheckpointReader(checkpoint)
     for fragment in ZeroState(trainer.engine).fragments():
-        boxes = list(fragment.boxes(0, fragment.numel))
-        assert boxes, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
-        for box, kind in product(boxes, kinds):
-            saved = np.empty(box.box.shape, np.float32)
-            reader.read(f"{kind}/{box.name}", box.box, saved)
-            elements = fragment.tensors[kind][box.start : box.start + box.box.numel]
-            held = elements.detach().numpy().reshape(box.box.shape)
-            assert np.array_equal(held, saved), f"{kind}/{box.name} at {box.box.offset}"
+        regions = list(fragment.regions(0, fragment.numel))
+        assert regions, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
+        for region, kind in product(regions, kinds):
+            saved = np.empty(region.region.shape, np.float32)
+            reader.read(f"{kind}/{region.name}", region.region, saved)
+            elements = fragment.tensors[kind][region.start : region.start + region.region.numel]
+            held = elements.detach().numpy().reshape(region.region.shape)
+            assert np.array_equal(held, saved), f"{kind}/{region.name} at {region.region.offset}"
 
 
 def load_on_rank(path: str, overrides: Sequence[str], folders: Sequence[str]) -> list[list[float]]:

@@ -133,7 +133,7 @@ def steps_until_agreed(path: str, overrides: Sequence[str], asked: int) -> tuple
     with trainer.stop.heeding_signals():
         while trainer.stop.agreed is None and step < 6:
             step += 1
-            if step == 3 and trainer.grid.rank == asked:
+            if step == 3 and trainer.mesh.rank == asked:
                 os.kill(os.getpid(), signal.SIGUSR1)
             trainer.step(step)
     trainer.close()
@@ -157,7 +157,7 @@ def run_until_signal(path: str, overrides: Sequence[str], step: int | None) -> b
     def count(module: object, inputs: object) -> None:
         nonlocal forwards
         forwards += 1
-        if trainer.grid.rank == 1 and forwards == 2 * (step or 0):
+        if trainer.mesh.rank == 1 and forwards == 2 * (step or 0):
             os.kill(os.getpid(), signal.SIGTERM)
 
     next(iter(trainer.engine.stages.values())).register_forward_pre_hook(count)

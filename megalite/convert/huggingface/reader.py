@@ -13,7 +13,7 @@ from megalite.convert.huggingface.config import CONFIG, model_of
 from megalite.convert.huggingface.folder import TensorFiles, inside, read_json
 from megalite.convert.huggingface.tensor_map import Tensor
 from megalite.errors import UserError
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 _COMPARED_ELEMENTS = 1 << 22
 
@@ -65,12 +65,12 @@ class HuggingFaceWeights:
         found = companions_among(self.origin, sorted(path.name for path in self.origin.iterdir()))
         return {name: inside(self.origin, name) for name in found}
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         """Fill `out`, fp32 of the box's shape, with a box of a weight; raise UserError where that cannot be read."""
         if name not in self._places:
             raise UserError(f"{self.origin}: holds no weight {name}")
         tensor, part = self._places[name]
-        for stored, within in tensor.pieces(part, box):
+        for stored, within in tensor.pieces(part, region):
             piece = self._files.read(self._stored_name[tensor.name], stored)
             out[within.slices] = piece.T if tensor.transposed else piece
 
@@ -121,8 +121,10 @@ class HuggingFaceWeights:
         rows, width = shapes[head] if same else (0, 1)
         step = max(1, _COMPARED_ELEMENTS // width)
         for start in range(0, rows, step):
-            box = Box((start, 0), (min(step, rows - start), width))
-            same = same and np.array_equal(self._files.read(head, box), self._files.read(table, box), equal_nan=True)
+            region = Region((start, 0), (min(step, rows - start), width))
+            same = same and np.array_equal(
+                self._files.read(head, region), self._files.read(table, region), equal_nan=True
+            )
         if not same:
             raise UserError(
                 f"{self.origin / CONFIG}: tie_word_embeddings=true, but {head} is another tensor than {table}; "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from megalite.parallel.placement import Kind
+from megalite.parallel.placement import MessageKind
 from megalite.pipeline.instructions import (
     Backward,
     BackwardInput,
@@ -112,11 +112,11 @@ def _waits(timeline: Timeline, num_stages: int) -> Iterator[float]:
                 yield span.start - source.end
 
 
-Communicator = Callable[[int, int, Kind], Hashable]
+Communicator = Callable[[int, int, MessageKind], Hashable]
 """Names the communicator of a message from one rank to another: what shares a name, shares a queue."""
 
 
-def one_per_link_and_kind(source: int, destination: int, kind: Kind) -> Hashable:
+def one_per_link_and_kind(source: int, destination: int, kind: MessageKind) -> Hashable:
     """Give each directed link one communicator for activations and one for gradients, as megalite's p2p does."""
     return source, destination, kind
 
