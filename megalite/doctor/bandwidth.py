@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.doctor.report import Row
-from megalite.kernels.choice import Kernels, faster_products
+from megalite.kernels.choice import Kernels, choose_products
 from megalite.monitoring.device import matrix_rate, wait_for
 from megalite.parallel.json_collectives import gather_json
 from megalite.parallel.layout import name_ranks
@@ -43,7 +43,7 @@ def matrix_row(mesh: Mesh, dtype: torch.dtype, hosts: Sequence[str]) -> Row:
     Warns where the ranks compute the products of this precision more slowly than those of fp32.
     """
     dist.barrier()
-    ways = gather_json(faster_products(mesh.device, dtype), mesh)
+    ways = gather_json(choose_products(mesh.device, dtype), mesh)
     rates = gather_json(matrix_rate(mesh.device, dtype, Kernels(ways[mesh.rank]), seconds=0.5), mesh)
     unit, size = ("TFLOP/s", 1e12) if median(rates) >= 1e12 else ("GFLOP/s", 1e9)
     found = {f"rank {rank} on {hosts[rank]}": rate / size for rank, rate in enumerate(rates)}

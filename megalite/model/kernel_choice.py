@@ -2,7 +2,7 @@
 
 import torch
 
-from megalite.kernels.choice import FASTER_PRODUCTS, AttentionKernel, Kernels, Products, faster_products, times_as_long
+from megalite.kernels.choice import MIN_PRODUCT_SPEEDUP, AttentionKernel, Kernels, Products, choose_products, time_ratio
 from megalite.model.transformer import causal_attention
 
 _FASTER_ATTENTION = 1.35
@@ -32,8 +32,8 @@ def choose_kernels(
     if device.type != "cpu":
         return Kernels(products or "native", attention or "fused")
     if products is None:
-        margin = {None: FASTER_PRODUCTS, "native": _RECHOICE, "fp32": 1 / _RECHOICE}
-        products = faster_products(device, dtype, margin[saved and saved.products])
+        margin = {None: MIN_PRODUCT_SPEEDUP, "native": _RECHOICE, "fp32": 1 / _RECHOICE}
+        products = choose_products(device, dtype, margin[saved and saved.products])
     if attention is None:
         attention = saved.attention if saved else _faster_attention(dtype, products)
     return Kernels(products, attention)
@@ -48,5 +48,5 @@ def _faster_attention(dtype: torch.dtype, products: Products) -> AttentionKernel
         attended = causal_attention(query, key, value, kernels=Kernels(products, attention))
         torch.autograd.grad(attended, inputs, gradient)
 
-    ratio = times_as_long(lambda: attend("fused"), lambda: attend("written_out"))
+    ratio = time_ratio(lambda: attend("fused"), lambda: attend("written_out"))
     return "written_out" if ratio > _FASTER_ATTENTION else "fused"

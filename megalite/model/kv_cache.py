@@ -107,7 +107,7 @@ class LayerCache:
         columns = self._rows.columns
         keys, values = self._keys_BKTD[:, :, :columns], self._values_BKTD[:, :, :columns]
         query = query_BSND[:, 0].unflatten(1, (keys.shape[1], -1))
-        query, keys, values = kernels.widened(query, keys, values)
+        query, keys, values = kernels.upcast(query, keys, values)
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=self._rows.seen_B11T)
         return attended.flatten(1, 2).unsqueeze(1).to(query_BSND.dtype)
 

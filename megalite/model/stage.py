@@ -19,12 +19,12 @@ from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
 from megalite.parallel.sharding import ShardSpec, local_shards
 from megalite.parallel.tensor_group import TensorGroup
-from megalite.tensor_parallel.collectives import gather_from_group, own_tokens
+from megalite.tensor_parallel.collectives import gather_from_group, local_tokens
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalite.tensor_parallel.init import initialise_parameter
 from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
 from megalite.tensor_parallel.linear import linear
-from megalite.tensor_parallel.weight_grad_store import WeightGradients
+from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral
 
 TOKEN_TABLE = "embedding.tokens.weight"
 
@@ -49,7 +49,7 @@ class Embedding(nn.Module):
             if positions_BS is None:
                 positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device)
             if self.group.sequence_parallel:
-                positions_BS = own_tokens(positions_BS.expand_as(ids_BS), self.group)
+                positions_BS = local_tokens(positions_BS.expand_as(ids_BS), self.group)
             x_BSH = x_BSH + self.positions(positions_BS)
         return x_BSH
 
@@ -82,8 +82,10 @@ class Head(ShardedModule):
         return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
 
     def _local_logits(self, x: Tensor) -> Tensor:
-        kernels, weight_gradients = self.group.kernels, self.weight_gradients
-        return linear(x, self.weight, kernels=kernels, entering=self.group, weight_gradients=weight_gradients)
+        kernels, weight_grad_deferral = self.group.kernels, self.weight_grad_deferral
+        return linear(
+            x, self.weight, kernels=kernels, input_group=self.group, weight_grad_deferral=weight_grad_deferral
+        )
 
 
 class Stage(nn.Module):
@@ -100,7 +102,7 @@ class Stage(nn.Module):
     Where `group` divides tokens, a stage takes and returns ``[1, B*S / size, H]``, this rank's share of the tokens in
     their order, and `rows` says what B is; raises ValueError where it is missing.
 
-    A backward inside ``weight_gradients.collecting()`` leaves the gradients of the linear layers' weights for later.
+    A backward inside ``weight_grad_deferral.enabled()`` leaves the gradients of the linear layers' weights for later.
     """
 
     def __init__(
@@ -132,10 +134,10 @@ class Stage(nn.Module):
         shared = table if self.tied_table is None else self.tied_table
         self.head = Head(config, group, tied=shared) if last else None
         self._hidden_size = config.hidden_size
-        self.weight_gradients = WeightGradients()
+        self.weight_grad_deferral = WeightGradDeferral()
         for module in self.modules():
             if isinstance(module, ShardedModule):
-                module.weight_gradients = self.weight_gradients
+                module.weight_grad_deferral = self.weight_grad_deferral
         self._std = config.initializer_range
         # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5

@@ -30,8 +30,8 @@ from megalite.model.kv_cache import LayerCache
 from megalite.model.packing import PackedDocuments
 from megalite.parallel.sharding import ShardSpec
 from megalite.parallel.tensor_group import TensorGroup
-from megalite.tensor_parallel.collectives import copy_to_group, enter_region
-from megalite.tensor_parallel.layers import ColumnParallelLinear, HeadSliceLinear, RowParallelLinear, ShardedModule
+from megalite.tensor_parallel.collectives import copy_to_group, enter_parallel_region
+from megalite.tensor_parallel.layers import ColumnParallelLinear, ReplicatedKVLinear, RowParallelLinear, ShardedModule
 
 
 def head_dim(config: ModelConfig) -> int:
@@ -139,12 +139,14 @@ class Attention(nn.Module):
         self.first_head = group.rank * self.heads
         self.kv_heads = max(1, kv_heads // group.size)
         kv_width, width = kv_heads * self.head_dim, heads * self.head_dim
-        self.key_value: HeadSliceLinear | None = None
+        self.key_value: ReplicatedKVLinear | None = None
         parts = {"query": width, "key": kv_width, "value": kv_width}
         if kv_heads < group.size:
             kv_head = group.rank * kv_heads // group.size
             head = slice(kv_head * self.head_dim, (kv_head + 1) * self.head_dim)
-            self.key_value = HeadSliceLinear(hidden, {"key": kv_width, "value": kv_width}, head, group=group, bias=bias)
+            self.key_value = ReplicatedKVLinear(
+                hidden, {"key": kv_width, "value": kv_width}, head, group=group, bias=bias
+            )
             parts = {"query": width}
         self.qkv = ColumnParallelLinear(hidden, sum(parts.values()), group=group, bias=bias, parts=parts)
         self.query_key_norm: QueryKeyNorm | None = None
@@ -188,8 +190,8 @@ class Attention(nn.Module):
         if self.key_value is None:
             qkv = self.qkv(x_BSH)
         else:
-            x_BSH = enter_region(x_BSH, self.group)
-            qkv = torch.cat((self.qkv(x_BSH, entered=True), self.key_value(x_BSH, entered=True)), dim=-1)
+            x_BSH = enter_parallel_region(x_BSH, self.group)
+            qkv = torch.cat((self.qkv(x_BSH, gathered=True), self.key_value(x_BSH, gathered=True)), dim=-1)
         return qkv if self.rows is None else qkv.view(self.rows, -1, qkv.shape[-1])
 
 
@@ -216,7 +218,7 @@ def causal_attention(
     widen 16-bit products, all of attention is computed in fp32, and rounded at its end.
     """
     dtype = query_BSND.dtype
-    query_BSND, key_BSKD, value_BSKD = kernels.widened(query_BSND, key_BSKD, value_BSKD)
+    query_BSND, key_BSKD, value_BSKD = kernels.upcast(query_BSND, key_BSKD, value_BSKD)
     return _causal_attention(query_BSND, key_BSKD, value_BSKD, spans, dropout, kernels.attention).to(dtype)
 
 

@@ -27,7 +27,7 @@ from megalite.pipeline.instructions import (
 )
 from megalite.pipeline.p2p import Channel, PendingReceive
 from megalite.pipeline.timeline.spans import Span
-from megalite.tensor_parallel.weight_grad_store import DeferredProducts
+from megalite.tensor_parallel.weight_grad_store import WeightGradStore
 
 
 class PipelineInput(Protocol):
@@ -67,11 +67,11 @@ class StageEngine(Protocol):
         """Differentiate a scalar, with the loss scale where there is one, into the parameters' gradients."""
         ...
 
-    def deferring(self, stage: int) -> AbstractContextManager[DeferredProducts]:
+    def defer_weight_grads(self, stage: int) -> AbstractContextManager[WeightGradStore]:
         """While it is open, a backward of the stage puts its weight gradients off."""
         ...
 
-    def run_deferred(self, products: DeferredProducts) -> None:
+    def compute_weight_grads(self, products: WeightGradStore) -> None:
         """Compute weight gradients that were put off, and add them to the others."""
         ...
 
@@ -151,7 +151,7 @@ class _Run:
         """Inputs whose gradient the stage before has not got yet."""
         self.outputs: dict[Key, Tensor] = {}
         """Outputs, with their graph, that wait for their backward."""
-        self.deferred: dict[Key, DeferredProducts] = {}
+        self.deferred: dict[Key, WeightGradStore] = {}
         self.losses: list[Tensor] = []
         self.spans: list[Span] = []
         self.began = time.perf_counter()
@@ -184,7 +184,7 @@ class _Run:
                 self._backward(instruction)
             case BackwardWeight():
                 with self._measured(instruction):
-                    self.executor.engine.run_deferred(self.deferred.pop(key))
+                    self.executor.engine.compute_weight_grads(self.deferred.pop(key))
             case _:
                 raise NotImplementedError(f"no way to execute {instruction}")
 
@@ -233,7 +233,7 @@ class _Run:
             if isinstance(at, Backward):
                 engine.backward(scalar)
             else:
-                with engine.deferring(at.stage) as self.deferred[key]:
+                with engine.defer_weight_grads(at.stage) as self.deferred[key]:
                     engine.backward(scalar)
 
     def _output_gradient(self, key: Key) -> Tensor:

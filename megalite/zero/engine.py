@@ -25,7 +25,7 @@ from megalite.optim.adamw import make_adamw, params_of
 from megalite.optim.outcome import StepOutcome
 from megalite.optim.uncompiled import leave_the_compiler_out
 from megalite.parallel.mesh import Mesh
-from megalite.tensor_parallel.weight_grad_store import DeferredProducts
+from megalite.tensor_parallel.weight_grad_store import WeightGradStore
 from megalite.zero.deepspeed_patches import adapt_deepspeed, quieten_deepspeed
 from megalite.zero.grad_norm import counts_in_norm, is_tied, mark_for_norm
 from megalite.zero.mpu import ModelParallelUnit
@@ -185,11 +185,11 @@ class ZeroEngine:
         # The last stage has divided by the number of microbatches already.
         self.engine.backward(scalar, scale_wrt_gas=False)
 
-    def deferring(self, stage: int) -> AbstractContextManager[DeferredProducts]:
+    def defer_weight_grads(self, stage: int) -> AbstractContextManager[WeightGradStore]:
         """While it is open, a backward of the stage puts the products for its weights' gradients off."""
-        return self.stages[stage].weight_gradients.collecting()
+        return self.stages[stage].weight_grad_deferral.enabled()
 
-    def run_deferred(self, products: DeferredProducts) -> None:
+    def compute_weight_grads(self, products: WeightGradStore) -> None:
         """Compute weight gradients that were put off, and add them to the others."""
         products.run(self.accumulate_gradient)
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.tensor_parallel.collectives import gather_from_group
 from megalite.tensor_parallel.init import initialise_parameter
 from megalite.tensor_parallel.layers import (
     ColumnParallelLinear,
-    HeadSliceLinear,
+    ReplicatedKVLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     parameter_shards,
@@ -53,10 +54,10 @@ def column(bias: bool, gather: bool) -> None:
     reference = nn.Linear(IN, OUT, bias=bias)
     whole = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(reference.named_parameters())}
     reference.load_state_dict(whole)
-    layer = ColumnParallelLinear(IN, OUT, group=group, bias=bias, gather_output=gather)
+    layer = ColumnParallelLinear(IN, OUT, group=group, bias=bias)
     fill(layer, group, whole)
     x, x_ref = (draw(3, 5, IN, seed=9).requires_grad_() for _ in range(2))
-    y, y_ref = layer(x), reference(x_ref)
+    y, y_ref = gather_from_group(layer(x), group) if gather else layer(x), reference(x_ref)
     weight = draw(*y_ref.shape, seed=11)
     own = slice(None) if gather else slice(group.rank * OUT // group.size, (group.rank + 1) * OUT // group.size)
     assert_close(y, y_ref[..., own])
@@ -135,7 +136,7 @@ def head_slice(bias: bool) -> None:
     kv_head = group.rank * 2 // group.size
     rows = slice(4 * kv_head, 4 * kv_head + 4)
     holder = nn.Module()
-    holder.kv = HeadSliceLinear(IN, parts, rows, group=group, bias=bias)
+    holder.kv = ReplicatedKVLinear(IN, parts, rows, group=group, bias=bias)
     whole = {f"{part}.weight": draw(8, IN, seed=i).requires_grad_() for i, part in enumerate(parts)}
     if bias:
         whole |= {f"{part}.bias": draw(8, seed=i).requires_grad_() for i, part in enumerate(parts)}
