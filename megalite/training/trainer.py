@@ -98,7 +98,7 @@ class Trainer:
             ),
             dtype=self.engine.dtype,
             device=mesh.device,
-            moved=self.progress.moved,
+            on_progress=self.progress.moved,
         )
         self.datasets = datasets
         self.schedule = self.start.batches(train)
@@ -254,7 +254,7 @@ class Trainer:
         self.progress.enter("data", step)
         batch = self.batches.take(step)
         self.progress.enter("compute", step)
-        self.executor.own_time.take()  # that of an evaluation before
+        self.executor.compute_timer.take()  # that of an evaluation before
         with self.engine.accumulate():
             with self.bad_steps.watched():
                 microbatches = self.feed.microbatches(batch, self.feed.counted(batch))
@@ -281,7 +281,7 @@ class Trainer:
             samples=len(self.schedule.samples(step)),
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
-            own_seconds=self.executor.own_time.take(),
+            own_seconds=self.executor.compute_timer.take(),
             data_seconds=self.batches.waited,
             spike=spike,
         )

@@ -1110,10 +1110,10 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         "write parallel.pipeline x parallel.virtual_stages=4 numbers that sum to model.num_hidden_layers=4",
     ),
     (
-        "schedule of one stage a rank",
+        "schedule of one stage per rank",
         {"parallel.virtual_stages": 2},
         None,
-        "run.yaml: parallel.virtual_stages=2 does not go with parallel.schedule=1f1b, which runs one stage a rank; "
+        "run.yaml: parallel.virtual_stages=2 does not go with parallel.schedule=1f1b, which runs one stage per rank; "
         "use parallel.virtual_stages=1, or parallel.schedule=interleaved_1f1b",
     ),
     (

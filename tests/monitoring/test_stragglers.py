@@ -11,7 +11,7 @@ from test_train import TINY
 
 from megalite.monitoring.stragglers import WINDOW, StragglerWatch
 from megalite.parallel.layout import ParallelLayout
-from megalite.pipeline.compute_timer import ThreadTime
+from megalite.pipeline.compute_timer import ThreadTimer
 
 
 def burn(seconds: float) -> None:
@@ -21,7 +21,7 @@ def burn(seconds: float) -> None:
 
 
 def test_a_ranks_own_time_is_that_of_its_work() -> None:
-    own = ThreadTime()
+    own = ThreadTimer()
     with own.measured():
         time.sleep(0.3)
     slept = own.take()
