@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from megalite.checkpoint.manifest import MANIFEST, STATE, Chunk, Manifest, StoredTensor
 from megalite.checkpoint.safetensors_file import FileRecord, file_record, write_safetensors
-from megalite.files import publish, write_whole
+from megalite.files import publish, write_atomically
 from megalite.parallel.regions import Box
 
 REPLACED = ".replaced"
@@ -131,7 +131,7 @@ def write_rank(folder: Path, rank: int, parts: Sequence[Part], moved: Callable[[
         chunks = (*known.chunks, chunk) if known else (chunk,)
         tensors[part.name] = StoredTensor(part.global_shape, "F32", chunks)
     told = _Record(file, record, tensors)
-    write_whole(growing / f"rank_{rank:05d}.json", json.dumps(asdict(told)).encode())
+    write_atomically(growing / f"rank_{rank:05d}.json", json.dumps(asdict(told)).encode())
 
 
 def finish(
@@ -161,9 +161,9 @@ def finish(
     told = [TypeAdapter(_Record).validate_json(record.read_bytes()) for record in records]
     small = {**(files or {}), STATE: (json.dumps(state, indent=1) + "\n").encode()}
     for name, content in small.items():
-        write_whole(growing / name, content)
+        write_atomically(growing / name, content)
     listed = {one.file: one.record for one in told} | {name: file_record(growing / name) for name in small}
-    write_whole(growing / MANIFEST, replace(manifest, tensors=_merge(told), files=listed).to_json().encode())
+    write_atomically(growing / MANIFEST, replace(manifest, tensors=_merge(told), files=listed).to_json().encode())
     for record in records:
         record.unlink()
     reached("described")

@@ -26,7 +26,7 @@ from megalite.checkpoint.save_report import SaveReport
 from megalite.checkpoint.store import Part
 from megalite.config.sections import CheckpointSection
 from megalite.errors import UserError
-from megalite.files import write_whole
+from megalite.files import write_atomically
 from megalite.parallel.json_collectives import broadcast_json, gather_json
 from megalite.parallel.mesh import ProcessGrid
 from megalite.zero.optimizer_state import ZeroState
@@ -259,7 +259,7 @@ class Checkpointer:
         reached("published")
         # The checkpoint is there: what fails from here on is told, and is no failure of the save.
         try:
-            write_whole(self._root / LATEST, f"{folder.name}\n".encode())
+            write_atomically(self._root / LATEST, f"{folder.name}\n".encode())
         except OSError as error:
             self._warn(save.report, f"{self._root / LATEST}", f"is not up to date: {error.strerror or error}")
         reached("latest")
