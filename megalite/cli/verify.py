@@ -99,7 +99,7 @@ def _prepare(
     if not scale:
         return plan, ()
     if plan.config.init_from is not None:  # left out of the smaller model, not of the run
-        plan.expectation.require_weights(open_weights(plan.config.init_from))
+        plan.requirements.require_weights(open_weights(plan.config.init_from))
     config, notes = scale_down(plan.config)
     return plan_of(config, plan.tokenizer_digest), notes
 

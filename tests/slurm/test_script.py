@@ -221,7 +221,7 @@ def test_a_tensor_axis_over_nodes_is_warned_of(tensor: int, nodes: int, per_node
     assert (warning is None) == (fits is None)
     if warning is not None:
         assert warning.startswith(f"warning: parallel.tensor={tensor} does not divide the {per_node} rank")
-        assert f"use parallel.tensor={fits}, " in warning
+        assert f"use parallel.tensor={fits} " in warning
 
 
 def test_the_warning_is_no_part_of_the_script(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
