@@ -86,9 +86,9 @@ def _how_to_go_on(status: "RunStatus") -> Iterator[str]:
         whence = "it goes on from there" if kept else "it begins with the newest checkpoint there is, or anew"
         yield f"to go on: start it again {how}; {whence}"
     elif status.state in ("failed", "dead"):
-        from megalite.checkpoint.discovery import CHECKPOINTS, checkpoints
+        from megalite.checkpoint.discovery import CHECKPOINTS, find_checkpoints
 
-        kept = checkpoints(status.folder / CHECKPOINTS)
+        kept = find_checkpoints(status.folder / CHECKPOINTS)
         whence = "it goes on from its newest checkpoint" if kept else "it begins anew: there is no checkpoint yet"
         yield f"logs of the ranks: {status.folder / 'logs'}; started again, {whence}"
 

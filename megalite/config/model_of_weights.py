@@ -20,7 +20,7 @@ FREE = ("attention_dropout", "hidden_dropout", "initializer_range")
 def fill_model(document: dict[str, Any], read_section: SectionReader) -> list[Fault]:
     """Complete the section `model` of a run file by that of the weights of its `init_from`; return what disagrees.
 
-    A section that is complete by itself stays as it is: `Expectation.require_weights` looks at its shapes.
+    A section that is complete by itself stays as it is: `CheckpointRequirements.require_weights` looks at its shapes.
     """
     stated, section = document.get("init_from"), document.get("model")
     section = {} if section is None else section

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megalite.errors import UserError, if_near
+from megalite.errors import UserError, did_you_mean
 
 
 def read_text(path: Path) -> str:
@@ -12,7 +12,7 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         folder = path.parent
         siblings = [entry.name for entry in folder.iterdir() if entry.suffix == path.suffix] if folder.is_dir() else []
-        raise UserError(f"{path}: no such file{if_near(path.name, siblings)}") from None
+        raise UserError(f"{path}: no such file{did_you_mean(path.name, siblings)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: the file is not UTF-8 text") from None
     except OSError as error:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.discovery import CHECKPOINTS, checkpoints
+from megalite.checkpoint.discovery import CHECKPOINTS, find_checkpoints
 from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
@@ -26,7 +26,7 @@ def open_weights(path: Path) -> Weights:
     if is_hugging_face(path):
         return HuggingFaceWeights(path)
     for folder in (path, path / CHECKPOINTS):
-        newest = checkpoints(folder)
+        newest = find_checkpoints(folder)
         if newest:
             return CheckpointWeights(CheckpointReader(newest[0][1]))
     if checkpoint_folder(path) is not None:

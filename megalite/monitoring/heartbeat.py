@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, get_args
 
-from megalite.files import file_clock, partial_path
+from megalite.files import filesystem_time, partial_path
 
 FOLDER = "heartbeats"
 BEAT_SECONDS = 1.0
@@ -171,7 +171,7 @@ class Heart:
         sys.stderr.write(f"{mark}{words}\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr)
-        now, beats = file_clock(self._run / FOLDER), read_beats(self._run, self._ranks)
+        now, beats = filesystem_time(self._run / FOLDER), read_beats(self._run, self._ranks)
         found = sorted(laggards(beats, now), key=lambda beat: beat.time)
         lines = [f"held up by {beat.describe(now)}" for beat in found[:_SHOWN]]
         if len(found) > _SHOWN:

@@ -14,7 +14,7 @@ from rich.console import Console
 from megalite.checkpoint.save_report import SaveReport
 from megalite.config.data import SPLIT_VALIDATION
 from megalite.files import writing
-from megalite.launch import end_announcement
+from megalite.launch import clear_announcement
 from megalite.monitoring.stragglers import WINDOW, Straggler
 
 
@@ -78,7 +78,7 @@ class MetricsLog:
         self._told_memory = 0
         self._told_scale: float | None = None
         if stream is None:
-            end_announcement()  # that of the start, on a terminal
+            clear_announcement()  # that of the start, on a terminal
 
     def say(self, text: str) -> None:
         """Print one line that is no metric."""

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megalite.errors import UserError
-from megalite.files import require_writable_folder, write_whole
+from megalite.files import require_writable_folder, write_atomically
 
 STOP = "STOP"
 """A file of this name in the run's folder asks the run to stop."""
@@ -78,4 +78,4 @@ def keep_metrics_until(path: Path, step: int) -> None:
         with suppress(json.JSONDecodeError, KeyError):
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-    write_whole(path, b"".join(kept))
+    write_atomically(path, b"".join(kept))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from megalite.errors import UserError
-from megalite.files import partial_path, require_unused
+from megalite.files import partial_path, require_unlocked
 
 STATE = "STATE.json"
 REFRESH_SECONDS = 5.0
@@ -154,7 +154,7 @@ class RunMarker:
 
     def _is_in_use(self) -> bool:
         try:
-            require_unused(self._folder, "run.dir")
+            require_unlocked(self._folder, "run.dir")
         except UserError:
             return True
         return False

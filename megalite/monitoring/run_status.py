@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megalite.config import load_run_config
 from megalite.convert.open import section_of_weights
 from megalite.errors import UserError
-from megalite.files import file_clock
+from megalite.files import filesystem_time
 from megalite.monitoring.heartbeat import SILENT_SECONDS, Beat, laggards, read_beats
 from megalite.monitoring.run_folder import DONE, STOPPED
 from megalite.monitoring.run_state import RunState, read_state
@@ -79,7 +79,7 @@ def run_status(path: Path) -> RunStatus:
     resolved, told = folder / "config.yaml", read_state(folder)
     if not resolved.is_file() and told is None:
         raise UserError(f"{folder}: holds no run: there is no {resolved.name}; give a run file, or a run's folder")
-    now = file_clock(folder)
+    now = filesystem_time(folder)
     if resolved.is_file() and (told is None or told.state in ("running", "done", "stopped")):
         config = load_run_config(resolved, [])
         ranks, steps = config.layout.world_size, config.train.steps

@@ -15,7 +15,7 @@ from megalite.checkpoint import forecast
 from megalite.checkpoint.retention import clean, set_aside_later
 from megalite.checkpoint.save_report import SaveReport
 from megalite.data.datasets import Datasets
-from megalite.files import write_whole, writing
+from megalite.files import write_atomically, writing
 from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.flops import flops_per_token
 from megalite.monitoring.device import Peak, device_peak, peak_memory
@@ -161,7 +161,7 @@ class RunRecorder:
             "pieces": [{"sample": sample, **piece.as_json()} for sample, piece in pieces],
         }
         file = _next_free(self.directory / "spikes" / f"step_{report.step}.json")
-        write_whole(file, json.dumps(record).encode() + b"\n")
+        write_atomically(file, json.dumps(record).encode() + b"\n")
         documents = dict.fromkeys(f"{piece.prefix.name} {piece.document}" for _, piece in pieces)
         shown = ", ".join(list(documents)[:_SHOWN_DOCUMENTS])
         more = f" and {len(documents) - _SHOWN_DOCUMENTS:,} more" if len(documents) > _SHOWN_DOCUMENTS else ""
@@ -194,8 +194,8 @@ class RunRecorder:
         simulated = simulate(streams, measured_cost(measured))
         timelines = {"measured": measured, "simulated with the measured times": simulated}
         file = self.directory / f"timeline_step_{step}"
-        write_whole(file.with_suffix(".json"), measured.to_json().encode() + b"\n")
-        write_whole(file.with_suffix(".trace.json"), chrome_trace(timelines).encode())
+        write_atomically(file.with_suffix(".json"), measured.to_json().encode() + b"\n")
+        write_atomically(file.with_suffix(".trace.json"), chrome_trace(timelines).encode())
         title = f"step {step}: {self.config.parallel.schedule}, {self.plan.layout}"
         self.picture = file.with_suffix(".png")
         plot_timelines(timelines, self.picture, title)
@@ -211,7 +211,7 @@ class RunRecorder:
         checkpoint, folder = self._checkpoint_of(step), self.plan.checkpoints / f"step_{step}"
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"step": step, "reason": reason, "checkpoint": checkpoint, "time": now}
-        write_whole(self.directory / STOPPED, json.dumps(record).encode() + b"\n")
+        write_atomically(self.directory / STOPPED, json.dumps(record).encode() + b"\n")
         if self.marker is not None:
             self.marker.ended("stopped", step=step, reason=reason, checkpoint=checkpoint)
         if self.stop is not None:
@@ -248,7 +248,7 @@ class RunRecorder:
             self.log.say(f"pipeline timeline: {self.picture}")
         if complete:
             done = {"step": self.config.train.steps, "tokens": self.tokens}
-            write_whole(self.directory / DONE, json.dumps(done).encode())
+            write_atomically(self.directory / DONE, json.dumps(done).encode())
         if self.marker is not None and complete:
             self.marker.ended("done", step=step, checkpoint=self._checkpoint_of(step))
         elif self.marker is not None and not stopped:
@@ -277,7 +277,7 @@ class RunRecorder:
             keep_metrics_until(self.directory / "metrics.jsonl", start.step)
         else:
             set_aside_earlier_run(self.directory)
-        write_whole(self.directory / "config.yaml", self.config.to_yaml().encode())
+        write_atomically(self.directory / "config.yaml", self.config.to_yaml().encode())
         return said
 
     def _measure_peak(self, dtype: torch.dtype) -> Peak:

@@ -56,9 +56,9 @@ class Trainer:
         progress: Progress | None = None,
         restarts: int = 0,
         marker: RunMarker | None = None,
-        reached: Callable[[str], None] = lambda point: None,
+        on_save_point: Callable[[str], None] = lambda point: None,
     ) -> None:
-        """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says.
+        """Build this rank's part; `on_save_point` hears of the points of every save, as `Checkpointer` says.
 
         `stop` is what may end its training early, `progress` hears where it is, `restarts` says how often the ranks
         were started again, and `marker` hears on rank 0 that training begins and how it ended.
@@ -82,7 +82,7 @@ class Trainer:
             mesh,
             tensor_bytes=plan.checkpoint_bytes,
             files=plan.companion_files() if mesh.rank == 0 else {},
-            reached=reached,
+            on_save_point=on_save_point,
             moved=self.progress.moved,
         )
         for hook in (self.engine.optimizer.register_step_pre_hook, self.engine.optimizer.register_step_post_hook):

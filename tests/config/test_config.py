@@ -24,7 +24,7 @@ from megalite.config import (
 )
 from megalite.errors import UserError
 from megalite.parallel.layout import ParallelLayout
-from megalite.paths import spell
+from megalite.paths import escape
 
 ROOT = Path(__file__).parents[2]
 ABSENT = object()
@@ -316,7 +316,7 @@ def test_any_name_and_number_survives_the_round_trip(
     tmp_path: Path, name: str, lr: float, seed: int, clip: float
 ) -> None:
     edits = {
-        "run.dir": spell(name),
+        "run.dir": escape(name),
         "run.seed": seed,
         "train.optimizer": {"lr": lr},
         "deepspeed.gradient_clipping": clip,

@@ -116,11 +116,11 @@ REFUSED: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
         ["train.global_batch_size=8", "data.order=megatron"],
         ["step_4: stands at sample 16 after step 4", "at 32", "keep train.global_batch_size"],
     ),
-    ("other model", nothing, ["model.num_hidden_layers=2"], ["is of another run", "num_hidden_layers"]),
+    ("other model", nothing, ["model.num_hidden_layers=2"], ["step_4: ", "num_hidden_layers", "resume=never"]),
     ("named, cut", lambda folder: cut(folder, 4), ["resume=RUN/checkpoints/step_4"], ["bytes, not", "is damaged"]),
     ("named, one bit", flip, ["resume=RUN/checkpoints/step_4"], ["another SHA-256", "is damaged"]),
     ("none whole", both_cut, [], ["no checkpoint is whole; write resume=never"]),
-    ("no such checkpoint", nothing, ["resume=RUN/checkpoints/step_3"], ["step_3: is no checkpoint"]),
+    ("no such checkpoint", nothing, ["resume=RUN/checkpoints/step_3"], ["step_3: is not a checkpoint"]),
     (
         "passed over",
         passed_over,
@@ -280,7 +280,7 @@ def test_under_a_launcher_rank_0_does_it(here: Path, capsys: Capture, monkeypatc
 
     assert be_rank(1, "model.num_hidden_layers=2") == ""
     assert "tensor 1 x pipeline 1 x data 2" in be_rank(0)
-    with pytest.raises(UserError, match="is of another run"):
+    with pytest.raises(UserError, match="model.num_hidden_layers"):
         be_rank(0, "model.num_hidden_layers=2")
 
 

@@ -17,9 +17,9 @@ from test_resume import run_on_rank
 
 from megalite.checkpoint import store
 from megalite.checkpoint.manifest import KINDS
-from megalite.checkpoint.model_files import run_companions, tokenizer_companions
+from megalite.checkpoint.model_files import run_model_files, tokenizer_model_files
 from megalite.checkpoint.reader import CheckpointReader
-from megalite.checkpoint.special_tokens import named_token, text_ends
+from megalite.checkpoint.special_tokens import end_token_ids, named_token
 from megalite.checkpoint.store import Part
 from megalite.cli import main
 from megalite.convert.open import open_weights
@@ -113,7 +113,7 @@ def saved(path: Path, overrides: Sequence[str] = ()) -> Path:
     """What a run would save after its first step, but for the elements, which are 0, without running it."""
     plan = prepare(path, overrides, 1)
     folder = plan.checkpoints / "step_1"
-    shapes = {f"{kind}/{name}": shape for kind in KINDS for name, shape in plan.expectation.shapes.items()}
+    shapes = {f"{kind}/{name}": shape for kind in KINDS for name, shape in plan.requirements.shapes.items()}
     parts = [
         Part(name, shape, Region((0,) * len(shape), shape), partial(np.zeros, shape, np.float32))
         for name, shape in shapes.items()
@@ -140,7 +140,7 @@ def test_a_chat_model_ends_its_answers_after_training_and_after_conversion(
     assert f"init_from={source} is passed over, since the run goes on; " in "\n".join(notes)
     shutil.rmtree(source)  # the run has all that it needs
     reader = CheckpointReader(tmp_path / "run/checkpoints/step_60")
-    assert reader.faults() == []
+    assert reader.problems() == []
     for name in (*KEPT, "generation_config.json"):
         assert name in reader.manifest.files
         assert (reader.folder / name).read_bytes() == (chat_model / name).read_bytes()
@@ -347,26 +347,26 @@ def test_the_files_of_a_run_are_those_of_its_tokenizer_and_then_of_its_weights(t
         (tmp_path / name).write_text(f"data's {name}")
     json_file, model = tmp_path / "tokenizer.json", tmp_path / "tokenizer.model"
     everything = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"}
-    assert set(tokenizer_companions(json_file, "tokenizer.json")) == everything
+    assert set(tokenizer_model_files(json_file, "tokenizer.json")) == everything
     # The file that is looked for first must be the one that was named.
-    assert set(tokenizer_companions(model, "tokenizer.model")) == everything - {"tokenizer.json"}
-    assert set(tokenizer_companions(tmp_path / "README.md", "tokenizer.model")) == {"tokenizer.model"}
+    assert set(tokenizer_model_files(model, "tokenizer.model")) == everything - {"tokenizer.json"}
+    assert set(tokenizer_model_files(tmp_path / "README.md", "tokenizer.model")) == {"tokenizer.model"}
 
-    own = tokenizer_companions(json_file, "tokenizer.json")
+    own = tokenizer_model_files(json_file, "tokenizer.json")
     same: dict[str, bytes] = dict.fromkeys(
         ("tokenizer.model", "chat_template.jinja", "generation_config.json"), b"theirs"
     )
     same["tokenizer.json"] = b"data's tokenizer.json"
-    found = run_companions(own, same)
+    found = run_model_files(own, same)
     assert set(found) == everything | {"chat_template.jinja"}
     assert [name for name, content in found.items() if content == b"theirs"] == [
         "chat_template.jinja",
         "generation_config.json",
     ]
     # Ids of another tokenizer's say something else; weights without a tokenizer say what they know.
-    assert run_companions(own, {**same, "tokenizer.json": b"another"}) == run_companions(own, {})
-    assert run_companions(own, {"generation_config.json": b"theirs"})["generation_config.json"] == b"theirs"
-    assert run_companions(None, same) == same
+    assert run_model_files(own, {**same, "tokenizer.json": b"another"}) == run_model_files(own, {})
+    assert run_model_files(own, {"generation_config.json": b"theirs"})["generation_config.json"] == b"theirs"
+    assert run_model_files(None, same) == same
 
 
 ENDS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
@@ -412,9 +412,9 @@ def test_the_tokenizers_files_name_the_end_that_nothing_else_tells() -> None:
         (({}, {"eos_token": "<gone>"}), [2]),
         (({}, {}), [2]),
     ):
-        assert text_ends([], settings, ids.get, 2, None) == ends
-    assert text_ends([9], ({"eos_token": "<e>"},), ids.get, 2, None) == [9]
-    assert text_ends([], (), ids.get, None, None) == []
+        assert end_token_ids([], settings, ids.get, 2, None) == ends
+    assert end_token_ids([9], ({"eos_token": "<e>"},), ids.get, 2, None) == [9]
+    assert end_token_ids([], (), ids.get, None, None) == []
     assert named_token("eos_token", {"eos_token": ""}, {"eos_token": ["x"]}) is None
 
 

@@ -77,7 +77,7 @@ BAD: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
         ["train.eval_every=5", "data.split=[0.9, 0.1]"],
         ["hold 0 tokens", "data.split"],
     ),
-    ("folder", spoil_nothing, ["run.dir=/dev/null/run"], ["run.dir", "/dev/null is no folder", "another run.dir"]),
+    ("folder", spoil_nothing, ["run.dir=/dev/null/run"], ["run.dir", "/dev/null is not a folder", "another run.dir"]),
     ("less than a sample", spoil_nothing, ["data.split=[0.5, 0.5]"], ["documents", "sequence_length"]),
 ]
 

@@ -10,7 +10,7 @@ from megalite.config.deepspeed.parse import read_document
 from megalite.config.deepspeed.rules import Derived, Precision
 from megalite.config.deepspeed.table import RECOMPUTE_KEYS, SCHEDULERS, TABLE
 from megalite.config.validation import Fault, Origin, report
-from megalite.paths import spell
+from megalite.paths import escape
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class DeepSpeedSettings:
         document = copy.deepcopy(dict(self.document))
         for section in document.get("zero_optimization", {}).values():
             if isinstance(section, dict) and "nvme_path" in section:
-                section["nvme_path"] = spell(section["nvme_path"])
+                section["nvme_path"] = escape(section["nvme_path"])
         return document
 
     def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megalite.data.preprocess.readers import Batch, Extract, read
 from megalite.data.preprocess.source_location import Malformed, Place
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.control_tokens import TextRefused
-from megalite.files import write_whole
+from megalite.files import write_atomically
 
 if TYPE_CHECKING:
     from megalite.data.chat.chat_template import ChatTemplate
@@ -139,7 +139,7 @@ def encode_shard(
                 before = writer.report.tokens
                 writer.add(number, batch)
                 tell(batch.disk_bytes, writer.report.tokens - before)
-    write_whole(files.report, json.dumps({"source": source, **asdict(writer.report)}).encode())
+    write_atomically(files.report, json.dumps({"source": source, **asdict(writer.report)}).encode())
     return writer.report
 
 

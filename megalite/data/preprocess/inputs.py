@@ -19,7 +19,7 @@ from pathlib import Path
 from megalite.data.preprocess import arrow_tables
 from megalite.data.preprocess.json_arrays import elements, holds_array
 from megalite.data.preprocess.zstd import ZstdError, ZstdReader
-from megalite.errors import UserError, if_near
+from megalite.errors import UserError, did_you_mean
 
 SUFFIXES = (
     *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt", ".txt.gz", ".txt.zst"),
@@ -78,7 +78,7 @@ def find_inputs(inputs: Sequence[Path]) -> list[Path]:
             files += [_readable(Path(match)) for match in matches if not Path(match).is_dir()]
         else:
             neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"{path}: no such file or folder{if_near(path.name, neighbours)}")
+            raise UserError(f"{path}: no such file or folder{did_you_mean(path.name, neighbours)}")
     return files
 
 
