@@ -23,7 +23,7 @@ from megalite.launch import (
 from megalite.paths import escape
 
 if TYPE_CHECKING:
-    from megalite.monitoring.run_state import RunMarker
+    from megalite.monitoring.run_state import RunStateWriter
     from megalite.training.plan import Plan
 
 
@@ -100,15 +100,15 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     raise typer.Exit(status)
 
 
-def _marker(plan: "Plan") -> "RunMarker":
-    from megalite.monitoring.run_state import RunMarker
+def _marker(plan: "Plan") -> "RunStateWriter":
+    from megalite.monitoring.run_state import RunStateWriter
 
-    return RunMarker(
+    return RunStateWriter(
         plan.config.run.dir,
         start_id(os.environ, socket.gethostname(), os.getpid()),
         ranks=plan.layout.world_size,
         steps=plan.config.train.steps,
-        tell=announce,
+        announce=announce,
     )
 
 
@@ -131,7 +131,7 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
     try:
         if environment.rank == 0:
             marker.starting("importing torch and DeepSpeed")
-            marker.keep_fresh()
+            marker.start_refreshing()
         from megalite.training.train import train
 
         status = train(plan, environment, marker=marker)

@@ -10,9 +10,9 @@ from megalite.errors import STOPPED_STATUS
 from megalite.files import folder_lock, to_filesystem_time
 from megalite.launch import LaunchEnvironment, start_time
 from megalite.launch.rendezvous import rendezvous, run_on_rank_zero
-from megalite.monitoring.heartbeat import HEAD_START_SECONDS, Heart, Progress
+from megalite.monitoring.heartbeat import GROUP_EXTRA_SECONDS, HeartbeatThread, Progress
 from megalite.monitoring.run_folder import STOP
-from megalite.monitoring.run_state import RunMarker
+from megalite.monitoring.run_state import RunStateWriter
 from megalite.parallel.json_collectives import on_rank_zero
 from megalite.parallel.mesh import Mesh, joined_mesh, local_device
 from megalite.training.plan import Plan
@@ -21,7 +21,7 @@ from megalite.training.stop_requests import StopRequests
 from megalite.training.trainer import Trainer
 
 
-def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunMarker | None = None) -> int:
+def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter | None = None) -> int:
     """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
 
     `marker` hears on rank 0 what the start is doing, that training begins, and how it ended.
@@ -39,8 +39,8 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunMarker | Non
     file = config.run.dir / STOP if environment.rank == 0 else None
     since = to_filesystem_time(config.run.dir, start_time(os.environ)) if file is not None else 0.0
     stop = StopRequests(file, config.train.max_minutes, since=since)
-    # A rank's heart is to see a hang first: it can say who is behind, a collective that gives up cannot.
-    timeout = datetime.timedelta(seconds=config.train.timeout_seconds + HEAD_START_SECONDS)
+    # A rank's heartbeat_thread is to see a hang first: it can say who is behind, a collective that gives up cannot.
+    timeout = datetime.timedelta(seconds=config.train.timeout_seconds + GROUP_EXTRA_SECONDS)
     device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher has put it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
@@ -59,8 +59,10 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunMarker | Non
         ) as mesh,
     ):
         claim_folder(config.run.dir, mesh, stack)
-        heart = Heart(config.run.dir, mesh.rank, plan.layout.world_size, progress, config.train.timeout_seconds)
-        stack.enter_context(heart)
+        heartbeat_thread = HeartbeatThread(
+            config.run.dir, mesh.rank, plan.layout.world_size, progress, config.train.timeout_seconds
+        )
+        stack.enter_context(heartbeat_thread)
         restarts = environment.restarts
         doing("opening the data")
         datasets = open_datasets(config)

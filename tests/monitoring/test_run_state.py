@@ -16,15 +16,15 @@ from megalite import launch
 from megalite.files import LOCK, filesystem_time, folder_lock, write_atomically
 from megalite.launch import announce, clear_announcement, clear_announcement_before_stderr, start_id
 from megalite.launch.announce import CLEAR
-from megalite.monitoring.run_state import STATE, RunMarker, RunState, read_state
+from megalite.monitoring.run_state import STATE, RunState, RunStateWriter, read_state
 from megalite.monitoring.run_status import run_status
 from megalite.training.finished import step_of_a_finished_run
 
 SILENT = 20.0
 
 
-def marker(folder: Path, start: str = "this", tell: Any = lambda text: None) -> RunMarker:
-    return RunMarker(folder, start, ranks=4, steps=100, tell=tell)
+def marker(folder: Path, start: str = "this", announce: Any = lambda text: None) -> RunStateWriter:
+    return RunStateWriter(folder, start, ranks=4, steps=100, announce=announce)
 
 
 def age(folder: Path, seconds: float) -> None:
@@ -44,7 +44,7 @@ def told(folder: Path) -> RunState:
 
 def test_the_life_of_a_run(tmp_path: Path) -> None:
     said: list[str] = []
-    ours = marker(tmp_path / "new/run", tell=said.append)
+    ours = marker(tmp_path / "new/run", announce=said.append)
     ours.starting("starting 4 ranks")
     ours.starting("building the model")
     assert said == ["starting 4 ranks", "building the model"]
@@ -96,18 +96,6 @@ def test_the_word_of_a_run_that_is_in_the_folder_stays(tmp_path: Path) -> None:
     assert told(tmp_path).start == "ours"
 
 
-def test_a_start_that_was_refused_clears_its_own_word_alone(tmp_path: Path) -> None:
-    ours, theirs = marker(tmp_path, "ours"), marker(tmp_path, "theirs")
-    theirs.starting("a")
-    ours.cleared()
-    assert told(tmp_path).start == "theirs"
-    theirs.cleared()
-    assert read_state(tmp_path) is None
-    theirs.ended("done", step=3)
-    theirs.cleared()
-    assert told(tmp_path).state == "done"
-
-
 def test_the_file_is_kept_fresh_until_training_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megalite.monitoring.run_state.REFRESH_SECONDS", 0.02)
     ours = marker(tmp_path)
@@ -120,7 +108,7 @@ def test_the_file_is_kept_fresh_until_training_begins(tmp_path: Path, monkeypatc
         written.set()
 
     monkeypatch.setattr("megalite.monitoring.run_state.os.replace", replace)
-    ours.keep_fresh()
+    ours.start_refreshing()
     assert written.wait(20)
     ours.running()
     assert told(tmp_path).state == "running"
