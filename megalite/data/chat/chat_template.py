@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megalite.config.text_file import read_text
 from megalite.config.yaml12 import Loader
 from megalite.data.chat.conversations import (
     ASSISTANT,
@@ -283,8 +284,8 @@ def load_chat_template(name_or_path: str | Path) -> ChatTemplate:
             f"{nearest(str(name_or_path), BUILT_IN)}; name a built-in template, or a YAML or JSON file"
         )
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = yaml.load(read_text(path), Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(
             f"{path}: not YAML or JSON ({' '.join(str(error).split())}); write `roles:` and so on"
         ) from error

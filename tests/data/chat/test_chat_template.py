@@ -258,8 +258,8 @@ def test_a_malformed_file_is_refused(content: str, message: str, tmp_path: Path)
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "template.yaml"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not YAML or JSON"):
+    path.write_bytes(b"roles: \xff")
+    with pytest.raises(UserError, match="not UTF-8 text"):
         load_chat_template(path)
 
 
