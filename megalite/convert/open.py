@@ -14,6 +14,7 @@ from megalite.convert.megatron.reader import MegatronWeights
 from megalite.convert.megatron.state_dict import checkpoint_folder
 from megalite.errors import UserError
 from megalite.model.weights import Weights
+from megalite.text_encoding import require_utf8
 
 _OTHERS = "a Hugging Face or Megatron folder on this machine"
 
@@ -61,7 +62,9 @@ def _what_it_is(path: Path) -> str:
 def _what_is_wrong_with(config: Path) -> str:
     """Say why a config.json is not that of a model of Hugging Face's."""
     try:
-        content = json.loads(config.read_bytes())
+        data = config.read_bytes()
+        require_utf8(config, data)
+        content = json.loads(data)
     except (OSError, ValueError) as error:
         return f"its config.json cannot be read as JSON ({error}), fetch the file again"
     if not isinstance(content, dict):

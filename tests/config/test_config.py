@@ -1409,7 +1409,7 @@ def test_a_file_that_is_not_there(write: Callable[..., Path], tmp_path: Path) ->
     (tmp_path / "folder.yaml").mkdir()
     assert message(Path("folder.yaml")) == "folder.yaml: the file cannot be read: Is a directory"
     Path("latin.yaml").write_bytes(b"run: \xff")
-    assert message(Path("latin.yaml")) == "latin.yaml: the file is not UTF-8 text"
+    assert message(Path("latin.yaml")) == "latin.yaml: the file is not UTF-8 text; save it as UTF-8"
 
 
 def test_a_json_beside_the_run_file_is_pointed_out(write: Callable[..., Path]) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import orjson
 
 from megalite.checkpoint.mismatch_table import mismatch_table, shape_mismatches
 from megalite.checkpoint.model_files import model_files_among
@@ -21,10 +20,9 @@ _COMPARED_ELEMENTS = 1 << 22
 def is_hugging_face(folder: Path) -> bool:
     """Tell whether a folder is a model of Hugging Face's: whether it has a ``config.json`` that names its type."""
     try:
-        config = orjson.loads((folder / CONFIG).read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        return isinstance(read_json(folder / CONFIG).get("model_type"), str)
+    except UserError:
         return False
-    return isinstance(config, dict) and isinstance(config.get("model_type"), str)
 
 
 class HuggingFaceWeights:

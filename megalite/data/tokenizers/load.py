@@ -14,6 +14,7 @@ from megalite.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from megalite.data.tokenizers.tiktoken_tokenizer import TiktokenTokenizer
 from megalite.errors import UserError
+from megalite.text_encoding import require_utf8
 
 _FORMS = {".json": "a Hugging Face tokenizer.json", tiktoken_tokenizer.SUFFIX: "a file of tiktoken's ranks"}
 
@@ -32,6 +33,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return HuggingFaceTokenizer(gpt2_files.as_tokenizer_json(file))
         data = file.read_bytes()
         if file.suffix == ".json":
+            require_utf8(file, data)
             return HuggingFaceTokenizer(data)
         if file.suffix == tiktoken_tokenizer.SUFFIX:
             return TiktokenTokenizer(data, file.stem)
