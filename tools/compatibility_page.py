@@ -1,4 +1,4 @@
-"""``python tools/compatibility_page.py > docs/composition.md``: the page that says what goes with what.
+"""``python tools/compatibility_page.py > docs/reference/composition.md``: the page that says what goes with what.
 
 Every answer is that of the rules which a run is checked by before it starts: each pair of features is written into a
 run file at tensor 2 x pipeline 2 x data 2, and resolved.

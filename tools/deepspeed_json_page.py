@@ -1,4 +1,4 @@
-"""``python tools/deepspeed_json_page.py > docs/deepspeed_json.md``: the page that says what becomes of each key."""
+"""``python tools/deepspeed_json_page.py > docs/reference/deepspeed_json.md``: the page of the DeepSpeed JSON's keys."""
 
 import sys
 from collections.abc import Iterator, Mapping
