@@ -2,7 +2,7 @@
 
     python tools/docs_check.py                          # every page
     python tools/docs_check.py docs/howto/verify.md     # some pages; the pages that they continue are run first
-    python tools/docs_check.py --list                   # the commands that would run, and those left out with the reason
+    python tools/docs_check.py --list                   # the commands, and the reasons for those left out
 
 A command must end with status 0, or with 2 where the page shows a ``megalite: error``. Lines that a page shows and the
 command does not print are reported, but are no error, since numbers and times differ; generated text is not compared.

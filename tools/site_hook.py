@@ -8,9 +8,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDED = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/results/*.md")
@@ -19,14 +20,16 @@ PREFIX = "repository/"
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(?=[)#])")
 
 
-def on_files(files: Files, *, config: Any) -> Files:
+def on_files(files: "Files", *, config: Any) -> "Files":
     """Add the pages outside docs/ to the site."""
+    from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
+
     for path in _included():
         files.append(File.generated(config, PREFIX + path, content=(ROOT / path).read_text(encoding="utf-8")))
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> str:
+def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     """Rewrite links that lead into docs/ or out of it."""
     here = _in_repository(page.file.src_uri)
     return _LINK.sub(lambda match: _in_site(match[1], here, page.file.src_uri), markdown)
