@@ -962,8 +962,8 @@ def test_honoured_zero_keys_reach_deepspeeds_config(deepspeed: Any) -> None:
 def test_the_page_says_what_the_table_says() -> None:
     from deepspeed_json_page import deepspeed_table
 
-    page = Path(__file__).parents[2] / "docs" / "deepspeed_json.md"
-    hint = "make it anew: python tools/deepspeed_json_page.py > docs/deepspeed_json.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "deepspeed_json.md"
+    hint = "make it anew: python tools/deepspeed_json_page.py > docs/reference/deepspeed_json.md"
     assert page.read_text(encoding="utf-8") == deepspeed_table(), hint
 
 
