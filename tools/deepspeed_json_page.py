@@ -30,7 +30,8 @@ What `"auto"` follows:
 - `optimizer.params`: `train.optimizer` of the run file. What both state must agree. What neither states is megalite's
   default where the JSON says `"auto"`, and DeepSpeed's where it says nothing.
 - `scheduler.params`: `train.schedule.warmup_steps` (of a section `train.schedule` that says nothing else; 1 where it is
-  0, as DeepSpeed takes no less), `train.steps` and the optimizer's rate. `warmup_min_lr` is 0.
+  0, as DeepSpeed takes no less), `train.steps` and the optimizer's rate. `warmup_min_lr` is 0. A scheduler that is all
+  `"auto"` gives way to a `train.schedule` that says more than the warm-up, and the start says so.
 - bucket sizes of `zero_optimization`: the model's `hidden_size`, by the rules of transformers.
 
 In bf16 and fp16, ZeRO stage 0 runs as stage 1, and the start says so: DeepSpeed's optimizer for half precision without

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megalite.config.blend_file import read_weights
+from megalite.config.cross_checks import scheduler_gives_way
 from megalite.config.deepspeed.parse import read_document, read_json
 from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
@@ -148,6 +149,8 @@ def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin
         raise UserError("\n".join(dict.fromkeys([*found, *lines]))) from None
     report(lines)
     optimizer, schedule = config.train.optimizer, config.train.schedule
+    if scheduler_gives_way(config.train, deepspeed):
+        deepspeed = deepspeed.without_scheduler(origin.file)
     resolved = deepspeed.resolve_auto(
         hidden_size=config.model.hidden_size,
         steps=config.train.steps,
