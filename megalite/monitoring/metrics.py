@@ -42,7 +42,7 @@ WIDTH = 100
 """Columns that the line of a step fits into."""
 _WARM_UP = 2
 """Steps that no mean counts."""
-_FIX = "make room, and start the run again: it goes on from its newest checkpoint"
+_FIX = "make room, and start the run again; `megalite status` tells from where it goes on"
 _ON_THE_BOARD = tuple(field.name for field in fields(StepMetrics) if field.name not in ("step", "tokens", "skipped"))
 
 
