@@ -8,6 +8,7 @@ from megalite.checkpoint.discovery import CHECKPOINTS, find_checkpoints
 from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
+from megalite.config.hub_names import hub_hint
 from megalite.config.validation import show
 from megalite.convert.huggingface.reader import HuggingFaceWeights, is_hugging_face
 from megalite.convert.megatron.reader import MegatronWeights
@@ -33,7 +34,8 @@ def open_weights(path: Path) -> Weights:
     if checkpoint_folder(path) is not None:
         return MegatronWeights(path)
     if not path.is_dir() or not (path / MANIFEST).exists():
-        raise UserError(f"{path}: {_what_it_is(path)}; give a checkpoint step_N, a run's folder, or {_OTHERS}")
+        fix = hub_hint(path) or f"give a checkpoint step_N, a run's folder, or {_OTHERS}"
+        raise UserError(f"{path}: {_what_it_is(path)}; {fix}")
     return CheckpointWeights(CheckpointReader(path))
 
 

@@ -25,6 +25,7 @@ from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.model_files import (
     GENERATION_CONFIG,
     read_settings,
+    require_readable,
     run_model_files,
     tokenizer_model_files,
     tokenizer_name,
@@ -33,11 +34,13 @@ from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.special_tokens import DocumentTokens, declared_end_ids
 from megalite.checkpoint.weights import CheckpointWeights, document_tokens
 from megalite.config import ModelConfig, RunConfig, load_run_config
+from megalite.config.hub_names import hub_hint
 from megalite.data.batch_schedule import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed.dataset import IndexedDataset
 from megalite.data.indexed.format import DatasetSidecar, with_suffix
 from megalite.data.order.digest import order_digest
+from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer, standard_files, tokenizer_file
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
@@ -237,9 +240,15 @@ class Plan:
     def check_start(self) -> str:
         """Return a line on where the run will begin; raise UserError where that is not of this run's model.
 
-        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes.
+        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes, and
+        where a file that goes into every checkpoint is of no use to `generate` and `convert`.
         """
         self.check_machine()
+        start = self._where_it_begins()
+        self._require_readable_model_files()
+        return start
+
+    def _where_it_begins(self) -> str:
         weights = self._first_weights
         for folder in resume_candidates(self.config):
             try:
@@ -254,20 +263,31 @@ class Plan:
         if weights is None:
             return "start: anew"
         self.requirements.require_weights(weights)
-        self._require_readable_model_files(weights)
         return f"start: with the weights of {self.config.init_from}"
 
-    def _require_readable_model_files(self, weights: Weights) -> None:
-        """Raise UserError where a file that goes into every checkpoint is of no use to `generate` and `convert`."""
-        from megalite.convert.generation_config import generation_settings
-
-        settings, where = generation_settings(weights, weights.model_files)
-        vocab_size = self.requirements.model.vocab_size
+    def _require_readable_model_files(self) -> None:
+        """Check the files of `data.tokenizer` and `init_from` that `model_files` puts together."""
+        weights, of_weights, vocab_size = self._first_weights, {}, self.config.model.vocab_size
         assert vocab_size is not None
-        declared_end_ids(settings, vocab_size, where)
-        for name, path in weights.model_files.items():
-            if name.endswith(".json") and name not in (GENERATION_CONFIG, "tokenizer.json"):  # which tokenizers opens
-                read_settings(path)
+        if weights is not None:
+            from megalite.convert.generation_config import generation_settings  # with the readers of foreign formats
+
+            of_weights = weights.model_files
+            settings, where = generation_settings(weights, of_weights)
+            declared_end_ids(settings, vocab_size, where)
+        beside = self._files_beside_the_tokenizer()
+        for name, path in {**of_weights, **beside}.items():
+            require_readable(name, path)
+        if GENERATION_CONFIG not in of_weights and (path := beside.get(GENERATION_CONFIG)) is not None:
+            declared_end_ids(read_settings(path), vocab_size, str(path))
+
+    def _files_beside_the_tokenizer(self) -> dict[str, Path]:
+        """Return the files that belong to `data.tokenizer`, without the tokenizer's own file, which was opened."""
+        if self.config.data.tokenizer is None or self.tokenizer_digest is None:
+            return {}
+        name = next(iter(standard_files(self.config.data.tokenizer)))
+        found = tokenizer_model_files(tokenizer_file(self.config.data.tokenizer), name)
+        return {other: path for other, path in found.items() if other != name}
 
     @property
     def init_from_passed_over(self) -> str:
@@ -419,13 +439,22 @@ def prepare(
         if config.model.vocab_size is None:
             raise UserError(
                 f"data.tokenizer={named}: is not there, and without model.vocab_size the model's size is not known; "
-                "give model.vocab_size=N, or make the tokenizer with `megalite tokenizer train`"
+                + (hub_hint(named) or "make the tokenizer with `megalite tokenizer train`")
+                + ", or give model.vocab_size=N"
             )
-        unchecked = (f"not checked: data.tokenizer={named}: it is not there",)
+        hint = f"; {found}" if (found := hub_hint(named)) else ""
+        unchecked = (f"not checked: data.tokenizer={named}: it is not there{hint}",)
     elif named is not None:
-        tokenizer = load_tokenizer(named)
+        tokenizer = _open_tokenizer(named)
     config = config.resolve(world_size=world_size, vocab_size=tokenizer.vocab_size if tokenizer else None)
     return replace(plan_of(config, tokenizer.digest if tokenizer else None), unchecked=unchecked)
+
+
+def _open_tokenizer(named: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(named)
+    except UserError as error:
+        raise UserError(f"data.tokenizer={error}") from error
 
 
 def _section_of_weights(path: Path) -> dict[str, Any]:

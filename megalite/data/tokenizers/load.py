@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megalite.config.hub_names import hub_hint
 from megalite.data.tokenizers import gpt2_files, tiktoken_tokenizer
 from megalite.data.tokenizers.added_tokens import (
     ADDED_TOKENS,
@@ -111,6 +112,8 @@ def _no_tokenizer(path: Path) -> str:
         return f"no such tokenizer; make one with `megalite tokenizer train INPUT --output {path}`, or give another"
     if path.suffix in (".json", ".txt", tiktoken_tokenizer.SUFFIX):
         return f"no such tokenizer; give another, which may be {forms}, or a folder with one of them"
+    if hint := hub_hint(path):
+        return f"no such tokenizer, neither a file nor a folder; {hint}"
     return (
         f"no such tokenizer, neither a file nor a folder; nothing is fetched by its name: give {forms}, or a folder "
         f"with one of them; or make one with `megalite tokenizer train INPUT --output {path.name or 'tok'}.model`"
