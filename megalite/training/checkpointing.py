@@ -26,7 +26,7 @@ from megalite.checkpoint.save_report import SaveReport
 from megalite.checkpoint.store import Part
 from megalite.config.sections import CheckpointSection
 from megalite.errors import UserError
-from megalite.files import write_whole
+from megalite.files import write_atomically
 from megalite.parallel.json_collectives import broadcast_json, gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.zero.optimizer_state import ZeroState
@@ -252,14 +252,14 @@ class Checkpointer:
             state=state,
             files=self._files,
             alive=alive,
-            reached=on_save_point,
+            on_save_point=on_save_point,
         )
         save.report.durable_seconds = time.perf_counter() - save.started
         save.report.bytes = sum(file.stat().st_size for file in folder.iterdir())
         on_save_point("published")
         # The checkpoint is published: failures from here on are warnings, and no failure of the save.
         try:
-            write_whole(self._root / LATEST, f"{folder.name}\n".encode())
+            write_atomically(self._root / LATEST, f"{folder.name}\n".encode())
         except OSError as error:
             self._warn(save.report, f"{self._root / LATEST}", f"is not up to date: {error.strerror or error}")
         on_save_point("latest")
@@ -267,7 +267,7 @@ class Checkpointer:
             self._root,
             self._settings.keep_last,
             self._settings.keep_every,
-            tell=lambda old, what: self._warn(save.report, f"the old checkpoint {old}", what),
+            warn=lambda old, what: self._warn(save.report, f"the old checkpoint {old}", what),
         )
         on_save_point("pruned")
         return folder
@@ -296,8 +296,8 @@ class Checkpointer:
             )
 
     def _add_report(self, report: SaveReport) -> None:
-        if not report.told:
-            report.told = True
+        if not report.reported:
+            report.reported = True
             self._unreported.append(report)
 
     @contextmanager

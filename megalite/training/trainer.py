@@ -21,7 +21,7 @@ from megalite.kernels.choice import Kernels
 from megalite.model.kernel_choice import choose_kernels
 from megalite.model.precision import DTYPES
 from megalite.monitoring.heartbeat import Progress
-from megalite.monitoring.run_state import RunMarker
+from megalite.monitoring.run_state import RunStateWriter
 from megalite.optim.learning_rate import learning_rate
 from megalite.parallel.json_collectives import on_rank_zero
 from megalite.parallel.mesh import Mesh
@@ -55,7 +55,7 @@ class Trainer:
         stop: StopRequests | None = None,
         progress: Progress | None = None,
         restarts: int = 0,
-        marker: RunMarker | None = None,
+        marker: RunStateWriter | None = None,
         on_save_point: Callable[[str], None] = lambda point: None,
     ) -> None:
         """Build the parts of this rank; `on_save_point` is called as `Checkpointer` describes.
@@ -85,10 +85,10 @@ class Trainer:
             tensor_bytes=plan.checkpoint_bytes,
             files=plan.companion_files() if mesh.rank == 0 else {},
             on_save_point=on_save_point,
-            on_progress=self.progress.moved,
+            on_progress=self.progress.touch,
         )
         for hook in (self.engine.optimizer.register_step_pre_hook, self.engine.optimizer.register_step_post_hook):
-            hook(lambda *_: self.progress.moved())  # a step may take long with several groups or on the host
+            hook(lambda *_: self.progress.touch())  # a step may take long with several groups or on the host
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
@@ -100,7 +100,7 @@ class Trainer:
             ),
             dtype=self.engine.dtype,
             device=mesh.device,
-            on_progress=self.progress.moved,
+            moved=self.progress.touch,
         )
         self.datasets = datasets
         self.schedule = self.start.batches(train)

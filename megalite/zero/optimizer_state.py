@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megalite.checkpoint.fragments import Fragment, Source, fill
+from megalite.checkpoint.fragments import Fragment, TensorSource, fill
 from megalite.checkpoint.manifest import KINDS, MOMENTS
 from megalite.parallel.sharding import LocalShard, ShardSpec, local_shards
 from megalite.zero.engine import ZeroEngine
@@ -50,7 +50,7 @@ class ZeroState:
                 for fragment in self._fragment(parameter, shards):
                     yield parameter, replace(fragment, window=window)
 
-    def restore(self, source: Source, scalar_state: Mapping[str, Any]) -> None:
+    def restore(self, source: TensorSource, scalar_state: Mapping[str, Any]) -> None:
         """Restore master weights, moments and scalar state from a checkpoint."""
         self._set_updates(int(scalar_state["updates"]))
         fill(self.fragments(), source, KINDS)
@@ -61,7 +61,7 @@ class ZeroState:
             state = scalar_state["scheduler"] or {"last_batch_iteration": int(scalar_state["updates"]) - 1}
             scheduler.step(state["last_batch_iteration"])
 
-    def restore_weights(self, source: Source) -> None:
+    def restore_weights(self, source: TensorSource) -> None:
         """Restore master weights alone."""
         fill(self.fragments(), source, ("weight",))
 
