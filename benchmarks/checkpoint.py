@@ -50,14 +50,13 @@ class Rank:
         from contender_megalite import Megalite
 
         from megalite.checkpoint.fragments import parts
-        from megalite.zero.optimizer_state import ZeroState
 
         self.rank, self.folder = rank, folder
         self.megalite = Megalite(JOB, layout)
         self.megalite.setup(rank, LAYOUTS[layout].world_size, port)
         self.megalite.step()
         self.trainer = self.megalite.trainer
-        self.state = ZeroState(self.trainer.engine)
+        self.state = self.trainer.engine.state
         self.tensors = {
             f"{number}.{kind}": flat.detach()
             for number, fragment in enumerate(self.state.fragments())

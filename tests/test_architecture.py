@@ -25,12 +25,12 @@ ORDER = (
     "tensor_parallel",  # layers and collectives of the tensor axis
     "launch",  # ranks are started and find each other
     "pipeline",  # schedules as data, and what runs them
+    "optim",  # optimizers and what they declare, parameter groups, learning rates
     "config",  # the run file and the DeepSpeed JSON
     "model",  # the Transformer and what follows from its shape
     "slurm",  # batch scripts
     "data",  # from text to microbatches in host memory
     "checkpoint",  # the format on disk
-    "optim",  # AdamW, learning rates
     "convert",  # Hugging Face's and Megatron's formats
     "monitoring",  # metrics, heartbeats, the run's state and pictures
     "zero",  # the sharding engine on DeepSpeed
@@ -51,6 +51,7 @@ LIGHT = (
     *("errors", "files", "paths", "text_encoding", "launch", "config", "slurm", "checkpoint", "convert", "cli"),
     *(f"parallel.{name}" for name in ("layout", "placement", "sharding", "regions", "network_interfaces")),
     *(f"model.{name}" for name in ("shapes", "flops", "weights")),
+    *(f"optim.{name}" for name in ("registry", "parameter_groups", "learning_rate")),
     *(f"monitoring.{name}" for name in ("heartbeat", "run_folder", "run_state", "run_status", "stragglers")),
     *("training.stop_requests", "training.memory_estimate", "doctor.report"),
     *(f"verify.{name}" for name in ("layouts", "parity_report", "scaled_down", "table")),

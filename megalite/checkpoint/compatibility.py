@@ -1,16 +1,17 @@
 """Compatibility check of a checkpoint, or of other weights, with a run's model, tensor shapes and tokenizer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 
-from megalite.checkpoint.manifest import MOMENTS
 from megalite.checkpoint.mismatch_table import mismatch_table, shape_mismatches
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import WEIGHT, CheckpointWeights
 from megalite.config import ModelConfig, read_model
 from megalite.errors import UserError
 from megalite.model.weights import Weights
+from megalite.optim.declaration import OptimizerDeclaration
 
 _TRAINING_ONLY = ("attention_dropout", "hidden_dropout", "initializer_range")
 """Settings of the model that do not change the function that its weights compute."""
@@ -18,25 +19,28 @@ _TRAINING_ONLY = ("attention_dropout", "hidden_dropout", "initializer_range")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRequirements:
-    """The model, the global shapes of the weights and the tokenizer that a run requires of a checkpoint."""
+    """What a run requires of a checkpoint: model, global shapes of the weights, optimizer state, and tokenizer."""
 
     model: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
     tokenizer_sha256: str | None
+    optimizer: OptimizerDeclaration
+    frozen: Set[str] = frozenset()
+    """The names of frozen parameters, which have no optimizer state."""
 
     def require_resumable(self, reader: CheckpointReader) -> None:
         """Raise UserError, with a table of the differences, if a run of these requirements cannot resume from it."""
-        if not any(name.startswith(MOMENTS) for name in reader.manifest.tensors):
-            raise UserError(
-                f"{reader.folder}: holds weights without optimizer state, so no run can resume from it; start from its "
-                f"weights with init_from={reader.folder}"
-            )
+        self._require_optimizer(reader)
         rows = list(self._model_rows(dict(reader.manifest.model)))
-        # The moments have the shapes of the weights: report their mismatches only if the weights have none.
+        # The state has the shapes of the weights: report its mismatches only if the weights have none.
         shapes = {name: tensor.shape for name, tensor in reader.manifest.tensors.items()}
         weights = {name: shape for name, shape in shapes.items() if name.startswith(WEIGHT)}
         others = {name: shape for name, shape in shapes.items() if name not in weights}
-        rows += self._shape_rows(weights, WEIGHT) or self._shape_rows(others, *(f"{kind}/" for kind in MOMENTS))
+        trained = {name: shape for name, shape in self.shapes.items() if name not in self.frozen}
+        required = product(self.optimizer.state_tensors, trained.items())
+        rows += shape_mismatches({f"{WEIGHT}{name}": shape for name, shape in self.shapes.items()}, weights) or (
+            shape_mismatches({f"{state}/{name}": shape for state, (name, shape) in required}, others)
+        )
         theirs = reader.manifest.tokenizer_sha256
         if theirs is not None and self.tokenizer_sha256 not in (None, theirs):
             rows.append(("tokenizer (SHA-256)", str(self.tokenizer_sha256)[:12], theirs[:12]))
@@ -44,6 +48,19 @@ class CheckpointRequirements:
             raise UserError(
                 f"{reader.folder}: does not fit this run:\n{mismatch_table(rows, 'run file', 'checkpoint')}"
                 "resume from another checkpoint, use its weights alone with init_from, or start anew with resume=never"
+            )
+
+    def _require_optimizer(self, reader: CheckpointReader) -> None:
+        """Raise UserError if the checkpoint holds no optimizer state, or the state of another optimizer."""
+        theirs, start = reader.manifest.trained_by, f"start from its weights with init_from={reader.folder}"
+        if theirs is None:
+            raise UserError(
+                f"{reader.folder}: holds weights without optimizer state, so no run can resume from it; {start}"
+            )
+        if theirs != self.optimizer.name:
+            raise UserError(
+                f"{reader.folder}: holds the optimizer state of {theirs!r}, and train.optimizer.name="
+                f"{self.optimizer.name!r}; write the same optimizer, or {start} and resume=never"
             )
 
     def require_weights(self, weights: Weights) -> None:
@@ -64,10 +81,6 @@ class CheckpointRequirements:
         if theirs is not None and self.tokenizer_sha256 not in (None, theirs):
             lines.append("data.tokenizer differs from the tokenizer of the weights: their rows stand for other tokens")
         return lines
-
-    def _shape_rows(self, found: Mapping[str, tuple[int, ...]], *prefixes: str) -> list[tuple[str, str, str]]:
-        required = {prefix + name: self.shapes[name] for prefix in prefixes for name in self.shapes}
-        return shape_mismatches(required, found)
 
     def _model_rows(self, theirs: Mapping[str, object]) -> Iterator[tuple[str, str, str]]:
         ours = self.model.model_dump(mode="json")

@@ -21,9 +21,10 @@ SPLIT_ELEMENTS = 1 << 16
 class Fragment:
     """A flat range of one local parameter that this rank updates, beginning at element `start`.
 
-    `tensors` are writable flat fp32 views: ``weight``, the master copy, and the optimizer's state by the optimizer's
-    names, ``exp_avg`` and ``exp_avg_sq``; or ``gradient`` alone. `copies` ranks hold the same fragment; this rank's is
-    number `copy`. If two stages hold the parameter, each saves only the elements in its `window`; None means all.
+    `tensors` are writable flat views: ``weight``, and the optimizer's state by the names that it declares, both fp32;
+    of a frozen parameter ``weight`` alone, in the model's precision; or ``gradient`` alone. `copies` ranks hold the
+    same fragment; this rank's is number `copy`. If two stages hold the parameter, each saves only the elements in its
+    `window`; None means all.
     """
 
     shards: tuple[LocalShard, ...]
@@ -82,17 +83,17 @@ class _Elements:
     shape: tuple[int, ...]
 
     def __call__(self) -> np.ndarray:
-        return self.flat.detach().cpu().numpy().reshape(self.shape)
+        return self.flat.detach().float().cpu().numpy().reshape(self.shape)
 
 
-def fill(fragments: Iterable[Fragment], source: TensorSource, kinds: Iterable[str]) -> None:
-    """Read the tensors of the given kinds from `source` into the fragments; padding is not changed."""
+def fill(fragments: Iterable[Fragment], source: TensorSource) -> None:
+    """Read all fp32 tensors of the fragments from `source`; padding is not changed."""
     import torch
 
     for fragment in fragments:
         for at in fragment.regions(0, fragment.numel):
-            for kind in kinds:
-                elements = fragment.tensors[kind][at.start : at.start + at.region.numel].detach()
+            for kind, flat in fragment.tensors.items():
+                elements = flat[at.start : at.start + at.region.numel].detach()
                 on_host = elements if elements.device.type == "cpu" else torch.empty_like(elements, device="cpu")
                 source.read(f"{kind}/{at.name}", at.region, on_host.numpy().reshape(at.region.shape))
                 if on_host is not elements:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from megalite.checkpoint.discovery import find_checkpoints
-from megalite.checkpoint.manifest import KINDS, MANIFEST
+from megalite.checkpoint.manifest import MANIFEST, WEIGHT_KIND
 from megalite.checkpoint.mismatch_table import shape_mismatches
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.store import TEMPORARY
@@ -94,7 +94,7 @@ def in_model_order(names: Mapping[str, Any] | set[str]) -> list[str]:
     def key(name: str) -> tuple[Any, ...]:
         kind, _, rest = name.rpartition("/")
         words = [(int(word), "") if word.isdigit() else (_rank(_MODULES, word), word) for word in rest.split(".")]
-        return _rank(KINDS, kind), kind, words
+        return kind != WEIGHT_KIND, kind, words
 
     return sorted(names, key=key)
 
@@ -122,7 +122,7 @@ def tiles(shape: tuple[int, ...], most: int) -> Iterator[Region]:
 
 @dataclass(frozen=True, slots=True)
 class TensorNorms:
-    """The L2 norms of a global tensor's weight and of each of Adam's moments, by kind."""
+    """The L2 norms of a global tensor's weight and of its optimizer state, by kind."""
 
     name: str
     shape: tuple[int, ...]
@@ -130,9 +130,9 @@ class TensorNorms:
 
 
 def kinds(reader: CheckpointReader) -> list[str]:
-    """Return the kinds of tensors in a checkpoint: ``weight``, ``exp_avg``, ``exp_avg_sq``."""
+    """Return the kinds of tensors in a checkpoint, the weight first: ``weight``, ``exp_avg``, ``exp_avg_sq``."""
     found = {name.rpartition("/")[0] for name in reader.manifest.tensors}
-    return sorted(found, key=lambda kind: (_rank(KINDS, kind), kind))
+    return sorted(found, key=lambda kind: (kind != WEIGHT_KIND, kind))
 
 
 def norms(reader: CheckpointReader, progress: Progress) -> Iterator[TensorNorms]:
@@ -232,7 +232,11 @@ def compare(a: CheckpointReader, b: CheckpointReader, progress: Progress) -> Com
 def _state_of(reader: CheckpointReader) -> dict[str, str]:
     """Return everything in a checkpoint beside the tensors, except the layout and the versions that wrote it."""
     manifest = reader.manifest
-    described = {"precision": manifest.precision, "tokenizer_sha256": manifest.tokenizer_sha256}
+    described = {
+        "precision": manifest.precision,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "trained_by": manifest.trained_by,
+    }
     return flat_state(reader.state) | flat_state({"model": manifest.model, **described})
 
 

@@ -24,10 +24,20 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 PRECISIONS = tuple(ENCODINGS)
 _LONGEST_NAME = 200
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""The kinds of tensors stored for a parameter: a tensor is named ``KIND/NAME``."""
-MOMENTS = KINDS[1:]
-"""Adam's moments, under the optimizer's names."""
+WEIGHT_KIND = "weight"
+"""A stored tensor is named ``KIND/NAME``: the kind is this one, or a name of the optimizer's state."""
+_OPTIMIZER_OF_BEFORE = "adamw"
+"""The optimizer of checkpoints whose manifest does not name one."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerRecord:
+    """The optimizer that wrote a checkpoint's state; `state` are the names of the state tensors that it declares."""
+
+    name: str
+    state: tuple[str, ...]
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    """The settings of the run file, for readers; a resumed run takes those of its own run file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +83,18 @@ class Manifest:
     tokenizer_sha256: str | None = None
     documents: DocumentTokens | None = None
     """The tokens around the documents of the training data; None if unknown."""
+    optimizer: OptimizerRecord | None = None
+    """The optimizer; None in a checkpoint of weights alone, and in older checkpoints, which are AdamW's."""
     format: str = FORMAT
     version: int = VERSION
+
+    @property
+    def trained_by(self) -> str | None:
+        """The name of the optimizer whose state the checkpoint holds; None where it holds weights alone."""
+        if self.optimizer is not None:
+            return self.optimizer.name
+        has_state = any(not name.startswith(f"{WEIGHT_KIND}/") for name in self.tensors)
+        return _OPTIMIZER_OF_BEFORE if has_state else None
 
     def to_json(self) -> str:
         """Return the file's text."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from megalite.checkpoint.manifest import KINDS
+from megalite.checkpoint.manifest import WEIGHT_KIND
 from megalite.checkpoint.mismatch_table import mismatch_table, shape_mismatches
 from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.reader import CheckpointReader
@@ -18,7 +18,7 @@ from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
 from megalite.parallel.regions import Region
 
-WEIGHT = f"{KINDS[0]}/"
+WEIGHT = f"{WEIGHT_KIND}/"
 """The prefix of weights' names in a checkpoint; optimizer state has the optimizer's names as prefixes."""
 
 

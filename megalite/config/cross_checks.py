@@ -65,11 +65,18 @@ def optimizer_faults(train: TrainSection, deepspeed: DeepSpeedSettings) -> Itera
     """Find what the run file and the JSON state of the optimizer and the learning rate's schedule, and differently."""
     if train.optimizer is not None:
         stated = train.optimizer.stated
-        for name in deepspeed.optimizer_disagreements(stated):
-            value = deepspeed.document["optimizer"]["params"][name]
-            other = deepspeed.origin.line(Fault(("optimizer", "params", name), f"={show(value)}"))
-            text = f"={show(stated[name])} disagrees with {other}; write 'auto' there, or state it once"
+        for name, key, value in deepspeed.optimizer_disagreements(stated):
+            other = deepspeed.origin.line(Fault(key, f"={show(value)}"))
+            fix = "write the same optimizer" if name == "name" else "write 'auto' there"
+            text = f"={show(stated[name])} disagrees with {other}; {fix}, or state it once"
             yield Fault(("train", "optimizer", name), text)
+        if deepspeed.scheduler is not None and not scheduler_gives_way(train, deepspeed):
+            for number, group in enumerate(train.optimizer.groups):
+                if group.lr_scale != 1.0:
+                    other = deepspeed.origin.line(Fault(("scheduler",), ""))
+                    text = f"={show(group.lr_scale)} stands beside {other}, which sets one rate for all groups; write "
+                    text += "train.schedule in place of the scheduler"
+                    yield Fault(("train", "optimizer", "groups", number, "lr_scale"), text)
     if train.schedule is not None and deepspeed.scheduler is not None and not scheduler_gives_way(train, deepspeed):
         other = deepspeed.origin.line(Fault(("scheduler",), ""))
         if not deepspeed.warms_up or train.schedule.model_fields_set - {"warmup_steps"}:

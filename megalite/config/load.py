@@ -19,7 +19,7 @@ from megalite.config.model_of_weights import SectionReader, fill_model
 from megalite.config.not_a_run_file import require_no_folder, require_sections
 from megalite.config.run_config import RunConfig
 from megalite.config.section import Section, fields_of
-from megalite.config.sections import ARCHITECTURES, FAMILIES, ModelConfig
+from megalite.config.sections import ARCHITECTURES, FAMILIES, ModelConfig, OptimizerSection
 from megalite.config.shortened_run import shorten
 from megalite.config.source_forms import is_text
 from megalite.config.suggestions import unknown_key
@@ -161,10 +161,17 @@ def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin
     # The JSON states in full what both may: nothing stands in the run twice.
     train = {
         "precision": resolved.precision,
-        "optimizer": optimizer if resolved.optimizer is None else None,
+        "optimizer": optimizer if resolved.optimizer is None else _groups_beside(optimizer, resolved),
         "schedule": schedule if resolved.scheduler is None else None,
     }
     return config.model_copy(update={"deepspeed": resolved, "train": config.train.model_copy(update=train)})
+
+
+def _groups_beside(optimizer: OptimizerSection | None, settings: DeepSpeedSettings) -> OptimizerSection | None:
+    """Return what the run keeps of ``train.optimizer`` where the JSON states the optimizer: the parameter groups."""
+    if optimizer is None or not optimizer.groups:
+        return None
+    return OptimizerSection(**settings.optimizer or {}, groups=optimizer.groups)
 
 
 def _stated_precision(document: Mapping[str, Any]) -> Precision | None:

@@ -123,7 +123,7 @@ class RunConfig(Section, frozen=True):
         stated = self.deepspeed.optimizer_with(section.stated if section is not None else {})
         if stated is None:
             return section or OptimizerSection()
-        return OptimizerSection(**stated.plain())
+        return OptimizerSection(**stated, groups=section.groups if section is not None else ())
 
     @property
     def schedule(self) -> ScheduleSection:

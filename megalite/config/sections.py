@@ -1,12 +1,11 @@
 """The sections of the run file: what each key may hold, and what is wrong between the keys of one section."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from megalite.config.deepspeed.adamw import AdamW
 from megalite.config.deepspeed.rules import PRECISION_NAMES, Precision
 from megalite.config.section import (
     COUNT,
@@ -24,7 +23,9 @@ from megalite.config.section import (
     divisors,
 )
 from megalite.config.validation import Fault, alternatives, show
-from megalite.config.values import BETAS, POSITIVE, choice, number, whole
+from megalite.config.values import BETAS, POSITIVE, TEXT, choice, number, whole
+from megalite.optim.declaration import OptimizerDeclaration
+from megalite.optim.registry import OPTIMIZERS
 from megalite.pipeline.schedules import SCHEDULES
 
 SCHEDULE = choice(*SCHEDULES)
@@ -43,7 +44,7 @@ PRECISION = choice("fp32", "bf16", "fp16", other_names=PRECISION_NAMES)
 RECOMPUTE = choice("none", "selective", "full", other_names={"all": "full", "off": "none", "no": "none"})
 ROPE_TYPE = choice("linear", "llama3")
 
-_ADAMW = AdamW()
+OPTIMIZER = choice(*OPTIMIZERS, other_names=dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused"), "adamw"))
 
 
 class RunSection(Section, frozen=True):
@@ -225,19 +226,63 @@ class ParallelSection(Section, frozen=True):
     """Layers of each pipeline stage, virtual ones too, in the model's order; evenly shared unless given."""
 
 
-class OptimizerSection(Section, frozen=True):
-    """AdamW (arXiv 1711.05101); norms and biases never decay."""
+class ParameterGroupSection(Section, frozen=True):
+    """Settings of the parameters whose global names match a pattern, in place of the optimizer's own."""
 
-    name: Annotated[Literal["adamw"], choice("adamw")] = "adamw"
-    lr: PositiveNumber = _ADAMW.lr
-    betas: Annotated[tuple[float, float], BETAS] = _ADAMW.betas
-    eps: PositiveNumber = _ADAMW.eps
-    weight_decay: Number = _ADAMW.weight_decay
+    match: Annotated[str, TEXT]
+    """A glob pattern over global names, as ``layers.0.*``: `*` matches dots too."""
+    lr_scale: PositiveNumber = 1.0
+    """A factor on the learning rate of every step."""
+    weight_decay: Number | None = None
+    """The weight decay of the matrices that match; norms and biases never decay."""
+    frozen: Flag = False
+    """Whether the parameters are not trained: no gradient, no optimizer state."""
+
+    def faults(self) -> Iterator[Fault]:
+        stated = [name for name in ("lr_scale", "weight_decay") if name in self.model_fields_set]
+        if self.frozen and stated:
+            text = f"={show(getattr(self, stated[0]))} belongs to parameters that are trained, and frozen=true"
+            yield Fault((stated[0],), f"{text} stands beside it; keep one of them")
+        elif not (self.frozen or stated):
+            yield Fault((), " sets nothing for its parameters; write lr_scale, weight_decay or frozen: true")
+
+
+def _default_of(name: str) -> Callable[[dict[str, Any]], Any]:
+    """Return a default factory: the default of a hyperparameter in the optimizer's declaration, None if it has none."""
+    return lambda given: OPTIMIZERS[given["name"]].defaults.get(name)
+
+
+class OptimizerSection(Section, frozen=True):
+    """The optimizer, its hyperparameters, and parameter groups; norms and biases never decay."""
+
+    name: Annotated[str, OPTIMIZER] = "adamw"
+    lr: PositiveNumber = Field(default_factory=_default_of("lr"))
+    betas: Annotated[tuple[float, float], BETAS] = Field(default_factory=_default_of("betas"))
+    eps: PositiveNumber | None = Field(default_factory=_default_of("eps"))
+    weight_decay: Number = Field(default_factory=_default_of("weight_decay"))
+    groups: tuple[ParameterGroupSection, ...] = ()
+    """Parameters with other settings, by name; the first group that matches a parameter counts."""
 
     @property
-    def stated(self) -> dict[str, object]:
-        """The parameters that the run file states, without those that are defaults here."""
-        return self.model_dump(include=self.model_fields_set - {"name"})
+    def declaration(self) -> OptimizerDeclaration:
+        """What the optimizer declares."""
+        return OPTIMIZERS[self.name]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The hyperparameters that the optimizer has, by name."""
+        return {name: getattr(self, name) for name in self.declaration.defaults}
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The name and the hyperparameters that the run file states, without those that are defaults here."""
+        return self.model_dump(include=self.model_fields_set - {"groups"})
+
+    def faults(self) -> Iterator[Fault]:
+        for name in ("betas", "eps", "weight_decay"):
+            if name in self.model_fields_set and name not in self.declaration.defaults:
+                text = f"={show(getattr(self, name))} is no setting of {self.name}; leave it out"
+                yield Fault((name,), text)
 
 
 class ScheduleSection(Section, frozen=True):

@@ -3,7 +3,7 @@
 The whole model is a stage that is both first and last. There is no second class for training without a pipeline.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -235,12 +235,19 @@ class Stage(nn.Module):
             local = local_shards(shards, self.group.rank, self.group.size)
             initialise_parameter(parameter, local, seed=seed, std=std)
 
-    def num_parameters(self) -> int:
-        """Return the number of parameters that this rank holds, without padding."""
+    def freeze(self, names: Set[str]) -> None:
+        """Make the parameters of these global names not require gradients."""
+        for _, parameter, shards in self.named_shards():
+            if shards[0].name in names:
+                parameter.requires_grad_(False)
+
+    def num_parameters(self, without: Set[str] = frozenset()) -> int:
+        """Return the number of parameters that this rank holds, without padding and without the global names given."""
         return sum(
             Region.of(shard.source).numel
             for _, _, shards in self.named_shards()
             for shard in local_shards(shards, self.group.rank, self.group.size)
+            if shard.spec.name not in without
         )
 
 

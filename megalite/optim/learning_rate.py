@@ -1,12 +1,25 @@
 """Learning-rate schedules: the rate of a step is a function of its number alone, also in a resumed run."""
 
 import math
+from typing import Literal, Protocol
 
-from megalite.config import OptimizerSection, ScheduleSection
+
+class Schedule(Protocol):
+    """The settings of a schedule, as ``train.schedule`` of the run file has them."""
+
+    @property
+    def name(self) -> Literal["cosine", "linear", "constant", "wsd"]: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def decay_steps(self) -> int | None: ...
+    def lowest(self, lr: float) -> float:
+        """Return the rate of the last step under a schedule that decays from `lr`."""
+        ...
 
 
-def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optimizer: OptimizerSection) -> float:
-    """Return the learning rate of `step` (1 to `total_steps`): linear warm-up to the peak, then decay to `min_lr`.
+def learning_rate(step: int, total_steps: int, schedule: Schedule, peak: float) -> float:
+    """Return the learning rate of `step` (1 to `total_steps`): linear warm-up to `peak`, then decay to `min_lr`.
 
     No rate is 0, so that every step changes the weights: the first step of a warm-up has a share of the peak, and
     `min_lr` is a tenth of the peak by default.
@@ -18,7 +31,7 @@ def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optimi
     | cosine   | cosine decay (arXiv:1608.03983) |
     | wsd      | the peak, then linear decay over the last `decay_steps` (warm-up, stable, decay; arXiv:2404.06395) |
     """
-    peak, low = optimizer.lr, schedule.lowest(optimizer.lr)
+    low = schedule.lowest(peak)
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     match schedule.name:

@@ -1,6 +1,7 @@
 """The pipeline executor: runs a stream of instructions on one rank, in the order of the stream."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -63,8 +64,12 @@ class StageEngine(Protocol):
         dropout: Any,
     ) -> Tensor: ...
 
-    def backward(self, scalar: Tensor) -> None:
-        """Backpropagate from a scalar into the parameters' gradients, with the loss scale if there is one."""
+    def backward(self, stage: int, scalar: Tensor, *, last: bool) -> None:
+        """Backpropagate from a stage's scalar into the parameters' gradients, with the loss scale if there is one.
+
+        `last` says that no other backward of the stage follows in the step: an engine may reduce its gradients now,
+        unless weight gradients are deferred.
+        """
         ...
 
     def defer_weight_grads(self, stage: int) -> AbstractContextManager[WeightGradStore]:
@@ -115,10 +120,15 @@ class PipelineExecutor:
         activation_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        first_trained: int = 0,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """Build the executor of pipeline rank `rank`; `on_progress` is called after every instruction."""
-        self.on_progress, self.compute_timer = on_progress, compute_timer(device)
+        """Build the executor of pipeline rank `rank`; `on_progress` is called after every instruction.
+
+        `first_trained` is the first stage with a trained parameter. The stages before it compute no backward: they
+        receive zeros as gradients, so that every message of the schedule is sent.
+        """
+        self.on_progress, self.compute_timer, self.first_trained = on_progress, compute_timer(device), first_trained
         self.engine, self.placement, self.rank, self.device = engine, placement, rank, device
         self.incoming = {end: Channel(link, activation_shape, dtype, device) for end, link in links.incoming.items()}
         self.outgoing = {end: Channel(link, activation_shape, dtype, device) for end, link in links.outgoing.items()}
@@ -152,13 +162,15 @@ class _Run:
         self.outputs: dict[Key, Tensor] = {}
         """Outputs with their autograd graph, until their backward."""
         self.weight_grads: dict[Key, WeightGradStore] = {}
+        self.backwards_left = Counter[int]()
+        """The number of backwards that each stage still has to run."""
         self.losses: list[Tensor] = []
         self.spans: list[Span] = []
         self.start = time.perf_counter()
 
     def execute(self, stream: Sequence[Instruction]) -> StepResult:
-        trains = any(isinstance(instruction, Backward | BackwardInput) for instruction in stream)
-        with torch.set_grad_enabled(trains):
+        self.backwards_left.update(i.stage for i in stream if isinstance(i, Backward | BackwardInput))
+        with torch.set_grad_enabled(bool(self.backwards_left)):
             for instruction in stream:
                 self._execute(instruction)
                 self.executor.on_progress()
@@ -220,21 +232,26 @@ class _Run:
         else:
             inputs = self.receiving.pop(ReceiveActivation(*key)).wait()
         if torch.is_grad_enabled():
-            self.inputs[key] = inputs.requires_grad_()
+            self.inputs[key] = inputs.requires_grad_(stage > self.executor.first_trained)
         return inputs
 
     def _backward(self, at: Backward | BackwardInput) -> None:
         key, engine = (at.stage, at.microbatch), self.executor.engine
         scalar = self.outputs.pop(key)
         gradient = self._output_gradient(key) if at.stage < self.last_stage else None
+        self.backwards_left[at.stage] -= 1
+        last = not self.backwards_left[at.stage]
+        if not scalar.requires_grad:  # every parameter up to here is frozen
+            self.weight_grads |= {key: WeightGradStore()} if isinstance(at, BackwardInput) else {}
+            return
         with self._timed(at):
             if gradient is not None:
                 scalar: Tensor = _InjectGradient.apply(scalar, gradient)  # pyright: ignore[reportAssignmentType]
             if isinstance(at, Backward):
-                engine.backward(scalar)
+                engine.backward(at.stage, scalar, last=last)
             else:
                 with engine.defer_weight_grads(at.stage) as self.weight_grads[key]:
-                    engine.backward(scalar)
+                    engine.backward(at.stage, scalar, last=last)
 
     def _output_gradient(self, key: Key) -> Tensor:
         """Return the gradient of a stage's output: the gradient of the next stage's input."""
@@ -244,9 +261,11 @@ class _Run:
         return self.receiving.pop(ReceiveGradient(*key)).wait()
 
     def _input_gradient(self, key: Key) -> Tensor:
-        gradient = self.inputs.pop(key).grad
-        assert gradient is not None
-        return gradient
+        inputs = self.inputs.pop(key)
+        if not inputs.requires_grad:  # no parameter of an earlier stage is trained
+            return torch.zeros_like(inputs)
+        assert inputs.grad is not None
+        return inputs.grad
 
     def _is_local(self, stage: int) -> bool:
         return self.placement.rank_of(stage) == self.executor.rank

@@ -1,17 +1,25 @@
-"""Construction of the pipeline stages that a rank holds."""
+"""Construction of the pipeline stages that a rank holds, and of the engine that trains them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+
+import torch
+import torch.distributed as dist
 
 from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.load import load_stage
 from megalite.model.stage import Stage
 from megalite.model.weights import Weights
 from megalite.parallel.mesh import Mesh
+from megalite.training.engine import Engine
 from megalite.training.plan import Plan
 
 
 def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels: Kernels = NATIVE) -> dict[int, Stage]:
-    """Build this rank's stages; load `weights`, or initialise parameters from the seed and their names."""
+    """Build this rank's stages; load `weights`, or initialise parameters from the seed and their names.
+
+    Frozen parameters do not require gradients.
+    """
     parallel = plan.config.parallel
     group = replace(
         mesh.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap, kernels=kernels
@@ -32,4 +40,20 @@ def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels
             stage.initialise(plan.config.run.seed)
         else:
             load_stage(stage, weights)
+        stage.freeze(plan.frozen)
     return stages
+
+
+def build_engine(stages: Mapping[int, Stage], plan: Plan, mesh: Mesh) -> Engine:
+    """Build the engine that trains this rank's stages: DeepSpeed's ZeRO, the only engine so far. Collective."""
+    from megalite.zero.engine import ZeroEngine
+
+    return ZeroEngine(stages, plan.config, mesh, plan.parameter_settings)
+
+
+def first_trained_stage(stages: Mapping[int, Stage], mesh: Mesh) -> int:
+    """Return the index of the first stage of the pipeline with a parameter that is not frozen. Collective."""
+    trained = [index for index, stage in stages.items() if any(p.requires_grad for p in stage.parameters())]
+    first = torch.tensor(min(trained, default=mesh.placement.num_stages), device=mesh.device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=mesh.pipeline)
+    return int(first)

@@ -29,7 +29,7 @@ from megalite.errors import UserError
 from megalite.files import write_atomically
 from megalite.parallel.json_collectives import broadcast_json, gather_json
 from megalite.parallel.mesh import Mesh
-from megalite.zero.optimizer_state import ZeroState
+from megalite.training.engine import EngineState
 
 LATEST = "LATEST"
 PROGRESS_INTERVAL_SECONDS = 1.0
@@ -70,7 +70,7 @@ class Checkpointer:
         self,
         settings: CheckpointSection,
         root: Path,
-        state: ZeroState,
+        state: EngineState,
         mesh: Mesh,
         *,
         tensor_bytes: int,

@@ -23,7 +23,7 @@ class RankBytes:
     reduction: int
     """The reduction buffers, and from ZeRO stage 1 on this rank's partition of the reduced gradients."""
     optimizer: int
-    """AdamW's two moments, and from ZeRO stage 1 on the master weights; all in fp32."""
+    """The optimizer's state, and from ZeRO stage 1 on the master weights; all in fp32."""
     offloaded: int = 0
     """State in host memory or on NVMe, which is not included in the other fields."""
 
@@ -33,25 +33,30 @@ class RankBytes:
         return self.weights + self.gradients + self.reduction + self.optimizer
 
 
-def rank_bytes(config: RunConfig, parameters: int) -> RankBytes:
-    """Return the estimate for a rank with `parameters` parameters, before ZeRO partitions them over the replicas."""
+def rank_bytes(config: RunConfig, parameters: int, trained: int | None = None) -> RankBytes:
+    """Return the estimate for a rank with `parameters` parameters, before ZeRO partitions them over the replicas.
+
+    `trained` of them are not frozen; None means all.
+    """
+    trained = parameters if trained is None else trained
     stage, replicas = config.zero_stage, config.layout.data
     weight = _FP32 if config.precision == "fp32" else 2
     accumulated = config.deepspeed.gradient_precision if config.precision != "fp32" else "fp32"
     gradient = _FP32 if accumulated == "fp32" else 2
-    share = -(-parameters // replicas)
-    weights = weight * (share if stage == 3 else parameters)
+    weights = weight * (-(-parameters // replicas) if stage == 3 else parameters)
+    share = -(-trained // replicas)
     zero = config.deepspeed.document.get("zero_optimization", {})
-    bucket = zero.get("reduce_bucket_size", min(_BUCKET, parameters)) if stage else min(_BUCKET, parameters)
+    bucket = zero.get("reduce_bucket_size", min(_BUCKET, trained)) if stage else min(_BUCKET, trained)
     buffers = 2 if stage in (1, 2) and zero.get("overlap_comm") and zero.get("contiguous_gradients", True) else 1
     reduction = buffers * bucket * gradient + (share * gradient if stage else 0)
-    optimizer = 12 * share if stage else 8 * parameters
+    tensors = len(config.optimizer.declaration.state_tensors)
+    optimizer = _FP32 * ((tensors + 1) * share if stage else tensors * trained)
     offloaded = 0
     if _off_device(zero.get("offload_optimizer")):
         offloaded, optimizer = offloaded + optimizer, 0
     if _off_device(zero.get("offload_param")):
         offloaded, weights = offloaded + weights, 0
-    return RankBytes(weights, gradient * parameters, reduction, optimizer, offloaded)
+    return RankBytes(weights, gradient * trained, reduction, optimizer, offloaded)
 
 
 def _off_device(section: dict[str, object] | None) -> bool:

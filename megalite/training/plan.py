@@ -13,7 +13,7 @@ from importlib.metadata import version
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -21,7 +21,7 @@ from rich.table import Table
 from megalite.checkpoint import forecast
 from megalite.checkpoint.compatibility import CheckpointRequirements
 from megalite.checkpoint.discovery import CHECKPOINTS, resume_candidates
-from megalite.checkpoint.manifest import Manifest
+from megalite.checkpoint.manifest import Manifest, OptimizerRecord
 from megalite.checkpoint.model_files import (
     GENERATION_CONFIG,
     read_settings,
@@ -35,6 +35,7 @@ from megalite.checkpoint.special_tokens import DocumentTokens, declared_end_ids
 from megalite.checkpoint.weights import CheckpointWeights, document_tokens
 from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.config.hub_names import hub_hint
+from megalite.config.validation import Fault, report
 from megalite.data.batch_schedule import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed.dataset import IndexedDataset
@@ -46,12 +47,16 @@ from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
 from megalite.monitoring.run_folder import require_run_folder
+from megalite.optim.parameter_groups import ParameterSettings, parameter_settings, rule_faults, unequal_parts
 from megalite.parallel.layout import MeshCoordinate, ParallelLayout, format_ranges
 from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
 from megalite.pipeline.schedules import SCHEDULES, all_streams
 from megalite.pipeline.timeline.simulator import simulate
 from megalite.training.memory_estimate import rank_bytes, unit_for
+
+if TYPE_CHECKING:
+    from megalite.model.stage import Stage
 
 CONFIG = "config.yaml"
 """The resolved run file in a checkpoint."""
@@ -63,11 +68,12 @@ _LISTED = 4
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row of the rank map: ranks with the same number of layers and parameters."""
+    """A row of the rank map: ranks with the same number of layers and parameters, `trained` of them not frozen."""
 
     ranks: tuple[int, ...]
     layers: str
     parameters: int
+    trained: int
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Plan:
     tokenizer_digest: str | None = None
     unchecked: tuple[str, ...] = ()
     """Files that a dry run could not check, since they do not exist yet; a line each."""
-    _counted: dict[tuple[int, bool, bool, int], int] = field(default_factory=dict, repr=False, compare=False)
+    _counted: dict[tuple[object, ...], int] = field(default_factory=dict, repr=False, compare=False)
 
     def check_data(self, *, keep_index: bool = True) -> Datasets:
         """Open the data as the ranks will.
@@ -141,7 +147,24 @@ class Plan:
     @cached_property
     def requirements(self) -> CheckpointRequirements:
         """The requirements of this run on a checkpoint."""
-        return CheckpointRequirements(self.config.model, weight_shapes(self.config.model), self.tokenizer_digest)
+        return CheckpointRequirements(
+            self.config.model,
+            weight_shapes(self.config.model),
+            self.tokenizer_digest,
+            self.config.optimizer.declaration,
+            self.frozen,
+        )
+
+    @cached_property
+    def parameter_settings(self) -> dict[str, ParameterSettings]:
+        """How each parameter of the model is trained, by global name in the order of the model."""
+        optimizer = self.config.optimizer
+        return parameter_settings(weight_shapes(self.config.model), optimizer.groups, optimizer.weight_decay)
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The global names of the parameters that are not trained."""
+        return frozenset(name for name, settings in self.parameter_settings.items() if settings.frozen)
 
     @cached_property
     def order_digest(self) -> str:
@@ -150,8 +173,10 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint's tensors: for every weight the master weight and two moments, in fp32."""
-        return 12 * sum(map(prod, self.requirements.shapes.values()))
+        """Bytes of a checkpoint's tensors: every weight, and the optimizer state of those that are trained, in fp32."""
+        required = self.requirements
+        trained = sum(prod(shape) for name, shape in required.shapes.items() if name not in required.frozen)
+        return 4 * (sum(map(prod, required.shapes.values())) + len(required.optimizer.state_tensors) * trained)
 
     def describe_checkpoints(self) -> str:
         """Return a line on the checkpoints that the run will keep, and their size."""
@@ -175,6 +200,11 @@ class Plan:
             config_sha256=sha256(self.config.to_yaml().encode()).hexdigest(),
             tokenizer_sha256=self.tokenizer_digest,
             documents=self.documents,
+            optimizer=OptimizerRecord(
+                self.config.optimizer.name,
+                self.config.optimizer.declaration.state_tensors,
+                self.config.optimizer.model_dump(mode="json", exclude={"name"}, exclude_none=True),
+            ),
         )
 
     def companion_files(self) -> dict[str, bytes]:
@@ -322,7 +352,7 @@ class Plan:
         )
 
     def _rank_map(self) -> Table:
-        rows = [(row, rank_bytes(self.config, row.parameters)) for row in self._rows()]
+        rows = [(row, rank_bytes(self.config, row.parameters, row.trained)) for row in self._rows()]
         unit, size = unit_for(max(held.total for _, held in rows))
         table = Table(title=f"what a rank holds, in {unit}", title_justify="left", box=None, padding=(0, 1, 0, 0))
         left = ("ranks", "stages: layers")
@@ -333,10 +363,12 @@ class Plan:
             shown = [f"{number / size:,.2f}" for number in sizes]
             table.add_row(format_ranges(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
         total = sum(self.parameters_of_rank(*coordinate) for coordinate in self._model_coordinates()) * self.layout.data
-        model = _num_parameters(self.config.model, range(self.config.model.num_hidden_layers), 0, 1, (0, 1))
+        shapes = self.requirements.shapes
+        frozen = sum(prod(shapes[name]) for name in self.frozen)
         notes = [
-            f"{model:,} parameters in the model, {total:,} on its ranks",
+            f"{sum(map(prod, shapes.values())):,} parameters in the model, {total:,} on its ranks",
             "(norms, tied tables and replicas stand on several)",
+            *([f"{frozen:,} parameters of the model are frozen"] if frozen else []),
             "bytes by arithmetic, without activations and what the device's libraries take",
         ]
         if offloaded := max(held.offloaded for _, held in rows):
@@ -361,30 +393,31 @@ class Plan:
             layers = f"{numbers}: {', '.join(f'{layers.start}-{layers.stop - 1}' for _, layers in stages)}"
             if self.layout.pipeline > _LISTED:
                 layers = f"{' + '.join(str(len(layers)) for _, layers in stages)} layers"
-            row = _Row(ranks, layers, self.parameters_of_rank(pipeline, tensor))
-            alike = [
-                at for at, other in enumerate(rows) if (other.layers, other.parameters) == (layers, row.parameters)
-            ]
+            counts = [self.parameters_of_rank(pipeline, tensor, trained=trained) for trained in (False, True)]
+            row = _Row(ranks, layers, *counts)
+            alike = [at for at, other in enumerate(rows) if replace(other, ranks=ranks) == row]
             if alike:
-                rows[alike[0]] = _Row(tuple(sorted((*rows[alike[0]].ranks, *ranks))), layers, row.parameters)
+                rows[alike[0]] = replace(row, ranks=tuple(sorted((*rows[alike[0]].ranks, *ranks))))
             else:
                 rows.append(row)
         return rows
 
-    def parameters_of_rank(self, pipeline: int, tensor: int) -> int:
-        """Return the number of parameters of all stages of a rank, before ZeRO partitions them."""
-        return sum(self.parameters(stage, tensor) for stage in self.placement.stages_of(pipeline))
+    def parameters_of_rank(self, pipeline: int, tensor: int, *, trained: bool = False) -> int:
+        """Return the number of parameters of all stages of a rank, as `parameters` counts them."""
+        return sum(self.parameters(stage, tensor, trained=trained) for stage in self.placement.stages_of(pipeline))
 
-    def parameters(self, stage: int, tensor: int) -> int:
-        """Return the number of parameters that one rank holds of a stage, before ZeRO partitions them."""
+    def parameters(self, stage: int, tensor: int, *, trained: bool = False) -> int:
+        """Return the number of parameters that one rank holds of a stage, before ZeRO partitions them.
+
+        With `trained` frozen parameters are left out.
+        """
         layers, last = self.stage_layers[stage], self.placement.num_stages - 1
-        # All middle stages with the same number of layers are equally large, so the count is cached.
-        kind = (len(layers), stage == 0, stage == last, tensor)
+        # All middle stages with the same number of layers are equally large unless some are frozen: cache the count.
+        kind = (layers if self.frozen else len(layers), stage == 0, stage == last, tensor, trained)
         if kind not in self._counted:
             shares = stage == last > 0 and self.placement.rank_of(0) == self.placement.rank_of(stage)
-            size = (tensor, self.layout.tensor)
-            count = _num_parameters(self.config.model, layers, stage, last + 1, size, shares_rank=shares)
-            self._counted[kind] = count
+            built = _meta_stage(self.config.model, layers, stage, last + 1, (tensor, self.layout.tensor), shares)
+            self._counted[kind] = built.num_parameters(without=self.frozen if trained else frozenset())
         return self._counted[kind]
 
     def _pipeline(self) -> str:
@@ -405,16 +438,15 @@ def _sequences(count: int) -> str:
     return "1 sequence" if count == 1 else f"{count} sequences"
 
 
-def _num_parameters(
+def _meta_stage(
     model: ModelConfig,
     layers: range,
     index: int,
     num_stages: int,
     tensor_rank_and_size: tuple[int, int],
-    *,
     shares_rank: bool = False,
-) -> int:
-    """Return the number of parameters of a stage on a rank; with `shares_rank` without a tied table that it shares."""
+) -> "Stage":
+    """Return a stage without memory for its parameters; with `shares_rank` without a tied table that it shares."""
     import torch
 
     from megalite.model.stage import Stage
@@ -424,7 +456,25 @@ def _num_parameters(
         group = TensorGroup(*tensor_rank_and_size)
         first = Stage(model, (), index=0, num_stages=num_stages, group=group) if shares_rank else None
         table = first.tied_table if first is not None else None
-        return Stage(model, layers, index=index, num_stages=num_stages, group=group, table=table).num_parameters()
+        return Stage(model, layers, index=index, num_stages=num_stages, group=group, table=table)
+
+
+def _check_parameter_groups(plan: Plan) -> None:
+    """Raise UserError for parameter groups without effect, and for those that divide one tensor of the training."""
+    groups, key = plan.config.optimizer.groups, ("train", "optimizer", "groups")
+    if not groups:
+        return
+    model, origin = plan.config.model, plan.config.origin
+    faults = [
+        Fault((*key, number, "match"), f"={groups[number].match!r}{text}")
+        for number, text in rule_faults(plan.requirements.shapes, groups)
+    ]
+    report([origin.line(fault) for fault in faults])
+    whole = _meta_stage(model, range(model.num_hidden_layers), 0, 1, (0, plan.layout.tensor))
+    parts = [tuple(shard.name for shard in shards) for _, _, shards in whole.named_shards()]
+    if unequal := unequal_parts(parts, plan.parameter_settings):
+        text = f": {unequal[0]} and {unequal[1]} are parts of one matrix in training, and have different settings; "
+        report([origin.line(Fault(key, f"{text}match both of them, or none"))])
 
 
 def _is_absent(prefix: Path) -> bool:
@@ -471,12 +521,17 @@ def _section_of_weights(path: Path) -> dict[str, Any]:
 
 
 def plan_of(config: RunConfig, tokenizer_digest: str | None) -> Plan:
-    """Return the plan of a configuration that `RunConfig.resolve` has resolved and checked."""
+    """Return the plan of a configuration that `RunConfig.resolve` has resolved and checked.
+
+    Raises UserError for parameter groups that do not fit the model.
+    """
     stages = config.placement
-    return Plan(
+    plan = Plan(
         config=config,
         layout=config.layout,
         placement=stages,
         stage_layers=partition(config.model.num_hidden_layers, stages.num_stages, config.parallel.stage_layers),
         tokenizer_digest=tokenizer_digest,
     )
+    _check_parameter_groups(plan)
+    return plan

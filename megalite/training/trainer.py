@@ -29,7 +29,7 @@ from megalite.pipeline.executor import PipelineExecutor, StepResult
 from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedules import SCHEDULES, forward_only
 from megalite.pipeline.timeline.spans import Span
-from megalite.training.build import build_stages
+from megalite.training.build import build_engine, build_stages, first_trained_stage
 from megalite.training.checkpointing import Checkpointer
 from megalite.training.loss_spikes import LossSpikeDetector
 from megalite.training.microbatches import MicrobatchLoader
@@ -39,8 +39,6 @@ from megalite.training.resume import find_start
 from megalite.training.run_logger import RunLogger
 from megalite.training.step_report import StepReport
 from megalite.training.stop_requests import StopRequests
-from megalite.zero.engine import ZeroEngine
-from megalite.zero.optimizer_state import ZeroState
 
 
 class Trainer:
@@ -68,8 +66,8 @@ class Trainer:
         self.marker = marker
         self.start = find_start(plan, mesh)
         self.kernels = _choose_kernels_on_rank_zero(self.config, mesh, self.start.kernels)
-        self.engine = ZeroEngine(build_stages(plan, mesh, self.start.weights, self.kernels), self.config, mesh)
-        self.state = ZeroState(self.engine)
+        self.engine = build_engine(build_stages(plan, mesh, self.start.weights, self.kernels), plan, mesh)
+        self.state = self.engine.state
         self._restore()
         _ = plan.documents  # read now, since the folder of `init_from` may be gone at the first save
         self.spike_detector = LossSpikeDetector(self.config.train.spike, self.start.recent_losses)
@@ -87,8 +85,7 @@ class Trainer:
             on_save_point=on_save_point,
             on_progress=self.progress.touch,
         )
-        for hook in (self.engine.optimizer.register_step_pre_hook, self.engine.optimizer.register_step_post_hook):
-            hook(lambda *_: self.progress.touch())  # a step may take long with several groups or on the host
+        self.engine.on_update_progress(self.progress.touch)
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
@@ -100,6 +97,7 @@ class Trainer:
             ),
             dtype=self.engine.dtype,
             device=mesh.device,
+            first_trained=first_trained_stage(self.engine.stages, mesh),
             moved=self.progress.touch,
         )
         self.datasets = datasets
@@ -338,7 +336,7 @@ class Trainer:
     def _learning_rate(self, step: int) -> float | None:
         if self.config.deepspeed.scheduler is not None:
             return None
-        return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
+        return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer.lr)
 
     def _reduce_loss_and_stop_flags(self, result: StepResult) -> float:
         """All-reduce the mean loss over the data axis, together with the stop flags of all ranks.

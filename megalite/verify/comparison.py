@@ -1,11 +1,11 @@
 """Compare one step of a layout with the reference: rank 0 broadcasts its tensors, every rank compares its part.
 
 There are four comparisons: the weights before the step, which must be equal to the bit; the loss and the gradient's
-global norm; the reduced gradients in ZeRO's partitions; and the weights after the step. AdamW's first step moves a
-weight by nearly the learning rate in the direction of its gradient's sign, so that a gradient that is only rounding
-error around zero may move it either way. The weights after the step are therefore compared with torch's AdamW applied
-to the reference's weights with the gradients and the global norm *of this layout*, which have already been compared
-with the reference's.
+global norm; the reduced gradients in ZeRO's partitions; and the weights after the step. The first step of AdamW and
+Lion moves a weight by nearly the learning rate in the direction of its gradient's sign, so that a gradient that is only
+rounding error around zero may move it either way. The weights after the step are therefore compared with the optimizer
+applied to the reference's weights with the gradients and the global norm *of this layout*, which have already been
+compared with the reference's. Frozen weights must be equal to the reference's.
 """
 
 import datetime
@@ -194,12 +194,13 @@ class _Comparison:
         return difference / size if size else (inf if difference else 0.0)
 
     def _beyond_the_update(self, name: str, number: int, piece: _Piece, whole: Tensor) -> float:
-        settings = self.trainer.config.optimizer
+        optimizer, rate = self.trainer.config.optimizer, self.trainer.engine.learning_rate
+        settings = self.trainer.plan.parameter_settings[name]
         expected = nn.Parameter(piece.of(whole).clone())
-        expected.grad = self.gradients[name][number].elements * self.clip
-        decay = settings.weight_decay if whole.ndim > 1 else 0.0
-        rate = self.trainer.engine.learning_rate
-        torch.optim.AdamW([expected], lr=rate, betas=settings.betas, eps=settings.eps, weight_decay=decay).step()
+        if not settings.frozen:
+            expected.grad = self.gradients[name][number].elements * self.clip
+            group = {"params": [expected], "lr": rate * settings.lr_scale, "weight_decay": settings.weight_decay}
+            optimizer.declaration.build([group], optimizer.hyperparameters, self.mesh.device).step()
         moved = expected.detach()
         rounding = 4 * torch.finfo(torch.float32).eps * moved.abs()
         beyond = (piece.elements - moved).abs() - rounding

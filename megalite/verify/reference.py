@@ -88,6 +88,7 @@ def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
         model.initialise(config.run.seed)
     else:
         load_stage(model, open_weights(config.init_from))
+    model.freeze(plan.frozen)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The ZeRO engine (arXiv:1910.02054): gradient reduction, clipping and AdamW by DeepSpeed, for a rank's stages.
+"""The ZeRO engine (arXiv:1910.02054): gradient reduction, clipping and updates by DeepSpeed, for a rank's stages.
 
 The pipeline executor calls this engine, which calls DeepSpeed. Where DeepSpeed does not do what a pipeline of
 tensor-parallel stages needs, a workaround stands beside a comment on DeepSpeed's behaviour (`DeepSpeed:`). A canary in
@@ -6,7 +6,7 @@ tests/zero/test_canaries.py fails as soon as DeepSpeed's behaviour has changed.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
@@ -20,15 +20,16 @@ from megalite.config import RunConfig
 from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.model.precision import DTYPES
-from megalite.model.stage import Stage
-from megalite.optim.adamw import make_adamw, unique_parameters
+from megalite.model.stage import TOKEN_TABLE, Stage
 from megalite.optim.outcome import StepOutcome
-from megalite.optim.uncompiled import skip_dynamo_import
+from megalite.optim.parameter_groups import ParameterSettings, optimizer_groups
+from megalite.optim.torch_adamw import skip_dynamo_import
 from megalite.parallel.mesh import Mesh
 from megalite.tensor_parallel.weight_grad_store import WeightGradStore
 from megalite.zero.deepspeed_patches import patch_deepspeed, set_deepspeed_log_level
-from megalite.zero.grad_norm import is_counted_in_norm, is_tied, mark_counted_in_norm
+from megalite.zero.grad_norm import is_counted_in_norm, is_tied, mark_counted, mark_counted_in_norm
 from megalite.zero.mpu import ModelParallelUnit
+from megalite.zero.optimizer_state import ZeroState
 
 skip_dynamo_import()
 
@@ -38,9 +39,10 @@ _STEPS_NEVER_REACHED = 10**12
 class _Stages(nn.Module):
     """The stages of one rank as a single module, as DeepSpeed requires; `forward` takes the index of the stage."""
 
-    def __init__(self, stages: Mapping[int, Stage]) -> None:
+    def __init__(self, stages: Mapping[int, Stage], placeholders: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.stages = nn.ModuleDict({str(index): stage for index, stage in stages.items()})
+        self.placeholders = nn.ParameterList(placeholders)
 
     def forward(
         self,
@@ -56,12 +58,19 @@ class _Stages(nn.Module):
 
 
 class ZeroEngine:
-    """Gradient accumulation, reduction over the data axis, clipping and AdamW, at ZeRO stage 0 to 3.
+    """Gradient accumulation, reduction over the data axis, clipping and the optimizer, at ZeRO stage 0 to 3.
 
-    One optimizer step is ``with engine.accumulate(): <forwards and backwards>`` and then ``engine.step()``.
+    One optimizer step is ``with engine.accumulate(): <forwards and backwards>`` and then ``engine.step()``. An
+    implementation of `megalite.training.engine.Engine`.
     """
 
-    def __init__(self, stages: Mapping[int, Stage], config: RunConfig, mesh: Mesh) -> None:
+    def __init__(
+        self, stages: Mapping[int, Stage], config: RunConfig, mesh: Mesh, settings: Mapping[str, ParameterSettings]
+    ) -> None:
+        """Build the engine of `stages`; `settings` are those of every parameter of the model, by global name.
+
+        Frozen parameters must not require gradients.
+        """
         self.mesh, self.zero_stage = mesh, config.zero_stage
         self._gradient_precision = config.deepspeed.gradient_precision
         self._clip = config.gradient_clipping
@@ -70,11 +79,11 @@ class ZeroEngine:
             mark_counted_in_norm(stage, mesh)
         set_deepspeed_log_level(config.deepspeed.asks_deepspeed_to_report)
         patch_deepspeed(mesh)
-        separate = config.model.tie_word_embeddings and mesh.tied_copies_may_differ
-        self.optimizer = make_adamw(stages, config.optimizer, device=mesh.device, separate_tied_table=separate)
-        local_elements = sum(parameter.numel() for parameter in unique_parameters(stages))
+        self._placeholders: list[nn.Parameter] = []
+        self.optimizer = self._build_optimizer(config, settings)
+        local_elements = sum(parameter.numel() for parameter in self._trained_parameters())
         engine, *_ = deepspeed.initialize(
-            model=_Stages(stages),
+            model=_Stages(stages, self._placeholders),
             optimizer=self.optimizer,
             config=self._engine_config(config, local_elements),
             mpu=ModelParallelUnit(mesh),
@@ -92,12 +101,47 @@ class ZeroEngine:
             self.zero_optimizer.loss_scaler.raise_error_at_min_scale = False
         if self.gradient_dtype != self.dtype:
             self._set_gradient_dtype()
+        self._base_rate: float | None = None
+        self.state = ZeroState(
+            self.engine, self.optimizer, config.optimizer.declaration, self.stages, mesh, self.zero_stage
+        )
+
+    def _build_optimizer(self, config: RunConfig, settings: Mapping[str, ParameterSettings]) -> torch.optim.Optimizer:
+        """Build the optimizer over this rank's trained parameters, in the groups that all ranks have.
+
+        DeepSpeed: ZeRO drops empty groups and all-reduces the norm once per group, so all ranks hang unless every rank
+        has the same number of groups. So an empty group gets a placeholder: a parameter with a gradient of zeros.
+
+        The last few elements of a flat ZeRO partition are computed by other instructions than the rest. A tied table
+        whose copies could differ by that is a separate group, which is partitioned at the same elements on both stages.
+        """
+
+        def placeholder() -> nn.Parameter:
+            # Elements for every data-parallel rank, since ZeRO partitions them.
+            parameter = nn.Parameter(torch.zeros(2 * self.mesh.layout.data, device=self.mesh.device))
+            mark_counted(parameter)
+            self._placeholders.append(parameter)
+            return parameter
+
+        names = {id(p): shards[0].name for stage in self.stages.values() for _, p, shards in stage.named_shards()}
+        separate = config.model.tie_word_embeddings and self.mesh.tied_copies_may_differ
+        groups = optimizer_groups(
+            ((names[id(parameter)], parameter) for parameter in self._trained_parameters()),
+            settings,
+            separate=TOKEN_TABLE if separate else None,
+            placeholder=placeholder,
+        )
+        return config.optimizer.declaration.build(groups, config.optimizer.hyperparameters, self.mesh.device)
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that are not frozen, each once: the first and the last stage may share a tied table."""
+        parameters = dict.fromkeys(parameter for stage in self.stages.values() for parameter in stage.parameters())
+        return [parameter for parameter in parameters if parameter.requires_grad]
 
     def _set_gradient_dtype(self) -> None:
         """Make autograd and DeepSpeed's reduction accumulate gradients in `gradient_dtype`."""
-        for stage in self.stages.values():
-            for parameter in stage.parameters():
-                parameter.grad_dtype = self.gradient_dtype  # pyright: ignore[reportAttributeAccessIssue]
+        for parameter in (*self._trained_parameters(), *self._placeholders):
+            parameter.grad_dtype = self.gradient_dtype  # pyright: ignore[reportAttributeAccessIssue]
         if self.zero_stage < 3:
             # DeepSpeed: ZeRO-2 rounds gradients to the parameters' dtype when it copies them into its bucket, even
             # where they are accumulated and reduced in another dtype.
@@ -173,8 +217,11 @@ class ZeroEngine:
         """Run the forward of one stage on one microbatch; return hidden states, or the loss on the last stage."""
         return self.engine(stage, inputs, targets, packing, loss_weights, dropout)
 
-    def backward(self, scalar: Tensor) -> None:
-        """Backpropagate from one microbatch's scalar, times the loss scale; the gradients are not reduced yet."""
+    def backward(self, stage: int, scalar: Tensor, *, last: bool) -> None:
+        """Backpropagate from one microbatch's scalar, times the loss scale.
+
+        The gradients are reduced at the end of `accumulate`, whatever the stage and whether it is its last backward.
+        """
         if self.zero_stage > 0:
             # DeepSpeed: ZeRO resets its count of gradient hooks at a forward, not at a backward. In a pipeline several
             # backwards follow a forward.
@@ -213,9 +260,7 @@ class ZeroEngine:
         """Accumulate the gradients of one step; at the end all-reduce tied copies and reduce over the data axis."""
         if self.zero_stage == 0:
             yield
-            self._all_reduce_sequence_parallel_grads()
-            self._all_reduce_tied_gradient()
-            self._propagate_nonfinite_of_uncounted()
+            self._complete_gradients()
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
             return
@@ -223,29 +268,44 @@ class ZeroEngine:
         # on the other stage was added, and would run once per microbatch at stages 2 and 3.
         with self.engine.coalesce_grad_reduction():
             yield
-            self._all_reduce_sequence_parallel_grads()
-            self._all_reduce_tied_gradient()
-            self._propagate_nonfinite_of_uncounted()
+            self._complete_gradients()
         self.engine.set_gradient_accumulation_boundary(True)
 
-    def step(self, learning_rate: float | None) -> StepOutcome:
-        """Clip the gradients and run AdamW; with `learning_rate` None the DeepSpeed JSON's scheduler sets the rate.
+    def _complete_gradients(self) -> None:
+        """Add what other model-parallel ranks contribute to this rank's gradients, before the data axis is reduced."""
+        for parameter in self._placeholders:
+            self.accumulate_gradient(parameter, parameter.new_zeros(2 * self.mesh.layout.data))
+        self._all_reduce_sequence_parallel_grads()
+        self._all_reduce_tied_gradient()
+        self._propagate_nonfinite_of_uncounted()
 
-        Where any rank has a gradient that is not finite, every rank skips the update: parameters and moments do not
-        change, and the gradients are dropped.
+    def step(self, learning_rate: float | None) -> StepOutcome:
+        """Clip the gradients and update; with `learning_rate` None the DeepSpeed JSON's scheduler sets the rate.
+
+        Where any rank has a gradient that is not finite, every rank skips the update: parameters and optimizer state do
+        not change, and the gradients are dropped.
         """
+        self._base_rate = learning_rate
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group["lr_scale"]
         scale = float(self.zero_optimizer.loss_scale) if self.dtype == torch.float16 else None
         norm, skipped = self._step_at_stage_0() if self.zero_stage == 0 else self._step_of_zero()
         self.engine.set_gradient_accumulation_boundary(False)
+        self.state.updates += not skipped
         return StepOutcome(norm, skipped, scale)
+
+    def on_update_progress(self, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever `step` has updated some of the parameters, since a step may take long."""
+        self.optimizer.register_step_pre_hook(lambda *_: callback())
+        self.optimizer.register_step_post_hook(lambda *_: callback())
 
     def poison_gradients(self) -> None:
         """Set a gradient to inf, so that every rank skips the update. Call it in `accumulate`, after the backwards."""
-        gradient = next(p.grad for stage in self.stages.values() for p in stage.parameters() if p.grad is not None)
-        gradient.view(-1)[0] = math.inf
+        for parameter in self._trained_parameters():
+            if parameter.grad is not None:
+                parameter.grad.view(-1)[0] = math.inf
+                return
 
     def sync_model_params_from_master(self) -> None:
         """Copy the optimizer's fp32 master weights into the parameters. Collective."""
@@ -280,14 +340,17 @@ class ZeroEngine:
 
     @property
     def zero_optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer, which wraps AdamW; at stage 0 AdamW itself."""
+        """DeepSpeed's ZeRO optimizer, which wraps the optimizer; at stage 0 the optimizer itself."""
         return self.engine.optimizer
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate of the next step, if that has no argument. DeepSpeed's scheduler changes it at the end of a
-        step, so read it before `step` for the rate that the step applies."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The learning rate of the next step, if that has no argument, without the factors of parameter groups.
+
+        DeepSpeed's scheduler changes it at the end of a step, so read it before `step` for the rate that the step
+        applies.
+        """
+        return float(self.optimizer.param_groups[0]["lr"]) if self._base_rate is None else self._base_rate
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the modules."""
@@ -295,7 +358,8 @@ class ZeroEngine:
 
     def _all_reduce_sequence_parallel_grads(self) -> None:
         """All-reduce the gradients of `sequence_parallel_parameters` over the tensor group: one collective, in fp32."""
-        parameters = [parameter for stage in self.stages.values() for parameter in stage.sequence_parallel_parameters()]
+        parameters = [p for stage in self.stages.values() for p in stage.sequence_parallel_parameters()]
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
         if not parameters:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -317,7 +381,7 @@ class ZeroEngine:
             return
         for stage in self.stages.values():
             copy = stage.tied_copy
-            if copy is not None:
+            if copy is not None and copy.requires_grad:
                 assert copy.grad is not None
                 dist.all_reduce(copy.grad, group=self.mesh.embedding_replicas or self.mesh.embedding)
                 if self.mesh.embedding_replicas is not None and self.mesh.coordinate.data > 0:
@@ -328,17 +392,16 @@ class ZeroEngine:
 
         Another rank counts the same replicated parameter. With this, every rank skips the step.
         """
-        grads = [(p, p.grad) for stage in self.stages.values() for p in stage.parameters() if p.grad is not None]
+        grads = [(p, p.grad) for p in (*self._trained_parameters(), *self._placeholders) if p.grad is not None]
         uncounted = [torch.isfinite(grad).all() for p, grad in grads if not is_counted_in_norm(p) and not is_tied(p)]
         if uncounted and not bool(torch.stack(uncounted).all()):
-            counted = next(grad for p, grad in grads if is_counted_in_norm(p))
-            counted.view(-1)[0] = math.inf
+            counted = next((grad for p, grad in grads if is_counted_in_norm(p)), None)
+            if counted is not None:  # else this rank contributes nothing to the norm
+                counted.view(-1)[0] = math.inf
 
     def _clip_grad_norm_at_stage_0(self) -> float:
         """Clip the gradients to the global norm of `gradient_clipping`; return the norm before clipping."""
-        gradients = {
-            parameter: parameter.grad for parameter in unique_parameters(self.stages) if parameter.grad is not None
-        }
+        gradients = {p: p.grad for p in (*self._trained_parameters(), *self._placeholders) if p.grad is not None}
         counted = [gradient for parameter, gradient in gradients.items() if is_counted_in_norm(parameter)]
         square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for gradient in counted:

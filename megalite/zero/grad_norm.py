@@ -22,6 +22,12 @@ def mark_counted_in_norm(stage: Stage, mesh: Mesh) -> None:
         )
 
 
+def mark_counted(parameter: nn.Parameter) -> None:
+    """Mark a parameter that this rank alone holds."""
+    parameter.ds_pipe_replicated = False  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def is_counted_in_norm(parameter: nn.Parameter) -> bool:
     """Return whether this rank counts the parameter in the gradient norm."""
     return bool(parameter.model_parallel)  # pyright: ignore[reportAttributeAccessIssue]

@@ -10,60 +10,89 @@ from math import prod
 from typing import Any, cast
 
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megalite.checkpoint.fragments import Fragment, TensorSource, fill
-from megalite.checkpoint.manifest import KINDS, MOMENTS
+from megalite.checkpoint.manifest import WEIGHT_KIND
+from megalite.model.stage import Stage
+from megalite.optim.declaration import OptimizerDeclaration, StateShape
+from megalite.parallel.mesh import Mesh
 from megalite.parallel.sharding import LocalShard, ShardSpec, local_shards
-from megalite.zero.engine import ZeroEngine
 
 _SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class ZeroState:
-    """The state of an engine's optimizer: tensors as fragments of parameters, and a scalar state as JSON values."""
+    """The weights of an engine's stages and the state of its optimizer.
 
-    def __init__(self, engine: ZeroEngine) -> None:
-        self._engine, self._mesh = engine, engine.mesh
-        self._optimizer, self._zero = engine.optimizer, engine.zero_optimizer
+    Tensors are fragments of parameters: a trained parameter has its master weight and the state that the optimizer
+    declares, a frozen one its weight alone. The scalar state is JSON values.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        optimizer: torch.optim.Optimizer,
+        declaration: OptimizerDeclaration,
+        stages: Mapping[int, Stage],
+        mesh: Mesh,
+        zero_stage: int,
+    ) -> None:
+        self._engine, self._optimizer, self._declaration = engine, optimizer, declaration
+        self._stages, self._mesh, self._zero_stage = stages, mesh, zero_stage
+        self._zero = cast(Any, engine.optimizer)
+        self.updates = 0
+        """The number of updates so far, without skipped steps."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield the fragments of its stages' parameters that this rank updates, with master weight and moments."""
-        for _, fragment in self._owned_fragments():
-            yield fragment
+        """Yield the fragments that this rank updates, with master weight and optimizer state, and the frozen ones."""
+        self._create_state()
+        for stage in self._stages.values():
+            for _, parameter, shards in stage.named_shards():
+                yield from self._fragments_of(stage, parameter, shards)
 
     def gradients(self) -> Iterator[Fragment]:
-        """Yield the same fragments with their ``gradient``, reduced and not yet clipped, in place of the state.
+        """Yield the fragments that this rank updates with their ``gradient``, reduced and not yet clipped.
 
         The gradients exist between the end of `ZeroEngine.accumulate` and the step, and include the loss scale.
         """
-        for parameter, fragment in self._owned_fragments():
+        for parameter, fragment in self._updated_fragments():
             gradient = self._gradient(cast(Any, parameter)).reshape(-1).narrow(0, 0, fragment.numel)
             yield replace(fragment, tensors={"gradient": gradient})
 
-    def _owned_fragments(self) -> Iterator[tuple[nn.Parameter, Fragment]]:
-        self._create_moments()
-        for stage in self._engine.stages.values():
+    def _updated_fragments(self) -> Iterator[tuple[nn.Parameter, Fragment]]:
+        self._create_state()
+        for stage in self._stages.values():
             for _, parameter, shards in stage.named_shards():
-                has_copy = self._mesh.embedding is not None and parameter is stage.tied_copy
-                window = self._saved_window(shards) if has_copy else None
-                for fragment in self._fragment(parameter, shards):
-                    yield parameter, replace(fragment, window=window)
+                if parameter.requires_grad:
+                    for fragment in self._fragments_of(stage, parameter, shards):
+                        yield parameter, fragment
+
+    def _fragments_of(self, stage: Stage, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
+        has_copy = self._mesh.embedding is not None and parameter is stage.tied_copy
+        window = self._saved_window(shards) if has_copy else None
+        for fragment in self._fragment(parameter, shards):
+            yield replace(fragment, window=window)
 
     def restore(self, source: TensorSource, scalar_state: Mapping[str, Any]) -> None:
-        """Restore master weights, moments and scalar state from a checkpoint."""
+        """Restore master weights, optimizer state and scalar state from a checkpoint.
+
+        Frozen weights are not restored: they never change, and the stages were built with them.
+        """
         self._set_updates(int(scalar_state["updates"]))
-        fill(self.fragments(), source, KINDS)
+        fill((fragment for _, fragment in self._updated_fragments()), source)
         self._set_loss_scale(scalar_state["loss_scale"])
-        scheduler = self._engine.engine.lr_scheduler
+        scheduler = self._engine.lr_scheduler
         if scheduler is not None:
             # DeepSpeed: a scheduler sets the next step's rate at the end of a step, but not when it is loaded.
             state = scalar_state["scheduler"] or {"last_batch_iteration": int(scalar_state["updates"]) - 1}
             scheduler.step(state["last_batch_iteration"])
 
     def restore_weights(self, source: TensorSource) -> None:
-        """Restore master weights alone."""
-        fill(self.fragments(), source, ("weight",))
+        """Restore master weights alone; frozen weights are those that the stages were built with."""
+        for _, fragment in self._updated_fragments():
+            fill([replace(fragment, tensors={WEIGHT_KIND: fragment.tensors[WEIGHT_KIND]})], source)
 
     @contextmanager
     def preserve_loss_scale(self) -> Iterator[None]:
@@ -78,50 +107,50 @@ class ZeroState:
                 setattr(self._zero.loss_scaler, name, scale[name])
 
     def scalar_state(self) -> dict[str, Any]:
-        """Return the state without tensors, as JSON values: AdamW's update count, loss scale, DeepSpeed's scheduler."""
-        scheduler = self._engine.engine.lr_scheduler
+        """Return the state without tensors, as JSON values: number of updates, loss scale, DeepSpeed's scheduler."""
+        scheduler = self._engine.lr_scheduler
         scale = None
         if self._has_loss_scale:
             scaler = self._zero.loss_scaler
             scale = {name: getattr(scaler, name) for name in _SCALER_COUNTERS if hasattr(scaler, name)}
         return {
-            "updates": self._updates(),
+            "updates": self.updates,
             "loss_scale": scale,
             "scheduler": None if scheduler is None else dict(scheduler.state_dict()),
         }
 
     @property
     def _has_loss_scale(self) -> bool:
-        return self._engine.dtype == torch.float16
+        return next(iter(self._stages.values())).activation_dtype == torch.float16
 
     def _master_tensors(self) -> Iterable[Tensor]:
-        """The tensors that AdamW updates: parameters at stage 0, else flat fp32 partitions."""
-        if self._engine.zero_stage == 0:
+        """The tensors that the optimizer updates: parameters at stage 0, else flat fp32 partitions."""
+        if self._zero_stage == 0:
             return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        if self._engine.zero_stage == 3:
+        if self._zero_stage == 3:
             return self._zero.fp32_partitioned_groups_flat
         return self._zero.single_partition_of_fp32_groups
 
-    def _create_moments(self) -> None:
-        """Create AdamW's state now with the values that its first update would create."""
+    def _create_state(self) -> None:
+        """Create the declared state now, with the zeros that the first update would create."""
         for master in self._master_tensors():
             state = self._optimizer.state[cast(nn.Parameter, master)]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-                state |= {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
+                for name, shape in self._declaration.state.items():
+                    state[name] = torch.zeros_like(master, requires_grad=False)
+                    if shape is StateShape.UPDATES:
+                        state[name] = torch.zeros((), dtype=torch.float32, device=master.device)
 
     def _set_updates(self, count: int) -> None:
-        self._create_moments()
-        for master in self._master_tensors():
-            self._optimizer.state[cast(nn.Parameter, master)]["step"].fill_(count)
-        for group in self._optimizer.param_groups:
-            if "step" in group or "apex" in type(self._optimizer).__module__:  # apex counts updates per group
-                group["step"] = count
-
-    def _updates(self) -> int:
-        counted = [group["step"] for group in self._optimizer.param_groups if "step" in group]
-        counted += [state["step"] for state in self._optimizer.state.values() if "step" in state]
-        return int(max(counted, default=0))
+        self._create_state()
+        self.updates = count
+        counts = [name for name, shape in self._declaration.state.items() if shape is StateShape.UPDATES]
+        for name in counts:
+            for master in self._master_tensors():
+                self._optimizer.state[cast(nn.Parameter, master)][name].fill_(count)
+            for group in self._optimizer.param_groups:
+                if name in group:  # some optimizers count updates per group
+                    group[name] = count
 
     def _saved_window(self, shards: tuple[ShardSpec, ...]) -> tuple[int, int]:
         """Return the range of elements that this stage saves of a tied table: the first or the last stage's half."""
@@ -133,13 +162,14 @@ class ZeroState:
         # A parameter that is not divided over the tensor axis is replicated on its ranks.
         copy, copies = (0, 1) if shards[0].dim is not None else (tensor.rank, tensor.size)
         local = tuple(local_shards(shards, tensor.rank, tensor.size))
-        if self._engine.zero_stage == 0:
-            flat = {name: value.view(-1) for name, value in self._moments_of(parameter).items()}
-            tensors = {"weight": parameter.detach().view(-1), **flat}
+        if self._zero_stage == 3:
+            yield from self._partition(cast(Any, parameter), local, copy, copies)
+        elif self._zero_stage == 0 or not parameter.requires_grad:
+            tensors = {WEIGHT_KIND: parameter.detach().view(-1)}
+            if parameter.requires_grad:
+                tensors |= {name: value.view(-1) for name, value in self._state_of(parameter).items()}
             copy, copies = self._mesh.coordinate.data * copies + copy, copies * data
             yield Fragment(local, tuple(parameter.shape), 0, tensors, copy, copies)
-        elif self._engine.zero_stage == 3:
-            yield from self._partition(cast(Any, parameter), local, copy, copies)
         else:
             mapping = cast(Any, parameter)._hp_mapping
             if mapping is not None:
@@ -155,23 +185,26 @@ class ZeroState:
         share = parameter.partition_numel()
         start = self._mesh.coordinate.data * share
         length = min(share, parameter.ds_numel - start)
-        if length > 0:
+        if length <= 0:
+            return
+        tensors = {WEIGHT_KIND: parameter.ds_tensor.detach().view(-1).narrow(0, 0, length)}
+        if parameter.requires_grad:
             group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
             tensors = self._state_slice(self._zero.fp32_partitioned_groups_flat[group], int(offset), length)
-            yield Fragment(local, tuple(parameter.ds_shape), start, tensors, copy, copies)
+        yield Fragment(local, tuple(parameter.ds_shape), start, tensors, copy, copies)
 
     def _gradient(self, parameter: Any) -> Tensor:
-        if self._engine.zero_stage == 0:
+        if self._zero_stage == 0:
             return parameter.grad
-        if self._engine.zero_stage == 3:
+        if self._zero_stage == 3:
             return self._zero.get_local_fp32_grad_for_param(parameter)
         # DeepSpeed: with an offloaded optimizer the mapping returns the gradient in host memory.
         return parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group)
 
     def _state_slice(self, master: Tensor, start: int, length: int) -> dict[str, Tensor]:
-        state = {"weight": master.detach(), **self._moments_of(master)}
+        state = {WEIGHT_KIND: master.detach(), **self._state_of(master)}
         return {name: value.narrow(0, start, length) for name, value in state.items()}
 
-    def _moments_of(self, master: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, master: Tensor) -> dict[str, Tensor]:
         state = self._optimizer.state[cast(nn.Parameter, master)]
-        return {name: state[name] for name in MOMENTS}
+        return {name: state[name] for name in self._declaration.state_tensors}

@@ -126,7 +126,7 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
         nn.utils.clip_grads_with_norm_(model.parameters(), config.gradient_clipping, norm)
         norms.append(float(norm))
         for group in adamw.param_groups:
-            group["lr"] = learning_rate(step, train.steps, config.schedule, config.optimizer)
+            group["lr"] = learning_rate(step, train.steps, config.schedule, config.optimizer.lr)
         adamw.step()
         losses.append(float(loss.detach()))
     return Trace(losses, norms)

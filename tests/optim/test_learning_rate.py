@@ -2,10 +2,10 @@
 
 import pytest
 
-from megalite.config import OptimizerSection, ScheduleSection
+from megalite.config import ScheduleSection
 from megalite.optim.learning_rate import learning_rate
 
-PEAK = OptimizerSection(lr=1.0)
+PEAK = 1.0
 
 
 def rates(total: int, **fields: object) -> list[float]:

@@ -16,7 +16,7 @@ from harness import run_distributed
 from test_resume import run_on_rank
 
 from megalite.checkpoint import store
-from megalite.checkpoint.manifest import KINDS
+from megalite.checkpoint.manifest import WEIGHT_KIND
 from megalite.checkpoint.model_files import run_model_files, tokenizer_model_files
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.special_tokens import end_token_ids, named_token
@@ -113,7 +113,8 @@ def saved(path: Path, overrides: Sequence[str] = ()) -> Path:
     """What a run would save after its first step, but for the elements, which are 0, without running it."""
     plan = prepare(path, overrides, 1)
     folder = plan.checkpoints / "step_1"
-    shapes = {f"{kind}/{name}": shape for kind in KINDS for name, shape in plan.requirements.shapes.items()}
+    kinds = (WEIGHT_KIND, *plan.requirements.optimizer.state_tensors)
+    shapes = {f"{kind}/{name}": shape for kind in kinds for name, shape in plan.requirements.shapes.items()}
     parts = [
         Part(name, shape, Region((0,) * len(shape), shape), partial(np.zeros, shape, np.float32))
         for name, shape in shapes.items()

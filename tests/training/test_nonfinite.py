@@ -11,8 +11,6 @@ from harness import RankError, run_distributed
 from torch import Tensor, nn
 from training import build_trainer
 
-from megalite.zero.optimizer_state import ZeroState
-
 if TYPE_CHECKING:
     from megalite.training.trainer import Trainer
 
@@ -52,7 +50,7 @@ def after_the_backwards(trainer: "Trainer", act: Callable[[], None]) -> None:
 
 
 def state_of(trainer: "Trainer") -> list[Tensor]:
-    fragments = ZeroState(trainer.engine).fragments()
+    fragments = trainer.engine.state.fragments()
     return [tensor.clone() for fragment in fragments for tensor in fragment.tensors.values()]
 
 

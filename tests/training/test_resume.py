@@ -20,7 +20,6 @@ from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.retention import retained_steps
 from megalite.checkpoint.store import Part
 from megalite.training.provenance import Provenance
-from megalite.zero.optimizer_state import ZeroState
 
 if TYPE_CHECKING:
     from megalite.training.trainer import Trainer
@@ -162,7 +161,7 @@ def save_on_rank(path: str, overrides: Sequence[str]) -> list[float]:
 def assert_holds(trainer: "Trainer", checkpoint: Path, kinds: Sequence[str]) -> None:
     """Every element that this rank updates is the checkpoint's, to the last bit."""
     reader = CheckpointReader(checkpoint)
-    for fragment in ZeroState(trainer.engine).fragments():
+    for fragment in trainer.engine.state.fragments():
         regions = list(fragment.regions(0, fragment.numel))
         assert regions, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
         for region, kind in product(regions, kinds):
@@ -515,7 +514,7 @@ def test_retention(keep_last: int | None, keep_every: int | None, stay: set[int]
 def begin_on_rank(path: str, overrides: Sequence[str], checkpoint: str) -> None:
     trainer = build_trainer(path, overrides)
     assert_holds(trainer, Path(checkpoint), ("weight",))
-    assert ZeroState(trainer.engine).scalar_state()["updates"] == 0
+    assert trainer.engine.state.scalar_state()["updates"] == 0
     trainer.close()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from megalite.optim.uncompiled import AdamW
+from megalite.optim.torch_adamw import AdamW
 
 LAST_WORDS = """
 import os, sys

@@ -18,7 +18,6 @@ from megalite.parallel.regions import Region
 from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.training.plan import prepare
-from megalite.zero.optimizer_state import ZeroState
 
 if TYPE_CHECKING:
     from megalite.training.trainer import Trainer
@@ -63,7 +62,7 @@ def gradients_of_a_step(path: str, overrides: tuple[str, ...]) -> tuple[float, l
 
 def first_moments(trainer: "Trainer") -> list[tuple[str, Region, Tensor]]:
     held = []
-    for fragment in ZeroState(trainer.engine).fragments():
+    for fragment in trainer.engine.state.fragments():
         flat = fragment.tensors["exp_avg"]
         assert flat.dtype == torch.float32
         for part in fragment.regions(0, fragment.numel):

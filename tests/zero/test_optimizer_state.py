@@ -10,8 +10,6 @@ import torch
 from harness import run_distributed
 from training import NARROW, build_trainer
 
-from megalite.zero.optimizer_state import ZeroState
-
 STEPS = 3
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
 
@@ -22,7 +20,7 @@ def state_after_training(path: str, overrides: list[str]) -> list[tuple[str, str
     for step in range(1, STEPS + 1):
         trainer.step(step)
     held = []
-    for fragment in ZeroState(trainer.engine).fragments():
+    for fragment in trainer.engine.state.fragments():
         for kind, flat in fragment.tensors.items():
             assert flat.dtype == torch.float32
             for part in fragment.regions(0, fragment.numel):

@@ -309,7 +309,8 @@ def _normalised(document: dict[str, Any]) -> dict[str, Any]:
         if document.get(name) == {}:
             del document[name]
     if optimizer := document.get("optimizer"):
-        document["optimizer"] = {"type": "AdamW", "params": optimizer["params"]}
+        kind = "AdamW" if optimizer["type"] == "Adam" else optimizer["type"]
+        document["optimizer"] = {"type": kind, "params": optimizer["params"]}
     return document
 
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from megalite.config.deepspeed.adamw import DEEPSPEED_ADAMW, AdamW
 from megalite.config.deepspeed.parse import read_document
 from megalite.config.deepspeed.rules import Derived, Precision
 from megalite.config.deepspeed.table import RECOMPUTE_KEYS, SCHEDULERS, TABLE
 from megalite.config.validation import Fault, Origin, report
+from megalite.optim.registry import declaration_of_type
 from megalite.paths import escape
 
 
@@ -82,29 +82,35 @@ class DeepSpeedSettings:
         return self.document.get("gradient_clipping", 1.0)
 
     @property
-    def optimizer(self) -> AdamW | None:
-        """AdamW's settings where the JSON has an ``optimizer`` section."""
+    def optimizer(self) -> dict[str, Any] | None:
+        """The name and hyperparameters of the optimizer where the JSON has an ``optimizer`` section."""
         return self.optimizer_with({})
 
-    def optimizer_with(self, stated: Mapping[str, Any]) -> AdamW | None:
-        """Return AdamW's settings where the JSON has an ``optimizer`` section; what it leaves open is as `stated`.
+    def optimizer_with(self, stated: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the JSON's optimizer as ``train.optimizer`` would state it; what it leaves open is as `stated`.
 
         What neither states is megalite's default where the JSON says "auto", and DeepSpeed's where it says nothing.
+        None where the JSON has no ``optimizer`` section.
         """
         if (section := self.document.get("optimizer")) is None:
             return None
-        given = {name: value for name, value in section["params"].items() if value != "auto"}
-        auto = {name: value for name, value in AdamW().plain().items() if section["params"].get(name) == "auto"}
-        params = DEEPSPEED_ADAMW.plain() | auto | dict(stated) | given
-        return AdamW(params["lr"], tuple(params["betas"]), params["eps"], params["weight_decay"])
+        declared, params = declaration_of_type(section["type"]), section["params"]
+        auto = {name: value for name, value in declared.defaults.items() if params.get(name) == "auto"}
+        given = {name: value for name, value in params.items() if value != "auto"}
+        held = {name: value for name, value in stated.items() if name in declared.defaults}
+        complete = {**declared.deepspeed_defaults, **auto, **held, **given}
+        return {"name": declared.name, **complete, "betas": tuple(complete["betas"])}
 
-    def optimizer_disagreements(self, stated: Mapping[str, Any]) -> Iterator[str]:
-        """Find the parameters of the JSON's optimizer that are other than `stated`."""
-        params = self.document.get("optimizer", {}).get("params", {})
+    def optimizer_disagreements(self, stated: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+        """Find what the JSON's optimizer has other than `stated`: the name here, the key there, and its value."""
+        section = self.document.get("optimizer", {})
+        params = section.get("params", {})
         for name, value in stated.items():
             theirs = params.get(name, "auto")
-            if theirs != "auto" and theirs != (list(value) if isinstance(value, tuple) else value):
-                yield name
+            if name == "name" and section and declaration_of_type(section["type"]).name != value:
+                yield name, ("optimizer", "type"), section["type"]
+            elif theirs != "auto" and theirs != (list(value) if isinstance(value, tuple) else value):
+                yield name, ("optimizer", "params", name), theirs
 
     @property
     def scheduler(self) -> dict[str, Any] | None:
@@ -146,8 +152,10 @@ class DeepSpeedSettings:
             "stage3_param_persistence_threshold": 10 * hidden_size,
         }
         _fill(document.get("zero_optimization", {}), buckets)
-        if adamw := self.optimizer_with(optimizer or {}):
-            document["optimizer"] = {"type": "AdamW", "params": document["optimizer"]["params"] | adamw.plain()}
+        if complete := self.optimizer_with(optimizer or {}):
+            del complete["name"]
+            complete["betas"] = list(complete["betas"])
+            document["optimizer"]["params"] |= complete
         params = document.get("scheduler", {}).get("params", {})
         if warmup_steps is not None and self.warms_up:
             params.setdefault("warmup_num_steps", "auto")

@@ -185,6 +185,8 @@ ADAM_PARAMS: dict[str, Rule] = {
     "max_grad_norm": Refused("DeepSpeed takes it as gradient_clipping", "write gradient_clipping", (0,)),
 }
 
+LION_PARAMS: dict[str, Rule] = {name: ADAM_PARAMS[name] for name in ("lr", "betas", "weight_decay", "set_grad_none")}
+
 _WARMUP: dict[str, Rule] = {
     "warmup_num_steps": Honoured(whole(1), "resolved"),
     "warmup_type": Honoured(choice("log", "linear")),
@@ -294,7 +296,7 @@ TABLE: dict[str, Rule] = {
     "vocabulary_size": Derived(whole(1), "model.vocab_size"),
     # Optimizer and learning rate.
     "optimizer": ByType(
-        {"AdamW": ADAM_PARAMS, "Adam": ADAM_PARAMS},
+        {"AdamW": ADAM_PARAMS, "Adam": ADAM_PARAMS, "Lion": LION_PARAMS},
         others={"legacy_fusion": Refused("it belongs to the fp16 optimizer of stage 0", "write false", (False,))},
         refused={name: Refused(_ONE_BIT, "write 'AdamW'") for name in ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")},
     ),

@@ -1,4 +1,4 @@
-"""Optimizers that do not import torch's compiler, which takes seconds and is not used."""
+"""torch's AdamW without the import of torch's compiler, which takes seconds and is not used."""
 
 import inspect
 from typing import Any
