@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from megalite.checkpoint.store import Part
-from megalite.parallel.regions import Box, FlatBox, global_boxes
-from megalite.parallel.sharding import PlacedShard
+from megalite.parallel.regions import FlatRegion, Region, global_regions
+from megalite.parallel.sharding import LocalShard
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class Fragment:
     number `copy`. If two stages hold the parameter, each saves only the elements in its `window`; None means all.
     """
 
-    shards: tuple[PlacedShard, ...]
+    shards: tuple[LocalShard, ...]
     local_shape: tuple[int, ...]
     start: int
     tensors: Mapping[str, "Tensor"]
@@ -39,10 +39,10 @@ class Fragment:
         """Elements in the fragment, padding included."""
         return next(iter(self.tensors.values())).numel()
 
-    def boxes(self, start: int, stop: int) -> Iterator[FlatBox]:
-        """Yield the global regions of elements `start` to `stop`; `FlatBox.start` is an offset in the fragment."""
-        for found in global_boxes(self.shards, self.local_shape, self.start + start, self.start + stop):
-            yield FlatBox(found.name, found.global_shape, found.box, start + found.start)
+    def regions(self, start: int, stop: int) -> Iterator[FlatRegion]:
+        """Yield the global regions of elements `start` to `stop`; `FlatRegion.start` is an offset in the fragment."""
+        for found in global_regions(self.shards, self.local_shape, self.start + start, self.start + stop):
+            yield FlatRegion(found.name, found.global_shape, found.region, start + found.start)
 
     def share(self, number: int) -> tuple[int, int]:
         """Return the range of elements that this rank saves; `number` distributes small fragments over the copies."""
@@ -59,7 +59,7 @@ class Fragment:
 class TensorSource(Protocol):
     """Reads regions of tensors, by their names in a checkpoint: ``weight/layers.0...``."""
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         """Fill `out` with a region of a tensor."""
         ...
 
@@ -67,11 +67,11 @@ class TensorSource(Protocol):
 def parts(fragments: Iterable[Fragment]) -> Iterator[Part]:
     """Yield the parts that this rank writes: over all ranks every element once, in even shares."""
     for number, fragment in enumerate(fragments):
-        boxes = list(fragment.boxes(*fragment.share(number)))
+        regions = list(fragment.regions(*fragment.share(number)))
         for kind, flat in fragment.tensors.items():
-            for at in boxes:
-                elements = flat[at.start : at.start + at.box.numel]
-                yield Part(f"{kind}/{at.name}", at.global_shape, at.box, _Elements(elements, at.box.shape))
+            for at in regions:
+                elements = flat[at.start : at.start + at.region.numel]
+                yield Part(f"{kind}/{at.name}", at.global_shape, at.region, _Elements(elements, at.region.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +90,10 @@ def fill(fragments: Iterable[Fragment], source: TensorSource, kinds: Iterable[st
     import torch
 
     for fragment in fragments:
-        for at in fragment.boxes(0, fragment.numel):
+        for at in fragment.regions(0, fragment.numel):
             for kind in kinds:
-                elements = fragment.tensors[kind][at.start : at.start + at.box.numel].detach()
+                elements = fragment.tensors[kind][at.start : at.start + at.region.numel].detach()
                 on_host = elements if elements.device.type == "cpu" else torch.empty_like(elements, device="cpu")
-                source.read(f"{kind}/{at.name}", at.box, on_host.numpy().reshape(at.box.shape))
+                source.read(f"{kind}/{at.name}", at.region, on_host.numpy().reshape(at.region.shape))
                 if on_host is not elements:
                     elements.copy_(on_host)

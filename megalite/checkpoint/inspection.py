@@ -16,9 +16,9 @@ from megalite.checkpoint.mismatch_table import shape_mismatches
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.store import TEMPORARY
 from megalite.errors import UserError
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
-BOX_ELEMENTS = 1 << 23
+REGION_ELEMENTS = 1 << 23
 """Elements of the largest region that is read at a time, 32 MiB of fp32."""
 
 _MODULES = (
@@ -103,12 +103,12 @@ def _rank(order: tuple[str, ...], word: str) -> int:
     return order.index(word) if word in order else len(order)
 
 
-def tiles(shape: tuple[int, ...], most: int) -> Iterator[Box]:
+def tiles(shape: tuple[int, ...], most: int) -> Iterator[Region]:
     """Divide a tensor into regions of at most `most` elements, in row-major order.
 
-    >>> [box.shape for box in tiles((5, 4), most=8)]
+    >>> [region.shape for region in tiles((5, 4), most=8)]
     [(2, 4), (2, 4), (1, 4)]
-    >>> [box.offset for box in tiles((2, 5), most=3)]
+    >>> [region.offset for region in tiles((2, 5), most=3)]
     [(0, 0), (0, 3), (1, 0), (1, 3)]
     """
     edges, room = list(shape), max(1, most)
@@ -117,7 +117,7 @@ def tiles(shape: tuple[int, ...], most: int) -> Iterator[Box]:
         room = max(1, room // max(1, length))
     starts = [range(0, length, edge) for length, edge in zip(shape, edges, strict=True)]
     for offset in product(*starts):
-        yield Box(offset, tuple(map(min, edges, (length - at for length, at in zip(shape, offset, strict=True)))))
+        yield Region(offset, tuple(map(min, edges, (length - at for length, at in zip(shape, offset, strict=True)))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +146,17 @@ def norms(reader: CheckpointReader, progress: Progress) -> Iterator[TensorNorms]
         found: dict[str, float] = {}
         for name in names:
             squares = 0.0
-            for box in tiles(shape, BOX_ELEMENTS):
-                squares += _squares(_read(reader, name, box))
-                done += 4 * box.numel
+            for region in tiles(shape, REGION_ELEMENTS):
+                squares += _squares(_read(reader, name, region))
+                done += 4 * region.numel
                 progress(done, total)
             found[name.rpartition("/")[0]] = squares**0.5
         yield TensorNorms(bare, shape, found)
 
 
-def _read(reader: CheckpointReader, name: str, box: Box) -> np.ndarray:
-    out = np.empty(box.shape, np.float32)
-    reader.read(name, box, out)
+def _read(reader: CheckpointReader, name: str, region: Region) -> np.ndarray:
+    out = np.empty(region.shape, np.float32)
+    reader.read(name, region, out)
     return out
 
 
@@ -242,8 +242,8 @@ def _difference(
     found = TensorDifference(name, prod(shape))
     squares_of_difference = squares = 0.0
     done = 0
-    for box in tiles(shape, BOX_ELEMENTS):
-        values_a, values_b = _read(a, name, box), _read(b, name, box)
+    for region in tiles(shape, REGION_ELEMENTS):
+        values_a, values_b = _read(a, name, region), _read(b, name, region)
         squares += _squares(values_a)
         other = values_a.view(np.uint32) != values_b.view(np.uint32)
         if other.any():
@@ -255,10 +255,10 @@ def _difference(
             if not found.differing or apart[worst] > found.largest:
                 inside = tuple(map(int, np.unravel_index(np.flatnonzero(other)[worst], other.shape)))
                 found.largest = float(apart[worst])
-                found.index = tuple(start + at for start, at in zip(box.offset, inside, strict=True))
+                found.index = tuple(start + at for start, at in zip(region.offset, inside, strict=True))
                 found.values = float(values_a[inside]), float(values_b[inside])
             found.differing += int(other.sum())
-        done += 4 * box.numel
+        done += 4 * region.numel
         progress(done)
     found.relative = (squares_of_difference / squares) ** 0.5 if squares else np.inf if squares_of_difference else 0.0
     return found

@@ -16,7 +16,7 @@ from megalite.checkpoint.safetensors_file import ENCODINGS, FileRecord
 from megalite.checkpoint.special_tokens import DocumentTokens
 from megalite.config.validation import validation_lines
 from megalite.errors import UserError
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 FORMAT = "megalite checkpoint"
 VERSION = 1
@@ -40,9 +40,9 @@ class Chunk:
     shape: tuple[int, ...]
 
     @property
-    def box(self) -> Box:
+    def region(self) -> Region:
         """The region within the global tensor."""
-        return Box(self.offset, self.shape)
+        return Region(self.offset, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ class Manifest:
         held = Counter[str]()
         for tensor in self.tensors.values():
             for chunk in tensor.chunks:
-                held[chunk.file] += chunk.box.numel
+                held[chunk.file] += chunk.region.numel
         for name, elements in held.items():
             if 4 * elements > self.files[name].bytes:
                 raise UserError(
@@ -138,7 +138,7 @@ class Manifest:
 
 
 def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, FileRecord]) -> None:
-    whole = Box((0,) * len(tensor.shape), tensor.shape)
+    whole = Region((0,) * len(tensor.shape), tensor.shape)
     if not name.isprintable():
         raise UserError(f"{path}: {name!r} is not a tensor's name; the checkpoint is broken, use another")
     covered = 0
@@ -146,31 +146,31 @@ def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, 
         if chunk.file not in files:
             raise UserError(f"{path}: {name} is in {chunk.file!r}, which is not listed; use another checkpoint")
         same_rank = len(chunk.offset) == len(chunk.shape) == len(tensor.shape)
-        if not same_rank or min(chunk.shape, default=1) < 1 or chunk.box.intersect(whole) != chunk.box:
+        if not same_rank or min(chunk.shape, default=1) < 1 or chunk.region.intersect(whole) != chunk.region:
             raise UserError(
                 f"{path}: {name} of shape {tensor.shape} has a chunk of shape {chunk.shape} at {chunk.offset}, outside "
                 "of it; the checkpoint is broken, use another"
             )
-        covered += chunk.box.numel
+        covered += chunk.region.numel
     if covered != whole.numel:
         raise UserError(
             f"{path}: the chunks of {name} cover {covered} of its {whole.numel} elements; the checkpoint is broken, "
             "use another"
         )
-    if overlap := _overlap([chunk.box for chunk in tensor.chunks]):
+    if overlap := _overlap([chunk.region for chunk in tensor.chunks]):
         raise UserError(
             f"{path}: {name} has two chunks that overlap, at {overlap[0].offset} and {overlap[1].offset}; the "
             "checkpoint is broken, use another"
         )
 
 
-def _overlap(boxes: list[Box]) -> tuple[Box, Box] | None:
+def _overlap(regions: list[Region]) -> tuple[Region, Region] | None:
     """Return two regions that overlap, if any, by a sweep over the first dimension."""
-    active: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offset):
-        active = [other for other in active if not box.shape or other.offset[0] + other.shape[0] > box.offset[0]]
+    active: list[Region] = []
+    for region in sorted(regions, key=lambda region: region.offset):
+        active = [other for other in active if not region.shape or other.offset[0] + other.shape[0] > region.offset[0]]
         for other in active:
-            if other.intersect(box) is not None:
-                return other, box
-        active.append(box)
+            if other.intersect(region) is not None:
+                return other, region
+        active.append(region)
     return None

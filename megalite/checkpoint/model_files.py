@@ -16,6 +16,7 @@ MODEL_FILES = (
 )
 TIKTOKEN_SUFFIX = ".tiktoken"
 """The suffix of a tiktoken vocabulary file; the name before it is the encoding's."""
+_TEXTS = (".txt", ".jinja")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", TIKTOKEN_SUFFIX)
 
 
@@ -62,6 +63,20 @@ def run_model_files(tokenizer: Mapping[str, Path] | None, of_weights: Mapping[st
     settings = {name: content for name, content in of_weights.items() if name not in theirs}
     # generation_config.json is taken from the weights, every other file from the tokenizer.
     return settings | own | {name: settings[name] for name in (GENERATION_CONFIG,) if name in settings}
+
+
+def require_readable(name: str, path: Path) -> None:
+    """Raise UserError where a file that goes with weights under `name` is of no use to those who read it there."""
+    if name.endswith(".json"):
+        read_settings(path)
+        return
+    try:
+        with path.open("rb") as file:
+            content = file.read() if name.endswith(_TEXTS) else file.read(1)
+        if name.endswith(_TEXTS):
+            content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}; mend or remove it") from error
 
 
 def read_settings(path: Path | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import orjson
 from megalite.checkpoint.manifest import STATE, Chunk, Manifest
 from megalite.checkpoint.safetensors_file import SafetensorsFile, file_record
 from megalite.errors import UserError
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 
 class CheckpointReader:
@@ -36,7 +36,7 @@ class CheckpointReader:
             raise UserError(f"{self.folder / STATE}: is not a JSON object; use another checkpoint")
         return state
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         """Fill `out`, of the region's shape, with a region of a tensor.
 
         Raises UserError if the checkpoint lacks the tensor, or if a file does not match the manifest.
@@ -45,11 +45,11 @@ class CheckpointReader:
         if tensor is None:
             raise UserError(f"{self.folder}: has no tensor {name}; use another checkpoint")
         for chunk in tensor.chunks:
-            common = chunk.box.intersect(box)
+            common = chunk.region.intersect(region)
             if common is not None:
-                out[common.relative_to(box.offset).slices] = self._slice(chunk, common.relative_to(chunk.offset))
+                out[common.relative_to(region.offset).slices] = self._slice(chunk, common.relative_to(chunk.offset))
 
-    def _slice(self, chunk: Chunk, box: Box) -> np.ndarray:
+    def _slice(self, chunk: Chunk, region: Region) -> np.ndarray:
         from safetensors import SafetensorError
 
         file, key = chunk.file, chunk.key
@@ -58,7 +58,7 @@ class CheckpointReader:
                 self._open[file] = SafetensorsFile(self.folder / file)
             if self._open[file].shapes.get(key) != chunk.shape:
                 raise ValueError(f"its shape is {self._open[file].shapes.get(key)}, not {chunk.shape}")
-            return self._open[file].read(key, box.slices)
+            return self._open[file].read(key, region.slices)
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{self.folder / file}: {key} cannot be read: {error}; use another checkpoint") from error
 

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from megalite.checkpoint.manifest import MANIFEST, STATE, Chunk, Manifest, StoredTensor
 from megalite.checkpoint.safetensors_file import FileRecord, file_record, write_safetensors
 from megalite.files import publish, write_atomically
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 REPLACED = ".replaced"
 """The suffix of a checkpoint's folder while a new save of the same step replaces it."""
@@ -40,7 +40,7 @@ class Part:
 
     name: str
     global_shape: tuple[int, ...]
-    box: Box
+    region: Region
     load: Callable[[], np.ndarray]
 
 
@@ -124,12 +124,12 @@ def remove_tree(path: Path) -> OSError | None:
 def write_rank(folder: Path, rank: int, parts: Sequence[Part], on_progress: Callable[[], None] = lambda: None) -> None:
     """Write this rank's parts and, once they are on the disk, its record; `on_progress` is called after every write."""
     growing, file = temporary_folder(folder), f"rank_{rank:05d}.safetensors"
-    keys = [f"{part.name}@{','.join(map(str, part.box.offset))}" for part in parts]
-    shapes = {key: part.box.shape for key, part in zip(keys, parts, strict=True)}
+    keys = [f"{part.name}@{','.join(map(str, part.region.offset))}" for part in parts]
+    shapes = {key: part.region.shape for key, part in zip(keys, parts, strict=True)}
     record = write_safetensors(growing / file, shapes, (part.load() for part in parts), on_progress=on_progress)
     tensors: dict[str, StoredTensor] = {}
     for key, part in zip(keys, parts, strict=True):
-        chunk = Chunk(file, key, part.box.offset, part.box.shape)
+        chunk = Chunk(file, key, part.region.offset, part.region.shape)
         known = tensors.get(part.name)
         chunks = (*known.chunks, chunk) if known else (chunk,)
         tensors[part.name] = StoredTensor(part.global_shape, "F32", chunks)

@@ -16,7 +16,7 @@ from megalite.config.validation import validation_lines
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 WEIGHT = f"{KINDS[0]}/"
 """The prefix of weights' names in a checkpoint; optimizer state has the optimizer's names as prefixes."""
@@ -48,8 +48,8 @@ class CheckpointWeights:
     def model_files(self) -> Mapping[str, Path]:
         return model_files_among(self.origin, self.reader.manifest.files)
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
-        self.reader.read(WEIGHT + name, box, out)
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
+        self.reader.read(WEIGHT + name, region, out)
 
 
 class WeightSource:
@@ -58,9 +58,9 @@ class WeightSource:
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         """Fill `out` with a region of a weight; the name begins with `WEIGHT`."""
-        self._weights.read(name.removeprefix(WEIGHT), box, out)
+        self._weights.read(name.removeprefix(WEIGHT), region, out)
 
 
 def document_tokens(weights: Weights) -> DocumentTokens | None:

@@ -29,7 +29,7 @@ from megalite.convert.huggingface.writer import write_folder
 from megalite.errors import UserError
 from megalite.files import partial_path, publish, require_writable_folder
 from megalite.model.weights import Weights
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 FILE_BYTES = 4 << 30
 """The most that a file of a checkpoint holds, unless a tensor is larger."""
@@ -72,7 +72,7 @@ def to_checkpoint(weights: Weights, model_files: Mapping[str, Path], folder: Pat
     def load(name: str, shape: tuple[int, ...]) -> np.ndarray:
         nonlocal done
         array = np.empty(shape, np.float32)
-        weights.read(name, Box((0,) * len(shape), shape), array)
+        weights.read(name, Region((0,) * len(shape), shape), array)
         done += array.nbytes
         progress(done, total)
         return array
@@ -82,7 +82,7 @@ def to_checkpoint(weights: Weights, model_files: Mapping[str, Path], folder: Pat
     for number, names in enumerate(files):
         shapes = ((name, weights.shapes[name]) for name in names)
         parts = [
-            Part(WEIGHT + name, shape, Box((0,) * len(shape), shape), partial(load, name, shape))
+            Part(WEIGHT + name, shape, Region((0,) * len(shape), shape), partial(load, name, shape))
             for name, shape in shapes
         ]
         store.write_rank(folder, number, parts)
@@ -161,7 +161,7 @@ class RoundedWeights:
     def model_files(self) -> Mapping[str, Path]:
         return self.weights.model_files
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
-        self.weights.read(name, box, out)
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
+        self.weights.read(name, region, out)
         encoding = ENCODINGS[self.precision]
         out[...] = encoding.decode(encoding.encode(np.ascontiguousarray(out)))

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from megalite.doctor.report import Row
-from megalite.kernels.choice import Kernels, faster_products
+from megalite.kernels.choice import Kernels, choose_products
 from megalite.monitoring.device import matrix_rate, wait_for
 from megalite.parallel.json_collectives import gather_json
 from megalite.parallel.layout import name_ranks
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 
 TOLERATED = 1.3
 """The factor below the median at which a rate is reported as slow."""
@@ -25,26 +25,26 @@ _REPEATS = 4
 _SHOWN = 8
 
 
-def axis_rows(grid: ProcessGrid) -> list[Row]:
+def axis_rows(mesh: Mesh) -> list[Row]:
     """Measure the bandwidth of each axis with several ranks. Collective."""
     rows = []
-    if grid.tensor.size > 1 and grid.tensor.process_group is not None:
-        rows.append(_all_reduce_row("tensor", grid, grid.tensor.process_group))
-    if grid.layout.pipeline > 1:
-        rows.append(_pipeline_row(grid))
-    if grid.layout.data > 1:
-        rows.append(_all_reduce_row("data", grid, grid.data))
+    if mesh.tensor.size > 1 and mesh.tensor.process_group is not None:
+        rows.append(_all_reduce_row("tensor", mesh, mesh.tensor.process_group))
+    if mesh.layout.pipeline > 1:
+        rows.append(_pipeline_row(mesh))
+    if mesh.layout.data > 1:
+        rows.append(_all_reduce_row("data", mesh, mesh.data))
     return rows
 
 
-def matrix_row(grid: ProcessGrid, dtype: torch.dtype, hosts: Sequence[str]) -> Row:
+def matrix_row(mesh: Mesh, dtype: torch.dtype, hosts: Sequence[str]) -> Row:
     """Measure every rank's rate of matrix products, all at the same time. Collective.
 
     The row has a warning if ranks compute products of this precision in fp32 because it is faster there.
     """
     dist.barrier()
-    products = gather_json(faster_products(grid.device, dtype), grid)
-    rates = gather_json(matrix_rate(grid.device, dtype, Kernels(products[grid.rank]), seconds=0.5), grid)
+    products = gather_json(choose_products(mesh.device, dtype), mesh)
+    rates = gather_json(matrix_rate(mesh.device, dtype, Kernels(products[mesh.rank]), seconds=0.5), mesh)
     unit, size = ("TFLOP/s", 1e12) if median(rates) >= 1e12 else ("GFLOP/s", 1e9)
     found = {f"rank {rank} on {hosts[rank]}": rate / size for rank, rate in enumerate(rates)}
     name = str(dtype).removeprefix("torch.")
@@ -79,46 +79,46 @@ def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:
     return Row(check, "warn", (f"{_number(middle)} {unit} in the median", *lines[:_SHOWN], *more))
 
 
-def _all_reduce_row(axis: str, grid: ProcessGrid, group: dist.ProcessGroup) -> Row:
+def _all_reduce_row(axis: str, mesh: Mesh, group: dist.ProcessGroup) -> Row:
     """Measure all-reduces in bus bandwidth as defined by nccl-tests: 2 (n - 1) / n bytes sent per byte, in GB/s."""
     size = dist.get_world_size(group)
-    message = torch.ones(_BYTES[grid.device.type] // 4, device=grid.device)
+    message = torch.ones(_BYTES[mesh.device.type] // 4, device=mesh.device)
     dist.all_reduce(message, group=group)
-    wait_for(grid.device)
+    wait_for(mesh.device)
     dist.barrier()
     started = time.perf_counter()
     for _ in range(_REPEATS):
         dist.all_reduce(message, group=group)
-    wait_for(grid.device)
+    wait_for(mesh.device)
     seconds = time.perf_counter() - started
     sent = _REPEATS * message.nbytes * 2 * (size - 1) / size
-    measured = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], grid)
+    measured = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], mesh)
     rates = {name_ranks(ranks): min(rate for others, rate in measured if others == ranks) for ranks, _ in measured}
     return rate_row(f"{axis} axis", f"GB/s all-reduced over {size} ranks", rates)
 
 
-def _pipeline_row(grid: ProcessGrid) -> Row:
+def _pipeline_row(mesh: Mesh) -> Row:
     """Measure the links that carry activations, one pair of pipeline ranks after the other."""
-    here, found = grid.coordinate.pipeline, []
-    message = torch.ones(_BYTES[grid.device.type] // 4, device=grid.device)
-    for source in range(grid.layout.pipeline):
-        for target in range(grid.layout.pipeline):
-            if here == source and ("activation", target) in grid.links.outgoing:
-                link = grid.links.outgoing["activation", target]
+    here, found = mesh.coordinate.pipeline, []
+    message = torch.ones(_BYTES[mesh.device.type] // 4, device=mesh.device)
+    for source in range(mesh.layout.pipeline):
+        for target in range(mesh.layout.pipeline):
+            if here == source and ("activation", target) in mesh.links.outgoing:
+                link = mesh.links.outgoing["activation", target]
                 for _ in range(1 + _REPEATS):
                     dist.send(message, link.peer, group=link.group)
-                wait_for(grid.device)
-            elif here == target and ("activation", source) in grid.links.incoming:
-                link = grid.links.incoming["activation", source]
+                wait_for(mesh.device)
+            elif here == target and ("activation", source) in mesh.links.incoming:
+                link = mesh.links.incoming["activation", source]
                 dist.recv(message, link.peer, group=link.group)
-                wait_for(grid.device)
+                wait_for(mesh.device)
                 started = time.perf_counter()
                 for _ in range(_REPEATS):
                     dist.recv(message, link.peer, group=link.group)
-                wait_for(grid.device)
+                wait_for(mesh.device)
                 seconds = time.perf_counter() - started
-                found.append([link.peer, grid.rank, _REPEATS * message.nbytes / seconds / 1e9])
-    hops = [hop for of_rank in gather_json(found, grid) for hop in of_rank]
+                found.append([link.peer, mesh.rank, _REPEATS * message.nbytes / seconds / 1e9])
+    hops = [hop for of_rank in gather_json(found, mesh) for hop in of_rank]
     rates = {f"rank {source} to {target}": rate for source, target, rate in hops}
     return rate_row("pipeline axis", "GB/s sent to the next stage", rates)
 

@@ -16,7 +16,7 @@ from megalite.launch.consistency import process_facts
 from megalite.launch.rendezvous import RendezvousResult, all_gather_json, missing_ranks_message, try_rendezvous
 from megalite.model.precision import DTYPES
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.mesh import local_device, process_grid
+from megalite.parallel.mesh import joined_mesh, local_device
 from megalite.training.plan import Plan
 from megalite.training.run_facts import run_facts
 
@@ -55,13 +55,13 @@ def _rows(environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.t
     placement = None if plan is None else plan.placement
     rank, hosts = environment.rank, [info.host for info in infos]
     try:
-        with process_grid(
+        with joined_mesh(
             layout, rank, device=device, timeout=timeout, placement=placement, store=rendezvous.store
-        ) as grid:
-            yield from axis_rows(grid)
-            yield matrix_row(grid, _dtype(plan, device), hosts)
+        ) as mesh:
+            yield from axis_rows(mesh)
+            yield matrix_row(mesh, _dtype(plan, device), hosts)
             if plan is not None:
-                yield disk_row(plan, grid, hosts)
+                yield disk_row(plan, mesh, hosts)
     except RuntimeError as error:  # torch's errors of process groups, and of a device without memory
         yield Row("process groups", "bad", (f"rank {rank} on {hosts[rank]}: {str(error).splitlines()[0]}",))
 

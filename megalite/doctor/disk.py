@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megalite.checkpoint.forecast import MAKE_ROOM, forecast, size
 from megalite.doctor.report import Row
 from megalite.parallel.json_collectives import broadcast_json, gather_json
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 from megalite.training.plan import Plan
 
 _SEEN_SECONDS = 5.0
@@ -21,22 +21,22 @@ _SEEN_SECONDS = 5.0
 _PROBE_BYTES = 32 << 20
 
 
-def disk_row(plan: Plan, grid: ProcessGrid, hosts: list[str]) -> Row:
+def disk_row(plan: Plan, mesh: Mesh, hosts: list[str]) -> Row:
     """Check the run's folder with test files, which are removed afterwards. Collective."""
     checkpoint = plan.checkpoint_bytes
-    with _probe_folder(plan.config.run.dir, grid) as (folder, refusal):
+    with _probe_folder(plan.config.run.dir, mesh) as (folder, refusal):
         if refusal is not None:
             return Row("disk", "bad", (refusal,))
-        blind = [rank for rank, sees in enumerate(gather_json(_sees(folder), grid)) if not sees]
+        blind = [rank for rank, sees in enumerate(gather_json(_sees(folder), mesh)) if not sees]
         if blind:
             return Row("disk", "bad", (_not_shared(plan, blind, hosts),))
-        free = broadcast_json(shutil.disk_usage(folder).free, grid)
+        free = broadcast_json(shutil.disk_usage(folder).free, mesh)
         room, room_is_bad = _room(plan, checkpoint, free)
-        share = min(_PROBE_BYTES, max(1 << 16, checkpoint // grid.layout.world_size))
-        if share * grid.layout.world_size > free // 2:
+        share = min(_PROBE_BYTES, max(1 << 16, checkpoint // mesh.layout.world_size))
+        if share * mesh.layout.world_size > free // 2:
             return Row("disk", "bad" if room_is_bad else "ok", (room, "too little free space to measure the rate"))
         dist.barrier()
-        times = gather_json(_write(folder / f"rank_{grid.rank}", share), grid)
+        times = gather_json(_write(folder / f"rank_{mesh.rank}", share), mesh)
     failed = [f"rank {rank} on {hosts[rank]}: {found}" for rank, found in enumerate(times) if isinstance(found, str)]
     if failed:
         return Row("disk", "bad", (room, *failed))
@@ -61,7 +61,7 @@ def _room(plan: Plan, checkpoint: int, free: int) -> tuple[str, bool]:
 
 
 @contextmanager
-def _probe_folder(run: Path, grid: ProcessGrid) -> Iterator[tuple[Path, str | None]]:
+def _probe_folder(run: Path, mesh: Mesh) -> Iterator[tuple[Path, str | None]]:
     """Create a test folder in the run's folder or its nearest existing parent. Collective.
 
     Yields the path, and an error message if the folder cannot be created, the same on every rank.
@@ -70,20 +70,20 @@ def _probe_folder(run: Path, grid: ProcessGrid) -> Iterator[tuple[Path, str | No
     while not _above(run, missing).exists():
         missing += 1
     made: tuple[str, int, str | None] = "", missing, None
-    if grid.rank == 0:
+    if mesh.rank == 0:
         parent = _above(run, missing)
         try:
             made = tempfile.mkdtemp(prefix=".doctor-", dir=parent), missing, None
         except OSError as error:
             refusal = f"run.dir={run}: {parent} is not writable: {error.strerror}; set another run.dir"
             made = "", missing, refusal
-    name, missing, refusal = broadcast_json(made, grid)
+    name, missing, refusal = broadcast_json(made, mesh)
     try:
         # Relative to this rank's path of the run's folder, which may differ between hosts.
         yield _above(run, missing) / Path(name).name, refusal
         dist.barrier()
     finally:
-        if grid.rank == 0 and name:
+        if mesh.rank == 0 and name:
             shutil.rmtree(name, ignore_errors=True)
 
 

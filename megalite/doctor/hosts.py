@@ -11,7 +11,7 @@ import torch
 
 from megalite.doctor.report import Row
 from megalite.launch import LaunchEnvironment
-from megalite.parallel.layout import name_ranks, spans
+from megalite.parallel.layout import format_ranges, name_ranks
 
 _SHOWN = 8
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_")
@@ -136,7 +136,7 @@ def _settings(infos: Sequence[RankInfo]) -> Iterator[str]:
         if len(ranks) == 1:
             yield f"{name}={next(iter(ranks))}"
         else:
-            yield f"{name} differs: " + "; ".join(f"{value} on {spans(here)}" for value, here in ranks.items())
+            yield f"{name} differs: " + "; ".join(f"{value} on {format_ranges(here)}" for value, here in ranks.items())
 
 
 def _by_host(infos: Sequence[RankInfo]) -> dict[str, list[RankInfo]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megalite.kernels.choice import Kernels, faster_products
+from megalite.kernels.choice import Kernels, choose_products
 
 # Dense bf16/fp16 matrix products of one device, FLOP/s, from the vendors' data sheets.
 ACCELERATOR_PEAKS: Mapping[str, float] = {
@@ -42,7 +42,7 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for part, peak in ACCELERATOR_PEAKS.items():
             if all(word in name for word in part.split()):
                 return peak, f"data sheet of {part}"
-    kernels = Kernels(faster_products(device, dtype))
+    kernels = Kernels(choose_products(device, dtype))
     source = "measured matrix products" + (", in fp32" if kernels.products == "fp32" else "")
     return matrix_rate(device, dtype, kernels), source
 

@@ -45,7 +45,7 @@ WIDTH = 100
 """The largest width of a step's line on the console, in columns."""
 _WARM_UP = 2
 """The first steps, which means of time leave out."""
-_FIX = "free disk space, and start the run again: it resumes from its newest checkpoint"
+_FIX = "free disk space, and start the run again; `megalite status` shows from where it continues"
 _ON_THE_BOARD = tuple(field.name for field in fields(StepMetrics) if field.name not in ("step", "tokens", "skipped"))
 
 

@@ -24,8 +24,8 @@ from megalite.checkpoint.fragments import Fragment
 from megalite.data.datasets import open_datasets
 from megalite.launch import LaunchEnvironment
 from megalite.parallel.json_collectives import broadcast_json, gather_json
-from megalite.parallel.mesh import local_device, process_grid
-from megalite.parallel.regions import Box
+from megalite.parallel.mesh import joined_mesh, local_device
+from megalite.parallel.regions import Region
 from megalite.training.plan import Plan
 from megalite.training.trainer import Trainer
 from megalite.verify.parity_report import (
@@ -49,10 +49,10 @@ def verify_layout(plan: Plan, environment: LaunchEnvironment) -> ParityReport:
     device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads LOCAL_RANK from the environment, and not every launcher sets it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    with process_grid(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as grid:
+    with joined_mesh(plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement) as mesh:
         datasets = open_datasets(plan.config)
-        trainer = Trainer(plan, grid, datasets)
-        reference = Reference(plan, datasets, device, trainer.kernels) if grid.rank == 0 else None
+        trainer = Trainer(plan, mesh, datasets)
+        reference = Reference(plan, datasets, device, trainer.kernels) if mesh.rank == 0 else None
         report = compare(trainer, reference)
         trainer.close()
     return report
@@ -68,11 +68,11 @@ class _Piece:
     """A region of a global tensor that this rank holds, and its elements, flat."""
 
     elements: Tensor
-    box: Box
+    region: Region
 
     def of(self, whole: Tensor) -> Tensor:
         """Return the same region of a whole tensor, flat."""
-        return whole[self.box.slices].reshape(-1)
+        return whole[self.region.slices].reshape(-1)
 
 
 _Pieces = Mapping[str, list[_Piece]]
@@ -83,7 +83,7 @@ _Measure = Callable[[str, int, _Piece, Tensor], float]
 
 class _Comparison:
     def __init__(self, trainer: Trainer, reference: Reference | None) -> None:
-        self.trainer, self.grid, self.reference = trainer, trainer.grid, reference
+        self.trainer, self.mesh, self.reference = trainer, trainer.mesh, reference
         self.shapes = trainer.plan.requirements.shapes
         self.gradients: _Pieces = {}
         self.stage_of = {
@@ -108,34 +108,35 @@ class _Comparison:
             loss=report.loss,
             reference_loss=loss,
             # If the gradients were not averaged, the replicas have different norms: report the one farthest off.
-            norm=max(gather_json(report.outcome.grad_norm, self.grid), key=lambda found: abs(found - norm)),
+            norm=max(gather_json(report.outcome.grad_norm, self.mesh), key=lambda found: abs(found - norm)),
             reference_norm=norm,
             start=start,
             gradients=gradients,
             update=update,
         )
-        return replace(found, miscounted=broadcast_json(self._miscounted(found), self.grid))
+        return replace(found, miscounted=broadcast_json(self._miscounted(found), self.mesh))
 
     # ------------------------------------------------------------------------------------------ this rank's tensors
 
     def _weights(self) -> _Pieces:
-        return _by_name(self.trainer.state.fragments(), "weight", self.grid.device)
+        return _by_name(self.trainer.state.fragments(), "weight", self.mesh.device)
 
     def _keep_gradients(self) -> None:
         # Copy the gradients, since the step clips them in place.
-        all_pieces = _by_name(self.trainer.state.gradients(), "gradient", self.grid.device)
+        all_pieces = _by_name(self.trainer.state.gradients(), "gradient", self.mesh.device)
         self.gradients = {
-            name: [_Piece(piece.elements.clone(), piece.box) for piece in pieces] for name, pieces in all_pieces.items()
+            name: [_Piece(piece.elements.clone(), piece.region) for piece in pieces]
+            for name, pieces in all_pieces.items()
         }
 
     def _elements_missing(self) -> int:
         """Return the model's elements minus those that the ranks save: 0 if each element is saved exactly once."""
         mine = sum(
-            at.box.numel
+            at.region.numel
             for number, fragment in enumerate(self.trainer.state.fragments())
-            for at in fragment.boxes(*fragment.share(number))
+            for at in fragment.regions(*fragment.share(number))
         )
-        total = torch.tensor(mine, dtype=torch.int64, device=self.grid.device)
+        total = torch.tensor(mine, dtype=torch.int64, device=self.mesh.device)
         dist.all_reduce(total)
         return sum(map(prod, self.shapes.values())) - int(total)
 
@@ -145,7 +146,7 @@ class _Comparison:
         """Broadcast each global tensor of the reference from rank 0, and yield it, in the model's order. Collective."""
         for index, (name, shape) in enumerate(self.shapes.items()):
             if self.reference is None:
-                whole = torch.empty(shape, dtype=torch.float32, device=self.grid.device)
+                whole = torch.empty(shape, dtype=torch.float32, device=self.mesh.device)
             else:
                 whole = getattr(self.reference, kind)(name).contiguous()
             dist.broadcast(whole, src=0)
@@ -154,7 +155,7 @@ class _Comparison:
     def _reference_loss_and_norm(self) -> tuple[float, float]:
         """Broadcast the reference's loss and global norm from rank 0. Collective."""
         mine = (0.0, 0.0) if self.reference is None else (self.reference.loss, self.reference.norm)
-        both = torch.tensor(mine, dtype=torch.float64, device=self.grid.device)
+        both = torch.tensor(mine, dtype=torch.float64, device=self.mesh.device)
         dist.broadcast(both, src=0)
         loss, norm = both.tolist()
         return loss, norm
@@ -176,10 +177,10 @@ class _Comparison:
                 relative = max(inf if isnan(value) else value for value in found)
                 factor = _factor(pieces, whole)
                 differences.append(
-                    ParameterDifference(index, name, relative, factor, self.stage_of.get(name, -1), self.grid.rank)
+                    ParameterDifference(index, name, relative, factor, self.stage_of.get(name, -1), self.mesh.rank)
                 )
         mine = asdict(TensorComparison.of(differences, tolerance))
-        ranks = [TypeAdapter(TensorComparison).validate_python(found) for found in gather_json(mine, self.grid)]
+        ranks = [TypeAdapter(TensorComparison).validate_python(found) for found in gather_json(mine, self.mesh)]
         return TensorComparison.over_ranks(ranks)
 
     def _relative(self, name: str, number: int, piece: _Piece, whole: Tensor) -> float:
@@ -210,7 +211,7 @@ class _Comparison:
             return None
         off = found.norm**2 - found.reference_norm**2
         shares = dict(self.reference.squares)
-        copies = self.grid.layout.tensor - 1
+        copies = self.mesh.layout.tensor - 1
         replicated = sum(shares[name] for name in self.reference.replicated)
         shares["parameters replicated over the tensor ranks"] = copies * replicated
         name = min(shares, key=lambda name: abs(abs(off) - shares[name]))
@@ -225,8 +226,8 @@ def _by_name(fragments: Iterable[Fragment], kind: str, device: torch.device) -> 
     for fragment in fragments:
         # Tensors that ZeRO offloads to the host are compared on the device, as the reference's tensors are.
         flat = fragment.tensors[kind].detach().to(device)
-        for at in fragment.boxes(0, fragment.numel):
-            pieces[at.name].append(_Piece(flat[at.start : at.start + at.box.numel], at.box))
+        for at in fragment.regions(0, fragment.numel):
+            pieces[at.name].append(_Piece(flat[at.start : at.start + at.region.numel], at.region))
     return pieces
 
 

@@ -15,7 +15,7 @@ from megalite.model.dropout import DropoutStreams
 from megalite.model.load import load_stage
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import place
+from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.training.plan import Plan
 
@@ -94,5 +94,5 @@ def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
 def _global_tensors(model: Stage) -> Iterator[tuple[str, tuple[nn.Parameter, tuple[slice, ...]]]]:
     """Yield each global tensor's name, the parameter that holds it, and its slices there, without padding."""
     for _, parameter, shards in model.named_shards():
-        for placed in place(shards, 0, 1):
+        for placed in local_shards(shards, 0, 1):
             yield placed.spec.name, (parameter, placed.target)

@@ -22,7 +22,7 @@ from megalite.checkpoint.safetensors_file import file_record, write_safetensors
 from megalite.checkpoint.store import Part
 from megalite.checkpoint.weights import CheckpointWeights
 from megalite.errors import UserError
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 pytestmark = pytest.mark.slow
 
@@ -32,9 +32,9 @@ STEPS = np.array([3, 4, 5], dtype=np.float32)
 
 def parts_of(rank: int) -> list[Part]:
     """Rank 0 has the first rows and some of the fourth, rank 1 the rest."""
-    boxes = [[Box((0, 0), (3, 5)), Box((3, 0), (1, 2))], [Box((3, 2), (1, 3)), Box((4, 0), (3, 5))]][rank]
-    parts = [Part("weight", (7, 5), box, partial(WEIGHT.__getitem__, box.slices)) for box in boxes]
-    return [*parts, Part("steps", (3,), Box((0,), (3,)), lambda: STEPS)] if rank else parts
+    regions = [[Region((0, 0), (3, 5)), Region((3, 0), (1, 2))], [Region((3, 2), (1, 3)), Region((4, 0), (3, 5))]][rank]
+    parts = [Part("weight", (7, 5), region, partial(WEIGHT.__getitem__, region.slices)) for region in regions]
+    return [*parts, Part("steps", (3,), Region((0,), (3,)), lambda: STEPS)] if rank else parts
 
 
 def save(folder: Path) -> Path:
@@ -66,11 +66,13 @@ def test_a_file_is_read_by_the_library_and_its_digest_is_right(tmp_path: Path) -
         np.testing.assert_array_equal(file.get_slice("a")[2:5, 1:3], WEIGHT[2:5, 1:3])
 
 
-@pytest.mark.parametrize("box", [Box((0, 0), (7, 5)), Box((3, 1), (1, 3)), Box((2, 2), (3, 2)), Box((6, 4), (1, 1))])
-def test_any_box_is_read(saved: Path, box: Box) -> None:
-    out = np.full(box.shape, np.nan, np.float32)
-    CheckpointReader(saved).read("weight", box, out)
-    np.testing.assert_array_equal(out, WEIGHT[box.slices])
+@pytest.mark.parametrize(
+    "region", [Region((0, 0), (7, 5)), Region((3, 1), (1, 3)), Region((2, 2), (3, 2)), Region((6, 4), (1, 1))]
+)
+def test_any_region_is_read(saved: Path, region: Region) -> None:
+    out = np.full(region.shape, np.nan, np.float32)
+    CheckpointReader(saved).read("weight", region, out)
+    np.testing.assert_array_equal(out, WEIGHT[region.slices])
 
 
 def test_a_checkpoint_says_what_it_holds(saved: Path) -> None:
@@ -343,7 +345,7 @@ def test_an_array_of_another_shape_is_refused(saved: Path) -> None:
     chunk.update(file="rank_00000.safetensors", key="weight@0,0")
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"its shape is \(3, 5\), not \(3,\)"):
-        CheckpointReader(saved).read("steps", Box((0,), (3,)), np.empty(3, np.float32))
+        CheckpointReader(saved).read("steps", Region((0,), (3,)), np.empty(3, np.float32))
 
 
 def test_a_link_out_of_the_folder_is_refused(saved: Path) -> None:

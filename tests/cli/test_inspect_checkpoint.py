@@ -13,7 +13,7 @@ from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.store import Part
 from megalite.cli import main
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 SHAPES = {"layers.10.mlp.up.weight": (6, 5), "layers.2.mlp.up.weight": (6, 5), "final_norm.weight": (5,)}
 MODEL = {"architecture": "llama", "hidden_size": 5}
@@ -45,7 +45,7 @@ def save(
             rows = slice(len(array) * rank // ranks, len(array) * (rank + 1) // ranks)
             mine, offset = array[rows], (rows.start, *[0] * (array.ndim - 1))
             if len(mine):
-                parts.append(Part(name, array.shape, Box(offset, mine.shape), lambda mine=mine: mine))
+                parts.append(Part(name, array.shape, Region(offset, mine.shape), lambda mine=mine: mine))
         store.write_rank(folder, rank, parts)
     versions = {"megalite": "0.1.0", "torch": "2.13.0"}
     layout = f"tensor {ranks} x pipeline 1 x data 1, ZeRO-1, bf16"
@@ -98,23 +98,23 @@ def test_a_checkpoint_is_described(saved: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("shape", [(), (7,), (5, 4), (2, 3, 5)])
 def test_tiles_cover_a_tensor_once(shape: tuple[int, ...], most: int) -> None:
     seen = np.zeros(shape, int)
-    for box in tiles(shape, most):
-        assert box.numel <= most
-        seen[box.slices] += 1
+    for region in tiles(shape, most):
+        assert region.numel <= most
+        seen[region.slices] += 1
     assert (seen == 1).all()
 
 
 def test_norms_are_taken_box_by_box(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(norms(CheckpointReader(saved), ignore))
-    boxes: list[int] = []
+    regions: list[int] = []
     read = CheckpointReader.read
     monkeypatch.setattr(
-        CheckpointReader, "read", lambda s, n, box, out: boxes.append(box.numel) or read(s, n, box, out)
+        CheckpointReader, "read", lambda s, n, region, out: regions.append(region.numel) or read(s, n, region, out)
     )
-    monkeypatch.setattr(inspection, "BOX_ELEMENTS", 4)
+    monkeypatch.setattr(inspection, "REGION_ELEMENTS", 4)
     found = list(norms(CheckpointReader(saved), ignore))
-    assert max(boxes) <= 4
-    assert sum(boxes) == 3 * 65
+    assert max(regions) <= 4
+    assert sum(regions) == 3 * 65
     for tensor, other in zip(found, expected, strict=True):
         assert tensor.norms == pytest.approx(other.norms, rel=1e-12)
 
@@ -196,7 +196,7 @@ def test_other_layouts_of_the_same_are_equal(saved: Path, tmp_path: Path, capsys
 def test_the_first_difference_is_named_and_measured(
     saved: Path, tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inspection, "BOX_ELEMENTS", most)
+    monkeypatch.setattr(inspection, "REGION_ELEMENTS", most)
     changed = arrays()
     first, later = changed["weight/layers.10.mlp.up.weight"], changed["exp_avg/final_norm.weight"]
     first[4, 3] += 0.5

@@ -23,7 +23,7 @@ from megalite.doctor.connectivity import ALL_PAIRS, Listener, failed_connections
 from megalite.doctor.hosts import RankInfo, hosts_row, launcher_row
 from megalite.doctor.report import Report, Row
 from megalite.launch import LaunchEnvironment, launch_environment
-from megalite.parallel.layout import spans
+from megalite.parallel.layout import format_ranges
 from megalite.training.plan import prepare
 
 HOST = socket.gethostname()
@@ -281,8 +281,8 @@ def test_what_is_beyond_the_median_is_named() -> None:
 
 
 def test_numbers_are_written_as_stretches() -> None:
-    assert (spans([3]), spans([0, 1, 2, 5, 7, 8]), spans([])) == ("3", "0-2, 5, 7-8", "")
-    assert spans(range(0, 4096, 8)) == "0, 8, ..., 4088"
+    assert (format_ranges([3]), format_ranges([0, 1, 2, 5, 7, 8]), format_ranges([])) == ("3", "0-2, 5, 7-8", "")
+    assert format_ranges(range(0, 4096, 8)) == "0, 8, ..., 4088"
 
 
 def test_a_report_is_kept_and_shown(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megalite.parallel.sharding import place
+from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.layers import parameter_shards
 
@@ -26,12 +26,12 @@ def fill(module: nn.Module, group: TensorGroup, whole: dict[str, Tensor]) -> Non
     with torch.no_grad():
         for _, parameter, shards in parameter_shards(module):
             parameter.zero_()
-            for shard in place(shards, group.rank, group.size):
+            for shard in local_shards(shards, group.rank, group.size):
                 parameter[shard.target] = whole[shard.spec.name][shard.source]
 
 
 def check_gradients(module: nn.Module, group: TensorGroup, expected: dict[str, Tensor]) -> None:
     for _, parameter, shards in parameter_shards(module):
         assert parameter.grad is not None
-        for shard in place(shards, group.rank, group.size):
+        for shard in local_shards(shards, group.rank, group.size):
             assert_close(parameter.grad[shard.target], expected[shard.spec.name][shard.source])

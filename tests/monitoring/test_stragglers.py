@@ -11,7 +11,7 @@ from harness import run_distributed
 
 from megalite.monitoring.stragglers import WINDOW, StragglerDetector
 from megalite.parallel.layout import ParallelLayout
-from megalite.pipeline.compute_timer import ThreadTime
+from megalite.pipeline.compute_timer import ThreadTimer
 
 
 def burn(seconds: float) -> None:
@@ -21,7 +21,7 @@ def burn(seconds: float) -> None:
 
 
 def test_a_ranks_own_time_is_that_of_its_work() -> None:
-    own = ThreadTime()
+    own = ThreadTimer()
     with own.measured():
         time.sleep(0.3)
     slept = own.take()
@@ -69,7 +69,7 @@ def train_beside_a_straggler(path: str, overrides: Sequence[str], slow: int) -> 
     from training import build_trainer
 
     trainer = build_trainer(path, overrides)
-    if trainer.grid.rank == slow:
+    if trainer.mesh.rank == slow:
         stage = next(iter(trainer.engine.stages.values()))
         stage.register_forward_pre_hook(lambda module, inputs: burn(0.05))
     trainer.run()
@@ -82,4 +82,4 @@ def test_a_slow_rank_is_named_in_the_runs_metrics(run_file: Path, tmp_path: Path
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (named,) = [record for record in records if "straggler" in record]
     assert (named["step"], named["straggler"]) == (WINDOW, 1)
-    assert named["own_seconds"] > 1.5 * named["median_own_seconds"] > 0
+    assert named["compute_seconds"] > 1.5 * named["median_own_seconds"] > 0

@@ -140,7 +140,7 @@ def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rende
         (("--nodes", "2", "--time", "5:00"), "--time 5:00 is 300 s"),
         (("--nodes", "2", "--time", "0-0:5"), "--time 0-0:5 is 300 s"),
         (("--nodes", "2", "--time", "4"), "--time 4 is 240 s"),
-        (("--nodes", "2", "train.stepz=3"), "command line: train.stepz is not a key; did you mean 'steps'?"),
+        (("--nodes", "2", "train.stepz=3"), "command line: train.stepz is not a key; did you mean 'train.steps'?"),
     ],
 )
 def test_what_cannot_be_is_said_with_its_fix(rendered: Rendered, arguments: tuple[str, ...], message: str) -> None:

@@ -50,8 +50,8 @@ def remove_tokens(prefix: Path) -> None:
 
 
 BAD: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
-    ("key", spoil_nothing, ["train.stepz=3"], ["train.stepz", "did you mean 'steps'?"]),
-    ("section", spoil_nothing, ["trian.steps=3"], ["trian", "did you mean 'train'?"]),
+    ("key", spoil_nothing, ["train.stepz=3"], ["train.stepz", "did you mean 'train.steps'?"]),
+    ("section", spoil_nothing, ["trian.steps=3"], ["trian.steps", "did you mean 'train.steps'?"]),
     ("deepspeed key", spoil_nothing, ["deepspeed.gradient_cliping=1"], ["gradient_cliping", "'gradient_clipping'"]),
     ("deep key", spoil_nothing, ["deepspeed.zero_optimization.stag=1"], ["stag", "'stage'"]),
     ("heads", spoil_nothing, ["parallel.tensor=3"], ["parallel.tensor=3", "model.num_attention_heads=8", "use"]),

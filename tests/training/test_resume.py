@@ -104,14 +104,14 @@ def assert_holds(trainer: "Trainer", checkpoint: Path, kinds: Sequence[str]) -> 
     """Every element that this rank updates is the checkpoint's, to the last bit."""
     reader = CheckpointReader(checkpoint)
     for fragment in ZeroState(trainer.engine).fragments():
-        boxes = list(fragment.boxes(0, fragment.numel))
-        assert boxes, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
-        for box, kind in product(boxes, kinds):
-            saved = np.empty(box.box.shape, np.float32)
-            reader.read(f"{kind}/{box.name}", box.box, saved)
-            elements = fragment.tensors[kind][box.start : box.start + box.box.numel]
-            held = elements.detach().numpy().reshape(box.box.shape)
-            assert np.array_equal(held, saved), f"{kind}/{box.name} at {box.box.offset}"
+        regions = list(fragment.regions(0, fragment.numel))
+        assert regions, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
+        for region, kind in product(regions, kinds):
+            saved = np.empty(region.region.shape, np.float32)
+            reader.read(f"{kind}/{region.name}", region.region, saved)
+            elements = fragment.tensors[kind][region.start : region.start + region.region.numel]
+            held = elements.detach().numpy().reshape(region.region.shape)
+            assert np.array_equal(held, saved), f"{kind}/{region.name} at {region.region.offset}"
 
 
 def load_on_rank(path: str, overrides: Sequence[str], folders: Sequence[str]) -> list[list[float]]:
@@ -339,7 +339,7 @@ def test_damage_is_passed_over_by_auto_and_refused_by_path(
     assert step == 2
     assert not (folder / "checkpoints/step_9.tmp").exists()
     assert fault in notes[0]
-    assert notes[0].startswith("warning: passed over ")
+    assert notes[0].startswith("warning: skipped ")
     assert (folder / "earlier/1/checkpoints/step_4").is_dir()
     assert CheckpointReader(folder / "checkpoints/step_4").problems() == []
 
@@ -455,7 +455,7 @@ def test_retention(keep_last: int | None, keep_every: int | None, stay: set[int]
 def begin_on_rank(path: str, overrides: Sequence[str], checkpoint: str) -> None:
     trainer = build_trainer(path, overrides)
     assert_holds(trainer, Path(checkpoint), ("weight",))
-    assert ZeroState(trainer.engine).numbers()["updates"] == 0
+    assert ZeroState(trainer.engine).scalar_state()["updates"] == 0
     trainer.close()
 
 

@@ -16,8 +16,8 @@ from training import build_trainer
 from megalite.checkpoint.fragments import Fragment
 from megalite.model.stage import Stage
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.mesh import ProcessGrid, build_grid
-from megalite.parallel.sharding import place
+from megalite.parallel.mesh import Mesh, build_mesh
+from megalite.parallel.sharding import local_shards
 from megalite.tensor_parallel.init import initialise_parameter
 from megalite.verify.parity_report import GRADIENT_TOLERANCE, UPDATE_TOLERANCE, ParityReport
 
@@ -42,25 +42,25 @@ right_initialise = Stage.initialise
 # ------------------------------------------------------------------------------------------------- broken builds
 
 
-def forget_the_tied_gradient(grid: ProcessGrid, trainer: Any) -> None:
-    trainer.engine.grid = replace(grid, embedding=None)
+def forget_the_tied_gradient(mesh: Mesh, trainer: Any) -> None:
+    trainer.engine.mesh = replace(mesh, embedding=None)
 
 
-def count_a_norm_twice(grid: ProcessGrid, trainer: Any) -> None:
+def count_a_norm_twice(mesh: Mesh, trainer: Any) -> None:
     for stage in trainer.engine.stages.values():
         for _, parameter, shards in stage.named_shards():
             if shards[0].name == "final_norm.weight":
                 parameter.model_parallel = True
 
 
-def count_every_norm_twice(grid: ProcessGrid, trainer: Any) -> None:
+def count_every_norm_twice(mesh: Mesh, trainer: Any) -> None:
     for stage in trainer.engine.stages.values():
         for parameter in stage.parameters():
             parameter.model_parallel = True
 
 
-def send_another_microbatch(grid: ProcessGrid, trainer: Any) -> None:
-    if grid.coordinate.pipeline == 0:
+def send_another_microbatch(mesh: Mesh, trainer: Any) -> None:
+    if mesh.coordinate.pipeline == 0:
         (channel,) = trainer.executor.outgoing.values()
         send, before = channel.send, []
 
@@ -71,21 +71,21 @@ def send_another_microbatch(grid: ProcessGrid, trainer: Any) -> None:
         channel.send = send_the_one_before
 
 
-def average_nothing_at_stage_0(grid: ProcessGrid, trainer: Any) -> None:
+def average_nothing_at_stage_0(mesh: Mesh, trainer: Any) -> None:
     trainer.engine.engine.allreduce_gradients = lambda: None
 
 
-def average_nothing_at_stage_2(grid: ProcessGrid, trainer: Any) -> None:
+def average_nothing_at_stage_2(mesh: Mesh, trainer: Any) -> None:
     trainer.engine.zero_optimizer.average_tensor = lambda *arguments, **settings: None
 
 
-def decay_twice(grid: ProcessGrid, trainer: Any) -> None:
+def decay_twice(mesh: Mesh, trainer: Any) -> None:
     """An optimizer that decays twice as much: nothing but the weights after the step shows it."""
     for group in trainer.engine.optimizer.param_groups:
         group["weight_decay"] *= 2
 
 
-def lose_a_parameter(grid: ProcessGrid, trainer: Any) -> None:
+def lose_a_parameter(mesh: Mesh, trainer: Any) -> None:
     """An optimizer that was never given one of them."""
     fragments, gradients = trainer.state.fragments, trainer.state.gradients
     trainer.state.fragments = lambda: (each for each in fragments() if not is_final_norm(each))
@@ -101,7 +101,9 @@ def initialise_from_another_slice(stage: Stage, seed: int) -> None:
     right_initialise(stage, seed)
     for _, parameter, shards in stage.named_shards():
         if shards[0].name == "layers.2.mlp.down.weight":
-            initialise_parameter(parameter, place(shards, 0, stage.group.size), seed=seed, std=stage._residual_std)
+            initialise_parameter(
+                parameter, local_shards(shards, 0, stage.group.size), seed=seed, std=stage._residual_std
+            )
 
 
 # ------------------------------------------------------------------------------------------------------- on ranks
@@ -111,7 +113,7 @@ def verified(
     path: str,
     layout: tuple[int, int, int],
     overrides: tuple[str, ...],
-    sabotage: Callable[[ProcessGrid, Any], None] | None = None,
+    sabotage: Callable[[Mesh, Any], None] | None = None,
     initialise: Callable[[Stage, int], None] | None = None,
 ) -> ParityReport:
     """Compare one layout, as `verify_layout` does, over ranks whose code may have been broken."""
@@ -126,14 +128,14 @@ def verified(
     plan = case_plan(target, ParallelLayout(*layout), target.config.run.dir)
     rank = dist.get_rank()
     timeout = timedelta(seconds=60)
-    grid = build_grid(plan.layout, rank, device=torch.device("cpu"), timeout=timeout, placement=plan.placement)
+    mesh = build_mesh(plan.layout, rank, device=torch.device("cpu"), timeout=timeout, placement=plan.placement)
     datasets = open_datasets(plan.config)
     if initialise is not None and rank == 1:
         Stage.initialise = initialise  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = Trainer(plan, grid, datasets)
-    reference = Reference(plan, datasets, grid.device, trainer.kernels) if rank == 0 else None
+    trainer = Trainer(plan, mesh, datasets)
+    reference = Reference(plan, datasets, mesh.device, trainer.kernels) if rank == 0 else None
     if sabotage is not None:
-        sabotage(grid, trainer)
+        sabotage(mesh, trainer)
     finding = compare(trainer, reference)
     trainer.close()
     return finding

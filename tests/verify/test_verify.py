@@ -19,21 +19,21 @@ BROKEN = """
 from dataclasses import replace
 import megalite.parallel.mesh as distributed
 
-build = distributed.build_grid
-distributed.build_grid = lambda *where, **how: replace(build(*where, **how), embedding=None)
+build = distributed.build_mesh
+distributed.build_mesh = lambda *where, **how: replace(build(*where, **how), embedding=None)
 """
 CRASHING = """
 import os
 import megalite.parallel.mesh as distributed
 
-build = distributed.build_grid
+build = distributed.build_mesh
 
 def fail(layout, rank, **how):
     if layout.pipeline > 1 and rank == 1:
         raise RuntimeError("a rank that fails")
     return build(layout, rank, **how)
 
-distributed.build_grid = fail
+distributed.build_mesh = fail
 """
 
 

@@ -111,6 +111,18 @@ class DeepSpeedSettings:
         """DeepSpeed's learning-rate scheduler: ``{"type": ..., "params": {...}}``."""
         return copy.deepcopy(self.document.get("scheduler"))
 
+    @property
+    def scheduler_is_auto(self) -> bool:
+        """Whether the JSON's scheduler states no value: every parameter that it names is "auto"."""
+        params = self.document.get("scheduler", {}).get("params", {})
+        return bool(params) and all(value == "auto" for value in params.values())
+
+    def without_scheduler(self, run_file: str) -> Self:
+        """Return the settings with a scheduler that has given way to ``train.schedule`` of `run_file`, and a note."""
+        document = {name: section for name, section in self.document.items() if name != "scheduler"}
+        note = Fault(("scheduler",), f" is left out: all its params are 'auto', and {run_file} states train.schedule")
+        return replace(self, document=document, notes=(*self.notes, self.origin.line(note)))
+
     def resolve_auto(
         self,
         *,

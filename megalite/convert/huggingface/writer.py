@@ -17,7 +17,7 @@ from megalite.convert.huggingface.tokenizer_files import TokenizerFiles
 from megalite.errors import UserError
 from megalite.files import write_atomically
 from megalite.model.weights import Weights
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 _METADATA = {"format": "pt"}
 """Without it transformers does not know which way round the elements are meant."""
@@ -65,7 +65,7 @@ def write_folder(
 
 def assemble(tensor: Tensor, weights: Weights) -> np.ndarray:
     """Return a tensor of theirs, made of the weights that it consists of."""
-    whole = Box((0,) * len(tensor.part_shape), tensor.part_shape)
+    whole = Region((0,) * len(tensor.part_shape), tensor.part_shape)
     stored = np.empty(tensor.shape, np.float32)
     for part, name in enumerate(tensor.ours):
         for place, within in tensor.pieces(part, whole):

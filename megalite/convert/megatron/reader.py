@@ -15,7 +15,7 @@ from megalite.convert.megatron.state_dict import Collection, checkpoint_folder, 
 from megalite.convert.megatron.tp_shards import Divided, Division
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,10 +55,10 @@ class MegatronWeights:
     def model_files(self) -> Mapping[str, Path]:
         return model_files_among(self.origin, sorted(path.name for path in self.origin.iterdir() if path.is_file()))
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         if name not in self._tensors:
             raise UserError(f"{self.origin}: holds no tensor {name}")
-        self._tensors[name].read(box, out)
+        self._tensors[name].read(region, out)
 
 
 def _model(collection: Collection, path: Path, model_file: Path | None) -> tuple[ModelConfig, tuple[str, ...]]:

@@ -73,6 +73,8 @@ class ShardReport:
     """The first malformed or empty ones: segment of the shard, line or row in it, byte, reason."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Keys of conversations that were passed over, and in how many conversations."""
+    records: list[int] = field(default_factory=list)
+    """How many documents each segment of the shard had, malformed and empty ones with them."""
 
 
 class MalformedDocument(Exception):
@@ -135,7 +137,9 @@ def encode_shard(
     """
     with _ShardWriter(files, recipe, coder) as writer:
         for number, segment in enumerate(shard):
+            writer.report.records.append(0)
             for batch in read(segment, recipe.extract):
+                writer.report.records[number] += len(batch.documents) + len(batch.malformed)
                 before = writer.report.tokens
                 writer.add(number, batch)
                 tell(batch.disk_bytes, writer.report.tokens - before)
