@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import TINY, megalite
+from commands import TINY, megalite
 
 from megalite import launch
 from megalite.files import LOCK, filesystem_time, folder_lock, write_atomically
