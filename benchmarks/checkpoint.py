@@ -63,7 +63,7 @@ class Rank:
             for number, fragment in enumerate(self.state.fragments())
             for kind, flat in fragment.tensors.items()
         }
-        self.bytes = torch.tensor(sum(4 * part.box.numel for part in parts(self.state.fragments())))
+        self.bytes = torch.tensor(sum(4 * part.region.numel for part in parts(self.state.fragments())))
         dist.all_reduce(self.bytes)
 
     def timed(self, action: Callable[[], object]) -> float:
@@ -99,9 +99,9 @@ class Rank:
         from megalite.training.checkpointing import Checkpointer
 
         settings = CheckpointSection.model_validate({"every": 1, "async": asynchronous})
-        grid = self.trainer.grid
+        mesh = self.trainer.mesh
         return Checkpointer(
-            settings, self.folder, self.state, grid, tensor_bytes=self.trainer.plan.checkpoint_bytes, files={}
+            settings, self.folder, self.state, mesh, tensor_bytes=self.trainer.plan.checkpoint_bytes, files={}
         )
 
     def save_megalite(self, checkpointer) -> None:
@@ -130,7 +130,7 @@ class Rank:
 
         reader = CheckpointReader(self.folder / "step_1")
         mine = sorted(reader.manifest.files)[self.rank :: dist.get_world_size()]
-        assert reader.faults(mine) == []
+        assert reader.problems(mine) == []
         self.state.restore(reader, reader.state["optimizer"])
 
     # ------------------------------------------------------------------------------------------------------ others

@@ -54,7 +54,7 @@ class Megalite(Contender):
     def setup(self, rank: int, world_size: int, port: int) -> None:
         from megalite.data.datasets import Datasets
         from megalite.data.indexed.writer import IndexedDatasetWriter
-        from megalite.parallel.mesh import local_device, process_grid
+        from megalite.parallel.mesh import joined_mesh, local_device
         from megalite.training.plan import prepare
         from megalite.training.trainer import Trainer
 
@@ -69,10 +69,10 @@ class Megalite(Contender):
             _ = plan.documents  # read while the files are there
         os.environ["LOCAL_RANK"] = str(rank)
         self.stack = ExitStack()
-        grid = self.stack.enter_context(
-            process_grid(plan.layout, rank, device=local_device(rank), timeout=TIMEOUT, placement=plan.placement)
+        mesh = self.stack.enter_context(
+            joined_mesh(plan.layout, rank, device=local_device(rank), timeout=TIMEOUT, placement=plan.placement)
         )
-        self.trainer = Trainer(plan, grid, Datasets(train=JobSamples(self.job)))
+        self.trainer = Trainer(plan, mesh, Datasets(train=JobSamples(self.job)))
         self.steps = 0
         torch.distributed.barrier()
 

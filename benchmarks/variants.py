@@ -45,7 +45,7 @@ class Variant(Megalite):
 
         with self.around_the_stream(recorded):
             self.step()
-        gathered = gather_json([[s.rank, str(s.instruction), s.start, s.end] for s in spans], self.trainer.grid)
+        gathered = gather_json([[s.rank, str(s.instruction), s.start, s.end] for s in spans], self.trainer.mesh)
         measured = Timeline(
             tuple(Span(r, parse(code), start, end) for part in gathered for r, code, start, end in part)
         )

@@ -29,7 +29,8 @@ The values of `"auto"`:
 - `optimizer.params`: `train.optimizer` of the run file. Parameters that both state must agree. A parameter that neither
   states has megalite's default where the JSON says `"auto"`, and DeepSpeed's default where the JSON omits it.
 - `scheduler.params`: `train.schedule.warmup_steps` (where `train.schedule` has no other key; 1 where it is 0, because
-  DeepSpeed requires at least 1), `train.steps` and the optimizer's rate. `warmup_min_lr` is 0.
+  DeepSpeed requires at least 1), `train.steps` and the optimizer's rate. `warmup_min_lr` is 0. A scheduler that is all
+  `"auto"` gives way to a `train.schedule` that has more than the warm-up, and the start says so.
 - bucket sizes of `zero_optimization`: the model's `hidden_size`, by the rules of transformers.
 
 In bf16 and fp16, ZeRO stage 0 runs as stage 1, and the start says so: without ZeRO, DeepSpeed has no AdamW over fp32

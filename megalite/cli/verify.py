@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megalite.errors import USER_ERROR_STATUS, UserError
-from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_stand_in
-from megalite.paths import spell
+from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_rank_subprocess
+from megalite.paths import escape
 
 if TYPE_CHECKING:
     from megalite.parallel.layout import ParallelLayout
     from megalite.training.plan import Plan
-    from megalite.verify.table import Outcome
+    from megalite.verify.table import LayoutResult
 
 _STOPPED = 128
 _FEW_RANKS = 4
@@ -82,7 +82,7 @@ def _verify(
         _introduce(plan, notes, [plan.layout] if layouts is None else chosen)
     # The ranks of a case do not know how many the launcher started.
     outcomes = _run_cases(
-        ["verify", spell(run), *words, f"parallel.data={plan.layout.data}"], chosen, environment, speaks=speaks
+        ["verify", escape(run), *words, f"parallel.data={plan.layout.data}"], chosen, environment, speaks=speaks
     )
     if speaks:
         raise typer.Exit(_conclude(outcomes))
@@ -99,7 +99,7 @@ def _prepare(
     if not scale:
         return plan, ()
     if plan.config.init_from is not None:  # left out of the smaller model, not of the run
-        plan.expectation.require_weights(open_weights(plan.config.init_from))
+        plan.requirements.require_weights(open_weights(plan.config.init_from))
     config, notes = scale_down(plan.config)
     return plan_of(config, plan.tokenizer_digest), notes
 
@@ -152,11 +152,11 @@ def _run_cases(
     environment: LaunchEnvironment | None,
     *,
     speaks: bool,
-) -> "list[Outcome]":
+) -> "list[LayoutResult]":
     """Compare one layout after the other, each in fresh processes: DeepSpeed's engine is one a process."""
     from megalite.verify.layouts import write_layout
-    from megalite.verify.parity_report import Finding
-    from megalite.verify.table import Outcome
+    from megalite.verify.parity_report import ParityReport
+    from megalite.verify.table import LayoutResult
 
     outcomes = []
     folder = Path(tempfile.mkdtemp(prefix="megalite-verify-"))
@@ -173,20 +173,20 @@ def _run_cases(
         if environment is None:
             status = launch_local(argv, layout.world_size, here / "logs")
         else:
-            status = run_stand_in(argv, environment, world_size=layout.world_size, number=number)
-        finding = Finding.read(here / "finding.json") if status == 0 else None
-        outcome = Outcome(layout, finding, time.perf_counter() - started)
+            status = run_rank_subprocess(argv, environment, world_size=layout.world_size, number=number)
+        report = ParityReport.read(here / "report.json") if status == 0 else None
+        outcome = LayoutResult(layout, report, time.perf_counter() - started)
         if speaks:
             typer.echo(f"{outcome.verdict}, {outcome.seconds:.1f} s")
         if status == USER_ERROR_STATUS or status >= _STOPPED or (status != 0 and environment is not None):
             raise typer.Exit(status if status > 0 else _STOPPED - status)
         outcomes.append(outcome)
-    if all(outcome.finding is not None for outcome in outcomes) or not speaks:  # else the lines above name the logs
+    if all(outcome.report is not None for outcome in outcomes) or not speaks:  # else the lines above name the logs
         shutil.rmtree(folder, ignore_errors=True)
     return outcomes
 
 
-def _conclude(outcomes: "Sequence[Outcome]") -> int:
+def _conclude(outcomes: "Sequence[LayoutResult]") -> int:
     """Show the table and what differs; return the exit status."""
     from rich.console import Console
 
@@ -213,6 +213,6 @@ def _be_a_rank(
 
     target, _ = _prepare(run, overrides, scale, None)
     (size,) = read_layouts(layout)
-    finding = verify_layout(case_plan(target, size, folder / "run"), environment)
+    report = verify_layout(case_plan(target, size, folder / "run"), environment)
     if environment.rank == 0:
-        finding.write(folder / "finding.json")
+        report.write(folder / "report.json")

@@ -1,6 +1,6 @@
-"""How fast messages go along each axis of a layout, and how fast each rank multiplies matrices.
+"""Measure the bandwidth along each axis of a layout, and each rank's rate of matrix products.
 
-All groups of an axis talk at the same time, as they do in training.
+All groups of an axis communicate at the same time, as in training.
 """
 
 import time
@@ -12,50 +12,50 @@ import torch
 import torch.distributed as dist
 
 from megalite.doctor.report import Row
-from megalite.kernels.choice import Kernels, faster_products
+from megalite.kernels.choice import Kernels, choose_products
 from megalite.monitoring.device import matrix_rate, wait_for
 from megalite.parallel.json_collectives import gather_json
 from megalite.parallel.layout import name_ranks
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 
 TOLERATED = 1.3
-"""What is slower than the median by more than this factor is named."""
+"""The factor below the median at which a rate is reported as slow."""
 _BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 _REPEATS = 4
 _SHOWN = 8
 
 
-def axis_rows(grid: ProcessGrid) -> list[Row]:
-    """Measure each axis of several ranks. Collective."""
+def axis_rows(mesh: Mesh) -> list[Row]:
+    """Measure the bandwidth of each axis with several ranks. Collective."""
     rows = []
-    if grid.tensor.size > 1 and grid.tensor.process_group is not None:
-        rows.append(_all_reduce_row("tensor", grid, grid.tensor.process_group))
-    if grid.layout.pipeline > 1:
-        rows.append(_pipeline_row(grid))
-    if grid.layout.data > 1:
-        rows.append(_all_reduce_row("data", grid, grid.data))
+    if mesh.tensor.size > 1 and mesh.tensor.process_group is not None:
+        rows.append(_all_reduce_row("tensor", mesh, mesh.tensor.process_group))
+    if mesh.layout.pipeline > 1:
+        rows.append(_pipeline_row(mesh))
+    if mesh.layout.data > 1:
+        rows.append(_all_reduce_row("data", mesh, mesh.data))
     return rows
 
 
-def matrix_row(grid: ProcessGrid, dtype: torch.dtype, hosts: Sequence[str]) -> Row:
-    """Measure every rank's matrix products, all at the same time. Collective.
+def matrix_row(mesh: Mesh, dtype: torch.dtype, hosts: Sequence[str]) -> Row:
+    """Measure every rank's rate of matrix products, all at the same time. Collective.
 
-    Warns where the ranks compute the products of this precision more slowly than those of fp32.
+    The row has a warning if ranks compute products of this precision in fp32 because it is faster there.
     """
     dist.barrier()
-    ways = gather_json(faster_products(grid.device, dtype), grid)
-    rates = gather_json(matrix_rate(grid.device, dtype, Kernels(ways[grid.rank]), seconds=0.5), grid)
+    products = gather_json(choose_products(mesh.device, dtype), mesh)
+    rates = gather_json(matrix_rate(mesh.device, dtype, Kernels(products[mesh.rank]), seconds=0.5), mesh)
     unit, size = ("TFLOP/s", 1e12) if median(rates) >= 1e12 else ("GFLOP/s", 1e9)
     found = {f"rank {rank} on {hosts[rank]}": rate / size for rank, rate in enumerate(rates)}
     name = str(dtype).removeprefix("torch.")
     row = rate_row("matrix products", f"{unit} per rank in {name}", found)
-    slow = [f"rank {rank} on {hosts[rank]}" for rank, way in enumerate(ways) if way == "fp32"]
+    slow = [f"rank {rank} on {hosts[rank]}" for rank, computed_in in enumerate(products) if computed_in == "fp32"]
     return with_slow_precision(row, name, slow, len(hosts))
 
 
 def with_slow_precision(row: Row, precision: str, slow: Sequence[str], world_size: int) -> Row:
-    """Return the row with a warning where some ranks, named in `slow`, multiply matrices of a precision by way of
-    float32, since their CPU has no units for it."""
+    """Return the row, with a warning if some ranks, named in `slow`, multiply matrices of this precision in float32,
+    since their CPU has no instructions for it."""
     if not slow:
         return row
     more = f" and {len(slow) - _SHOWN} more" if len(slow) > _SHOWN else ""
@@ -68,7 +68,7 @@ def with_slow_precision(row: Row, precision: str, slow: Sequence[str], world_siz
 
 
 def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:
-    """Return the median of some rates, and by name each that is slower than it by more than `TOLERATED`."""
+    """Return a row with the median rate, and each rate, by name, that is slower by more than the factor `TOLERATED`."""
     middle, (slowest, least) = median(rates.values()), min(rates.items(), key=lambda item: item[1])
     slow = sorted((rate, name) for name, rate in rates.items() if rate * TOLERATED < middle)
     if not slow:
@@ -79,46 +79,46 @@ def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:
     return Row(check, "warn", (f"{_number(middle)} {unit} in the median", *lines[:_SHOWN], *more))
 
 
-def _all_reduce_row(axis: str, grid: ProcessGrid, group: dist.ProcessGroup) -> Row:
-    """Measure all-reduces; GB/s on each rank's wire, 2 (n - 1) / n bytes for each byte, as nccl-tests count."""
+def _all_reduce_row(axis: str, mesh: Mesh, group: dist.ProcessGroup) -> Row:
+    """Measure all-reduces in bus bandwidth as defined by nccl-tests: 2 (n - 1) / n bytes sent per byte, in GB/s."""
     size = dist.get_world_size(group)
-    message = torch.ones(_BYTES[grid.device.type] // 4, device=grid.device)
+    message = torch.ones(_BYTES[mesh.device.type] // 4, device=mesh.device)
     dist.all_reduce(message, group=group)
-    wait_for(grid.device)
+    wait_for(mesh.device)
     dist.barrier()
     started = time.perf_counter()
     for _ in range(_REPEATS):
         dist.all_reduce(message, group=group)
-    wait_for(grid.device)
+    wait_for(mesh.device)
     seconds = time.perf_counter() - started
     sent = _REPEATS * message.nbytes * 2 * (size - 1) / size
-    told = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], grid)
-    rates = {name_ranks(ranks): min(rate for others, rate in told if others == ranks) for ranks, _ in told}
+    measured = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], mesh)
+    rates = {name_ranks(ranks): min(rate for others, rate in measured if others == ranks) for ranks, _ in measured}
     return rate_row(f"{axis} axis", f"GB/s all-reduced over {size} ranks", rates)
 
 
-def _pipeline_row(grid: ProcessGrid) -> Row:
-    """Measure the activations' links, one pair of pipeline ranks after the other."""
-    here, found = grid.coordinate.pipeline, []
-    message = torch.ones(_BYTES[grid.device.type] // 4, device=grid.device)
-    for source in range(grid.layout.pipeline):
-        for target in range(grid.layout.pipeline):
-            if here == source and ("activation", target) in grid.links.outgoing:
-                link = grid.links.outgoing["activation", target]
+def _pipeline_row(mesh: Mesh) -> Row:
+    """Measure the links that carry activations, one pair of pipeline ranks after the other."""
+    here, found = mesh.coordinate.pipeline, []
+    message = torch.ones(_BYTES[mesh.device.type] // 4, device=mesh.device)
+    for source in range(mesh.layout.pipeline):
+        for target in range(mesh.layout.pipeline):
+            if here == source and ("activation", target) in mesh.links.outgoing:
+                link = mesh.links.outgoing["activation", target]
                 for _ in range(1 + _REPEATS):
                     dist.send(message, link.peer, group=link.group)
-                wait_for(grid.device)
-            elif here == target and ("activation", source) in grid.links.incoming:
-                link = grid.links.incoming["activation", source]
+                wait_for(mesh.device)
+            elif here == target and ("activation", source) in mesh.links.incoming:
+                link = mesh.links.incoming["activation", source]
                 dist.recv(message, link.peer, group=link.group)
-                wait_for(grid.device)
+                wait_for(mesh.device)
                 started = time.perf_counter()
                 for _ in range(_REPEATS):
                     dist.recv(message, link.peer, group=link.group)
-                wait_for(grid.device)
+                wait_for(mesh.device)
                 seconds = time.perf_counter() - started
-                found.append([link.peer, grid.rank, _REPEATS * message.nbytes / seconds / 1e9])
-    hops = [hop for told in gather_json(found, grid) for hop in told]
+                found.append([link.peer, mesh.rank, _REPEATS * message.nbytes / seconds / 1e9])
+    hops = [hop for of_rank in gather_json(found, mesh) for hop in of_rank]
     rates = {f"rank {source} to {target}": rate for source, target, rate in hops}
     return rate_row("pipeline axis", "GB/s sent to the next stage", rates)
 

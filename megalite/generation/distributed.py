@@ -8,7 +8,7 @@ import torch
 
 from megalite.launch import LaunchEnvironment
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.mesh import local_device, process_grid
+from megalite.parallel.mesh import joined_mesh, local_device
 from megalite.parallel.tensor_group import TensorGroup
 
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -25,5 +25,5 @@ def tensor_group(environment: LaunchEnvironment | None) -> Iterator[tuple[Tensor
         return
     layout = ParallelLayout(tensor=environment.world_size, pipeline=1, data=1)
     device = local_device(environment.local_rank, environment.launcher)
-    with process_grid(layout, environment.rank, device=device, timeout=_TIMEOUT) as grid:
-        yield grid.tensor, grid.device
+    with joined_mesh(layout, environment.rank, device=device, timeout=_TIMEOUT) as mesh:
+        yield mesh.tensor, mesh.device

@@ -1,1 +1,1 @@
-"""Which implementation computes matrix products and attention on this device: types, and the measurement."""
+"""Kernel selection: which implementation computes matrix products and attention on a device, and its measurement."""

@@ -1,8 +1,9 @@
-"""Which of several equal implementations a device computes matrix products and attention with, chosen by measuring.
+"""Kernel selection: implementations of matrix products and attention, and the benchmark that chooses between them.
 
-A CPU without bf16 or fp16 units multiplies 16-bit matrices tens of times more slowly than fp32 ones. There the operands
-are converted to fp32, and the product is rounded back: at the speed of fp32, and with no more rounding than before.
-Storage, messages and losses keep their precision. A CPU with such units, and every accelerator, multiplies natively.
+A CPU without bf16 or fp16 units multiplies 16-bit matrices tens of times more slowly than fp32 matrices. On such a CPU
+the operands are converted to fp32 and the product is rounded back, which is as fast as fp32 and rounds no more than a
+16-bit product. Storage, messages and losses keep their precision. CPUs with such units, and all accelerators, multiply
+natively.
 """
 
 import time
@@ -21,34 +22,34 @@ AttentionKernel = Literal["written_out", "fused"]
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """How the layers of a model compute; every choice gives the same numbers but for rounding."""
+    """The kernels that the layers of a model use; the choices differ in rounding alone."""
 
     products: Products = "native"
-    """``fp32``: products of 16-bit matrices take their operands in fp32 and round the result."""
+    """``fp32``: the operands of 16-bit products are converted to fp32, and the result is rounded back."""
     attention: AttentionKernel = "written_out"
-    """On a CPU: plain matrix products, which keep the scores for the backward, or torch's fused kernel."""
+    """``written_out``: plain matrix products, which keep the scores for the backward; ``fused``: torch's kernel."""
 
-    def widened(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Return the operands of a product in the precision that it is computed in."""
+    def upcast(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Return the operands of a product in the precision in which it is computed."""
         if self.products == "fp32" and tensors[0].dtype in (torch.bfloat16, torch.float16):
             return tuple(tensor.float() for tensor in tensors)
         return tensors
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """Return ``a @ b`` in the precision of `a`."""
-        left, right = self.widened(a, b)
+        left, right = self.upcast(a, b)
         return (left @ right).to(a.dtype)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x W^T + b`` in the precision of `x`."""
         if bias is None:
-            wide_x, wide_weight = self.widened(x, weight)
+            wide_x, wide_weight = self.upcast(x, weight)
             return F.linear(wide_x, wide_weight).to(x.dtype)
-        wide_x, wide_weight, wide_bias = self.widened(x, weight, bias)
+        wide_x, wide_weight, wide_bias = self.upcast(x, weight, bias)
         return F.linear(wide_x, wide_weight, wide_bias).to(x.dtype)
 
     def describe(self, dtype: torch.dtype) -> str:
-        """Say on one line how a model of that precision is computed."""
+        """Return a line of text on how a model of that precision is computed."""
         name = str(dtype).removeprefix("torch.")
         if dtype == torch.float32:
             products = "float32 products"
@@ -60,27 +61,27 @@ class Kernels:
 
 
 NATIVE = Kernels()
-"""What a model computes with unless told otherwise."""
+"""The default kernels."""
 
-FASTER_PRODUCTS = 1.5
-"""How many times faster the products must be in fp32. The margin makes the choice the same at every start on a machine:
-a measurement that is a little off changes nothing."""
+MIN_PRODUCT_SPEEDUP = 1.5
+"""How many times faster fp32 products must be to be chosen. With this margin, noise in the measurement does not change
+the choice between two starts on the same machine."""
 
 
-def faster_products(device: torch.device, dtype: torch.dtype, margin: float = FASTER_PRODUCTS) -> Products:
-    """Measure, for some 0.1 s, how a device multiplies matrices of `dtype` faster; `margin` in favour of native."""
+def choose_products(device: torch.device, dtype: torch.dtype, margin: float = MIN_PRODUCT_SPEEDUP) -> Products:
+    """Benchmark products of `dtype` for about 0.1 s; return ``fp32`` where it is more than `margin` times faster."""
     if device.type != "cpu" or dtype == torch.float32:
         return "native"
     a, b = (torch.randn(256, 256).to(dtype) for _ in range(2))
-    native, wide = (partial(Kernels(way).matmul, a, b) for way in get_args(Products))
-    return "fp32" if times_as_long(native, wide) > margin else "native"
+    native, wide = (partial(Kernels(products).matmul, a, b) for products in get_args(Products))
+    return "fp32" if time_ratio(native, wide) > margin else "native"
 
 
-def times_as_long(first: Callable[[], object], second: Callable[[], object], budget: float = 0.1) -> float:
-    """Return how many times as many CPU seconds of this thread one action takes as another.
+def time_ratio(first: Callable[[], object], second: Callable[[], object], budget: float = 0.1) -> float:
+    """Return the CPU time of `first` divided by that of `second`, in this thread; the minimum over several rounds.
 
-    Each is called once to warm up, and then both in turn, so that whatever else the machine does meets both: twice at
-    least, and until `budget` CPU seconds are spent. The least time of each counts.
+    Each is called once to warm up. Then both are called in turn, so that other load on the machine affects both: at
+    least twice, and until `budget` CPU seconds are spent.
     """
     first()
     second()

@@ -1,4 +1,4 @@
-"""Weights into a stage, by their global names."""
+"""Loading of weights into a stage, by their global names."""
 
 from collections.abc import Callable
 
@@ -7,24 +7,24 @@ import torch
 
 from megalite.model.stage import Stage
 from megalite.model.weights import Weights
-from megalite.parallel.regions import Box
-from megalite.parallel.sharding import place
+from megalite.parallel.regions import Region
+from megalite.parallel.sharding import local_shards
 
 
 @torch.no_grad()
 def load_stage(stage: Stage, weights: Weights, progress: Callable[[int, int], None] | None = None) -> None:
-    """Fill every parameter of a stage, and padding with 0; `progress` is told the bytes read and the bytes in all.
+    """Load every parameter of a stage, and set padding to 0. Raises UserError where a weight cannot be read.
 
-    Raises UserError where a weight cannot be read.
+    `progress` is called with the number of bytes read so far and the number of bytes in all.
     """
     done, total = 0, 4 * stage.num_parameters()
     for _, parameter, shards in stage.named_shards():
         parameter.zero_()
-        for shard in place(shards, stage.group.rank, stage.group.size):
+        for shard in local_shards(shards, stage.group.rank, stage.group.size):
             target = parameter[shard.target]
             if target.numel():
                 read = np.empty(target.shape, np.float32)
-                weights.read(shard.spec.name, Box.of(shard.source), read)
+                weights.read(shard.spec.name, Region.of(shard.source), read)
                 target.copy_(torch.from_numpy(read))
                 done += read.nbytes
                 if progress is not None:

@@ -1,6 +1,6 @@
-"""What one pipeline stage holds: some blocks, the embedding on the first stage, norm, head and loss on the last.
+"""A pipeline stage of the model: its blocks, the embedding on the first stage, norm, head and loss on the last.
 
-The whole model is the stage that is both first and last: there is no second class for training without a pipeline.
+The whole model is a stage that is both first and last. There is no second class for training without a pipeline.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,25 +14,26 @@ from torch import Tensor, nn
 from megalite.config import GPT2Config, ModelConfig, Recompute, RotaryConfig
 from megalite.model.activation_checkpointing import run_layers
 from megalite.model.dropout import DropoutStreams
-from megalite.model.kv_cache import KeyValueCache
+from megalite.model.kv_cache import KVCache
 from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.parallel.sharding import ShardSpec, place
+from megalite.parallel.regions import Region
+from megalite.parallel.sharding import ShardSpec, local_shards
 from megalite.parallel.tensor_group import TensorGroup
-from megalite.tensor_parallel.collectives import gather_from_group, own_tokens
+from megalite.tensor_parallel.collectives import gather_from_group, local_tokens
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalite.tensor_parallel.init import initialise_parameter
 from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
 from megalite.tensor_parallel.linear import linear
-from megalite.tensor_parallel.weight_grad_store import WeightGradients
+from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral
 
 TOKEN_TABLE = "embedding.tokens.weight"
 
 
 class Embedding(nn.Module):
-    """Token ids ``[B, S]`` to the residual stream ``[B, S, H]``; adds learned positions in the GPT-2 family.
+    """Embedding of token ids ``[B, S]`` into the residual stream ``[B, S, H]``; GPT-2 adds learned positions.
 
-    Where the group divides tokens, the stream is this rank's share ``[1, B*S / size, H]``.
+    With sequence parallelism, the residual stream is this rank's share, ``[1, B*S / size, H]``.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
@@ -48,18 +49,18 @@ class Embedding(nn.Module):
         if self.positions is not None:
             if positions_BS is None:
                 positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-            if self.group.divides_tokens:
-                positions_BS = own_tokens(positions_BS.expand_as(ids_BS), self.group)
+            if self.group.sequence_parallel:
+                positions_BS = local_tokens(positions_BS.expand_as(ids_BS), self.group)
             x_BSH = x_BSH + self.positions(positions_BS)
         return x_BSH
 
 
 class Head(ShardedModule):
-    """The residual stream ``[B, S, H]`` and targets ``[B, S]`` to the loss of the microbatch, fp32, in nats.
+    """Projection to logits and cross-entropy: from ``[B, S, H]`` and targets ``[B, S]`` to the loss, fp32, in nats.
 
-    The loss is the mean over the tokens, or with weights ``[B, S]`` the sum over them, each times its weight. The
-    vocabulary is divided over the group, as the embedding's is, and the logits never leave their rank. With `tied` its
-    weight carries the embedding's name; where both are on one rank they are one parameter.
+    The loss is the mean over the tokens, or with weights ``[B, S]`` the weighted sum. The vocabulary is divided over
+    the group as in the embedding, and each rank keeps its logits. `tied` is the embedding's table where this rank holds
+    both, which then share the parameter.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup, *, tied: nn.Parameter | None) -> None:
@@ -78,29 +79,31 @@ class Head(ShardedModule):
         return losses_BS.mean() if weights_BS is None else (losses_BS * weights_BS).sum()
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits ``[..., V]`` of hidden states ``[..., H]``, fp32, of the whole vocabulary on every rank."""
+        """Return the logits ``[..., V]`` of hidden states ``[..., H]``, fp32, all-gathered over the vocabulary."""
         return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
 
     def _local_logits(self, x: Tensor) -> Tensor:
-        kernels, weight_gradients = self.group.kernels, self.weight_gradients
-        return linear(x, self.weight, kernels=kernels, entering=self.group, weight_gradients=weight_gradients)
+        kernels, weight_grad_deferral = self.group.kernels, self.weight_grad_deferral
+        return linear(
+            x, self.weight, kernels=kernels, input_group=self.group, weight_grad_deferral=weight_grad_deferral
+        )
 
 
 class Stage(nn.Module):
-    """The part of the model that stage `index` of `num_stages` holds: the blocks of `layers`, and the ends' extras.
+    """Stage `index` of `num_stages`: the blocks of `layers`, and the embedding (first stage) or the head (last stage).
 
-    ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``;
-    on the last it takes the targets too and returns the mean loss, or with `loss_weights` ``[B, S]``, fp32, the sum of
-    the losses, each times its weight. `packing` and `dropout` go to every stage; without `dropout` nothing is dropped.
-    `recompute` says which activations a backward computes anew.
+    ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``. On
+    the last stage it also takes the targets and returns the mean loss, or with `loss_weights` ``[B, S]``, fp32, the
+    weighted sum of the losses. Every stage takes `packing` and `dropout`; without `dropout` nothing is dropped.
+    `recompute` says which activations the backward recomputes.
 
-    Where one rank holds the first stage and the last, `table` is the first one's `tied_table`, for the last to share;
-    it stays a parameter of the first.
+    Where one rank holds the first stage and the last, `table` is the `tied_table` of the first stage, which the last
+    stage shares; it remains a parameter of the first stage.
 
-    Where `group` divides tokens, a stage takes and returns ``[1, B*S / size, H]``, this rank's share of the tokens in
-    their order, and `rows` says what B is; raises ValueError where it is missing.
+    With sequence parallelism a stage takes and returns ``[1, B*S / size, H]``, this rank's share of the tokens in their
+    order, and `rows` is B; raises ValueError where `rows` is missing.
 
-    A backward inside ``weight_gradients.collecting()`` leaves the gradients of the linear layers' weights for later.
+    A backward inside ``weight_grad_deferral.enabled()`` defers the weight gradients of the linear layers.
     """
 
     def __init__(
@@ -116,9 +119,9 @@ class Stage(nn.Module):
         recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
-        if group.divides_tokens and rows is None:
-            raise ValueError("a stage that holds a share of the tokens must know how many rows they come from")
-        rows = rows if group.divides_tokens else None
+        if group.sequence_parallel and rows is None:
+            raise ValueError("with sequence parallelism a stage needs `rows`, the number of rows of a microbatch")
+        rows = rows if group.sequence_parallel else None
         self.index, self.num_stages, self.group, self.recompute = index, num_stages, group, recompute
         first, last = index == 0, index == num_stages - 1
         self.embedding = Embedding(config, group) if first else None
@@ -132,15 +135,15 @@ class Stage(nn.Module):
         shared = table if self.tied_table is None else self.tied_table
         self.head = Head(config, group, tied=shared) if last else None
         self._hidden_size = config.hidden_size
-        self.weight_gradients = WeightGradients()
+        self.weight_grad_deferral = WeightGradDeferral()
         for module in self.modules():
             if isinstance(module, ShardedModule):
-                module.weight_gradients = self.weight_gradients
+                module.weight_grad_deferral = self.weight_grad_deferral
         self._std = config.initializer_range
-        # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
+        # The sum of 2 * layers residual branches then has the variance of one branch (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
-        # Now, while every parameter has its shape: ZeRO-3 takes it away.
-        self._shards = tuple(held for held in parameter_shards(self) if held[1] is not table)
+        # Collected here, while parameters have their shapes: ZeRO-3 partitions them later.
+        self._shards = tuple(entry for entry in parameter_shards(self) if entry[1] is not table)
 
     def forward(
         self,
@@ -151,13 +154,13 @@ class Stage(nn.Module):
         loss_weights: Tensor | None = None,
         dropout: DropoutStreams | None = None,
     ) -> Tensor:
-        if dropout is not None and self.group.divides_tokens:
-            dropout = replace(dropout, share=(self.group.rank, self.group.size))
+        if dropout is not None and self.group.sequence_parallel:
+            dropout = replace(dropout, token_share=(self.group.rank, self.group.size))
         if self.embedding is not None:
             x = self.embedding(x, packing.positions_BS if packing else None)
             x = dropout.hidden(x, "embedding") if dropout else x
         layers = {
-            int(number): partial(block, packing=packing, dropout=dropout and dropout.under(f"layers.{number}"))
+            int(number): partial(block, packing=packing, dropout=dropout and dropout.for_layer(f"layers.{number}"))
             for number, block in self.layers.items()
         }
         x = run_layers(layers, x, self.recompute, self.group)
@@ -166,15 +169,15 @@ class Stage(nn.Module):
         assert targets is not None
         return self.head(self.final_norm(x), targets, loss_weights)
 
-    def next_logits(self, ids_BS: Tensor, cache: KeyValueCache) -> Tensor:
-        """Read tokens ``[B, S]`` after those in the cache; return the logits ``[B, V]`` of each row's next, fp32.
+    def next_logits(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
+        """Append tokens ``[B, S]`` to the KV cache; return the logits ``[B, V]`` of each row's next token, fp32.
 
-        For the stage that is the whole model.
+        Only for the stage that is the whole model.
         """
         assert self.embedding is not None
         assert self.head is not None
         assert self.final_norm is not None
-        assert not self.group.divides_tokens
+        assert not self.group.sequence_parallel
         x_BSH = self.embedding(ids_BS, cache.positions_BS)
         for block, layer in zip(self.layers.values(), cache.layers, strict=True):
             x_BSH = block(x_BSH, cache=layer)
@@ -184,22 +187,22 @@ class Stage(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """Precision of the parameters, and so of the activations that leave the stage."""
+        """Dtype of the parameters, and of the activations that the stage returns."""
         return next(self.parameters()).dtype
 
     def activation_shape(self, rows: int, sequence_length: int) -> tuple[int, int, int]:
-        """Shape of what a microbatch ``[B, S]`` sends to the next stage, and of the gradient that comes back."""
-        if self.group.divides_tokens:
+        """Return the shape of the activation, and of its gradient, between stages for a microbatch ``[B, S]``."""
+        if self.group.sequence_parallel:
             return 1, rows * sequence_length // self.group.size, self._hidden_size
         return rows, sequence_length, self._hidden_size
 
-    def partial_parameters(self) -> list[nn.Parameter]:
-        """Parameters that are whole on every tensor rank, and whose gradient there is that of its own tokens alone.
+    def sequence_parallel_parameters(self) -> list[nn.Parameter]:
+        """Replicated parameters whose gradient comes from this rank's tokens alone, because of sequence parallelism.
 
-        Norms, biases of row-parallel layers and learned positions, where the group divides tokens: what works on the
-        residual stream, and so is no layer's to divide. Their gradients are summed over the group once a step.
+        These are norms, biases of row-parallel layers and learned positions, which apply to the residual stream. Their
+        gradients are all-reduced over the group once per step. Empty without sequence parallelism.
         """
-        if not self.group.divides_tokens:
+        if not self.group.sequence_parallel:
             return []
         layers = [module for module in self.modules() if isinstance(module, ShardedModule)]
         declared = {id(getattr(layer, name)) for layer in layers for name in layer.shard_specs}
@@ -207,45 +210,38 @@ class Stage(nn.Module):
 
     @property
     def tied_table(self) -> nn.Parameter | None:
-        """The embedding's token table where a head shares it."""
+        """The embedding's token table if the head shares it; None on stages without the embedding."""
         return self.embedding.tokens.weight if self.embedding is not None and self.tied else None
 
     @property
     def tied_copy(self) -> nn.Parameter | None:
-        """The token table that another stage holds too; None where there is none, or only one."""
+        """This stage's copy of a tied token table that another stage holds too; else None."""
         if not self.tied or self.num_stages == 1:
             return None
         return self.head.weight if self.head is not None else self.tied_table
 
     def named_shards(self) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
-        """Yield (local name, parameter, shards with global names) of each parameter; a tied head bears the table's."""
+        """Yield (local name, parameter, shards with global names); a tied head has the token table's global name."""
         for local, parameter, shards in self._shards:
             if self.tied and local == "head.weight":
                 shards = (ShardSpec(TOKEN_TABLE, shards[0].global_shape, 0, shards[0].padded_size),)
             yield local, parameter, shards
 
     def initialise(self, seed: int) -> None:
-        """Fill every parameter from the seed and its global name: the same weights under every layout."""
+        """Initialise every parameter from the seed and its global name: the same weights under every layout."""
         for _, parameter, shards in self.named_shards():
             residual = shards[0].name.endswith(("attention.output.weight", "mlp.down.weight"))
             std = self._residual_std if residual else self._std
-            placed = place(shards, self.group.rank, self.group.size)
-            initialise_parameter(parameter, placed, seed=seed, std=std)
+            local = local_shards(shards, self.group.rank, self.group.size)
+            initialise_parameter(parameter, local, seed=seed, std=std)
 
     def num_parameters(self) -> int:
-        """Number of parameters that this rank holds, padding left out."""
+        """Return the number of parameters that this rank holds, without padding."""
         return sum(
-            _volume(placed.source)
+            Region.of(shard.source).numel
             for _, _, shards in self.named_shards()
-            for placed in place(shards, self.group.rank, self.group.size)
+            for shard in local_shards(shards, self.group.rank, self.group.size)
         )
-
-
-def _volume(region: tuple[slice, ...]) -> int:
-    volume = 1
-    for part in region:
-        volume *= part.stop - part.start
-    return volume
 
 
 def _vocab_size(config: ModelConfig) -> int:

@@ -1,4 +1,4 @@
-"""How a rank on a CPU keeps its memory: what a microbatch frees, the next one takes again."""
+"""Settings of the CPU's memory allocator: memory that a microbatch frees is reused by the next microbatch."""
 
 import ctypes
 
@@ -6,10 +6,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc's allocator to keep freed blocks instead of giving their pages back; elsewhere do nothing.
+    """Tell glibc's allocator to keep freed blocks instead of returning their pages to the kernel.
 
-    Activations of some megabytes come and go with every microbatch. Given back, each costs a page fault for every
-    4 KiB at its next use: 6 % of a training step.
+    Every microbatch allocates and frees activations of some megabytes. Returned pages cost a page fault for every
+    4 KiB at their next use: 6 % of a training step. With a C library other than glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,6 +1,6 @@
-"""Which rank stands where in the grid of tensor, pipeline and data parallelism.
+"""The parallel layout: rank numbers to coordinates on the axes of tensor, pipeline and data parallelism, and back.
 
-Pure arithmetic, the standard library alone: the same numbers for process groups, for the dry run and for tests.
+Pure arithmetic with the standard library alone. Process groups, the dry run and tests all use it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,14 +9,14 @@ from typing import Literal
 
 Axis = Literal["pipeline", "data", "tensor"]
 AXES: tuple[Axis, ...] = ("pipeline", "data", "tensor")
-"""Slowest first: neighbouring ranks, which share a node, differ along ``tensor``, the axis that talks most."""
-_STRETCHES = 8
-"""How many stretches of ranks a message names, before it leaves out those in the middle."""
+"""Slowest-varying first. Neighbouring ranks share a node and differ along ``tensor``, which communicates most."""
+_MAX_RANGES = 8
+"""How many ranges of ranks a message names before it leaves out those in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
-class Coordinate:
-    """The place of one rank in the grid."""
+class MeshCoordinate:
+    """The indices of one rank along the three axes of the mesh."""
 
     pipeline: int
     data: int
@@ -25,13 +25,13 @@ class Coordinate:
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """The sizes of the three axes, and the map between ranks and coordinates.
+    """The sizes of the three axes, and the mapping between ranks and coordinates.
 
     ``rank = (pipeline * data_size + data) * tensor_size + tensor``
 
     >>> layout = ParallelLayout(tensor=2, pipeline=2, data=2)
     >>> layout.coordinate(5)
-    Coordinate(pipeline=1, data=0, tensor=1)
+    MeshCoordinate(pipeline=1, data=0, tensor=1)
     >>> layout.groups("data")
     ((0, 2), (1, 3), (4, 6), (5, 7))
     """
@@ -43,7 +43,7 @@ class ParallelLayout:
     def __post_init__(self) -> None:
         for axis in AXES:
             if self.size(axis) < 1:
-                raise ValueError(f"the {axis} axis must hold at least one rank, not {self.size(axis)}")
+                raise ValueError(f"the {axis} axis needs at least one rank, not {self.size(axis)}")
 
     def size(self, axis: Axis) -> int:
         """Number of ranks along one axis."""
@@ -51,22 +51,22 @@ class ParallelLayout:
 
     @property
     def world_size(self) -> int:
-        """Number of ranks in the whole grid."""
+        """Number of ranks in the whole mesh."""
         return self.pipeline * self.data * self.tensor
 
-    def coordinate(self, rank: int) -> Coordinate:
-        """Return where `rank` stands; raise ValueError outside ``0 <= rank < world_size``."""
+    def coordinate(self, rank: int) -> MeshCoordinate:
+        """Return the coordinate of `rank`; raise ValueError outside ``0 <= rank < world_size``."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not in 0..{self.world_size - 1}")
         rest, tensor = divmod(rank, self.tensor)
         pipeline, data = divmod(rest, self.data)
-        return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
+        return MeshCoordinate(pipeline=pipeline, data=data, tensor=tensor)
 
-    def rank(self, at: Coordinate) -> int:
-        """Return the rank that stands at a coordinate; the inverse of `coordinate`."""
+    def rank(self, at: MeshCoordinate) -> int:
+        """Return the rank at a coordinate; the inverse of `coordinate`."""
         return (at.pipeline * self.data + at.data) * self.tensor + at.tensor
 
-    def coordinates(self) -> Iterator[Coordinate]:
+    def coordinates(self) -> Iterator[MeshCoordinate]:
         """Every coordinate, in the order of ranks."""
         return (self.coordinate(rank) for rank in range(self.world_size))
 
@@ -86,28 +86,28 @@ class ParallelLayout:
         return f"tensor {self.tensor} x pipeline {self.pipeline} x data {self.data}"
 
 
-def spans(numbers: Sequence[int]) -> str:
-    """Write whole numbers, in order, as stretches; the first and the last of many.
+def format_ranges(numbers: Sequence[int]) -> str:
+    """Return ascending integers as text of ranges; of many ranges, only the first two and the last.
 
-    >>> spans([0, 1, 2, 5, 7, 8])
+    >>> format_ranges([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'
     """
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for number in numbers:
-        if found and number == found[-1][-1] + 1:
-            found[-1] = [found[-1][0], number]
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1] = [ranges[-1][0], number]
         else:
-            found.append([number])
-    words = ["-".join(map(str, stretch)) for stretch in found]
-    if len(words) > _STRETCHES:
+            ranges.append([number])
+    words = ["-".join(map(str, ends)) for ends in ranges]
+    if len(words) > _MAX_RANGES:
         words = [*words[:2], "...", words[-1]]
     return ", ".join(words)
 
 
 def name_ranks(numbers: Sequence[int]) -> str:
-    """Name ranks, in order, for a message.
+    """Return ``rank 3`` or ``ranks 0-1, 5`` for ascending rank numbers, for a message.
 
     >>> name_ranks([3]), name_ranks([0, 1, 5])
     ('rank 3', 'ranks 0-1, 5')
     """
-    return f"{'rank' if len(numbers) == 1 else 'ranks'} {spans(numbers)}"
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {format_ranges(numbers)}"

@@ -1,8 +1,8 @@
-"""From a layout and a launch environment to the process groups of a rank: the device mesh and its links.
+"""The process mesh: every process group of a rank, and the point-to-point links between neighbouring stages.
 
 Every group comes from one torch DeviceMesh of shape (pipeline, data, tensor). The links between neighbouring stages
-are groups of their own, two ranks each: NCCL runs the operations of a communicator first in, first out and knows no
-tags, so messages of different directions or kinds must not share one.
+are separate groups of two ranks each: NCCL runs the operations of a communicator first in, first out and has no tags,
+so messages of different directions or kinds must not share a communicator.
 """
 
 import datetime
@@ -16,19 +16,19 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from megalite.errors import UserError
 from megalite.parallel.cpu_memory import keep_freed_memory
-from megalite.parallel.layout import Coordinate, ParallelLayout
+from megalite.parallel.layout import MeshCoordinate, ParallelLayout
 from megalite.parallel.network_interfaces import require_interfaces
-from megalite.parallel.placement import Kind, Placement
+from megalite.parallel.placement import MessageKind, Placement
 from megalite.parallel.tensor_group import TensorGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A one-way connection between this rank and `peer`, a global rank, on a communicator of its own."""
+    """A one-way connection between this rank and `peer`, a global rank, on a separate communicator."""
 
     peer: int
     group: dist.ProcessGroup
@@ -36,37 +36,37 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """The ends of links at one rank, by what they carry and by the pipeline rank at the other end."""
+    """The links of one rank, by the kind of message and the pipeline rank at the other end."""
 
-    incoming: Mapping[tuple[Kind, int], Link]
-    outgoing: Mapping[tuple[Kind, int], Link]
+    incoming: Mapping[tuple[MessageKind, int], Link]
+    outgoing: Mapping[tuple[MessageKind, int], Link]
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessGrid:
-    """This rank's place in the grid and the process groups it is a member of.
+class Mesh:
+    """This rank's coordinate in the mesh and the process groups that it is a member of.
 
-    `model` spans tensor x pipeline: the ranks that hold one copy of the model together. `embedding` joins the ranks of
-    the first and the last stage, which both hold a tied token table; None on other ranks, and where one rank has both.
-    `replicas` joins the `embedding` ranks of all data coordinates, all of whom hold the same share of that table; None
-    also where there are fewer than three data coordinates, whose sums come out alike in any order.
+    `model` spans tensor x pipeline: the ranks that together hold one replica of the model. `embedding` joins the ranks
+    of the first and the last stage, which both hold a copy of a tied embedding table; it is None on other ranks, and
+    where one rank holds both stages. `embedding_replicas` joins the `embedding` ranks of all data coordinates, which
+    all hold the same shard of that table; it is also None with fewer than three data coordinates, since a sum of two
+    summands does not depend on their order.
     """
 
     layout: ParallelLayout
     placement: Placement
     rank: int
     device: torch.device
-    mesh: DeviceMesh
     tensor: TensorGroup
     data: dist.ProcessGroup
     pipeline: dist.ProcessGroup
     model: dist.ProcessGroup
     embedding: dist.ProcessGroup | None
-    replicas: dist.ProcessGroup | None
+    embedding_replicas: dist.ProcessGroup | None
     links: Links
 
     @property
-    def coordinate(self) -> Coordinate:
+    def coordinate(self) -> MeshCoordinate:
         return self.layout.coordinate(self.rank)
 
     @property
@@ -75,10 +75,11 @@ class ProcessGrid:
         return self.placement.stages_of(self.coordinate.pipeline)
 
     @property
-    def tied_copies_may_part(self) -> bool:
-        """Whether a tied table, where there is one, has two copies whose sums over the data axis the order decides.
+    def tied_copies_may_differ(self) -> bool:
+        """Whether the two copies of a tied table may get different rounding in their sums over the data axis.
 
-        The same on every rank.
+        So it is where the first and the last stage are on different ranks and the sums have three summands or more,
+        whose order matters. The same on every rank, and also where the model has no tied table.
         """
         return _first_and_last(self.placement) is not None and self.layout.data > 2
 
@@ -91,14 +92,14 @@ class ProcessGrid:
         return self.placement.num_stages - 1 in self.stages
 
 
-_SHOWING_ALL = frozenset({"megalite", "torchrun", "deepspeed"})
-"""Launchers that show every rank all devices of its host."""
+_ALL_DEVICES_VISIBLE = frozenset({"megalite", "torchrun", "deepspeed"})
+"""Launchers that make all devices of a host visible to each of its ranks."""
 
 
 def local_device(local_rank: int, launcher: str | None = None) -> torch.device:
-    """Return the accelerator of this rank, or the CPU where there is none; `launcher` is who started it, if known.
+    """Return this rank's accelerator, or the CPU on a host without one; `launcher` started the rank, if known.
 
-    Raises UserError where this rank would share a device with another one.
+    Raises UserError where this rank would share a device with another rank.
     """
     if torch.cuda.is_available():
         return torch.device("cuda", device_index(local_rank, torch.cuda.device_count(), launcher))
@@ -106,23 +107,24 @@ def local_device(local_rank: int, launcher: str | None = None) -> torch.device:
 
 
 def device_index(local_rank: int, devices: int, launcher: str | None = None) -> int:
-    """Return which of the devices that a rank sees is its own: that of its number on the host, or the only one where
-    the launcher may have shown it no other (Slurm's ``--gpus-per-task``).
+    """Return the index of a rank's device among the visible ones: its local rank, or 0 if only one device is visible.
 
-    Raises UserError where there is none: two ranks on one device have half its memory, and NCCL refuses them.
+    A single visible device belongs to this rank where the launcher may have hidden the others from it (Slurm's
+    ``--gpus-per-task``). Raises UserError where no device is left for this rank: two ranks on one device would share
+    its memory, and NCCL refuses them.
     """
     if local_rank < devices:
         return local_rank
-    if devices == 1 and launcher not in _SHOWING_ALL:
+    if devices == 1 and launcher not in _ALL_DEVICES_VISIBLE:
         return 0
     raise UserError(
         f"rank {local_rank} (counted from 0) of {socket.gethostname()} has no device of its own: {devices} are visible "
-        f"there; start at most {devices} ranks a host, or make more devices visible (CUDA_VISIBLE_DEVICES)"
+        f"there; start at most {devices} ranks per host, or make more devices visible (CUDA_VISIBLE_DEVICES)"
     )
 
 
 @contextmanager
-def process_grid(
+def joined_mesh(
     layout: ParallelLayout,
     rank: int,
     *,
@@ -130,14 +132,14 @@ def process_grid(
     timeout: datetime.timedelta,
     placement: Placement | None = None,
     store: Store | None = None,
-) -> Iterator[ProcessGrid]:
-    """Join the ranks of `layout` and leave them at the end; they meet in `store`, or where MASTER_ADDR and MASTER_PORT
-    say.
+) -> Iterator[Mesh]:
+    """Initialise torch.distributed for `layout`, yield this rank's `Mesh`, and destroy the process groups at the end.
 
-    Every operation fails after `timeout`: without it a lost peer would strand the others for half an hour. Leaving
-    matters: a process that ends well with its groups alive may abort.
+    The ranks meet in `store`, or at MASTER_ADDR and MASTER_PORT. Every operation fails after `timeout`: without it the
+    other ranks would wait half an hour for a lost peer. The groups are destroyed because a process that exits with
+    live groups may abort.
 
-    Raises UserError where the environment names network interfaces that this host has not.
+    Raises UserError where the environment names network interfaces that this host does not have.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     require_interfaces(os.environ, backend)
@@ -152,42 +154,41 @@ def process_grid(
         timeout=timeout,
         store=store,
     )
-    yield build_grid(layout, rank, device=device, timeout=timeout, placement=placement)
-    # Not where an exception passes: closed sockets would kill the peers first, and they would be blamed.
+    yield build_mesh(layout, rank, device=device, timeout=timeout, placement=placement)
+    # Not after an exception: the closed sockets would kill the peers first, and their errors would be reported.
     dist.destroy_process_group()
 
 
-def build_grid(
+def build_mesh(
     layout: ParallelLayout,
     rank: int,
     *,
     device: torch.device,
     timeout: datetime.timedelta,
     placement: Placement | None = None,
-) -> ProcessGrid:
-    """Form the groups of a layout inside an initialised process group. Collective: every rank calls it.
+) -> Mesh:
+    """Form the process groups of a layout, after torch.distributed was initialised. Collective.
 
-    `placement` says which pipeline rank holds which stages; one stage a rank unless given.
+    `placement` says which pipeline rank holds which stages; without it each pipeline rank holds one stage.
     """
     placement = placement or Placement(layout.pipeline)
-    mesh = init_device_mesh(
+    device_mesh = init_device_mesh(
         device.type,
         (layout.pipeline, layout.data, layout.tensor),
         mesh_dim_names=("pipeline", "data", "tensor"),
     )
     at = layout.coordinate(rank)
-    return ProcessGrid(
+    return Mesh(
         layout=layout,
         placement=placement,
         rank=rank,
         device=device,
-        mesh=mesh,
-        tensor=TensorGroup(at.tensor, layout.tensor, mesh.get_group("tensor")),
-        data=mesh.get_group("data"),
-        pipeline=mesh.get_group("pipeline"),
-        model=mesh["pipeline", "tensor"]._flatten("model").get_group(),
+        tensor=TensorGroup(at.tensor, layout.tensor, device_mesh.get_group("tensor")),
+        data=device_mesh.get_group("data"),
+        pipeline=device_mesh.get_group("pipeline"),
+        model=device_mesh["pipeline", "tensor"]._flatten("model").get_group(),
         embedding=_embedding_group(layout, placement, rank, timeout),
-        replicas=_replicas_group(layout, placement, rank, timeout),
+        embedding_replicas=_embedding_replicas_group(layout, placement, rank, timeout),
         links=_stage_links(layout, placement, rank, device, timeout),
     )
 
@@ -204,7 +205,7 @@ def _embedding_group(
     return mine
 
 
-def _replicas_group(
+def _embedding_replicas_group(
     layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta
 ) -> dist.ProcessGroup | None:
     ends = _first_and_last(placement)
@@ -218,7 +219,7 @@ def _replicas_group(
 
 
 def _first_and_last(placement: Placement) -> tuple[int, int] | None:
-    """The pipeline ranks of the first and the last stage; None where one rank has both."""
+    """Return the pipeline ranks of the first and the last stage; None where one rank holds both."""
     first, last = placement.rank_of(0), placement.rank_of(placement.num_stages - 1)
     return None if first == last else (first, last)
 
@@ -226,8 +227,8 @@ def _first_and_last(placement: Placement) -> tuple[int, int] | None:
 def _stage_links(
     layout: ParallelLayout, placement: Placement, rank: int, device: torch.device, timeout: datetime.timedelta
 ) -> Links:
-    incoming: dict[tuple[Kind, int], Link] = {}
-    outgoing: dict[tuple[Kind, int], Link] = {}
+    incoming: dict[tuple[MessageKind, int], Link] = {}
+    outgoing: dict[tuple[MessageKind, int], Link] = {}
     for ranks in layout.groups("pipeline"):
         for source, target, kind in _hops(placement):
             name = f"{kind} {ranks[source]}>{ranks[target]}"
@@ -242,9 +243,12 @@ def _stage_links(
     return links
 
 
-def _connect(links: Links, here: int, source: int, target: int, kind: Kind, device: torch.device) -> None:
-    """Send a first message over a link. NCCL connects two ranks at their first message, and both wait for it: in an
-    order that all ranks share nobody waits in a ring, as they might in the order of a schedule."""
+def _connect(links: Links, here: int, source: int, target: int, kind: MessageKind, device: torch.device) -> None:
+    """Send a first message over a link, so that NCCL connects its two ranks.
+
+    NCCL connects two ranks at their first message, which both wait for. All ranks call this in the same order, so that
+    they cannot wait for each other in a circle, as they could with the first messages of a schedule.
+    """
     message = torch.zeros(1, device=device)
     if here == source:
         link = links.outgoing[kind, target]
@@ -254,9 +258,9 @@ def _connect(links: Links, here: int, source: int, target: int, kind: Kind, devi
         dist.recv(message, link.peer, group=link.group)
 
 
-def _hops(placement: Placement) -> list[tuple[int, int, Kind]]:
-    """What goes from one pipeline rank to another, each pair once, in an order that all ranks share."""
-    hops: dict[tuple[int, int, Kind], None] = {}
+def _hops(placement: Placement) -> list[tuple[int, int, MessageKind]]:
+    """Return (source, target, kind) of every link between pipeline ranks, in the same order on all ranks."""
+    hops: dict[tuple[int, int, MessageKind], None] = {}
     for stage in range(placement.num_stages - 1):
         lower, upper = placement.rank_of(stage), placement.rank_of(stage + 1)
         if lower != upper:
@@ -266,8 +270,10 @@ def _hops(placement: Placement) -> list[tuple[int, int, Kind]]:
 
 
 def _new_group(ranks: list[int], rank: int, timeout: datetime.timedelta, name: str) -> dist.ProcessGroup | None:
-    """Form a group; None on ranks outside it. Every rank of the world calls it for every group, in one order: torch
-    can also form a group by its members alone, but then names it by how many groups a rank has, and ranks that have
-    different numbers wait for each other in vain."""
+    """Form a group; return None on ranks outside it. All ranks of the world call it for every group, in the same order.
+
+    torch can form a group by a call of its members alone, but then derives the group's name from the number of groups
+    that a rank has formed, and members with different numbers wait for each other for ever.
+    """
     group = dist.new_group(ranks, timeout=timeout, group_desc=name)
     return cast(dist.ProcessGroup, group) if rank in ranks else None

@@ -1,21 +1,22 @@
-"""Which pipeline rank holds which stages."""
+"""The placement of pipeline stages: which pipeline rank holds which stages."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["activation", "gradient"]
+MessageKind = Literal["activation", "gradient"]
+"""What a message between two stages carries: an activation forward, or its gradient backward."""
 
 Shape = Literal["loop", "v"]
-"""How the model's stages wind over the ranks: around and around, or down and back up."""
+"""The order in which stages are assigned to ranks: ``0 1 0 1`` (loop) or ``0 1 1 0`` (v)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """`num_ranks` pipeline ranks with `virtual_stages` stages each, ``num_ranks * virtual_stages`` in all.
 
-    A ``loop`` goes around the ranks, once for each virtual stage (arXiv:2104.04473). A ``v`` goes down the ranks and
-    back up, so that the first rank holds both ends of the model and the last both sides of the turn (arXiv:2401.10241);
-    it has two virtual stages. Two neighbours on one rank exchange no message.
+    A ``loop`` assigns stages to ranks 0 to p - 1, once for each virtual stage (arXiv:2104.04473). A ``v`` assigns them
+    to ranks 0 to p - 1 and back to 0, so that the first rank holds the first and the last stage (arXiv:2401.10241); it
+    has two virtual stages. Two neighbouring stages on one rank exchange no message.
 
     >>> [Placement(2, 2).rank_of(stage) for stage in range(4)], [Placement(2, 2, "v").rank_of(s) for s in range(4)]
     ([0, 1, 0, 1], [0, 1, 1, 0])
@@ -29,9 +30,9 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1 or self.virtual_stages < 1:
-            raise ValueError(f"a pipeline needs at least one rank and one stage on each, not {self}")
+            raise ValueError(f"a pipeline needs at least one rank and one stage per rank, not {self}")
         if self.shape == "v" and self.virtual_stages != 2:
-            raise ValueError(f"a v has two virtual stages, one down and one up, not {self.virtual_stages}")
+            raise ValueError(f"a v placement has two virtual stages, not {self.virtual_stages}")
 
     @property
     def num_stages(self) -> int:
@@ -39,11 +40,11 @@ class Placement:
         return self.num_ranks * self.virtual_stages
 
     def rank_of(self, stage: int) -> int:
-        """Return the pipeline rank that holds a stage; raise ValueError for one outside ``0..num_stages - 1``."""
+        """Return the pipeline rank that holds a stage; raise ValueError for a stage outside ``0..num_stages - 1``."""
         if not 0 <= stage < self.num_stages:
             raise ValueError(f"stage {stage} is not in 0..{self.num_stages - 1}")
-        way, along = divmod(stage, self.num_ranks)
-        return self.num_ranks - 1 - along if self.shape == "v" and way == 1 else along
+        virtual_stage, index = divmod(stage, self.num_ranks)
+        return self.num_ranks - 1 - index if self.shape == "v" and virtual_stage == 1 else index
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """Return the stages of a rank, ascending; raise ValueError for a rank outside ``0..num_ranks - 1``."""
@@ -52,5 +53,5 @@ class Placement:
         return tuple(stage for stage in range(self.num_stages) if self.rank_of(stage) == rank)
 
     def crosses(self, stage: int, other: int) -> bool:
-        """Return whether what passes between two stages passes between two ranks."""
+        """Return whether two stages are on different ranks, so that they exchange messages."""
         return self.rank_of(stage) != self.rank_of(other)

@@ -1,8 +1,8 @@
-"""What a rank holds of a global tensor: pure arithmetic, no torch.
+"""Sharding: the slice of a global tensor that each rank of the tensor axis holds. Pure arithmetic, no torch.
 
-A parameter of a module is made of one or more *shards*, stacked along dim 0. Most have one; a fused projection has
-one for each tensor that checkpoints know by its own name (``query``, ``key``, ``value``), so that one matrix product
-computes what three names describe.
+A parameter of a module is made of one or more *shards*, stacked along dim 0. Most parameters have one shard. A fused
+projection has a shard for each tensor that checkpoints store under a name (``query``, ``key``, ``value``), so that one
+matrix product computes all three.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class ShardSpec:
     """A global tensor and the dim along which the ranks of the tensor axis divide it (None: every rank holds all).
 
-    `padded_size` is the size of dim `dim` once it is padded to divide evenly, as a vocabulary is. The padding is
-    no part of the global tensor: it falls to the last ranks, which hold fewer real rows than their share.
+    `padded_size` is the size of dim `dim` with the padding that makes it divide evenly, as for a vocabulary. Padding is
+    no part of the global tensor. It lies on the last ranks, which hold fewer real rows than their share.
 
     >>> ShardSpec("head.weight", (10, 4), 0, padded_size=12).slice(rank=1, size=2)
     (slice(6, 10, None), slice(0, 4, None))
@@ -26,7 +26,7 @@ class ShardSpec:
     padded_size: int | None = None
 
     def share(self, size: int) -> int:
-        """Length along `dim` of one rank's part, padding included; raise ValueError if `size` does not divide it."""
+        """Return the length along `dim` of one rank's shard, with padding; raise ValueError where it is no integer."""
         assert self.dim is not None
         whole = self.padded_size or self.global_shape[self.dim]
         if whole % size:
@@ -34,7 +34,7 @@ class ShardSpec:
         return whole // size
 
     def slice(self, rank: int, size: int) -> tuple[slice, ...]:
-        """Return the region of the global tensor that `rank` of `size` holds, padding left out."""
+        """Return the slices of the global tensor that `rank` of `size` holds, without padding."""
         region = [slice(0, length) for length in self.global_shape]
         if self.dim is not None:
             share, length = self.share(size), self.global_shape[self.dim]
@@ -42,7 +42,7 @@ class ShardSpec:
         return tuple(region)
 
     def local_shape(self, size: int) -> tuple[int, ...]:
-        """Return the shape that every rank allocates, padding included."""
+        """Return the shape that every rank allocates, with padding."""
         shape = list(self.global_shape)
         if self.dim is not None:
             shape[self.dim] = self.share(size)
@@ -50,29 +50,29 @@ class ShardSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedShard:
-    """Where one shard lies: `source` in the global tensor, `target` in the local parameter; both of equal shape."""
+class LocalShard:
+    """One rank's shard: `source` in the global tensor, `target` in the local parameter; both have the same shape."""
 
     spec: ShardSpec
     source: tuple[slice, ...]
     target: tuple[slice, ...]
 
 
-def place(specs: Iterable[ShardSpec], rank: int, size: int) -> Iterator[PlacedShard]:
-    """Lay the shards of one parameter out along dim 0, in their order, for `rank` of `size`."""
+def local_shards(specs: Iterable[ShardSpec], rank: int, size: int) -> Iterator[LocalShard]:
+    """Yield the shards of one parameter of `rank` of `size`, stacked along dim 0 in their order."""
     row = 0
     for spec in specs:
         source = spec.slice(rank, size)
         lengths = [part.stop - part.start for part in source]
         target = (slice(row, row + lengths[0]), *(slice(0, length) for length in lengths[1:]))
-        yield PlacedShard(spec, source, target)
+        yield LocalShard(spec, source, target)
         row += spec.local_shape(size)[0]
 
 
 def padded_vocabulary(vocab_size: int, tensor_size: int, multiple: int = 64) -> int:
-    """Return the smallest size that gives every rank the same number of rows, a multiple of `multiple`.
+    """Return the padded vocabulary size: the smallest that gives every rank an equal multiple of `multiple` rows.
 
-    Matrix units like widths that are multiples of 64. The padding never shows outside the layers.
+    Matrix units are fastest at widths that are multiples of 64. The padding is not visible outside the layers.
     """
     unit = multiple * tensor_size
     return -(-vocab_size // unit) * unit

@@ -1,4 +1,4 @@
-"""The ranks of one tensor-parallel group, this rank's place among them, and how their layers compute."""
+"""The tensor-parallel group: its ranks, its process group, and the settings of its layers."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,21 @@ from megalite.kernels.choice import NATIVE, Kernels
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """The ranks that share a layer, and this rank's place among them; `process_group` may be None for one rank.
+    """The ranks that share a layer, and this rank's index among them; `process_group` may be None for one rank.
 
-    Plain numbers beside the process group let modules be built, sized and initialised without any process.
+    With a plain rank and size beside the process group, modules can be built and initialised without any process group.
     """
 
     rank: int = 0
     size: int = 1
     process_group: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
-    """Divide the tokens between sharded regions over the ranks; with one rank it means nothing."""
+    """Sequence parallelism: outside tensor-parallel regions each rank holds ``[1, B*S / size, H]``, its share of the
+    tokens. Always False in a group of one rank."""
     overlap: bool = False
-    """Let the collectives of a layer's backward run beside its products."""
+    """Overlap the collectives of a layer's backward with its matrix products."""
     kernels: Kernels = NATIVE
-    """How the layers of this group compute their products and attention."""
+    """How the layers of this group compute their matrix products and attention."""
 
-    @property
-    def divides_tokens(self) -> bool:
-        """Whether a rank holds a share of the tokens, ``[1, B*S / size, H]``, outside sharded regions."""
-        return self.sequence_parallel and self.size > 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sequence_parallel", self.sequence_parallel and self.size > 1)

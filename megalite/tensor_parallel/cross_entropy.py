@@ -1,6 +1,6 @@
-"""Cross-entropy over a vocabulary divided among ranks: the logits are never gathered, nor copied whole in fp32.
+"""Vocabulary-parallel cross-entropy: the logits are neither gathered over the ranks nor copied whole to fp32.
 
-Only three numbers a token cross the group: the maximum, the sum of exponentials and the target's logit
+The ranks exchange only three numbers per token: the maximum, the sum of exponentials and the target's logit
 (Megatron-LM, arXiv:1909.08053, section 3). Legend: N tokens, V local columns.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalite.parallel.tensor_group import TensorGroup
 
-# Rows are worked on in chunks whose fp32 copies stay in a core's cache; an accelerator wants fewer, larger ones.
+# On a CPU the fp32 copy of a chunk of rows fits into a core's cache; an accelerator is faster with larger chunks.
 CPU_CHUNK_ELEMENTS = 1 << 18
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 26
 
@@ -23,7 +23,7 @@ def _row_chunks(x_NV: Tensor) -> range:
 
 
 def _row_peak(x_NV: Tensor) -> Tensor:
-    if x_NV.shape[1] == 0:  # a rank may hold nothing but padding
+    if x_NV.shape[1] == 0:  # a rank may hold padding alone
         return x_NV.new_full((x_NV.shape[0],), float("-inf"), dtype=torch.float32)
     return x_NV.amax(dim=1).float()
 
@@ -41,8 +41,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         if group.size > 1:
             dist.all_reduce(peak_N, op=dist.ReduceOp.MAX, group=group.process_group)
 
-        # The exponentials take the place of the logits, which nobody needs any more: a matrix product's backward
-        # does not look at its output. They lie in [0, 1], so the logits' own precision holds them.
+        # The exponentials overwrite the logits, which are not needed any more: the backward of a matrix product
+        # does not read its output. They lie in [0, 1], so the precision of the logits is enough.
         total_N = torch.empty_like(peak_N)
         chunks = _row_chunks(logits_NV)
         for start in chunks:
@@ -81,9 +81,9 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """Return the cross-entropy of each token in nats, fp32, the same on every rank.
 
-    `logits` ``[..., V]`` holds this rank's columns, those of the token ids from `first_id` on, in any floating
-    precision, and is *consumed*: its memory serves the exponentials and then the gradient. `targets` ``[...]``
-    holds global ids. Columns of ids from `vocab_size` on are padding and take no part.
+    `logits` ``[..., V]`` holds this rank's columns, for the token ids from `first_id` on, in any floating precision.
+    It is *overwritten*, with the exponentials and then with the gradient. `targets` ``[...]`` holds global ids.
+    Columns of ids from `vocab_size` on are padding and are ignored.
     """
     columns = logits.shape[-1]
     if vocab_size is not None:

@@ -1,7 +1,7 @@
-"""Weights from (seed, global name): the same model whatever layout builds it, in bounded memory.
+"""Initialisation of weights from (seed, global name): the same model under every layout, in bounded memory.
 
-A global tensor is drawn in blocks of rows, each from a generator of its own, keyed by (seed, name, block). A rank
-draws only the blocks that meet its slice, and keeps of them what is its own.
+A global tensor is drawn in blocks of rows, each with a separate random generator that is seeded by (seed, name, block).
+A rank draws only the blocks that overlap its slice, and keeps the overlap.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from megalite.parallel.sharding import PlacedShard
+from megalite.parallel.sharding import LocalShard
 
 BLOCK_ELEMENTS = 1 << 20
 
@@ -21,26 +21,26 @@ def _generator(seed: int, name: str, block: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def normal_slice_(target: Tensor, shard: PlacedShard, *, seed: int, std: float) -> None:
-    """Fill `target`, the local place of one shard, with its slice of a global normal tensor of deviation `std`."""
+def normal_slice_(target: Tensor, shard: LocalShard, *, seed: int, std: float) -> None:
+    """Fill `target`, the local view of a shard, with its slice of a normal global tensor; `std`: its deviation."""
     shape = shard.spec.global_shape
     columns = 1
     for length in shape[1:]:
         columns *= length
     rows = max(1, BLOCK_ELEMENTS // columns)
-    wanted = shard.source[0]
-    for block in range(wanted.start // rows, -(-wanted.stop // rows)):
+    needed = shard.source[0]
+    for block in range(needed.start // rows, -(-needed.stop // rows)):
         first, last = block * rows, min((block + 1) * rows, shape[0])
         drawn = torch.empty(last - first, *shape[1:])
         drawn.normal_(0.0, std, generator=_generator(seed, shard.spec.name, block))
-        low, high = max(first, wanted.start), min(last, wanted.stop)
+        low, high = max(first, needed.start), min(last, needed.stop)
         part = drawn[low - first : high - first][(slice(None), *shard.source[1:])]
-        target[low - wanted.start : high - wanted.start].copy_(part)
+        target[low - needed.start : high - needed.start].copy_(part)
 
 
 @torch.no_grad()
-def initialise_parameter(parameter: Tensor, shards: Iterable[PlacedShard], *, seed: int, std: float) -> None:
-    """Fill one parameter from its placed shards: norms' weights with 1, biases and padding with 0, others normal."""
+def initialise_parameter(parameter: Tensor, shards: Iterable[LocalShard], *, seed: int, std: float) -> None:
+    """Initialise one parameter, shard by shard: weights of norms with 1, biases and padding with 0, others normal."""
     parameter.zero_()
     for shard in shards:
         target = parameter[shard.target]

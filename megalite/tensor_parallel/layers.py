@@ -1,8 +1,8 @@
-"""Linear layers and the embedding, divided over the ranks of the tensor axis (Megatron-LM, arXiv:1909.08053).
+"""Column- and row-parallel linear layers and the vocabulary-parallel embedding (Megatron-LM, arXiv:1909.08053).
 
 Every layer takes its group in the constructor and declares in `shard_specs` which slice of which global tensor each
 of its parameters holds. Weights have torch's shape, ``[out_features, in_features]``, and are left uninitialised:
-`megalite.tensor_parallel.init` fills them by name.
+`megalite.tensor_parallel.init` initialises them by name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from megalite.parallel.sharding import ShardSpec, padded_vocabulary
 from megalite.parallel.tensor_group import TensorGroup
-from megalite.tensor_parallel.collectives import copy_to_group, enter_region, gather_from_group, leave_region
+from megalite.tensor_parallel.collectives import copy_to_group, enter_parallel_region, leave_parallel_region
 from megalite.tensor_parallel.linear import ONE_RANK, linear
-from megalite.tensor_parallel.weight_grad_store import WeightGradients
+from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral
 
 
 class ShardedModule(nn.Module):
-    """A module that declares the shards of its own parameters.
+    """A module that declares the shards of its parameters.
 
     `shard_specs` maps a parameter of this module to its shards, with names relative to the module, or to the
     module's parent where the parameter is fused from several named tensors.
@@ -28,20 +28,20 @@ class ShardedModule(nn.Module):
 
     shard_specs: dict[str, tuple[ShardSpec, ...]]
     fused: bool = False
-    weight_gradients: WeightGradients | None = None
-    """When a linear layer computes its weight's gradient; None: always in the backward."""
+    weight_grad_deferral: WeightGradDeferral | None = None
+    """Where a linear layer defers its weight gradient to; None: it computes the gradient in the backward."""
 
 
 class ColumnParallelLinear(ShardedModule):
     """``y = x W^T + b`` with the rows of W, and so the features of y, divided over the group.
 
-    Takes x ``[..., in_features]``, the same on every rank, and returns ``[..., out_features / size]``, or all of
-    ``[..., out_features]`` with `gather_output`. Where the group divides tokens, x is this rank's share of them, but
-    for an x that has `entered` the sharded region already (`enter_region`); y has all tokens.
+    Takes x ``[..., in_features]``, the same on every rank, and returns ``[..., out_features / size]``. With sequence
+    parallelism x is this rank's share of the tokens, unless it is `gathered` already (`enter_parallel_region`); y has
+    all tokens.
 
-    `parts` names what is fused: ``{"query": 512, "key": 128, "value": 128}`` computes three projections as one
-    product. Each part is divided over the ranks by itself, and the local output holds the local parts in order.
-    Raises ValueError where the group's size does not divide a part.
+    `parts` names projections that are fused into one product: ``{"query": 512, "key": 128, "value": 128}``. Each part
+    is divided over the ranks separately, and the local output holds the local parts in order. Raises ValueError where
+    the group's size does not divide a part.
     """
 
     def __init__(
@@ -51,16 +51,14 @@ class ColumnParallelLinear(ShardedModule):
         *,
         group: TensorGroup,
         bias: bool,
-        gather_output: bool = False,
         parts: Mapping[str, int] | None = None,
-        padded_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.group, self.gather_output, self.fused = group, gather_output, parts is not None
+        self.group, self.fused = group, parts is not None
         sizes = {f"{name}.": size for name, size in parts.items()} if parts else {"": out_features}
         if sum(sizes.values()) != out_features:
             raise ValueError(f"the parts {dict(parts or {})} do not add up to out_features={out_features}")
-        weights = tuple(ShardSpec(f"{part}weight", (n, in_features), 0, padded_size) for part, n in sizes.items())
+        weights = tuple(ShardSpec(f"{part}weight", (n, in_features), 0) for part, n in sizes.items())
         self.shard_specs = {"weight": weights}
         rows = [spec.share(group.size) for spec in weights]
         self.local_sizes = tuple(rows)
@@ -71,23 +69,21 @@ class ColumnParallelLinear(ShardedModule):
         else:
             self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, *, entered: bool = False) -> Tensor:
-        entering = ONE_RANK if entered else self.group
-        y = linear(
+    def forward(self, x: Tensor, *, gathered: bool = False) -> Tensor:
+        return linear(
             *(x, self.weight, self.bias),
             kernels=self.group.kernels,
-            entering=entering,
-            weight_gradients=self.weight_gradients,
+            input_group=ONE_RANK if gathered else self.group,
+            weight_grad_deferral=self.weight_grad_deferral,
         )
-        return gather_from_group(y, self.group) if self.gather_output else y
 
 
 class RowParallelLinear(ShardedModule):
     """``y = x W^T + b`` with the columns of W, and so the features of x, divided over the group.
 
-    Takes x ``[..., in_features / size]``, as a `ColumnParallelLinear` leaves it, and returns y
-    ``[..., out_features]``, the same on every rank, or where the group divides tokens this rank's share of them. The
-    bias is whole on every rank and added once.
+    Takes x ``[..., in_features / size]``, as `ColumnParallelLinear` returns it, and returns y ``[..., out_features]``,
+    the same on every rank, or with sequence parallelism this rank's share of the tokens. The bias is replicated on
+    every rank and added once.
     """
 
     def __init__(self, in_features: int, out_features: int, *, group: TensorGroup, bias: bool) -> None:
@@ -102,19 +98,21 @@ class RowParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels, weight_gradients = self.group.kernels, self.weight_gradients
-        y = leave_region(linear(x, self.weight, kernels=kernels, weight_gradients=weight_gradients), self.group)
+        kernels, weight_grad_deferral = self.group.kernels, self.weight_grad_deferral
+        y = leave_parallel_region(
+            linear(x, self.weight, kernels=kernels, weight_grad_deferral=weight_grad_deferral), self.group
+        )
         return y if self.bias is None else y + self.bias
 
 
-class HeadSliceLinear(ShardedModule):
-    """A projection whose weight is whole on every rank, of which each rank computes only some output rows.
+class ReplicatedKVLinear(ShardedModule):
+    """Key and value projections with a replicated weight, of which each rank computes only some output rows.
 
-    For key and value projections with fewer heads than ranks: several ranks need the same head. The weight's
-    gradient is summed over the group, so that every rank holds the whole of it and the copies never part.
+    For models with fewer key-value heads than tensor ranks, where several ranks need the same head. The weight's
+    gradient is all-reduced over the group, so that the replicas stay equal.
 
-    Takes x ``[..., in_features]`` as `ColumnParallelLinear` does; returns ``[..., rows]`` for the part's slices of
-    `rows`.
+    Takes x ``[..., in_features]`` as `ColumnParallelLinear` does, and returns ``[..., len(parts) * len(rows)]``: the
+    slice `rows` of every part.
     """
 
     def __init__(
@@ -134,22 +132,22 @@ class HeadSliceLinear(ShardedModule):
         else:
             self.register_parameter("bias", None)
 
-    def _own_rows(self, parameter: Tensor) -> Tensor:
-        whole = copy_to_group(parameter, self.group)
-        return torch.cat([whole[rows] for rows in self.rows])
+    def _local_rows(self, parameter: Tensor) -> Tensor:
+        replicated = copy_to_group(parameter, self.group)
+        return torch.cat([replicated[rows] for rows in self.rows])
 
-    def forward(self, x: Tensor, *, entered: bool = False) -> Tensor:
-        bias = None if self.bias is None else self._own_rows(self.bias)
-        x = x if entered else enter_region(x, self.group)
-        return self.group.kernels.linear(x, self._own_rows(self.weight), bias)
+    def forward(self, x: Tensor, *, gathered: bool = False) -> Tensor:
+        bias = None if self.bias is None else self._local_rows(self.bias)
+        x = x if gathered else enter_parallel_region(x, self.group)
+        return self.group.kernels.linear(x, self._local_rows(self.weight), bias)
 
 
 class VocabParallelEmbedding(ShardedModule):
-    """A table of embeddings with its rows, the vocabulary, divided over the group.
+    """An embedding table whose rows, the vocabulary, are divided over the group.
 
-    Takes token ids ``[...]``, the same on every rank, and returns ``[..., hidden]``, likewise, or where the group
-    divides tokens this rank's share of them ``[1, tokens / size, hidden]``. The table is padded
-    so that every rank holds as many rows; the padding is zero, is never looked up, and is in no checkpoint.
+    Takes token ids ``[...]``, the same on every rank, and returns ``[..., hidden]``, the same on every rank, or with
+    sequence parallelism this rank's share of the tokens, ``[1, tokens / size, hidden]``. The table is padded so that
+    every rank holds an equal number of rows. The padding is zero, is never looked up, and is not in checkpoints.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, group: TensorGroup) -> None:
@@ -164,17 +162,17 @@ class VocabParallelEmbedding(ShardedModule):
         if self.group.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.first_id
-        elsewhere = (local < 0) | (local >= self.weight.shape[0])
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return leave_region(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.group)
+        on_other_rank = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(on_other_rank, 0), self.weight)
+        return leave_parallel_region(rows.masked_fill(on_other_rank.unsqueeze(-1), 0.0), self.group)
 
 
 def parameter_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
     """Yield (name in the module, parameter, its shards with global names), each parameter once.
 
-    A parameter that no layer declares is whole on every rank, under its own name. Global names follow the module
-    tree; the shards of a fused layer stand beside the layer: ``attention.qkv.weight`` holds
-    ``attention.query.weight``, ``attention.key.weight`` and ``attention.value.weight``.
+    A parameter that no layer declares is replicated on every rank, and its global name is its name in the module.
+    Global names follow the module tree. The shards of a fused layer are named beside the layer:
+    ``attention.qkv.weight`` holds ``attention.query.weight``, ``attention.key.weight`` and ``attention.value.weight``.
     """
     seen: set[int] = set()
     for path, owner in module.named_modules():

@@ -1,8 +1,8 @@
-"""Weight gradients put off: the half of a linear layer's backward that nobody downstream waits for.
+"""Deferred weight gradients, as zero-bubble pipeline schedules need them (WeightGradStore, arXiv:2401.10241).
 
-A backward makes two products of a layer's output gradient: that for the layer's input, which the layer before it
-needs at once, and that for its weight, which nobody needs before the step. A zero-bubble pipeline (arXiv:2401.10241)
-computes the second where it would otherwise wait.
+The backward of a linear layer computes two products: the gradient of the input, which the previous layer needs at once,
+and the gradient of the weight, which is needed only at the end of the step. A zero-bubble schedule computes the second
+product where the rank would otherwise idle.
 """
 
 from collections import deque
@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 
-class DeferredProducts:
-    """The weight gradients that one backward left to be computed, with the inputs that they are computed from.
+class WeightGradStore:
+    """The deferred weight gradients of one backward: a queue of products with their inputs.
 
-    Biases, norms, embeddings, and projections of which a rank computes only some rows, are never put off: their
-    gradients are in the backward as ever.
+    Gradients of biases, norms, embeddings and `ReplicatedKVLinear` are never deferred; the backward computes them.
     """
 
     def __init__(self) -> None:
@@ -27,36 +26,38 @@ class DeferredProducts:
         return len(self._products)
 
     def put(self, parameter: nn.Parameter, product: Callable[[], Tensor]) -> None:
-        """Leave `product` for later; it returns a gradient of `parameter`, and keeps its inputs alive until then."""
+        """Defer `product`, which returns a gradient of `parameter`; it keeps its inputs alive until `run`."""
         self._products.append((parameter, product))
 
     @torch.no_grad()
     def run(self, accumulate: Callable[[nn.Parameter, Tensor], None]) -> None:
-        """Compute each product, hand it over with its parameter and drop its inputs; afterwards nothing is left.
+        """Compute all products, call `accumulate` with each parameter and its gradient, and empty the queue.
 
-        In the order of the backward, on every rank alike: under sequence parallelism each begins with a gather over
-        the tensor group. The gradient is new memory in the shape and precision of the parameter, and the receiver's
-        to keep; the parameter itself need not be there (ZeRO-3).
+        The products run in the order of the backward, the same on every rank, since with sequence parallelism each
+        begins with an all-gather over the tensor group. The gradient is a new tensor in the shape and precision of the
+        parameter, and `accumulate` may keep it. The parameter may be partitioned meanwhile (ZeRO-3).
         """
         while self._products:
             parameter, product = self._products.popleft()
             accumulate(parameter, product())
 
 
-class WeightGradients:
-    """Whether the linear layers of one stage compute weight gradients in the backward or put them off."""
+class WeightGradDeferral:
+    """A switch for the linear layers of one stage: compute weight gradients in the backward, or defer them."""
 
     def __init__(self) -> None:
-        self.deferred: DeferredProducts | None = None
-        """Where products go while `collecting`; None: they are computed at once."""
+        self.store: WeightGradStore | None = None
+        """The store of deferred products inside `enabled`; None: products are computed in the backward."""
 
     @contextmanager
-    def collecting(self) -> Iterator[DeferredProducts]:
-        """Put the products of the backwards inside off, to what is yielded; raise RuntimeError inside another."""
-        if self.deferred is not None:
-            raise RuntimeError("weight gradients of this stage are being collected already")
-        self.deferred = DeferredProducts()
+    def enabled(self) -> Iterator[WeightGradStore]:
+        """Defer the weight gradients of the backwards inside to the yielded store; raise RuntimeError if nested."""
+        if self.store is not None:
+            raise RuntimeError(
+                "the weight gradients of this stage are deferred already; end the other `enabled` block first"
+            )
+        self.store = WeightGradStore()
         try:
-            yield self.deferred
+            yield self.store
         finally:
-            self.deferred = None
+            self.store = None

@@ -1,4 +1,4 @@
-"""Build the stages of the model that a rank holds."""
+"""Construction of the pipeline stages that a rank holds."""
 
 from dataclasses import replace
 
@@ -6,20 +6,18 @@ from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.load import load_stage
 from megalite.model.stage import Stage
 from megalite.model.weights import Weights
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 from megalite.training.plan import Plan
 
 
-def build_stages(
-    plan: Plan, grid: ProcessGrid, weights: Weights | None = None, kernels: Kernels = NATIVE
-) -> dict[int, Stage]:
-    """Build this rank's stages with the given weights, or with those that (seed, name) give them."""
+def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels: Kernels = NATIVE) -> dict[int, Stage]:
+    """Build this rank's stages; load `weights`, or initialise parameters from the seed and their names."""
     parallel = plan.config.parallel
     group = replace(
-        grid.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap, kernels=kernels
+        mesh.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap, kernels=kernels
     )
     stages: dict[int, Stage] = {}
-    for index in grid.stages:
+    for index in mesh.stages:
         stage = stages[index] = Stage(
             plan.config.model,
             plan.stage_layers[index],

@@ -1,4 +1,4 @@
-"""From samples to what the pipeline takes: the microbatches of a global batch, on the device of this rank."""
+"""Microbatch loader: reads the microbatches of a global batch and copies them to the device of this rank."""
 
 from collections.abc import Sequence
 
@@ -13,63 +13,64 @@ from megalite.data.order.streaming import Samples
 from megalite.model.dropout import DropoutStreams
 from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
-from megalite.parallel.mesh import ProcessGrid
+from megalite.parallel.mesh import Mesh
 
 
-class Feed:
-    """One set of samples, as this rank's pipeline takes it: of every global batch the part of its data coordinate."""
+class MicrobatchLoader:
+    """Loads this data-parallel rank's microbatches of each global batch of a set of samples."""
 
-    def __init__(
-        self, samples: Samples, rules: SampleRules, config: RunConfig, grid: ProcessGrid, *, trains: bool
-    ) -> None:
-        """Read `samples` by `rules`; dropout is drawn where it `trains`."""
-        self._config, self._grid, self._trains = config, grid, trains
+    def __init__(self, samples: Samples, rules: SampleRules, config: RunConfig, mesh: Mesh, *, trains: bool) -> None:
+        """Read `samples` and collate them by `rules`; microbatches have dropout if `trains`."""
+        self._config, self._mesh, self._trains = config, mesh, trains
         self._reader = BatchReader(
             samples,
             rules,
             micro_batch_size=config.train.micro_batch_size,
-            data_rank=grid.coordinate.data,
-            data_size=grid.layout.data,
+            data_rank=mesh.coordinate.data,
+            data_size=mesh.layout.data,
         )
 
     def read(self, samples: range) -> list[SampleMicrobatch]:
-        """Read this rank's part of a global batch, in any thread."""
+        """Read this rank's microbatches of a global batch to host memory; safe in any thread."""
         return self._reader.microbatches(samples)
 
     def read_padded(self, samples: range) -> list[SampleMicrobatch]:
-        """Read this rank's part of any number of samples; rows that fill up a microbatch do not count."""
+        """Read this rank's microbatches of any number of samples; padding rows are excluded from the loss."""
         return self._reader.padded_microbatches(samples)
 
-    def counted(self, batch: Sequence[SampleMicrobatch]) -> float | None:
-        """Return how many targets of the global batch count; None where all do. Collective over the data axis."""
+    def num_loss_tokens(self, batch: Sequence[SampleMicrobatch]) -> float | None:
+        """Return the number of tokens of the global batch that the loss includes; None without a loss mask.
+
+        Collective over the data axis.
+        """
         if batch[0].counts is None:
             return None
         mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
-        total = torch.tensor(mine, dtype=torch.float64, device=self._grid.device)
-        dist.all_reduce(total, group=self._grid.data)
+        total = torch.tensor(mine, dtype=torch.float64, device=self._mesh.device)
+        dist.all_reduce(total, group=self._mesh.data)
         return float(total)
 
-    def microbatches(self, batch: Sequence[SampleMicrobatch], counted: float | None) -> list[Microbatch]:
-        """Put a batch onto the device, each part on the stages that take it; `counted` as `counted` returns it."""
-        return [self._microbatch(microbatch, counted) for microbatch in batch]
+    def microbatches(self, batch: Sequence[SampleMicrobatch], num_loss_tokens: float | None) -> list[Microbatch]:
+        """Copy a batch to the device, each tensor on the stages that need it; `num_loss_tokens` of the global batch."""
+        return [self._microbatch(microbatch, num_loss_tokens) for microbatch in batch]
 
-    def _microbatch(self, read: SampleMicrobatch, counted: float | None) -> Microbatch:
+    def _microbatch(self, read: SampleMicrobatch, num_loss_tokens: float | None) -> Microbatch:
         packing = weights = None
         if read.document_lengths is not None or read.positions is not None:
             positions = None if read.positions is None else self._to_device(read.positions)
             packing = PackedDocuments(read.document_lengths, positions)
-        if read.counts is not None and counted is not None and self._grid.has_last_stage:
-            # The gradients of the data axis are averaged, and a mean over all that counts is asked for.
-            weight = self._grid.layout.data / max(counted, 1.0)
+        if read.counts is not None and num_loss_tokens is not None and self._mesh.has_last_stage:
+            # Gradients are averaged over the data axis, but the loss is a mean over all tokens of its mask.
+            weight = self._mesh.layout.data / max(num_loss_tokens, 1.0)
             weights = self._to_device(read.counts).to(torch.float32) * weight
         model, seed = self._config.model, self._config.run.seed
         return Microbatch(
-            ids=self._to_device(read.ids) if self._grid.has_first_stage else None,
-            targets=self._to_device(read.targets) if self._grid.has_last_stage else None,
+            ids=self._to_device(read.ids) if self._mesh.has_first_stage else None,
+            targets=self._to_device(read.targets) if self._mesh.has_last_stage else None,
             packing=packing,
             loss_weights=weights,
             dropout=DropoutStreams.of(model, seed, read.samples) if self._trains else None,
         )
 
     def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._grid.device, non_blocking=True)
+        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._mesh.device, non_blocking=True)

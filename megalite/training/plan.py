@@ -1,7 +1,7 @@
-"""All that can be known of a run before a rank starts: its configuration, layout and data, checked against each other.
+"""The plan of a run, before any rank starts: its configuration, layout, data and start, checked against each other.
 
-`prepare` is what every launcher goes through first, and all that ``megalite train --dry-run`` does. It forms no
-process group and needs no accelerator, so that mistakes end a run in a second.
+Every launcher calls `prepare` first, and ``megalite train --dry-run`` does nothing else. It forms no process group and
+needs no accelerator, so that configuration errors are reported within a second.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,31 +19,34 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from megalite.checkpoint import forecast
-from megalite.checkpoint.compatibility import Expectation
-from megalite.checkpoint.discovery import CHECKPOINTS, candidates
+from megalite.checkpoint.compatibility import CheckpointRequirements
+from megalite.checkpoint.discovery import CHECKPOINTS, resume_candidates
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.model_files import (
     GENERATION_CONFIG,
     read_settings,
-    run_companions,
-    tokenizer_companions,
+    require_readable,
+    run_model_files,
+    tokenizer_model_files,
     tokenizer_name,
 )
 from megalite.checkpoint.reader import CheckpointReader
-from megalite.checkpoint.special_tokens import DocumentTokens, declared_ends
-from megalite.checkpoint.weights import CheckpointWeights, documents_of
+from megalite.checkpoint.special_tokens import DocumentTokens, declared_end_ids
+from megalite.checkpoint.weights import CheckpointWeights, document_tokens
 from megalite.config import ModelConfig, RunConfig, load_run_config
+from megalite.config.hub_names import hub_hint
 from megalite.data.batch_schedule import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed.dataset import IndexedDataset
 from megalite.data.indexed.format import DatasetSidecar, with_suffix
 from megalite.data.order.digest import order_digest
+from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer, standard_files, tokenizer_file
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
 from megalite.monitoring.run_folder import require_run_folder
-from megalite.parallel.layout import Coordinate, ParallelLayout, spans
+from megalite.parallel.layout import MeshCoordinate, ParallelLayout, format_ranges
 from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
 from megalite.pipeline.schedules import SCHEDULES, all_streams
@@ -55,12 +58,12 @@ CONFIG = "config.yaml"
 
 
 _LISTED = 4
-"""Pipeline ranks that the rank map lists one by one; of more, those that are alike stand in one row."""
+"""The rank map lists up to this many pipeline ranks one by one; of more, equal ranks share a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Ranks that hold alike."""
+    """A row of the rank map: ranks with the same number of layers and parameters."""
 
     ranks: tuple[int, ...]
     layers: str
@@ -78,19 +81,22 @@ class Plan:
     """The layers of every stage."""
     tokenizer_digest: str | None = None
     unchecked: tuple[str, ...] = ()
-    """What a dry run could not look at, since it is not there; a line each."""
+    """Files that a dry run could not check, since they do not exist yet; a line each."""
     _counted: dict[tuple[int, bool, bool, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def check_data(self, *, keep_index: bool = True) -> Datasets:
-        """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
-        vocabulary, or where nothing can be written in `run.dir`."""
+        """Open the data as the ranks will.
+
+        Raises UserError where data is missing, damaged, not enough or of another vocabulary, or where `run.dir` is not
+        writable.
+        """
         self.check_machine()
         for source in (*self.config.data.train, *self.config.data.valid):
             self.check_source(source.prefix)
         return open_datasets(self.config, keep_index=keep_index)
 
     def check_source(self, prefix: Path) -> None:
-        """Raise UserError where a dataset is missing, broken, or of another vocabulary."""
+        """Raise UserError where a dataset is missing, damaged, or of another vocabulary."""
         vocab_size, path, digest = self.config.model.vocab_size, self.config.data.tokenizer, self.tokenizer_digest
         assert vocab_size is not None
         indexed = IndexedDataset(prefix)
@@ -103,15 +109,15 @@ class Plan:
             )
 
     @property
-    def data_is_there(self) -> bool:
-        """Whether something is there of every source to train on."""
+    def data_is_present(self) -> bool:
+        """Whether every training source has at least one of its files."""
         return not any(_is_absent(source.prefix) for source in self.config.data.train)
 
-    def check_data_that_is_there(self) -> tuple[Datasets | None, list[str]]:
-        """Check what there is of the data as `check_data` does, and write no index.
+    def check_present_data(self) -> tuple[Datasets | None, list[str]]:
+        """Check the data that exists, as `check_data` does, without writing an index, for a dry run.
 
-        Returns the datasets, None where a source to train on is not there, and a line for each source that is not. A
-        source of which only a part is there is damaged, not absent. Raises UserError as `check_data` does.
+        Returns the datasets, None where a training source is absent, and a line for each absent source. A source with
+        only some of its files is damaged, not absent. Raises UserError as `check_data` does.
         """
         data = self.config.data
         absent = {source.prefix for source in (*data.train, *data.valid) if _is_absent(source.prefix)}
@@ -119,7 +125,7 @@ class Plan:
             update={
                 "train": tuple(source for source in data.train if source.prefix not in absent),
                 "valid": tuple(source for source in data.valid if source.prefix not in absent),
-                # Without its tokenizer nothing says which tokens to fill the middle in with.
+                # Without a tokenizer the special tokens of fill-in-the-middle are unknown.
                 **({"fim_rate": 0.0} if self.unchecked else {}),
             }
         )
@@ -133,22 +139,22 @@ class Plan:
         return None, lines
 
     @cached_property
-    def expectation(self) -> Expectation:
-        """What a checkpoint must hold for this run."""
-        return Expectation(self.config.model, weight_shapes(self.config.model), self.tokenizer_digest)
+    def requirements(self) -> CheckpointRequirements:
+        """The requirements of this run on a checkpoint."""
+        return CheckpointRequirements(self.config.model, weight_shapes(self.config.model), self.tokenizer_digest)
 
     @cached_property
     def order_digest(self) -> str:
-        """SHA-256 of all that the order of samples follows from; raises UserError where the data are not there."""
+        """SHA-256 of everything that determines the sample order; raises UserError where the data is missing."""
         return order_digest(self.config)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint's tensors: of every weight its master and two moments, in fp32."""
-        return 12 * sum(map(prod, self.expectation.shapes.values()))
+        """Bytes of a checkpoint's tensors: for every weight the master weight and two moments, in fp32."""
+        return 12 * sum(map(prod, self.requirements.shapes.values()))
 
     def describe_checkpoints(self) -> str:
-        """Return a line on what the run will keep, and the room that this takes."""
+        """Return a line on the checkpoints that the run will keep, and their size."""
         return forecast.describe(self.config, self.checkpoint_bytes)
 
     @property
@@ -157,7 +163,7 @@ class Plan:
         return self.config.run.dir / CHECKPOINTS
 
     def manifest(self, step: int) -> Manifest:
-        """Return what a checkpoint of this run says of itself."""
+        """Return the manifest of a checkpoint of this run, without its tensors and files."""
         return Manifest(
             step,
             {},
@@ -172,30 +178,32 @@ class Plan:
         )
 
     def companion_files(self) -> dict[str, bytes]:
-        """Return the small files that a checkpoint has with it: the resolved run file, the tokenizer's files, and how
-        to generate, from `data.tokenizer` and `init_from`, byte for byte."""
+        """Return the small files of every checkpoint: the resolved run file, and byte for byte the files of the
+        tokenizer and the generation settings, from `data.tokenizer` and `init_from`."""
         weights, of_weights = self._first_weights, {}
         if weights is not None:
-            from megalite.convert.generation_config import companion_contents  # with the readers of foreign formats
+            from megalite.convert.generation_config import model_file_contents  # with the readers of foreign formats
 
-            of_weights = companion_contents(weights, weights.companions)
+            of_weights = model_file_contents(weights, weights.model_files)
         tokenizer, standard = None, {}
         if self.config.data.tokenizer is not None:
             file = tokenizer_file(self.config.data.tokenizer)
             standard = standard_files(self.config.data.tokenizer)
-            tokenizer = tokenizer_companions(file, next(iter(standard)))
+            tokenizer = tokenizer_model_files(file, next(iter(standard)))
         elif (name := tokenizer_name(of_weights)) and (digests := {one.tokenizer_sha256 for one in self._sidecars}):
-            # The weights' own tokenizer is that of the run, unless the data were made with another.
+            # The tokenizer of the weights is that of the run, unless the data was made with another tokenizer.
             of_weights = of_weights if digests == {sha256(of_weights[name]).hexdigest()} else {}
-        return run_companions(tokenizer, of_weights) | standard | {CONFIG: self.config.to_yaml().encode()}
+        return run_model_files(tokenizer, of_weights) | standard | {CONFIG: self.config.to_yaml().encode()}
 
     @cached_property
     def documents(self) -> DocumentTokens:
-        """What stands around the documents of the training data; weights to begin with may have seen more ends, and a
-        token before every text, which they still know."""
+        """The end and beginning tokens of documents, from the training data and the weights of `init_from`.
+
+        The weights may have been trained with further end tokens, and with a token before every text.
+        """
         ends = [one.eod_id for one in self._sidecars if one.eod_id is not None]
         begins = [one for one in (getattr(sidecar, "bos_id", None) for sidecar in self._sidecars) if one is not None]
-        before = documents_of(self._first_weights) if self._first_weights else None
+        before = document_tokens(self._first_weights) if self._first_weights else None
         if isinstance(self._first_weights, CheckpointWeights) and self.tokenizer_digest is not None:
             theirs = self._first_weights.reader.manifest.tokenizer_sha256
             before = before if theirs in (None, self.tokenizer_digest) else None  # its ids are other tokens here
@@ -208,7 +216,7 @@ class Plan:
 
     @cached_property
     def _first_weights(self) -> Weights | None:
-        """The weights of `init_from`; raises UserError where there are none, even where a checkpoint is before them."""
+        """The weights of `init_from`; raises UserError where it has none, even if a checkpoint takes precedence."""
         if self.config.init_from is None:
             return None
         from megalite.convert.open import open_weights  # with the readers of foreign formats
@@ -220,65 +228,84 @@ class Plan:
 
     @cached_property
     def _sidecars(self) -> list[DatasetSidecar]:
-        """What is told of the training data, as far as anything is."""
+        """The sidecar files of the training data, of those sources that have one."""
         found = [IndexedDataset(source.prefix).sidecar for source in self.config.data.train]
         return [sidecar for sidecar in found if sidecar is not None]
 
     def check_machine(self) -> None:
-        """Raise UserError where this host lacks what the run takes: a run.dir to write in, libraries. Every host's own
-        matter, and quickly seen; `check_start` and `check_data` begin with it."""
+        """Raise UserError where this host lacks a requirement of the run: a writable run.dir, or a library.
+
+        A quick check for every host; `check_start` and `check_data` begin with it.
+        """
         require_run_folder(self.config.run.dir)
         if (sections := self.config.deepspeed.on_nvme) and find_library("aio") is None:
             raise UserError(
-                f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine has not; "
-                "install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
+                f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine does not "
+                "have; install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
             )
 
     def check_start(self) -> str:
         """Return a line on where the run will begin; raise UserError where that is not of this run's model.
 
-        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes.
+        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes, and
+        where a file that goes into every checkpoint is of no use to `generate` and `convert`.
         """
         self.check_machine()
+        start = self._where_it_begins()
+        self._require_readable_model_files()
+        return start
+
+    def _where_it_begins(self) -> str:
         weights = self._first_weights
-        for folder in candidates(self.config):
+        for folder in resume_candidates(self.config):
             try:
                 reader = CheckpointReader(folder)
             except UserError:
                 if self.config.resume != "auto":
                     raise
                 continue
-            self.expectation.require_resumable(reader)
-            passed_over = f"; {self.init_from_passed_over}" if weights is not None else ""
+            self.requirements.require_resumable(reader)
+            passed_over = f"; {self.init_from_ignored}" if weights is not None else ""
             return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole{passed_over}"
         if weights is None:
             return "start: anew"
-        self.expectation.require_weights(weights)
-        self._require_companions_that_can_be_read(weights)
+        self.requirements.require_weights(weights)
         return f"start: with the weights of {self.config.init_from}"
 
-    def _require_companions_that_can_be_read(self, weights: Weights) -> None:
-        """Raise UserError where a file that goes into every checkpoint is of no use to `generate` and `convert`."""
-        from megalite.convert.generation_config import generation_settings
-
-        settings, where = generation_settings(weights, weights.companions)
-        vocab_size = self.expectation.model.vocab_size
+    def _require_readable_model_files(self) -> None:
+        """Check the files of `data.tokenizer` and `init_from` that `model_files` puts together."""
+        weights, of_weights, vocab_size = self._first_weights, {}, self.config.model.vocab_size
         assert vocab_size is not None
-        declared_ends(settings, vocab_size, where)
-        for name, path in weights.companions.items():
-            if name.endswith(".json") and name not in (GENERATION_CONFIG, "tokenizer.json"):  # which tokenizers opens
-                read_settings(path)
+        if weights is not None:
+            from megalite.convert.generation_config import generation_settings  # with the readers of foreign formats
+
+            of_weights = weights.model_files
+            settings, where = generation_settings(weights, of_weights)
+            declared_end_ids(settings, vocab_size, where)
+        beside = self._files_beside_the_tokenizer()
+        for name, path in {**of_weights, **beside}.items():
+            require_readable(name, path)
+        if GENERATION_CONFIG not in of_weights and (path := beside.get(GENERATION_CONFIG)) is not None:
+            declared_end_ids(read_settings(path), vocab_size, str(path))
+
+    def _files_beside_the_tokenizer(self) -> dict[str, Path]:
+        """Return the files that belong to `data.tokenizer`, without the tokenizer's own file, which was opened."""
+        if self.config.data.tokenizer is None or self.tokenizer_digest is None:
+            return {}
+        name = next(iter(standard_files(self.config.data.tokenizer)))
+        found = tokenizer_model_files(tokenizer_file(self.config.data.tokenizer), name)
+        return {other: path for other, path in found.items() if other != name}
 
     @property
-    def init_from_passed_over(self) -> str:
-        """What is said where a run has checkpoints and names weights to begin with too."""
+    def init_from_ignored(self) -> str:
+        """The line about `init_from` where the run resumes from a checkpoint instead."""
         return (
-            f"init_from={self.config.init_from} is passed over, since the run goes on; to begin with those weights, "
-            "set another run.dir, or resume=never"
+            f"init_from={self.config.init_from} is ignored, since the run resumes from a checkpoint; to start from "
+            "those weights, set another run.dir, or resume=never"
         )
 
     def describe(self) -> RenderableType:
-        """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""
+        """Return the summary, the rank map with parameters and memory, and the simulated pipeline, for the console."""
         return Group(self._summary(), self._rank_map(), self._pipeline())
 
     def _summary(self) -> str:
@@ -304,8 +331,8 @@ class Plan:
         for row, held in rows:
             sizes = held.weights, held.gradients, held.reduction, held.optimizer, held.total
             shown = [f"{number / size:,.2f}" for number in sizes]
-            table.add_row(spans(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
-        total = sum(self.parameters_of_rank(*place) for place in self._places()) * self.layout.data
+            table.add_row(format_ranges(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
+        total = sum(self.parameters_of_rank(*coordinate) for coordinate in self._model_coordinates()) * self.layout.data
         model = _num_parameters(self.config.model, range(self.config.model.num_hidden_layers), 0, 1, (0, 1))
         notes = [
             f"{model:,} parameters in the model, {total:,} on its ranks",
@@ -318,15 +345,15 @@ class Plan:
         table.caption_justify = "left"
         return table
 
-    def _places(self) -> Iterator[tuple[int, int]]:
+    def _model_coordinates(self) -> Iterator[tuple[int, int]]:
         return product(range(self.layout.pipeline), range(self.layout.tensor))
 
     def _rows(self) -> list["_Row"]:
-        """Ranks that hold as many parameters, together: those of a pipeline rank, and in a long pipeline neighbours."""
+        """Group ranks with the same layers and number of parameters into rows of the rank map."""
         rows: list[_Row] = []
-        for pipeline, tensor in self._places():
+        for pipeline, tensor in self._model_coordinates():
             ranks = tuple(
-                self.layout.rank(Coordinate(pipeline=pipeline, data=data, tensor=tensor))
+                self.layout.rank(MeshCoordinate(pipeline=pipeline, data=data, tensor=tensor))
                 for data in range(self.layout.data)
             )
             stages = [(stage, self.stage_layers[stage]) for stage in self.placement.stages_of(pipeline)]
@@ -345,13 +372,13 @@ class Plan:
         return rows
 
     def parameters_of_rank(self, pipeline: int, tensor: int) -> int:
-        """Number of parameters of all stages of a rank, before ZeRO divides them."""
+        """Return the number of parameters of all stages of a rank, before ZeRO partitions them."""
         return sum(self.parameters(stage, tensor) for stage in self.placement.stages_of(pipeline))
 
     def parameters(self, stage: int, tensor: int) -> int:
-        """Number of parameters that one rank holds of a stage, before ZeRO divides them."""
+        """Return the number of parameters that one rank holds of a stage, before ZeRO partitions them."""
         layers, last = self.stage_layers[stage], self.placement.num_stages - 1
-        # A stage between the first and the last is as large as any other of as many layers.
+        # All middle stages with the same number of layers are equally large, so the count is cached.
         kind = (len(layers), stage == 0, stage == last, tensor)
         if kind not in self._counted:
             shares = stage == last > 0 and self.placement.rank_of(0) == self.placement.rank_of(stage)
@@ -367,7 +394,7 @@ class Plan:
         timeline = simulate(all_streams(SCHEDULES[schedule], self.placement, microbatches))
         stages = f"{self.placement.num_stages} stages"
         if self.placement.virtual_stages > 1:
-            stages += f", {self.placement.virtual_stages} a rank"
+            stages += f", {self.placement.virtual_stages} per rank"
         return (
             f"pipeline {schedule}: {stages}, {microbatches} microbatches, simulated bubble "
             f"{timeline.bubble_fraction:.1%}, at most {max(timeline.peak_microbatches):g} microbatches in flight"
@@ -387,7 +414,7 @@ def _num_parameters(
     *,
     shares_rank: bool = False,
 ) -> int:
-    """Number of parameters of a stage on a rank; of the last stage without a tied table that its rank has already."""
+    """Return the number of parameters of a stage on a rank; with `shares_rank` without a tied table that it shares."""
     import torch
 
     from megalite.model.stage import Stage
@@ -410,7 +437,7 @@ def prepare(
     """Read a run file and resolve it; raise UserError for what cannot work. `Plan.check_data` looks at the data.
 
     `world_size` is the number of ranks that a launcher started, None where megalite will start them itself. With
-    `tokenizer_may_be_absent` a tokenizer that is not there is told in `Plan.unchecked`, where `model.vocab_size` is
+    `tokenizer_may_be_absent` a missing tokenizer is listed in `Plan.unchecked`, where `model.vocab_size` is
     given beside it.
     """
     config = load_run_config(path, overrides, _section_of_weights)
@@ -419,13 +446,22 @@ def prepare(
         if config.model.vocab_size is None:
             raise UserError(
                 f"data.tokenizer={named}: is not there, and without model.vocab_size the model's size is not known; "
-                "give model.vocab_size=N, or make the tokenizer with `megalite tokenizer train`"
+                + (hub_hint(named) or "make the tokenizer with `megalite tokenizer train`")
+                + ", or give model.vocab_size=N"
             )
-        unchecked = (f"not checked: data.tokenizer={named}: it is not there",)
+        hint = f"; {found}" if (found := hub_hint(named)) else ""
+        unchecked = (f"not checked: data.tokenizer={named}: it is not there{hint}",)
     elif named is not None:
-        tokenizer = load_tokenizer(named)
+        tokenizer = _open_tokenizer(named)
     config = config.resolve(world_size=world_size, vocab_size=tokenizer.vocab_size if tokenizer else None)
     return replace(plan_of(config, tokenizer.digest if tokenizer else None), unchecked=unchecked)
+
+
+def _open_tokenizer(named: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(named)
+    except UserError as error:
+        raise UserError(f"data.tokenizer={error}") from error
 
 
 def _section_of_weights(path: Path) -> dict[str, Any]:
@@ -435,7 +471,7 @@ def _section_of_weights(path: Path) -> dict[str, Any]:
 
 
 def plan_of(config: RunConfig, tokenizer_digest: str | None) -> Plan:
-    """Return the plan of a configuration that `RunConfig.resolve` has completed and checked."""
+    """Return the plan of a configuration that `RunConfig.resolve` has resolved and checked."""
     stages = config.placement
     return Plan(
         config=config,

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from megalite.checkpoint import inspection, store
-from megalite.checkpoint.inspection import compare, flat_state, in_order, list_checkpoints, norms, tiles
+from megalite.checkpoint.inspection import compare, flat_state, in_model_order, list_checkpoints, norms, tiles
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.store import Part
 from megalite.cli import main
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 SHAPES = {"layers.10.mlp.up.weight": (6, 5), "layers.2.mlp.up.weight": (6, 5), "final_norm.weight": (5,)}
 MODEL = {"architecture": "llama", "hidden_size": 5}
@@ -45,7 +45,7 @@ def save(
             rows = slice(len(array) * rank // ranks, len(array) * (rank + 1) // ranks)
             mine, offset = array[rows], (rows.start, *[0] * (array.ndim - 1))
             if len(mine):
-                parts.append(Part(name, array.shape, Box(offset, mine.shape), lambda mine=mine: mine))
+                parts.append(Part(name, array.shape, Region(offset, mine.shape), lambda mine=mine: mine))
         store.write_rank(folder, rank, parts)
     versions = {"megalite": "0.1.0", "torch": "2.13.0"}
     layout = f"tensor {ranks} x pipeline 1 x data 1, ZeRO-1, bf16"
@@ -98,30 +98,30 @@ def test_a_checkpoint_is_described(saved: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("shape", [(), (7,), (5, 4), (2, 3, 5)])
 def test_tiles_cover_a_tensor_once(shape: tuple[int, ...], most: int) -> None:
     seen = np.zeros(shape, int)
-    for box in tiles(shape, most):
-        assert box.numel <= most
-        seen[box.slices] += 1
+    for region in tiles(shape, most):
+        assert region.numel <= most
+        seen[region.slices] += 1
     assert (seen == 1).all()
 
 
 def test_norms_are_taken_box_by_box(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = list(norms(CheckpointReader(saved), ignore))
-    boxes: list[int] = []
+    regions: list[int] = []
     read = CheckpointReader.read
     monkeypatch.setattr(
-        CheckpointReader, "read", lambda s, n, box, out: boxes.append(box.numel) or read(s, n, box, out)
+        CheckpointReader, "read", lambda s, n, region, out: regions.append(region.numel) or read(s, n, region, out)
     )
-    monkeypatch.setattr(inspection, "BOX_ELEMENTS", 4)
+    monkeypatch.setattr(inspection, "REGION_ELEMENTS", 4)
     found = list(norms(CheckpointReader(saved), ignore))
-    assert max(boxes) <= 4
-    assert sum(boxes) == 3 * 65
+    assert max(regions) <= 4
+    assert sum(regions) == 3 * 65
     for tensor, other in zip(found, expected, strict=True):
         assert tensor.norms == pytest.approx(other.norms, rel=1e-12)
 
 
 def test_tensors_stand_in_the_order_of_the_model() -> None:
     names = ["weight/head.weight", "weight/final_norm.bias", "weight/layers.10.x", "weight/layers.9.x"]
-    assert in_order({*names, "exp_avg/embedding.y", "weight/embedding.y", "other/z"}) == [
+    assert in_model_order({*names, "exp_avg/embedding.y", "weight/embedding.y", "other/z"}) == [
         *("weight/embedding.y", "weight/layers.9.x", "weight/layers.10.x", "weight/final_norm.bias"),
         *("weight/head.weight", "exp_avg/embedding.y", "other/z"),
     ]
@@ -157,7 +157,7 @@ def test_a_run_lists_its_checkpoints(saved: Path, tmp_path: Path, capsys: pytest
         fault = f"rank_00000.safetensors has {size + 4:,} bytes, not {size:,}; rank_00001.safetensors is missing"
         assert rows[2].endswith(f"broken: {fault}")
         assert "broken: " in rows[3]
-        assert rows[4].endswith("unfinished: a save under way, or one that died")
+        assert "  unfinished: " in rows[4]
     assert [one.bytes for one in list_checkpoints(root)][1] == sum(path.stat().st_size for path in saved.iterdir())
 
 
@@ -196,7 +196,7 @@ def test_other_layouts_of_the_same_are_equal(saved: Path, tmp_path: Path, capsys
 def test_the_first_difference_is_named_and_measured(
     saved: Path, tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(inspection, "BOX_ELEMENTS", most)
+    monkeypatch.setattr(inspection, "REGION_ELEMENTS", most)
     changed = arrays()
     first, later = changed["weight/layers.10.mlp.up.weight"], changed["exp_avg/final_norm.weight"]
     first[4, 3] += 0.5
@@ -231,7 +231,7 @@ def test_what_equals_in_no_bit_or_no_value(saved: Path, tmp_path: Path, value: f
     found = compare(CheckpointReader(a), CheckpointReader(b), ignore)
     assert found.counts == {"weight": (2, 1), "exp_avg": (3, 0), "exp_avg_sq": (3, 0)}
     assert found.first is not None
-    assert (found.first.name, found.first.place) == ("weight/final_norm.weight", (2,))
+    assert (found.first.name, found.first.index) == ("weight/final_norm.weight", (2,))
     assert (found.first.largest, found.first.differing) == (largest, 1)
     assert not found.equal
 
@@ -261,7 +261,7 @@ def test_names_shapes_and_state_that_differ_are_listed(
         (["--step", "3"], "--step: {} is a checkpoint, of which it says nothing; leave it out"),
         (["--documents", "3"], "--documents: {} is a checkpoint, of which it says nothing; leave it out"),
         (["--verify", "--diff", "b"], "--verify: stands beside --diff; ask for one after the other"),
-        (["--diff", "nowhere"], "nowhere: no checkpoint, it has no manifest.json; give a folder step_N"),
+        (["--diff", "nowhere"], "nowhere: is not a checkpoint: it has no manifest.json; give a folder step_N"),
     ],
 )
 def test_what_a_checkpoint_does_not_know_is_refused(

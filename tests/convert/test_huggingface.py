@@ -28,7 +28,7 @@ from megalite.convert.open import open_weights
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ def silent(done: int, total: int) -> None:
 def export(weights: Weights, folder: Path, precision: str | None = None, max_shard_bytes: int = 1 << 30) -> Path:
     to_hugging_face(
         weights,
-        weights.companions,
+        weights.model_files,
         folder,
         silent,
         precision=precision or weights.precision,
@@ -66,7 +66,7 @@ def export(weights: Weights, folder: Path, precision: str | None = None, max_sha
 
 
 def import_(weights: Weights, folder: Path) -> Weights:
-    to_checkpoint(weights, weights.companions, folder, silent)
+    to_checkpoint(weights, weights.model_files, folder, silent)
     return open_weights(folder)
 
 
@@ -85,7 +85,7 @@ def assert_same_bits(folder: Path, other: Path) -> None:
 def whole(weights: Weights, name: str) -> np.ndarray:
     shape = weights.shapes[name]
     array = np.full(shape, np.nan, np.float32)
-    weights.read(name, Box((0,) * len(shape), shape), array)
+    weights.read(name, Region((0,) * len(shape), shape), array)
     return array
 
 
@@ -138,10 +138,12 @@ def test_any_box_of_a_weight_is_that_of_the_whole(saved: Callable[[str], Path], 
         assert np.isfinite(array).all()
         for _ in range(8):
             start = tuple(int(draw.integers(0, size)) for size in shape)
-            box = Box(start, tuple(int(draw.integers(1, size - at + 1)) for size, at in zip(shape, start, strict=True)))
-            out = np.full(box.shape, np.nan, np.float32)
-            weights.read(name, box, out)
-            np.testing.assert_array_equal(out, array[box.slices])
+            region = Region(
+                start, tuple(int(draw.integers(1, size - at + 1)) for size, at in zip(shape, start, strict=True))
+            )
+            out = np.full(region.shape, np.nan, np.float32)
+            weights.read(name, region, out)
+            np.testing.assert_array_equal(out, array[region.slices])
 
 
 def test_query_key_and_value_are_told_apart_in_what_is_fused(saved: Callable[[str], Path]) -> None:
@@ -214,9 +216,9 @@ class _Drawn:
 
     def __init__(self, model: Any) -> None:
         self.model, self.shapes = model, weight_shapes(model)
-        self.origin, self.precision, self.companions = Path("drawn"), "fp32", {}
+        self.origin, self.precision, self.model_files = Path("drawn"), "fp32", {}
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         out[...] = 0.5
 
 
@@ -561,7 +563,7 @@ def test_half_precision_of_torchs_files(saved: Callable[[str], Path], tmp_path: 
     weights = open_weights(folder)
     assert weights.precision == "fp16"
     out = np.empty(weights.shapes["final_norm.weight"], np.float32)
-    weights.read("final_norm.weight", Box((0,), out.shape), out)
+    weights.read("final_norm.weight", Region((0,), out.shape), out)
     assert np.array_equal(out, held["model.norm.weight"].half().float().numpy())
     torch.save({name: one.double() for name, one in held.items()}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="stored as torch.float64; allowed: F32, BF16, F16"):
@@ -714,7 +716,7 @@ def test_links_lead_to_weights_to_the_same_name_and_into_hugging_faces_cache(
     (tmp_path / "secret").write_text("of this machine")
     (whole / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="is a link to .*secret, a file of another name outside the folder"):
-        _ = open_weights(whole).companions
+        _ = open_weights(whole).model_files
     (whole / "model.safetensors").unlink()
     (whole / "model.safetensors").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match="holds no tensors|is a link to .*gone, where there is no file"):
@@ -759,7 +761,7 @@ def test_a_checkpoint_of_weights_alone_says_what_it_is(saved: Callable[[str], Pa
     assert isinstance(held.model, LlamaConfig)
     assert held.model.qk_norm
     assert held.model.vocab_size == SIZES["vocab_size"]
-    assert list(held.companions) == ["generation_config.json"]
+    assert list(held.model_files) == ["generation_config.json"]
     assert json.loads((tmp_path / "step_0" / "state.json").read_text()) == {"step": 0}
     config = json.loads((export(held, tmp_path / "back") / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)

@@ -22,7 +22,7 @@ from megalite.errors import UserError
 from megalite.model.load import load_stage
 from megalite.model.stage import Stage
 from megalite.model.weights import Weights
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 from megalite.parallel.tensor_group import TensorGroup
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ WRITERS: dict[str, Callable[[Path, Made], Path]] = {
 def read_whole(weights: Weights, name: str) -> np.ndarray:
     shape = weights.shapes[name]
     out = np.full(shape, np.nan, np.float32)
-    weights.read(name, Box((0,) * len(shape), shape), out)
+    weights.read(name, Region((0,) * len(shape), shape), out)
     return out
 
 
@@ -52,10 +52,10 @@ def assert_holds(weights: MegatronWeights, made: Made) -> None:
             corners = [
                 (int(length * start), max(int(length * start) + 1, int(length * stop))) for length in tensor.shape
             ]
-            box = Box(tuple(a for a, _ in corners), tuple(b - a for a, b in corners))
-            out = np.full(box.shape, np.nan, np.float32)
-            weights.read(name, box, out)
-            np.testing.assert_array_equal(out, tensor.numpy()[box.slices], err_msg=f"{name} {box}")
+            region = Region(tuple(a for a, _ in corners), tuple(b - a for a, b in corners))
+            out = np.full(region.shape, np.nan, np.float32)
+            weights.read(name, region, out)
+            np.testing.assert_array_equal(out, tensor.numpy()[region.slices], err_msg=f"{name} {region}")
 
 
 def refusal(path: Path, **how: Any) -> str:
@@ -238,7 +238,7 @@ def test_it_is_converted_into_a_checkpoint(tmp_path: Path, capsys: pytest.Captur
 def test_a_tokenizer_beside_it_goes_along(tmp_path: Path) -> None:
     folder = files.write_deepspeed(tmp_path, make(LLAMA))
     (folder / "tokenizer.model").write_bytes(b"pieces")
-    assert MegatronWeights(tmp_path).companions == {"tokenizer.model": folder / "tokenizer.model"}
+    assert MegatronWeights(tmp_path).model_files == {"tokenizer.model": folder / "tokenizer.model"}
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def die_in(path: str, overrides: Sequence[str], point: str, rank: int) -> None:
 
     def dying(*arguments: object) -> object:
         result = work(*arguments)
-        if next(calls) == (STEP - 1) * per_step + 1 and trainer.grid.rank == rank:
+        if next(calls) == (STEP - 1) * per_step + 1 and trainer.mesh.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 

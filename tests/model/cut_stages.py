@@ -11,7 +11,7 @@ from torch import Tensor
 from megalite.config import ModelConfig, Recompute, read_model
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import place
+from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.pipeline.partition import partition
 
@@ -48,7 +48,7 @@ def whole_weights(config: ModelConfig) -> dict[str, Tensor]:
     stage.initialise(seed=3)
     weights: dict[str, Tensor] = {}
     for _, parameter, shards in stage.named_shards():
-        for shard in place(shards, 0, 1):
+        for shard in local_shards(shards, 0, 1):
             weights[shard.spec.name] = parameter.detach()[shard.target].clone()
     generator = torch.Generator().manual_seed(8)
     for weight in weights.values():
@@ -76,7 +76,7 @@ def cut_stages(
         with torch.no_grad():
             for _, parameter, shards in stage.named_shards():
                 parameter.zero_()
-                for shard in place(shards, group.rank, group.size):
+                for shard in local_shards(shards, group.rank, group.size):
                     parameter[shard.target] = weights[shard.spec.name][shard.source]
         stages.append(stage)
     return stages
@@ -89,7 +89,7 @@ def assert_gradients_agree(stages: Sequence[Stage], reference: ReferenceModel) -
     for stage in stages:
         for _, parameter, shards in stage.named_shards():
             assert parameter.grad is not None
-            for shard in place(shards, stage.group.rank, stage.group.size):
+            for shard in local_shards(shards, stage.group.rank, stage.group.size):
                 name = shard.spec.name
                 whole = reference.w(name)
                 found = gradients.setdefault(name, torch.zeros_like(whole))

@@ -10,7 +10,7 @@ from model.cut_stages import LLAMA, model_config
 from training import build_trainer
 
 from megalite.kernels import choice as kernels_module
-from megalite.kernels.choice import AttentionKernel, Kernels, Products, faster_products, times_as_long
+from megalite.kernels.choice import AttentionKernel, Kernels, Products, choose_products, time_ratio
 from megalite.model import kernel_choice
 from megalite.model.kernel_choice import choose_kernels
 from megalite.model.stage import Stage
@@ -24,7 +24,7 @@ SIXTEEN_BIT = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
-def test_a_widened_product_is_the_exact_one_rounded_once(dtype: torch.dtype) -> None:
+def test_an_upcast_product_is_the_exact_one_rounded_once(dtype: torch.dtype) -> None:
     a, b, bias = torch.randn(9, 40).to(dtype), torch.randn(40, 7).to(dtype), torch.randn(7).to(dtype)
     assert torch.equal(WIDE.matmul(a, b), (a.float() @ b.float()).to(dtype))
     assert torch.equal(WIDE.linear(a, b.t(), None), (a.float() @ b.float()).to(dtype))
@@ -35,7 +35,7 @@ def test_a_widened_product_is_the_exact_one_rounded_once(dtype: torch.dtype) -> 
 
 def test_fp32_operands_are_not_touched() -> None:
     x = torch.randn(3, 4)
-    assert WIDE.widened(x)[0] is x
+    assert WIDE.upcast(x)[0] is x
     assert torch.equal(WIDE.matmul(x, x.t()), x @ x.t())
 
 
@@ -96,12 +96,12 @@ def test_no_16_bit_product_is_left_in_a_step(
         )
 
 
-@pytest.mark.parametrize("spans", [None, [5, 11, 8, 8]])
+@pytest.mark.parametrize("document_lengths", [None, [5, 11, 8, 8]])
 @pytest.mark.parametrize("attention", ["written_out", "fused"])
-def test_widened_attention_is_that_of_fp32(spans: list[int] | None, attention: AttentionKernel) -> None:
+def test_upcast_attention_is_that_of_fp32(document_lengths: list[int] | None, attention: AttentionKernel) -> None:
     query, key, value = (torch.randn(2, 16, heads, 8).bfloat16() for heads in (4, 2, 2))
-    found = causal_attention(query, key, value, spans, kernels=Kernels("fp32", attention))
-    exact = causal_attention(query.float(), key.float(), value.float(), spans)
+    found = causal_attention(query, key, value, document_lengths, kernels=Kernels("fp32", attention))
+    exact = causal_attention(query.float(), key.float(), value.float(), document_lengths)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=1e-5)
 
@@ -113,8 +113,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, ratio: float | None) -> None:
         assert ratio is not None, "it was measured"
         return ratio
 
-    monkeypatch.setattr(kernels_module, "times_as_long", measured)
-    monkeypatch.setattr(kernel_choice, "times_as_long", measured)
+    monkeypatch.setattr(kernels_module, "time_ratio", measured)
+    monkeypatch.setattr(kernel_choice, "time_ratio", measured)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT)
@@ -123,10 +123,10 @@ def test_a_measurement_chooses_the_products(
     dtype: torch.dtype, ratio: float, expected: Products, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, ratio)
-    assert faster_products(CPU, dtype) == expected
+    assert choose_products(CPU, dtype) == expected
     pretend(monkeypatch, None)
-    assert faster_products(CPU, torch.float32) == "native"
-    assert faster_products(torch.device("cuda"), dtype) == "native"
+    assert choose_products(CPU, torch.float32) == "native"
+    assert choose_products(torch.device("cuda"), dtype) == "native"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_two_ways_are_timed_in_turn() -> None:
         calls.append(name)
         F.linear(torch.randn(size, size), torch.randn(size, size))
 
-    assert times_as_long(lambda: work("a", 512), lambda: work("b", 64), budget=0.0) > 3
+    assert time_ratio(lambda: work("a", 512), lambda: work("b", 64), budget=0.0) > 3
     assert calls == ["a", "b"] * 3
 
 

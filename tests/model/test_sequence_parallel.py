@@ -59,7 +59,7 @@ def run(stages: list[Stage], packing: PackedDocuments | None) -> Tensor:
     loss = stages[-1](x, targets, packing=packing, loss_weights=weights)
     loss.backward()
     for stage in stages:
-        for parameter in stage.partial_parameters():
+        for parameter in stage.sequence_parallel_parameters():
             torch.distributed.all_reduce(parameter.grad)
     return loss
 
@@ -113,7 +113,7 @@ def put_off(fields: dict[str, Any]) -> None:
     config, weights = model_config(fields), whole_weights(model_config(fields))
     now, later = (cut_stages(config, weights, 1, rows=ROWS, sequence_parallel=True) for _ in range(2))
     run(now, None)
-    with later[0].weight_gradients.collecting() as products:
+    with later[0].weight_grad_deferral.enabled() as products:
         run(later, None)
     assert len(products) > 2 * SHAPE["num_hidden_layers"]
     products.run(lambda parameter, gradient: parameter.__setattr__("grad", gradient))
@@ -161,7 +161,7 @@ def test_less_is_kept_for_the_backward() -> None:
 def test_what_stands_on_the_stream_is_partial() -> None:
     def names(fields: dict[str, Any], group: TensorGroup) -> set[str]:
         stage = Stage(model_config(fields), range(1), index=0, num_stages=1, group=group, rows=2)
-        partial = {id(parameter) for parameter in stage.partial_parameters()}
+        partial = {id(parameter) for parameter in stage.sequence_parallel_parameters()}
         return {name.removeprefix("layers.0.") for name, p, _ in stage.named_shards() if id(p) in partial}
 
     group = TensorGroup(1, 4, sequence_parallel=True)
@@ -175,6 +175,6 @@ def test_what_stands_on_the_stream_is_partial() -> None:
 
 
 def test_a_stage_of_shares_must_know_its_rows() -> None:
-    with pytest.raises(ValueError, match="how many rows"):
+    with pytest.raises(ValueError, match="needs `rows`"):
         Stage(model_config(LLAMA), range(1), index=1, num_stages=3, group=TensorGroup(0, 2, sequence_parallel=True))
     Stage(model_config(LLAMA), range(1), index=1, num_stages=3, group=TensorGroup(sequence_parallel=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megalite.tensor_parallel.weight_grad_store import DeferredProducts, WeightGradients
+from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral, WeightGradStore
 
 MODELS = {
     "llama, 1 kv head": LLAMA | {"num_key_value_heads": 1},
@@ -60,7 +60,7 @@ def put_off(fields: dict[str, Any], num_stages: int) -> None:
     *others, last = stages
     collected = []
     for loss in forwards(stages):
-        with last.weight_gradients.collecting() as products:
+        with last.weight_grad_deferral.enabled() as products:
             loss.backward()
         collected.append(products)
     deferred = {(last.index, name) for name, _, _ in last.named_shards() if name.endswith(LINEARS)}
@@ -92,7 +92,7 @@ def put_off(fields: dict[str, Any], num_stages: int) -> None:
     assert not [reference for reference in kept if reference() is not None], "inputs outlive their products"
 
 
-def inputs_of(products: DeferredProducts) -> list[weakref.ref[Tensor]]:
+def inputs_of(products: WeightGradStore) -> list[weakref.ref[Tensor]]:
     tensors = [
         cell.cell_contents
         for _, product in products._products
@@ -133,10 +133,10 @@ def test_layers_compute_as_torch_does_to_the_bit(dtype: torch.dtype) -> None:
 def test_a_product_needs_no_weight() -> None:
     """As under ZeRO-3, where it is gone by then."""
     layer = RowParallelLinear(6, 4, group=TensorGroup(), bias=False)
-    layer.weight_gradients = WeightGradients()
+    layer.weight_grad_deferral = WeightGradDeferral()
     nn.init.normal_(layer.weight)
     x = torch.randn(5, 6, requires_grad=True)
-    with layer.weight_gradients.collecting() as products:
+    with layer.weight_grad_deferral.enabled() as products:
         layer(x).sum().backward()
     layer.weight.data = torch.empty(0)
     found: list[tuple[nn.Parameter, Tensor]] = []
@@ -147,9 +147,9 @@ def test_a_product_needs_no_weight() -> None:
 
 
 def test_one_collection_at_a_time_and_none_after_a_fault() -> None:
-    weight_gradients = WeightGradients()
-    with weight_gradients.collecting(), pytest.raises(RuntimeError, match="already"), weight_gradients.collecting():
+    weight_grad_deferral = WeightGradDeferral()
+    with weight_grad_deferral.enabled(), pytest.raises(RuntimeError, match="already"), weight_grad_deferral.enabled():
         pass
-    with pytest.raises(ZeroDivisionError), weight_gradients.collecting():
+    with pytest.raises(ZeroDivisionError), weight_grad_deferral.enabled():
         _ = 1 / 0
-    assert weight_gradients.deferred is None
+    assert weight_grad_deferral.store is None

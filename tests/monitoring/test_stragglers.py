@@ -9,9 +9,9 @@ import pytest
 from harness import run_distributed
 from test_train import TINY
 
-from megalite.monitoring.stragglers import WINDOW, StragglerWatch
+from megalite.monitoring.stragglers import WINDOW, StragglerDetector
 from megalite.parallel.layout import ParallelLayout
-from megalite.pipeline.compute_timer import ThreadTime
+from megalite.pipeline.compute_timer import ThreadTimer
 
 
 def burn(seconds: float) -> None:
@@ -21,7 +21,7 @@ def burn(seconds: float) -> None:
 
 
 def test_a_ranks_own_time_is_that_of_its_work() -> None:
-    own = ThreadTime()
+    own = ThreadTimer()
     with own.measured():
         time.sleep(0.3)
     slept = own.take()
@@ -35,10 +35,10 @@ def test_a_ranks_own_time_is_that_of_its_work() -> None:
 
 def judged(layout: ParallelLayout, seconds: Sequence[float], factor: float = 1.5) -> list[tuple[int, float]]:
     """The ranks that a window of equal steps names, and their factors."""
-    watch = StragglerWatch(layout, factor)
-    found = [watch.count(seconds) for _ in range(WINDOW)]
+    watch = StragglerDetector(layout, factor)
+    found = [watch.update(seconds) for _ in range(WINDOW)]
     assert not any(found[:-1]), "named before the window was over"
-    assert not any(watch.count(seconds) for _ in range(WINDOW - 1)), "the next window begins anew"
+    assert not any(watch.update(seconds) for _ in range(WINDOW - 1)), "the next window begins anew"
     return [(one.rank, round(one.factor, 3)) for one in found[-1]]
 
 
@@ -60,16 +60,16 @@ def test_a_rank_beyond_its_peers_is_named(
 
 
 def test_a_single_slow_step_names_nobody() -> None:
-    watch = StragglerWatch(ParallelLayout(1, 1, 2), 1.5)
-    assert watch.count([5.0, 1.0]) == []
-    assert [watch.count([1.0, 1.0]) for _ in range(WINDOW - 1)] == [[]] * (WINDOW - 1)
+    watch = StragglerDetector(ParallelLayout(1, 1, 2), 1.5)
+    assert watch.update([5.0, 1.0]) == []
+    assert [watch.update([1.0, 1.0]) for _ in range(WINDOW - 1)] == [[]] * (WINDOW - 1)
 
 
 def train_beside_a_straggler(path: str, overrides: Sequence[str], slow: int) -> None:
     from training import build_trainer
 
     trainer = build_trainer(path, overrides)
-    if trainer.grid.rank == slow:
+    if trainer.mesh.rank == slow:
         stage = next(iter(trainer.engine.stages.values()))
         stage.register_forward_pre_hook(lambda module, inputs: burn(0.05))
     trainer.run()
@@ -82,4 +82,4 @@ def test_a_slow_rank_is_named_in_the_runs_metrics(run_file: Path, tmp_path: Path
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     (named,) = [record for record in records if "straggler" in record]
     assert (named["step"], named["straggler"]) == (WINDOW, 1)
-    assert named["own_seconds"] > 1.5 * named["median_own_seconds"] > 0
+    assert named["compute_seconds"] > 1.5 * named["median_own_seconds"] > 0

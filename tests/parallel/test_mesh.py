@@ -1,4 +1,4 @@
-"""Process groups of a grid against the layout's arithmetic, and messages over its links."""
+"""Process groups of a mesh against the layout's arithmetic, and messages over its links."""
 
 from datetime import timedelta
 
@@ -10,7 +10,7 @@ from harness import run_distributed
 from megalite.errors import CommonError, UserError
 from megalite.parallel.json_collectives import broadcast_json, gather_json, on_rank_zero
 from megalite.parallel.layout import Axis, ParallelLayout
-from megalite.parallel.mesh import Link, build_grid, device_index
+from megalite.parallel.mesh import Link, build_mesh, device_index
 from megalite.parallel.placement import Placement
 from megalite.pipeline.p2p import Channel
 from megalite.zero.mpu import ModelParallelUnit
@@ -21,21 +21,21 @@ CPU = torch.device("cpu")
 def group_members(layout: ParallelLayout, placement: Placement | None = None) -> dict[str, list[int] | None]:
     """The members of every group by its name, and of every link by what it carries and where its other end is."""
     timeout = timedelta(seconds=60)
-    grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timeout, placement=placement)
-    unit = ModelParallelUnit(grid)
-    assert unit.get_data_parallel_rank() == grid.coordinate.data
+    mesh = build_mesh(layout, dist.get_rank(), device=CPU, timeout=timeout, placement=placement)
+    unit = ModelParallelUnit(mesh)
+    assert unit.get_data_parallel_rank() == mesh.coordinate.data
     assert unit.get_model_parallel_world_size() == layout.tensor * layout.pipeline
-    assert dist.get_rank(grid.model) == unit.get_model_parallel_rank()
+    assert dist.get_rank(mesh.model) == unit.get_model_parallel_rank()
     members = {
-        "tensor": grid.tensor.process_group,
-        "data": grid.data,
-        "pipeline": grid.pipeline,
-        "model": grid.model,
-        "embedding": grid.embedding,
-        "replicas": grid.replicas,
+        "tensor": mesh.tensor.process_group,
+        "data": mesh.data,
+        "pipeline": mesh.pipeline,
+        "model": mesh.model,
+        "embedding": mesh.embedding,
+        "embedding_replicas": mesh.embedding_replicas,
     }
-    links = {f"{kind} from {peer}": link.group for (kind, peer), link in grid.links.incoming.items()}
-    links |= {f"{kind} to {peer}": link.group for (kind, peer), link in grid.links.outgoing.items()}
+    links = {f"{kind} from {peer}": link.group for (kind, peer), link in mesh.links.incoming.items()}
+    links |= {f"{kind} to {peer}": link.group for (kind, peer), link in mesh.links.outgoing.items()}
     assert len({id(group) for group in links.values()}) == len(links), "two directions share a communicator"
     return {name: group and dist.get_process_group_ranks(group) for name, group in (members | links).items()}
 
@@ -63,8 +63,10 @@ def test_groups_are_those_of_the_layout(layout: ParallelLayout) -> None:
         ends = [pipeline[0], pipeline[-1]]
         assert found["embedding"] == (ends if rank in ends else None)
         plane = next(group for group in layout.groups("pipeline", "data") if rank in group)
-        replicas = [one for one in plane if layout.coordinate(one).pipeline in (0, layout.pipeline - 1)]
-        assert found["replicas"] == (replicas if layout.data > 2 and rank in replicas else None)
+        embedding_replicas = [one for one in plane if layout.coordinate(one).pipeline in (0, layout.pipeline - 1)]
+        assert found["embedding_replicas"] == (
+            embedding_replicas if layout.data > 2 and rank in embedding_replicas else None
+        )
         place = pipeline.index(rank)
         before, after = pipeline[place - 1 : place + 1], pipeline[place : place + 2]
         expected = {f"activation from {place - 1}": before, f"gradient to {place - 1}": before} if place else {}
@@ -94,18 +96,18 @@ def test_a_loop_links_its_ends_and_a_v_turns_on_the_last_rank() -> None:
 
 def exchange() -> list[float]:
     layout = ParallelLayout(tensor=1, pipeline=2, data=1)
-    grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
-    shape, links = (2, 3), grid.links
+    mesh = build_mesh(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
+    shape, links = (2, 3), mesh.links
 
     def channel(link: Link) -> Channel:
         return Channel(link, shape, torch.float32, CPU)
 
-    first = grid.has_first_stage
-    incoming = channel(links.incoming["gradient" if first else "activation", 1 - grid.rank])
-    outgoing = channel(links.outgoing["activation" if first else "gradient", 1 - grid.rank])
+    first = mesh.has_first_stage
+    incoming = channel(links.incoming["gradient" if first else "activation", 1 - mesh.rank])
+    outgoing = channel(links.outgoing["activation" if first else "gradient", 1 - mesh.rank])
     receives = [incoming.receive() for _ in range(4)]
     for number in range(4):
-        outgoing.send(torch.full(shape, 10.0 * grid.rank + number))
+        outgoing.send(torch.full(shape, 10.0 * mesh.rank + number))
     found = [float(receive.wait().mean()) for receive in receives]
     outgoing.flush()
     with pytest.raises(ValueError, match="the link carries"):
@@ -121,8 +123,8 @@ def test_messages_of_both_directions_arrive_in_order() -> None:
 
 def gather() -> list[object]:
     layout = ParallelLayout(tensor=1, pipeline=1, data=3)
-    grid = build_grid(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
-    return gather_json({"rank": grid.rank, "text": "é" * 10 * grid.rank}, grid)
+    mesh = build_mesh(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
+    return gather_json({"rank": mesh.rank, "text": "é" * 10 * mesh.rank}, mesh)
 
 
 def test_json_is_gathered_in_the_order_of_ranks() -> None:
@@ -133,17 +135,17 @@ def test_json_is_gathered_in_the_order_of_ranks() -> None:
 def asked_of_rank_zero(layout: ParallelLayout) -> list[object]:
     """What every rank hears of rank 0's answers: one that each would give otherwise, nothing, and a refusal."""
     rank = dist.get_rank()
-    grid = build_grid(layout, rank, device=CPU, timeout=timedelta(seconds=60))
+    mesh = build_mesh(layout, rank, device=CPU, timeout=timedelta(seconds=60))
     asked = []
 
     def refuse() -> None:
         asked.append(rank)
         raise UserError(f"rank {rank} refuses")
 
-    heard: list[object] = [broadcast_json({"rank": rank}, grid), on_rank_zero(lambda: [rank, "é" * (100 - rank)], grid)]
-    heard.append(on_rank_zero(lambda: None, grid))
+    heard: list[object] = [broadcast_json({"rank": rank}, mesh), on_rank_zero(lambda: [rank, "é" * (100 - rank)], mesh)]
+    heard.append(on_rank_zero(lambda: None, mesh))
     try:
-        on_rank_zero(refuse, grid)
+        on_rank_zero(refuse, mesh)
     except CommonError as error:
         heard.append(str(error))
     return [*heard, asked]

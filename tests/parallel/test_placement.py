@@ -35,10 +35,10 @@ def test_a_v_goes_down_and_back_up_and_turns_on_the_last_rank(placement: Placeme
 
 def test_what_cannot_be_is_refused() -> None:
     for sizes in ((0, 1), (1, 0), (-2, 1)):
-        with pytest.raises(ValueError, match="at least one rank and one stage"):
+        with pytest.raises(ValueError, match="one rank and one stage"):
             Placement(*sizes)
     for virtual_stages in (1, 3):
-        with pytest.raises(ValueError, match=f"one down and one up, not {virtual_stages}"):
+        with pytest.raises(ValueError, match=f"two virtual stages, not {virtual_stages}"):
             Placement(4, virtual_stages, "v")
     for stage in (-1, 8):
         with pytest.raises(ValueError, match=rf"stage {stage} is not in 0\.\.7"):

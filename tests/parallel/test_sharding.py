@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalite.parallel.sharding import ShardSpec, padded_vocabulary, place
+from megalite.parallel.sharding import ShardSpec, local_shards, padded_vocabulary
 
 
 @given(st.integers(1, 5000), st.sampled_from([1, 2, 4, 8]))
@@ -20,7 +20,7 @@ def test_the_slices_of_a_padded_dim_cover_it_once(vocab_size: int, size: int) ->
 
 def test_fused_parts_are_stacked_in_order() -> None:
     specs = [ShardSpec("q", (8, 3), 0), ShardSpec("k", (4, 3), 0), ShardSpec("v", (4, 3), 0)]
-    placed = list(place(specs, rank=1, size=2))
+    placed = list(local_shards(specs, rank=1, size=2))
     assert [shard.source[0] for shard in placed] == [slice(4, 8), slice(2, 4), slice(2, 4)]
     assert [shard.target[0] for shard in placed] == [slice(0, 4), slice(4, 6), slice(6, 8)]
 

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from harness import run_distributed
 from torch import Tensor, nn
 
-from megalite.parallel.sharding import place
+from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.tensor_parallel.collectives import gather_from_group
 from megalite.tensor_parallel.init import initialise_parameter
 from megalite.tensor_parallel.layers import (
     ColumnParallelLinear,
-    HeadSliceLinear,
+    ReplicatedKVLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     parameter_shards,
@@ -37,14 +38,14 @@ def fill(module: nn.Module, group: TensorGroup, whole: dict[str, Tensor]) -> Non
     with torch.no_grad():
         for _, parameter, shards in parameter_shards(module):
             parameter.zero_()
-            for shard in place(shards, group.rank, group.size):
+            for shard in local_shards(shards, group.rank, group.size):
                 parameter[shard.target] = whole[shard.spec.name][shard.source]
 
 
 def check_gradients(module: nn.Module, group: TensorGroup, expected: dict[str, Tensor]) -> None:
     for _, parameter, shards in parameter_shards(module):
         assert parameter.grad is not None
-        for shard in place(shards, group.rank, group.size):
+        for shard in local_shards(shards, group.rank, group.size):
             assert_close(parameter.grad[shard.target], expected[shard.spec.name][shard.source])
 
 
@@ -53,10 +54,10 @@ def column(bias: bool, gather: bool) -> None:
     reference = nn.Linear(IN, OUT, bias=bias)
     whole = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(reference.named_parameters())}
     reference.load_state_dict(whole)
-    layer = ColumnParallelLinear(IN, OUT, group=group, bias=bias, gather_output=gather)
+    layer = ColumnParallelLinear(IN, OUT, group=group, bias=bias)
     fill(layer, group, whole)
     x, x_ref = (draw(3, 5, IN, seed=9).requires_grad_() for _ in range(2))
-    y, y_ref = layer(x), reference(x_ref)
+    y, y_ref = gather_from_group(layer(x), group) if gather else layer(x), reference(x_ref)
     weight = draw(*y_ref.shape, seed=11)
     own = slice(None) if gather else slice(group.rank * OUT // group.size, (group.rank + 1) * OUT // group.size)
     assert_close(y, y_ref[..., own])
@@ -135,7 +136,7 @@ def head_slice(bias: bool) -> None:
     kv_head = group.rank * 2 // group.size
     rows = slice(4 * kv_head, 4 * kv_head + 4)
     holder = nn.Module()
-    holder.kv = HeadSliceLinear(IN, parts, rows, group=group, bias=bias)
+    holder.kv = ReplicatedKVLinear(IN, parts, rows, group=group, bias=bias)
     whole = {f"{part}.weight": draw(8, IN, seed=i).requires_grad_() for i, part in enumerate(parts)}
     if bias:
         whole |= {f"{part}.bias": draw(8, seed=i).requires_grad_() for i, part in enumerate(parts)}
@@ -205,8 +206,8 @@ def test_initialisation_is_the_same_whatever_the_layout(size: int, monkeypatch: 
             module.layer = VocabParallelEmbedding(301, IN, group=group)
         found: dict[str, Tensor] = {}
         for _, parameter, shards in parameter_shards(module):
-            initialise_parameter(parameter, place(shards, rank, of), seed=SEED, std=0.5)
-            for shard in place(shards, rank, of):
+            initialise_parameter(parameter, local_shards(shards, rank, of), seed=SEED, std=0.5)
+            for shard in local_shards(shards, rank, of):
                 whole = found.setdefault(shard.spec.name, torch.full(shard.spec.global_shape, torch.nan))
                 whole[shard.source] = parameter.detach()[shard.target]
         return module, found

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.collectives import (
-    enter_region,
-    gather_tokens,
-    leave_region,
-    own_tokens,
-    scatter_tokens,
-    start_entering,
-    start_summing,
+    all_gather_tokens,
+    enter_parallel_region,
+    leave_parallel_region,
+    local_tokens,
+    reduce_scatter_tokens,
+    start_all_gather,
+    start_reduce,
 )
 from megalite.tensor_parallel.layers import (
     ColumnParallelLinear,
-    HeadSliceLinear,
+    ReplicatedKVLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
@@ -54,14 +54,14 @@ def collectives(dtype: torch.dtype) -> None:
     # Whole numbers, of which every precision holds every sum.
     everyone = [(4 * draw(4 * group.size, 5, seed=rank)).round().to(dtype) for rank in range(group.size)]
     shares = [x.view(group.size, 4, 5)[0].unsqueeze(0) for x in everyone]
-    assert torch.equal(gather_tokens(shares[group.rank], group), torch.cat(shares, dim=1))
+    assert torch.equal(all_gather_tokens(shares[group.rank], group), torch.cat(shares, dim=1))
     exact = torch.stack([x.double() for x in everyone]).sum(0).view(group.size, 1, 4, 5)[group.rank].to(dtype)
-    found = scatter_tokens(everyone[group.rank].view(2, -1, 5), group)
+    found = reduce_scatter_tokens(everyone[group.rank].view(2, -1, 5), group)
     assert torch.equal(found, exact)
     with patch.object(torch.distributed, "get_backend", return_value="nccl"):  # which sums in its own reduce-scatter
-        assert torch.equal(scatter_tokens(everyone[group.rank].view(2, -1, 5), group), exact)
+        assert torch.equal(reduce_scatter_tokens(everyone[group.rank].view(2, -1, 5), group), exact)
     for overlap in (False, True):
-        pending = start_summing(everyone[group.rank].clone(), divided_group(overlap=overlap))
+        pending = start_reduce(everyone[group.rank].clone(), divided_group(overlap=overlap))
         assert torch.equal(pending.wait(), found)
         assert torch.equal(pending.wait(), found), "waited for once more, it is another"
 
@@ -78,7 +78,7 @@ def conjugate() -> None:
     whole, mine = pair(group)
     scale = draw(1, ROWS * LENGTH, WIDTH, seed=2)  # each rank does a part of the work of a region
     part = scale * (group.rank + 1) / sum(range(1, group.size + 1))
-    y = leave_region(enter_region(mine, group) * part, group)
+    y = leave_parallel_region(enter_parallel_region(mine, group) * part, group)
     y_ref = (whole.view(1, -1, WIDTH) * scale).view_as(whole)
     assert_close(y, share(y_ref, group))
     weight = draw(ROWS, LENGTH, WIDTH, seed=3)
@@ -129,7 +129,7 @@ def shared_heads(bias: bool) -> None:
     kv_head = group.rank * 2 // group.size
     holder = nn.Module()
     holder.query = ColumnParallelLinear(WIDTH, 16, group=group, bias=bias)
-    holder.kv = HeadSliceLinear(WIDTH, parts, slice(4 * kv_head, 4 * kv_head + 4), group=group, bias=bias)
+    holder.kv = ReplicatedKVLinear(WIDTH, parts, slice(4 * kv_head, 4 * kv_head + 4), group=group, bias=bias)
     sizes = {"query": 16, **parts}
     whole = {f"{part}.weight": 0.3 * draw(size, WIDTH, seed=i) for i, (part, size) in enumerate(sizes.items())}
     if bias:
@@ -137,10 +137,10 @@ def shared_heads(bias: bool) -> None:
     whole = {name: tensor.requires_grad_() for name, tensor in whole.items()}
     fill(holder, group, {name: tensor.detach() for name, tensor in whole.items()})
     x_ref, x = pair(group)
-    entered = enter_region(x, group)
-    query, key, value = torch.cat((holder.query(entered, entered=True), holder.kv(entered, entered=True)), -1).split(
-        4, -1
-    )
+    gathered = enter_parallel_region(x, group)
+    query, key, value = torch.cat(
+        (holder.query(gathered, gathered=True), holder.kv(gathered, gathered=True)), -1
+    ).split(4, -1)
     alone = torch.cat((holder.query(x), holder.kv(x)), -1)
     assert_close(alone, torch.cat((query, key, value), -1), rtol=0, atol=0)
     (query * key * value / (ROWS * LENGTH)).sum().backward()
@@ -168,7 +168,7 @@ def embedding() -> None:
     ids = torch.randint(0, 301, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
     y_ref, y = reference(ids), layer(ids)
     assert_close(y, share(y_ref, group))
-    assert torch.equal(own_tokens(ids, group)[0], share(ids.unsqueeze(-1), group)[0, :, 0])
+    assert torch.equal(local_tokens(ids, group)[0], share(ids.unsqueeze(-1), group)[0, :, 0])
     weight = draw(*y_ref.shape, seed=11)
     (y * share(weight, group)).sum().backward()
     (y_ref * weight).sum().backward()
@@ -183,11 +183,11 @@ def test_an_embedding_gives_every_rank_its_tokens(world_size: int) -> None:
 
 def test_one_rank_has_nothing_to_divide() -> None:
     group, x = TensorGroup(sequence_parallel=True), draw(2, 3, 4)
-    assert not group.divides_tokens
+    assert not group.sequence_parallel
     for found in (
-        enter_region(x, group),
-        leave_region(x, group),
-        own_tokens(x, group),
-        start_entering(x, group).wait(),
+        enter_parallel_region(x, group),
+        leave_parallel_region(x, group),
+        local_tokens(x, group),
+        start_all_gather(x, group).wait(),
     ):
         assert found is x

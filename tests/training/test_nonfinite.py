@@ -65,7 +65,7 @@ def strike_every_rank(path: str, overrides: tuple[str, ...], world: int) -> list
 
     def strike() -> None:
         for rank, dimensions in struck:
-            if rank == trainer.grid.rank:
+            if rank == trainer.mesh.rank:
                 (stage,) = trainer.engine.stages.values()
                 gradients = [p.grad for p in stage.parameters() if p.grad is not None and p.grad.ndim == dimensions]
                 gradients[-1].view(-1)[5] = torch.inf
@@ -132,7 +132,7 @@ def test_an_inf_on_one_rank_skips_the_step_on_all(
 def run_until_it_ends(path: str, overrides: tuple[str, ...], spoil: str, rank: int) -> None:
     trainer = build_trainer(path, overrides)
     (stage,) = trainer.engine.stages.values()
-    if trainer.grid.rank == rank:
+    if trainer.mesh.rank == rank:
         name, kind = spoil.split(":")
         if kind == "output":
             stage.get_submodule(name).register_forward_hook(SpoilFrom(7))
@@ -197,7 +197,7 @@ def scales_of_hopeless_steps(path: str, overrides: tuple[str, ...]) -> tuple[lis
         outcome = trainer.step(step).outcome
         scales.append(outcome.loss_scale)
         try:
-            trainer.bad_steps.count(step, skipped=outcome.skipped, loss_scale=outcome.loss_scale)
+            trainer.nonfinite_guard.update(step, skipped=outcome.skipped, loss_scale=outcome.loss_scale)
         except UserError as error:
             return scales, str(error)
     return scales, ""

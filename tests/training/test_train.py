@@ -147,7 +147,7 @@ def spans_of_a_step(path: str, overrides: list[str], late: int) -> list[tuple[st
     take = trainer.batches.take
 
     def taking(step: int) -> list[SampleMicrobatch]:
-        if trainer.grid.rank == late:
+        if trainer.mesh.rank == late:
             time.sleep(1.0)
         return take(step)
 

@@ -16,10 +16,10 @@ from training import build_trainer
 from megalite.checkpoint.fragments import Fragment
 from megalite.model.stage import Stage
 from megalite.parallel.layout import ParallelLayout
-from megalite.parallel.mesh import ProcessGrid, build_grid
-from megalite.parallel.sharding import place
+from megalite.parallel.mesh import Mesh, build_mesh
+from megalite.parallel.sharding import local_shards
 from megalite.tensor_parallel.init import initialise_parameter
-from megalite.verify.parity_report import GRADIENT_TOLERANCE, UPDATE_TOLERANCE, Finding
+from megalite.verify.parity_report import GRADIENT_TOLERANCE, UPDATE_TOLERANCE, ParityReport
 
 TINY = (
     "model.vocab_size=256",
@@ -42,25 +42,25 @@ right_initialise = Stage.initialise
 # ------------------------------------------------------------------------------------------------- broken builds
 
 
-def forget_the_tied_gradient(grid: ProcessGrid, trainer: Any) -> None:
-    trainer.engine.grid = replace(grid, embedding=None)
+def forget_the_tied_gradient(mesh: Mesh, trainer: Any) -> None:
+    trainer.engine.mesh = replace(mesh, embedding=None)
 
 
-def count_a_norm_twice(grid: ProcessGrid, trainer: Any) -> None:
+def count_a_norm_twice(mesh: Mesh, trainer: Any) -> None:
     for stage in trainer.engine.stages.values():
         for _, parameter, shards in stage.named_shards():
             if shards[0].name == "final_norm.weight":
                 parameter.model_parallel = True
 
 
-def count_every_norm_twice(grid: ProcessGrid, trainer: Any) -> None:
+def count_every_norm_twice(mesh: Mesh, trainer: Any) -> None:
     for stage in trainer.engine.stages.values():
         for parameter in stage.parameters():
             parameter.model_parallel = True
 
 
-def send_another_microbatch(grid: ProcessGrid, trainer: Any) -> None:
-    if grid.coordinate.pipeline == 0:
+def send_another_microbatch(mesh: Mesh, trainer: Any) -> None:
+    if mesh.coordinate.pipeline == 0:
         (channel,) = trainer.executor.outgoing.values()
         send, before = channel.send, []
 
@@ -71,21 +71,21 @@ def send_another_microbatch(grid: ProcessGrid, trainer: Any) -> None:
         channel.send = send_the_one_before
 
 
-def average_nothing_at_stage_0(grid: ProcessGrid, trainer: Any) -> None:
+def average_nothing_at_stage_0(mesh: Mesh, trainer: Any) -> None:
     trainer.engine.engine.allreduce_gradients = lambda: None
 
 
-def average_nothing_at_stage_2(grid: ProcessGrid, trainer: Any) -> None:
+def average_nothing_at_stage_2(mesh: Mesh, trainer: Any) -> None:
     trainer.engine.zero_optimizer.average_tensor = lambda *arguments, **settings: None
 
 
-def decay_twice(grid: ProcessGrid, trainer: Any) -> None:
+def decay_twice(mesh: Mesh, trainer: Any) -> None:
     """An optimizer that decays twice as much: nothing but the weights after the step shows it."""
     for group in trainer.engine.optimizer.param_groups:
         group["weight_decay"] *= 2
 
 
-def lose_a_parameter(grid: ProcessGrid, trainer: Any) -> None:
+def lose_a_parameter(mesh: Mesh, trainer: Any) -> None:
     """An optimizer that was never given one of them."""
     fragments, gradients = trainer.state.fragments, trainer.state.gradients
     trainer.state.fragments = lambda: (each for each in fragments() if not is_final_norm(each))
@@ -101,7 +101,9 @@ def initialise_from_another_slice(stage: Stage, seed: int) -> None:
     right_initialise(stage, seed)
     for _, parameter, shards in stage.named_shards():
         if shards[0].name == "layers.2.mlp.down.weight":
-            initialise_parameter(parameter, place(shards, 0, stage.group.size), seed=seed, std=stage._residual_std)
+            initialise_parameter(
+                parameter, local_shards(shards, 0, stage.group.size), seed=seed, std=stage._residual_std
+            )
 
 
 # ------------------------------------------------------------------------------------------------------- on ranks
@@ -111,9 +113,9 @@ def verified(
     path: str,
     layout: tuple[int, int, int],
     overrides: tuple[str, ...],
-    sabotage: Callable[[ProcessGrid, Any], None] | None = None,
+    sabotage: Callable[[Mesh, Any], None] | None = None,
     initialise: Callable[[Stage, int], None] | None = None,
-) -> Finding:
+) -> ParityReport:
     """Compare one layout, as `verify_layout` does, over ranks whose code may have been broken."""
     from megalite.data.datasets import open_datasets
     from megalite.training.plan import prepare
@@ -126,14 +128,14 @@ def verified(
     plan = case_plan(target, ParallelLayout(*layout), target.config.run.dir)
     rank = dist.get_rank()
     timeout = timedelta(seconds=60)
-    grid = build_grid(plan.layout, rank, device=torch.device("cpu"), timeout=timeout, placement=plan.placement)
+    mesh = build_mesh(plan.layout, rank, device=torch.device("cpu"), timeout=timeout, placement=plan.placement)
     datasets = open_datasets(plan.config)
     if initialise is not None and rank == 1:
         Stage.initialise = initialise  # pyright: ignore[reportAttributeAccessIssue]
-    trainer = Trainer(plan, grid, datasets)
-    reference = Reference(plan, datasets, grid.device, trainer.kernels) if rank == 0 else None
+    trainer = Trainer(plan, mesh, datasets)
+    reference = Reference(plan, datasets, mesh.device, trainer.kernels) if rank == 0 else None
     if sabotage is not None:
-        sabotage(grid, trainer)
+        sabotage(mesh, trainer)
     finding = compare(trainer, reference)
     trainer.close()
     return finding
@@ -141,7 +143,7 @@ def verified(
 
 def verify(
     run_file: Path, layout: tuple[int, int, int], *overrides: str, stage: int, tied: bool = True, **broken: Any
-) -> Finding:
+) -> ParityReport:
     """Return what every rank found alike."""
     settings = (
         *TINY,
@@ -155,8 +157,8 @@ def verify(
     return found[0]
 
 
-def assert_agrees(finding: Finding) -> None:
-    assert list(finding.faults()) == []
+def assert_agrees(finding: ParityReport) -> None:
+    assert list(finding.differences()) == []
     # A fifth of the tolerance: what rounding makes of right code stays well away from it.
     assert finding.gradients.worst is not None
     assert finding.update.worst is not None
@@ -240,7 +242,10 @@ LARGE_SHARE = "model.initializer_range=0.1"
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize(
     ("sabotage", "name"),
-    [(count_a_norm_twice, "final_norm.weight"), (count_every_norm_twice, "what every tensor rank holds whole")],
+    [
+        (count_a_norm_twice, "final_norm.weight"),
+        (count_every_norm_twice, "parameters replicated over the tensor ranks"),
+    ],
 )
 def test_norms_counted_twice_are_named(run_file: Path, stage: int, sabotage: Any, name: str) -> None:
     found = verify(run_file, (2, 1, 1), LARGE_SHARE, stage=stage, sabotage=sabotage)
@@ -251,7 +256,7 @@ def test_norms_counted_twice_are_named(run_file: Path, stage: int, sabotage: Any
 
 def test_a_wrong_send_is_caught(run_file: Path) -> None:
     found = verify(run_file, (1, 2, 1), stage=1, sabotage=send_another_microbatch)
-    assert found.agreeing() == ["weights before the step", "the update by the gradients as found"]
+    assert found.agreeing() == ["weights before the step", "the update by this layout's gradients"]
 
 
 def test_a_shard_from_another_slice_is_named(run_file: Path) -> None:
@@ -259,7 +264,7 @@ def test_a_shard_from_another_slice_is_named(run_file: Path) -> None:
     assert found.start.first is not None
     assert (found.start.first.name, found.start.first.rank) == ("layers.2.mlp.down.weight", 1)
     assert len(found.start.differing) == 1
-    assert next(found.faults()).startswith(
+    assert next(found.differences()).startswith(
         "weights before the step of layers.2.mlp.down.weight on stage 0, rank 1 differ by "
     )
 
@@ -280,7 +285,7 @@ def test_an_optimizer_of_another_kind_is_caught(run_file: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_parameter_that_nobody_updates_is_missed(run_file: Path, stage: int) -> None:
     found = verify(run_file, (1, 2, 1), stage=stage, sabotage=lose_a_parameter)
-    assert list(found.faults()) == ["the ranks update 32 elements fewer than the model has"]
+    assert list(found.differences()) == ["the ranks update 32 elements fewer than the model has"]
 
 
 def save_at_once(path: str, overrides: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ from training import build_trainer, train_rank
 from megalite.data.collate import SampleRules
 from megalite.data.datasets import open_datasets
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import place
+from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.training.plan import prepare
 
@@ -34,14 +34,14 @@ def norm_and_updates(path: str, overrides: tuple[str, ...]) -> tuple[float, list
     from megalite.training.build import build_stages
 
     trainer = build_trainer(path, overrides)
-    before = build_stages(trainer.plan, trainer.grid)
-    tensor = trainer.grid.tensor
+    before = build_stages(trainer.plan, trainer.mesh)
+    tensor = trainer.mesh.tensor
     norm = trainer.step(1).outcome.grad_norm
     updates: list[Update] = []
     for index, stage in trainer.engine.stages.items():
         pairs = zip(stage.named_shards(), before[index].named_shards(), strict=True)
         for (_, after, shards), (_, start, _) in pairs:
-            for shard in place(shards, tensor.rank, tensor.size):
+            for shard in local_shards(shards, tensor.rank, tensor.size):
                 updates.append((shard.spec.name, shard.source, (after.detach() - start.detach())[shard.target].clone()))
     return norm, updates
 
@@ -70,7 +70,7 @@ def test_norm_and_clipping_are_those_of_torch(run_file: Path, layout: tuple[int,
     assert norm > 0.2
     gradients = {}
     for _, parameter, shards in model.named_shards():
-        for shard in place(shards, 0, 1):
+        for shard in local_shards(shards, 0, 1):
             assert parameter.grad is not None
             gradients[shard.spec.name] = parameter.grad[shard.target]
     for rank_norm, updates in ranks:

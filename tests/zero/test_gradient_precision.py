@@ -14,8 +14,8 @@ from megalite.data.collate import SampleRules
 from megalite.data.datasets import open_datasets
 from megalite.kernels.choice import Kernels
 from megalite.model.stage import Stage
-from megalite.parallel.regions import Box
-from megalite.parallel.sharding import place
+from megalite.parallel.regions import Region
+from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.training.plan import prepare
 from megalite.zero.optimizer_state import ZeroState
@@ -52,8 +52,8 @@ def overrides_of(layout: tuple[int, int, int], stage: int, precision: str) -> tu
     )
 
 
-def gradients_of_a_step(path: str, overrides: tuple[str, ...]) -> tuple[float, list[tuple[str, Box, Tensor]]]:
-    """The norm that a step tells, and what AdamW was given on this rank: (name, box, elements)."""
+def gradients_of_a_step(path: str, overrides: tuple[str, ...]) -> tuple[float, list[tuple[str, Region, Tensor]]]:
+    """The norm that a step tells, and what AdamW was given on this rank: (name, region, elements)."""
     trainer = build_trainer(path, overrides)
     norm = trainer.step(1).outcome.grad_norm
     held = first_moments(trainer)
@@ -61,14 +61,14 @@ def gradients_of_a_step(path: str, overrides: tuple[str, ...]) -> tuple[float, l
     return norm, held
 
 
-def first_moments(trainer: "Trainer") -> list[tuple[str, Box, Tensor]]:
+def first_moments(trainer: "Trainer") -> list[tuple[str, Region, Tensor]]:
     held = []
     for fragment in ZeroState(trainer.engine).fragments():
         flat = fragment.tensors["exp_avg"]
         assert flat.dtype == torch.float32
-        for part in fragment.boxes(0, fragment.numel):
-            elements = flat[part.start : part.start + part.box.numel].view(part.box.shape)
-            held.append((part.name, part.box, elements.clone()))
+        for part in fragment.regions(0, fragment.numel):
+            elements = flat[part.start : part.start + part.region.numel].view(part.region.shape)
+            held.append((part.name, part.region, elements.clone()))
     return held
 
 
@@ -94,20 +94,22 @@ def accumulated_in_fp32(path: Path, overrides: tuple[str, ...], precision: str, 
         (loss * scale).backward()
         for _, parameter, shards in model.named_shards():
             assert parameter.grad is not None
-            for shard in place(shards, 0, 1):
+            for shard in local_shards(shards, 0, 1):
                 gradient = parameter.grad[shard.target] / (scale * MICROBATCHES)
                 sums[shard.spec.name] = sums.get(shard.spec.name, 0.0) + gradient
     return sums
 
 
-def worst_error(ranks: list[tuple[float, list[tuple[str, Box, Tensor]]]], exact: dict[str, Tensor]) -> dict[str, float]:
+def worst_error(
+    ranks: list[tuple[float, list[tuple[str, Region, Tensor]]]], exact: dict[str, Tensor]
+) -> dict[str, float]:
     """The distance from the exact gradient of each tensor, and of all, as a share of its norm."""
     errors = {name: torch.zeros_like(tensor) for name, tensor in exact.items()}
     seen = {name: torch.zeros_like(tensor) for name, tensor in exact.items()}
     for _, held in ranks:
-        for name, box, elements in held:
-            errors[name][box.slices] = elements - exact[name][box.slices]
-            seen[name][box.slices] = 1.0
+        for name, region, elements in held:
+            errors[name][region.slices] = elements - exact[name][region.slices]
+            seen[name][region.slices] = 1.0
     assert all(bool(tensor.all()) for tensor in seen.values())
     shares = {name: float(errors[name].norm() / exact[name].norm()) for name in exact}
     total = torch.stack([tensor.norm() for tensor in errors.values()]).norm()
@@ -175,8 +177,8 @@ def test_gradients_that_are_handed_over_count_as_autograds_own(run_file: Path, s
     )
     for (own_norm, expected), (handed_norm, found) in zip(own, handed, strict=True):
         assert abs(handed_norm / own_norm - 1) < 1e-6
-        for (name, box, elements), (same_name, same_box, same_elements) in zip(expected, found, strict=True):
-            assert (name, box) == (same_name, same_box)
+        for (name, region, elements), (same_name, same_region, same_elements) in zip(expected, found, strict=True):
+            assert (name, region) == (same_name, same_region)
             torch.testing.assert_close(same_elements, elements, rtol=1e-5, atol=1e-7, msg=name)
 
 

@@ -17,7 +17,7 @@ LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
 
 
 def state_after_training(path: str, overrides: list[str]) -> list[tuple[str, str, Any, np.ndarray]]:
-    """Train some steps; return (kind, name, box, elements) of all that this rank updates."""
+    """Train some steps; return (kind, name, region, elements) of all that this rank updates."""
     trainer = build_trainer(path, overrides)
     for step in range(1, STEPS + 1):
         trainer.step(step)
@@ -25,9 +25,9 @@ def state_after_training(path: str, overrides: list[str]) -> list[tuple[str, str
     for fragment in ZeroState(trainer.engine).fragments():
         for kind, flat in fragment.tensors.items():
             assert flat.dtype == torch.float32
-            for part in fragment.boxes(0, fragment.numel):
-                elements = flat[part.start : part.start + part.box.numel].view(part.box.shape)
-                held.append((kind, part.name, part.box, elements.numpy().copy()))
+            for part in fragment.regions(0, fragment.numel):
+                elements = flat[part.start : part.start + part.region.numel].view(part.region.shape)
+                held.append((kind, part.name, part.region, elements.numpy().copy()))
     trainer.close()
     return held
 
@@ -38,12 +38,12 @@ def assembled(run_file: Path, layout: tuple[int, int, int], *overrides: str) -> 
     ranks = run_distributed(state_after_training, int(np.prod(layout)), str(run_file), [*overrides, *place_of])
     pieces = [piece for rank in ranks for piece in rank]
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-    for kind, name, box, _ in pieces:
-        corner = tuple(np.add(box.offset, box.shape).tolist())
+    for kind, name, region, _ in pieces:
+        corner = tuple(np.add(region.offset, region.shape).tolist())
         shapes[kind, name] = tuple(map(max, shapes.get((kind, name), corner), corner))
     tensors = {key: np.full(shape, np.nan, np.float32) for key, shape in shapes.items()}
-    for kind, name, box, elements in pieces:
-        region = tensors[kind, name][box.slices]
+    for kind, name, region, elements in pieces:
+        region = tensors[kind, name][region.slices]
         known = ~np.isnan(region)
         np.testing.assert_array_equal(region[known], elements[known], err_msg=f"{kind} of {name}, held twice")
         region[...] = elements

@@ -28,10 +28,10 @@ def copies(path: str, overrides: Sequence[str]) -> tuple[int, list[torch.Tensor]
         held = copy.detach()
         if trainer.engine.zero_stage == 3:  # a rank holds its share, the last one padded
             share: torch.Tensor = copy.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
-            held = share[: 512 * 32 - trainer.grid.coordinate.data * share.numel()]
+            held = share[: 512 * 32 - trainer.mesh.coordinate.data * share.numel()]
         found.append(held.clone())
     trainer.close()
-    return trainer.grid.coordinate.data, found
+    return trainer.mesh.coordinate.data, found
 
 
 @pytest.mark.parametrize(

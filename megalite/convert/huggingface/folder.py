@@ -1,5 +1,6 @@
 """The files of a Hugging Face folder: which there are, and boxes of the tensors in them."""
 
+import codecs
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import orjson
 from megalite.checkpoint.safetensors_file import ENCODINGS, SafetensorsFile
 from megalite.convert.megatron.torch_file import read_torch_file
 from megalite.errors import UserError
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
+from megalite.text_encoding import require_utf8
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,7 +50,9 @@ def inside(folder: Path, name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise UserError where it holds none."""
     try:
-        content = orjson.loads(path.read_bytes())
+        data = path.read_bytes()
+        require_utf8(path, data)
+        content = orjson.loads(data.removeprefix(codecs.BOM_UTF8))
     except (OSError, orjson.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; fetch the file again") from error
     if not isinstance(content, dict):
@@ -73,9 +77,9 @@ class TorchFile:
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(one.shape) for name, one in content.items()}
         self.dtypes: Mapping[str, str] = {name: _stored_as(str(one.dtype)) for name, one in content.items()}
 
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+    def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
         """Return a box of a tensor as fp32."""
-        return self._tensors[name].detach()[box].float().numpy()
+        return self._tensors[name].detach()[region].float().numpy()
 
 
 def _stored_as(dtype: str) -> str:
@@ -100,10 +104,10 @@ class TensorFiles:
         self.dtypes: Mapping[str, str] = {name: self._file(name).dtypes[name] for name in self._file_of}
         self.unread = tuple(self._unread())
 
-    def read(self, name: str, box: Box) -> np.ndarray:
+    def read(self, name: str, region: Region) -> np.ndarray:
         """Return a box of a tensor as fp32."""
         try:
-            return self._file(name).read(name, box.slices)
+            return self._file(name).read(name, region.slices)
         except (OSError, ValueError) as error:  # the latter from a file that has become shorter
             raise UserError(
                 f"{self._folder / self._file_of[name]}: {name} cannot be read: {error}; fetch the file again"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +39,19 @@ class Tensor:
         rows, *rest = self.part_shape
         return self._stored((rows * len(self.ours), *rest))
 
-    def pieces(self, part: int, box: Box) -> Iterator[tuple[Box, Box]]:
-        """Cut a box of weight `part` into pieces; yield where each is stored, and where it is within `box`.
+    def pieces(self, part: int, region: Region) -> Iterator[tuple[Region, Region]]:
+        """Cut a box of weight `part` into pieces; yield where each is stored, and where it is within `region`.
 
         What is stored `transposed` has to be turned.
         """
-        (start, *corner), (rows, *extent) = box.offset, box.shape
+        (start, *corner), (rows, *extent) = region.offset, region.shape
         stop = start + rows
         while start < stop:
             turn, within = divmod(start, self.block)
             end = min(stop, (turn + 1) * self.block)
             row = (turn * len(self.ours) + part) * self.block + within
-            stored = Box(self._stored((row, *corner)), self._stored((end - start, *extent)))
-            yield stored, Box((start - box.offset[0], *[0] * len(corner)), (end - start, *extent))
+            stored = Region(self._stored((row, *corner)), self._stored((end - start, *extent)))
+            yield stored, Region((start - region.offset[0], *[0] * len(corner)), (end - start, *extent))
             start = end
 
     def _stored(self, numbers: tuple[int, ...]) -> tuple[int, ...]:

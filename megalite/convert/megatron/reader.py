@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalite.checkpoint.mismatch_table import difference_table
-from megalite.checkpoint.model_files import companions_among
+from megalite.checkpoint.mismatch_table import mismatch_table
+from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.safetensors_file import ENCODINGS
 from megalite.config import ModelConfig
 from megalite.convert.megatron.model_args import MODEL_FILE, build_model, model_section, read_section
@@ -15,7 +15,7 @@ from megalite.convert.megatron.state_dict import Collection, checkpoint_folder, 
 from megalite.convert.megatron.tp_shards import Divided, Division
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,13 +52,13 @@ class MegatronWeights:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     @property
-    def companions(self) -> Mapping[str, Path]:
-        return companions_among(self.origin, sorted(path.name for path in self.origin.iterdir() if path.is_file()))
+    def model_files(self) -> Mapping[str, Path]:
+        return model_files_among(self.origin, sorted(path.name for path in self.origin.iterdir() if path.is_file()))
 
-    def read(self, name: str, box: Box, out: np.ndarray) -> None:
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
         if name not in self._tensors:
             raise UserError(f"{self.origin}: holds no tensor {name}")
-        self._tensors[name].read(box, out)
+        self._tensors[name].read(region, out)
 
 
 def _model(collection: Collection, path: Path, model_file: Path | None) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -117,7 +117,7 @@ def _divide(collection: Collection, model: ModelConfig) -> dict[str, Divided]:
     if rows:
         raise UserError(
             f"{collection.folder}: holds other tensors than its model has:\n"
-            f"{difference_table(rows, 'the model has', 'the files hold')}"
+            f"{mismatch_table(rows, 'the model has', 'the files hold')}"
             f"correct what is wrong of the model in {collection.folder / MODEL_FILE}"
         )
     return tensors

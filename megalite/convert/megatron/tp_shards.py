@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megalite.config import LlamaConfig, ModelConfig
-from megalite.parallel.regions import Box
+from megalite.parallel.regions import Region
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,19 +58,19 @@ class Divided:
     added: float = 0.0
     """What the file leaves out of every element: 1 in norms that are stored as what they add to 1."""
 
-    def read(self, box: Box, out: np.ndarray) -> None:
+    def read(self, region: Region, out: np.ndarray) -> None:
         """Fill `out`, fp32 of the box's shape, with a box of the global tensor."""
         if self.dim is None:
-            out[...] = self.shards[0][box.slices].float().numpy()
+            out[...] = self.shards[0][region.slices].float().numpy()
         else:
-            self._read_divided(self.dim, box, out)
+            self._read_divided(self.dim, region, out)
         if self.added:
             out += np.float32(self.added)
 
-    def _read_divided(self, dim: int, box: Box, out: np.ndarray) -> None:
+    def _read_divided(self, dim: int, region: Region, out: np.ndarray) -> None:
         import torch
 
-        wanted = box.slices
+        wanted = region.slices
         for rank, shard in enumerate(self.shards):
             start, stop = max(wanted[dim].start, rank * self.share), min(wanted[dim].stop, (rank + 1) * self.share)
             if start >= stop:
