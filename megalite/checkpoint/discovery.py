@@ -24,6 +24,16 @@ def checkpoints(root: Path) -> Sequence[tuple[int, Path]]:
     return sorted(found.items(), reverse=True)
 
 
+def unfinished(root: Path) -> list[Path]:
+    """Return the folders of saves that are under way, or died."""
+    return sorted(path for path in root.glob(f"step_*{TEMPORARY}") if path.is_dir())
+
+
+def folder_of_checkpoints(path: Path) -> Path | None:
+    """Return which folder holds checkpoints or saves that did not end: `path`, or that of a run; None for neither."""
+    return next((root for root in (path, path / CHECKPOINTS) if checkpoints(root) or unfinished(root)), None)
+
+
 def candidates(config: RunConfig) -> list[Path]:
     """Return the folders that `resume` allows, the best first; none where the run begins anew."""
     if config.resume == "never":
