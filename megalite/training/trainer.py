@@ -98,7 +98,7 @@ class Trainer:
             dtype=self.engine.dtype,
             device=mesh.device,
             first_trained=first_trained_stage(self.engine.stages, mesh),
-            moved=self.progress.touch,
+            on_progress=self.progress.touch,
         )
         self.datasets = datasets
         self.schedule = self.start.batches(train)

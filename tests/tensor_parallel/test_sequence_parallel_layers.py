@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_distributed
-from test_layers import check_gradients, draw, fill
+from sharded_modules import check_gradients, draw, fill
 from torch import Tensor, nn
 
 from megalite.parallel.tensor_group import TensorGroup
