@@ -1,8 +1,9 @@
 """Runs for tests: steps of a run file on real ranks, and the same steps in one process of plain torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import yaml
 from torch import nn
 
 if TYPE_CHECKING:
+    from megalite.config import OptimizerSection
+    from megalite.model.stage import Stage
     from megalite.training.trainer import Trainer
 
 QUICKSTART_MODEL: dict[str, Any] = {
@@ -82,8 +85,40 @@ def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[f
     return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]
 
 
+class PlainLion(torch.optim.Optimizer):
+    """Lion, line by line of algorithm 2 of arXiv:2302.06675."""
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for weight in group["params"]:
+                moment = self.state[weight].setdefault("m", torch.zeros_like(weight))
+                update = torch.sign(beta1 * moment + (1 - beta1) * weight.grad)
+                weight -= group["lr"] * (update + group["weight_decay"] * weight)
+                moment.copy_(beta2 * moment + (1 - beta2) * weight.grad)
+
+
+def plain_groups(model: "Stage", settings: "OptimizerSection") -> Iterator[dict[str, Any]]:
+    """Freeze the parameters that the run file freezes, and yield a group for each of the others."""
+    for _, parameter, shards in model.named_shards():
+        group = next((group for group in settings.groups if fnmatchcase(shards[0].name, group.match)), None)
+        decay = settings.weight_decay if group is None or group.weight_decay is None else group.weight_decay
+        if group is not None and group.frozen:
+            parameter.requires_grad_(False)
+            continue
+        scale = 1.0 if group is None else group.lr_scale
+        yield {"params": [parameter], "weight_decay": decay if parameter.ndim > 1 else 0.0, "scale": scale}
+
+
 def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
-    """Run the same steps without DeepSpeed, pipeline or ranks: torch's AdamW and clipping over one module."""
+    """Run the same steps without DeepSpeed, pipeline or ranks: torch's optimizer and clipping over one module.
+
+    Parameter groups are made here, a group a parameter, from the patterns of the run file.
+    """
     from megalite.data.batch_schedule import BatchSchedule
     from megalite.data.collate import SampleRules
     from megalite.data.datasets import open_datasets
@@ -100,11 +135,9 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     group = TensorGroup(kernels=Kernels("native", train.cpu_attention or "written_out"))
     model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=group)
     model.initialise(config.run.seed)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    adamw = torch.optim.AdamW(groups, lr=1.0, betas=config.optimizer.betas, eps=config.optimizer.eps)
+    groups = list(plain_groups(model, config.optimizer))
+    optimizer = PlainLion if config.optimizer.name == "lion" else torch.optim.AdamW
+    adamw = optimizer(groups, **config.optimizer.hyperparameters)
     datasets, schedule = open_datasets(config), BatchSchedule(train)
     rules = SampleRules.of(config, datasets.fim)
     losses, norms = [], []
@@ -126,7 +159,7 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
         nn.utils.clip_grads_with_norm_(model.parameters(), config.gradient_clipping, norm)
         norms.append(float(norm))
         for group in adamw.param_groups:
-            group["lr"] = learning_rate(step, train.steps, config.schedule, config.optimizer.lr)
+            group["lr"] = group["scale"] * learning_rate(step, train.steps, config.schedule, config.optimizer.lr)
         adamw.step()
         losses.append(float(loss.detach()))
     return Trace(losses, norms)
