@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 from megalite.checkpoint.mismatch_table import mismatch_table, shape_mismatches
 from megalite.checkpoint.reader import CheckpointReader
@@ -38,9 +39,11 @@ class CheckpointRequirements:
         others = {name: shape for name, shape in shapes.items() if name not in weights}
         trained = {name: shape for name, shape in self.shapes.items() if name not in self.frozen}
         required = product(self.optimizer.state_tensors, trained.items())
-        rows += shape_mismatches({f"{WEIGHT}{name}": shape for name, shape in self.shapes.items()}, weights) or (
-            shape_mismatches({f"{state}/{name}": shape for state, (name, shape) in required}, others)
-        )
+        wrong = shape_mismatches({f"{WEIGHT}{name}": shape for name, shape in self.shapes.items()}, weights)
+        if not wrong:
+            self._require_same_frozen(reader.folder, set(others))
+            wrong = shape_mismatches({f"{state}/{name}": shape for state, (name, shape) in required}, others)
+        rows += wrong
         theirs = reader.manifest.tokenizer_sha256
         if theirs is not None and self.tokenizer_sha256 not in (None, theirs):
             rows.append(("tokenizer (SHA-256)", str(self.tokenizer_sha256)[:12], theirs[:12]))
@@ -61,6 +64,21 @@ class CheckpointRequirements:
             raise UserError(
                 f"{reader.folder}: holds the optimizer state of {theirs!r}, and train.optimizer.name="
                 f"{self.optimizer.name!r}; write the same optimizer, or {start} and resume=never"
+            )
+
+    def _require_same_frozen(self, folder: Path, state: Set[str]) -> None:
+        """Raise UserError if another set of parameters was frozen when the checkpoint's optimizer state was saved."""
+        kinds = self.optimizer.state_tensors
+        stateless = {name for name in self.shapes if not any(f"{kind}/{name}" in state for kind in kinds)}
+        differing = [name for name in self.shapes if (name in stateless) != (name in self.frozen)]
+        if differing and kinds:
+            is_frozen = differing[0] in self.frozen
+            here, there = ("frozen", "trained") if is_frozen else ("trained", "frozen")
+            more = f", and {len(differing) - 1:,} more differ" if len(differing) > 1 else ""
+            raise UserError(
+                f"{folder}: {differing[0]} is {here} in this run and was {there} in the checkpoint's{more}; freeze the "
+                f"same parameters in train.optimizer.groups, or start from its weights with init_from={folder} and "
+                "resume=never"
             )
 
     def require_weights(self, weights: Weights) -> None:

@@ -46,7 +46,10 @@ class Fragment:
             yield FlatRegion(found.name, found.global_shape, found.region, start + found.start)
 
     def share(self, number: int) -> tuple[int, int]:
-        """Return the range of elements that this rank saves; `number` distributes small fragments over the copies."""
+        """Return the range of elements that this rank saves; `number` distributes small fragments over the copies.
+
+        Ranks that hold the same fragment must give it the same number.
+        """
         first, last = self.window or (0, self.start + self.numel)
         first, last = max(0, first - self.start), min(self.numel, last - self.start)
         length = last - first

@@ -72,7 +72,7 @@ def optimizer_faults(train: TrainSection, deepspeed: DeepSpeedSettings) -> Itera
             yield Fault(("train", "optimizer", name), text)
         if deepspeed.scheduler is not None and not scheduler_gives_way(train, deepspeed):
             for number, group in enumerate(train.optimizer.groups):
-                if group.lr_scale != 1.0:
+                if group.lr_scale not in (None, 1.0):
                     other = deepspeed.origin.line(Fault(("scheduler",), ""))
                     text = f"={show(group.lr_scale)} stands beside {other}, which sets one rate for all groups; write "
                     text += "train.schedule in place of the scheduler"

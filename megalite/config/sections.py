@@ -231,15 +231,15 @@ class ParameterGroupSection(Section, frozen=True):
 
     match: Annotated[str, TEXT]
     """A glob pattern over global names, as ``layers.0.*``: `*` matches dots too."""
-    lr_scale: PositiveNumber = 1.0
-    """A factor on the learning rate of every step."""
+    lr_scale: PositiveNumber | None = None
+    """A factor on the learning rate of every step; 1 unless given."""
     weight_decay: Number | None = None
     """The weight decay of the matrices that match; norms and biases never decay."""
     frozen: Flag = False
     """Whether the parameters are not trained: no gradient, no optimizer state."""
 
     def faults(self) -> Iterator[Fault]:
-        stated = [name for name in ("lr_scale", "weight_decay") if name in self.model_fields_set]
+        stated = [name for name in ("lr_scale", "weight_decay") if getattr(self, name) is not None]
         if self.frozen and stated:
             text = f"={show(getattr(self, stated[0]))} belongs to parameters that are trained, and frozen=true"
             yield Fault((stated[0],), f"{text} stands beside it; keep one of them")

@@ -18,7 +18,7 @@ class Rule(Protocol):
     @property
     def match(self) -> str: ...
     @property
-    def lr_scale(self) -> float: ...
+    def lr_scale(self) -> float | None: ...
     @property
     def weight_decay(self) -> float | None: ...
     @property
@@ -46,10 +46,14 @@ def parameter_settings(
     settings = {}
     for name, shape in shapes.items():
         rule = next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
-        decay = weight_decay if rule is None or rule.weight_decay is None else rule.weight_decay
+        own_decay, own_scale = (None, None) if rule is None else (rule.weight_decay, rule.lr_scale)
         is_matrix = len(shape) > 1
-        scale, frozen = (1.0, False) if rule is None else (rule.lr_scale, rule.frozen)
-        settings[name] = ParameterSettings(is_matrix, decay if is_matrix else 0.0, scale, frozen)
+        settings[name] = ParameterSettings(
+            decays=is_matrix,
+            weight_decay=0.0 if not is_matrix else weight_decay if own_decay is None else own_decay,
+            lr_scale=1.0 if own_scale is None else own_scale,
+            frozen=rule is not None and rule.frozen,
+        )
     return settings
 
 

@@ -5,6 +5,8 @@ from math import ceil
 
 from megalite.config import ModelConfig, RunConfig, TrainSection, read_model
 from megalite.config.deepspeed.settings import DeepSpeedSettings
+from megalite.model.shapes import weight_shapes
+from megalite.optim.parameter_groups import rule_faults
 from megalite.parallel.layout import ParallelLayout
 
 _HEAD_DIM, _HIDDEN, _SEQUENCE, _MICRO_BATCH, _STAGE_LAYERS = 8, 256, 64, 2, 3
@@ -28,7 +30,7 @@ def scale_down(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
             "init_from": None,
             "parallel": config.parallel.model_copy(update={"stage_layers": stage_layers}),
             "data": config.data.model_copy(update={"sequence_length": _sequence_length(config)}),
-            "train": _train(config, layout),
+            "train": _train(config, layout, model),
             "deepspeed": _zero_sizes(config.deepspeed.without_derived(), model.hidden_size, config.model.hidden_size),
         }
     )
@@ -89,15 +91,19 @@ def _sequence_length(config: RunConfig) -> int:
     return max(tensor, length - length % tensor) if config.parallel.sequence_parallel else length
 
 
-def _train(config: RunConfig, layout: ParallelLayout) -> TrainSection:
+def _train(config: RunConfig, layout: ParallelLayout, model: ModelConfig) -> TrainSection:
     micro = min(config.train.micro_batch_size, _MICRO_BATCH)
     # Schedules need multiples of the pipeline's stages; with two per stage their steady phase runs too.
     microbatches = min(config.gradient_accumulation_steps, 2 * layout.pipeline)
+    groups = config.optimizer.groups
+    without_effect = {number for number, _ in rule_faults(weight_shapes(model), groups)}
+    groups = tuple(group for number, group in enumerate(groups) if number not in without_effect)
     return config.train.model_copy(
         update={
             "micro_batch_size": micro,
             "global_batch_size": micro * microbatches * layout.data,
             "batch_size_rampup": None,
+            "optimizer": config.train.optimizer and config.train.optimizer.model_copy(update={"groups": groups}),
         }
     )
 
@@ -132,6 +138,9 @@ def _shrunk(before: RunConfig, after: RunConfig) -> list[str]:
                 lines.append(f"{section}.{key}={shown[0]}, not {shown[1]}")
     if before.train.batch_size_rampup is not None:
         lines.append("train.batch_size_rampup left out")
+    for group in before.optimizer.groups:
+        if group not in after.optimizer.groups:
+            lines.append(f"train.optimizer.groups: the group of {group.match!r} left out, without effect on this model")
     if before.init_from is not None:
         lines.append(f"init_from={before.init_from} left out: the weights are drawn at random")
     return lines

@@ -46,34 +46,30 @@ class ZeroState:
         """The number of updates so far, without skipped steps."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """Yield the fragments that this rank updates, with master weight and optimizer state, and the frozen ones."""
-        self._create_state()
-        for stage in self._stages.values():
-            for _, parameter, shards in stage.named_shards():
-                yield from self._fragments_of(stage, parameter, shards)
+        """Yield the frozen fragments that this rank holds, and those that it updates, with their optimizer state."""
+        # First the frozen ones: every data-parallel rank has the same, so that copies have the same number in `parts`.
+        for trained in (False, True):
+            for _, fragment in self._fragments(trained=trained):
+                yield fragment
 
     def gradients(self) -> Iterator[Fragment]:
         """Yield the fragments that this rank updates with their ``gradient``, reduced and not yet clipped.
 
         The gradients exist between the end of `ZeroEngine.accumulate` and the step, and include the loss scale.
         """
-        for parameter, fragment in self._updated_fragments():
+        for parameter, fragment in self._fragments(trained=True):
             gradient = self._gradient(cast(Any, parameter)).reshape(-1).narrow(0, 0, fragment.numel)
             yield replace(fragment, tensors={"gradient": gradient})
 
-    def _updated_fragments(self) -> Iterator[tuple[nn.Parameter, Fragment]]:
+    def _fragments(self, *, trained: bool) -> Iterator[tuple[nn.Parameter, Fragment]]:
         self._create_state()
         for stage in self._stages.values():
             for _, parameter, shards in stage.named_shards():
-                if parameter.requires_grad:
-                    for fragment in self._fragments_of(stage, parameter, shards):
-                        yield parameter, fragment
-
-    def _fragments_of(self, stage: Stage, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
-        has_copy = self._mesh.embedding is not None and parameter is stage.tied_copy
-        window = self._saved_window(shards) if has_copy else None
-        for fragment in self._fragment(parameter, shards):
-            yield replace(fragment, window=window)
+                if parameter.requires_grad == trained:
+                    has_copy = self._mesh.embedding is not None and parameter is stage.tied_copy
+                    window = self._saved_window(shards) if has_copy else None
+                    for fragment in self._fragment(parameter, shards):
+                        yield parameter, replace(fragment, window=window)
 
     def restore(self, source: TensorSource, scalar_state: Mapping[str, Any]) -> None:
         """Restore master weights, optimizer state and scalar state from a checkpoint.
@@ -81,7 +77,7 @@ class ZeroState:
         Frozen weights are not restored: they never change, and the stages were built with them.
         """
         self._set_updates(int(scalar_state["updates"]))
-        fill((fragment for _, fragment in self._updated_fragments()), source)
+        fill((fragment for _, fragment in self._fragments(trained=True)), source)
         self._set_loss_scale(scalar_state["loss_scale"])
         scheduler = self._engine.lr_scheduler
         if scheduler is not None:
@@ -91,7 +87,7 @@ class ZeroState:
 
     def restore_weights(self, source: TensorSource) -> None:
         """Restore master weights alone; frozen weights are those that the stages were built with."""
-        for _, fragment in self._updated_fragments():
+        for _, fragment in self._fragments(trained=True):
             fill([replace(fragment, tensors={WEIGHT_KIND: fragment.tensors[WEIGHT_KIND]})], source)
 
     @contextmanager

@@ -110,7 +110,7 @@ def plain_groups(model: "Stage", settings: "OptimizerSection") -> Iterator[dict[
         if group is not None and group.frozen:
             parameter.requires_grad_(False)
             continue
-        scale = 1.0 if group is None else group.lr_scale
+        scale = 1.0 if group is None or group.lr_scale is None else group.lr_scale
         yield {"params": [parameter], "weight_decay": decay if parameter.ndim > 1 else 0.0, "scale": scale}
 
 

@@ -8,9 +8,6 @@ from harness import run_distributed
 from resuming import at, size
 from training import Trace, resized, train_in_plain_torch, train_rank
 
-from megalite.errors import UserError
-from megalite.training.plan import prepare
-
 Layout = tuple[int, int, int]
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 509}
 TOLERANCE = 1e-5
@@ -102,9 +99,7 @@ def test_offload_trains_frozen_parameters_like_one_process(run_file: Path, corpu
     check(run_file, corpus, (1, 2, 2), stage, (FIRST_HALF, UNTIED), offload)
 
 
-@pytest.mark.parametrize(
-    ("layout", "stage"), [((2, 2, 1), 0), ((1, 2, 2), 1), ((1, 4, 1), 2), ((1, 2, 2), 3)], ids=str
-)
+@pytest.mark.parametrize(("layout", "stage"), [((2, 2, 1), 0), ((1, 2, 2), 1), ((1, 4, 1), 2), ((1, 2, 2), 3)], ids=str)
 def test_groups_have_their_own_rate_and_decay(run_file: Path, corpus: Path, layout: Layout, stage: int) -> None:
     check(run_file, corpus, layout, stage, (RATES, TIED))
 

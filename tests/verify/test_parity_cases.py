@@ -215,6 +215,14 @@ def test_a_small_run_is_left_as_it_is(run_file: Path) -> None:
     assert scaled.model == config.model
 
 
+def test_groups_without_effect_on_the_smaller_model_are_left_out(run_file: Path) -> None:
+    groups = "[{match: 'layers.30.*', frozen: true}, {match: '*norm.weight', lr_scale: 2.0}]"
+    given = ["model.num_hidden_layers=32", f"train.optimizer={{lr: 0.1, groups: {groups}}}"]
+    scaled, notes = scale_down(prepare(run_file, given, None).config)
+    assert [group.match for group in scaled.optimizer.groups] == ["*norm.weight"]
+    assert "train.optimizer.groups: the group of 'layers.30.*' left out, without effect on this model" in notes
+
+
 # ------------------------------------------------------------------------------------------------------- findings
 
 

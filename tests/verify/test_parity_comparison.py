@@ -213,6 +213,47 @@ def test_right_code_agrees_on_every_kind_of_run(
     assert_agrees(verify(run_file, layout, *FAMILIES[family], stage=stage))
 
 
+GROUPS = "groups: [{match: 'embedding.*', frozen: true}, {match: 'layers.[01].*', frozen: true}, "
+GROUPS += "{match: 'layers.3.*', lr_scale: 0.5, weight_decay: 0.3}]"
+OPTIMIZERS = {
+    "frozen and groups": f"train.optimizer={{name: adamw, lr: 1.0e-3, weight_decay: 0.1, {GROUPS}}}",
+    "lion": "train.optimizer={name: lion, lr: 1.0e-3, weight_decay: 0.1}",
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "stage"),
+    [
+        ("frozen and groups", (2, 2, 1), 1),
+        ("frozen and groups", (1, 2, 2), 2),
+        ("frozen and groups", (1, 1, 2), 3),
+        ("lion", (1, 1, 2), 2),
+    ],
+)
+def test_right_code_agrees_on_other_optimizers_and_groups(
+    run_file: Path, settings: str, layout: tuple[int, int, int], stage: int
+) -> None:
+    assert_agrees(verify(run_file, layout, OPTIMIZERS[settings], stage=stage, tied=False))
+
+
+def decay_frozen_weights(mesh: Mesh, trainer: Any) -> None:
+    def step(rate: float | None) -> Any:
+        for stage in trainer.engine.stages.values():
+            for parameter in stage.parameters():
+                if not parameter.requires_grad:
+                    parameter.data.mul_(0.9)
+        return right_step(rate)
+
+    right_step, trainer.engine.step = trainer.engine.step, step
+
+
+def test_a_frozen_weight_that_changes_is_named(run_file: Path) -> None:
+    settings = OPTIMIZERS["frozen and groups"]
+    found = verify(run_file, (1, 2, 1), settings, stage=1, tied=False, sabotage=decay_frozen_weights)
+    assert found.update.first is not None
+    assert found.update.first.name == "embedding.tokens.weight"
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("family", FAMILIES)

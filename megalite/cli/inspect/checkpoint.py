@@ -1,5 +1,6 @@
 """What is in a checkpoint, whether its files are sound, and how it differs from another."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -14,6 +15,7 @@ from megalite.errors import UserError
 
 if TYPE_CHECKING:
     from megalite.checkpoint.inspection import Comparison, ListedCheckpoint, TensorDifference
+    from megalite.checkpoint.manifest import Manifest
     from megalite.checkpoint.reader import CheckpointReader
 
 _ALL = "all"
@@ -111,6 +113,7 @@ def _head(reader: "CheckpointReader") -> Iterator[str]:
     yield f"layout at save: {manifest.layout or 'none, it was converted'}"
     yield f"precision: {manifest.precision}, stored in fp32"
     yield f"versions: {', '.join(f'{name} {number}' for name, number in manifest.versions.items()) or 'not told'}"
+    yield f"optimizer: {manifest.trained_by or 'none, it holds weights alone'}{_frozen(manifest)}"
     model = ", ".join(f"{key} {value}" for key, value in manifest.model.items() if value is not None)
     yield f"model: {model or 'not told'}"
     yield f"tokenizer: {f'SHA-256 {manifest.tokenizer_sha256[:12]}' if manifest.tokenizer_sha256 else 'none'}"
@@ -122,6 +125,13 @@ def _head(reader: "CheckpointReader") -> Iterator[str]:
         right=(2,),
     )
     yield from table([("state:" if not n else "", *pair) for n, pair in enumerate(flat_state(reader.state).items())])
+
+
+def _frozen(manifest: "Manifest") -> str:
+    """Say how many parameters have no optimizer state though others have."""
+    kinds = Counter(name.rpartition("/")[2] for name in manifest.tensors)
+    frozen = sum(count == 1 for count in kinds.values())
+    return f"; {frozen:,} of {len(kinds):,} weights were frozen" if frozen and manifest.trained_by else ""
 
 
 def compare_checkpoints(path: Path, other: Path) -> bool:
