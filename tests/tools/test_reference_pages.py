@@ -56,16 +56,22 @@ def test_the_command_lines_page_has_the_verbs_of_the_parsers() -> None:
 @pytest.mark.parametrize(
     ("link", "here", "page", "found"),
     [
-        pytest.param("../concepts/a.md", "docs/howto/b.md", "howto/b.md", "../concepts/a.md", id="within docs"),
+        pytest.param(
+            "../concepts/a.md", "docs/howto/verify.md", "howto/verify.md", "../concepts/a.md", id="within docs"
+        ),
         pytest.param(
             "../../benchmarks/results/data.md",
-            "docs/howto/b.md",
-            "howto/b.md",
+            "docs/howto/verify.md",
+            "howto/verify.md",
             "../repository/benchmarks/results/data.md",
             id="out of docs",
         ),
         pytest.param(
-            "docs/howto/b.md", "CONTRIBUTING.md", "repository/CONTRIBUTING.md", "../howto/b.md", id="into docs"
+            "docs/howto/verify.md",
+            "CONTRIBUTING.md",
+            "repository/CONTRIBUTING.md",
+            "../howto/verify.md",
+            id="into docs",
         ),
         pytest.param(
             "a.md", "benchmarks/results/b.md", "repository/benchmarks/results/b.md", "a.md", id="outside docs"
