@@ -1,5 +1,6 @@
 """The pages of docs/reference/ that are made from the code, and the links of the site."""
 
+import importlib
 import re
 
 import pytest
@@ -51,6 +52,13 @@ def test_the_command_lines_page_has_the_verbs_of_the_parsers() -> None:
     assert {"megalite train", "megalite tokenizer train", "megalite slurm"} <= set(verbs)
     assert "| `--dry-run` |" in page
     assert "--report-into" not in page, "an option that is hidden"
+
+
+def test_the_python_apis_page_names_what_there_is() -> None:
+    names = re.findall(r"^::: (\S+)$", (FOLDER / "python_api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    modules = {name: importlib.import_module(name.rpartition(".")[0]) for name in names}
+    assert len(names) > 10
+    assert [name for name, module in modules.items() if not hasattr(module, name.rpartition(".")[2])] == []
 
 
 @pytest.mark.parametrize(
