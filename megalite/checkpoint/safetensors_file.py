@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from megalite.parallel.regions import Region
+
 _PART = 1 << 22
 """Elements that are hashed and written at a time."""
 _FLUSHED = 1 << 28
@@ -142,16 +144,16 @@ class SafetensorsFile:
         self.shapes = {name: tuple(told["shape"]) for name, told in header.items()}
         self.dtypes = {name: str(told["dtype"]) for name, told in header.items()}
 
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
-        """Return a box of a tensor; raise ValueError where there is none, or in no precision of `ENCODINGS`."""
+    def read(self, name: str, region: Region) -> np.ndarray:
+        """Return a region of a tensor; raise ValueError where there is none, or in no precision of `ENCODINGS`."""
         encoding = next((one for one in ENCODINGS.values() if one.dtype == self.dtypes.get(name)), None)
         if encoding is None:
             raise ValueError(f"there is no such tensor of {', '.join(one.dtype for one in ENCODINGS.values())}")
         shape = self.shapes[name]
         if not prod(shape):
-            return np.empty(shape, np.float32)[box]
+            return np.empty(shape, np.float32)[region.slices]
         stored = np.memmap(self._path, encoding.stored, "r", self._starts[name], shape)
-        return encoding.decode(np.asarray(stored[box]))
+        return encoding.decode(np.asarray(stored[region.slices]))
 
 
 def file_record(path: Path) -> FileRecord:

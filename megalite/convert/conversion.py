@@ -72,7 +72,7 @@ def to_checkpoint(weights: Weights, companions: Mapping[str, Path], folder: Path
     def load(name: str, shape: tuple[int, ...]) -> np.ndarray:
         nonlocal done
         array = np.empty(shape, np.float32)
-        weights.read(name, Region((0,) * len(shape), shape), array)
+        weights.read(name, Region.whole(shape), array)
         done += array.nbytes
         progress(done, total)
         return array
@@ -81,10 +81,7 @@ def to_checkpoint(weights: Weights, companions: Mapping[str, Path], folder: Path
     files = list(_files(weights.shapes))
     for number, names in enumerate(files):
         shapes = ((name, weights.shapes[name]) for name in names)
-        parts = [
-            Part(WEIGHT + name, shape, Region((0,) * len(shape), shape), partial(load, name, shape))
-            for name, shape in shapes
-        ]
+        parts = [Part(WEIGHT + name, shape, Region.whole(shape), partial(load, name, shape)) for name, shape in shapes]
         store.write_rank(folder, number, parts)
     small = companion_contents(weights, companions)
     tokenizer = tokenizer_name(small)

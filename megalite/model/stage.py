@@ -3,7 +3,7 @@
 The whole model is the stage that is both first and last: there is no second class for training without a pipeline.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -17,12 +17,11 @@ from megalite.model.dropout import DropoutStreams
 from megalite.model.kv_cache import KeyValueCache
 from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.parallel.sharding import ShardSpec, local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.collectives import gather_from_group, local_tokens
 from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalite.tensor_parallel.init import initialise_parameter
-from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
+from megalite.tensor_parallel.layers import PlacedParameter, ShardedModule, VocabParallelEmbedding, placed_parameters
 from megalite.tensor_parallel.linear import linear
 from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral
 
@@ -141,8 +140,10 @@ class Stage(nn.Module):
         self._std = config.initializer_range
         # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
-        # Now, while every parameter has its shape: ZeRO-3 takes it away.
-        self._shards = tuple(held for held in parameter_shards(self) if held[1] is not table)
+        self.placed_parameters = tuple(
+            self._under_shared_name(placed) for placed in placed_parameters(self) if placed.parameter is not table
+        )
+        """The parameters of this stage, with their shards under global names."""
 
     def forward(
         self,
@@ -219,35 +220,23 @@ class Stage(nn.Module):
             return None
         return self.head.weight if self.head is not None else self.tied_table
 
-    def named_shards(self) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
-        """Yield (local name, parameter, shards with global names) of each parameter; a tied head bears the table's."""
-        for local, parameter, shards in self._shards:
-            if self.tied and local == "head.weight":
-                shards = (ShardSpec(TOKEN_TABLE, shards[0].global_shape, 0, shards[0].padded_size),)
-            yield local, parameter, shards
+    def _under_shared_name(self, placed: PlacedParameter) -> PlacedParameter:
+        """Return a parameter under its global name, which for a tied head is that of the embedding's table."""
+        if not self.tied or placed.name != "head.weight":
+            return placed
+        (shard,) = placed.shards
+        return replace(placed, shards=(replace(shard, spec=replace(shard.spec, name=TOKEN_TABLE)),))
 
     def initialise(self, seed: int) -> None:
         """Fill every parameter from the seed and its global name: the same weights under every layout."""
-        for _, parameter, shards in self.named_shards():
-            residual = shards[0].name.endswith(("attention.output.weight", "mlp.down.weight"))
+        for placed in self.placed_parameters:
+            residual = placed.shards[0].spec.name.endswith(("attention.output.weight", "mlp.down.weight"))
             std = self._residual_std if residual else self._std
-            placed = local_shards(shards, self.group.rank, self.group.size)
-            initialise_parameter(parameter, placed, seed=seed, std=std)
+            initialise_parameter(placed.parameter, placed.shards, seed=seed, std=std)
 
     def num_parameters(self) -> int:
         """Number of parameters that this rank holds, padding left out."""
-        return sum(
-            _volume(placed.source)
-            for _, _, shards in self.named_shards()
-            for placed in local_shards(shards, self.group.rank, self.group.size)
-        )
-
-
-def _volume(region: tuple[slice, ...]) -> int:
-    volume = 1
-    for part in region:
-        volume *= part.stop - part.start
-    return volume
+        return sum(shard.source.numel for placed in self.placed_parameters for shard in placed.shards)
 
 
 def _vocab_size(config: ModelConfig) -> int:

@@ -41,7 +41,8 @@ def tensor_over_nodes(tensor: int, per_node: int, nodes: int) -> str | None:
 
 def _of_an_open_layout(config: "RunConfig", nodes: int, per_node: int | None, gpus: int | None) -> int:
     parallel, source = config.parallel, config.source
-    model = parallel.tensor * parallel.pipeline
+    replica = parallel.layout(data=1)
+    model = replica.world_size
     if per_node is None:
         raise UserError(
             f"{source}: parallel.data=auto leaves the number of ranks open; "
@@ -54,9 +55,10 @@ def _of_an_open_layout(config: "RunConfig", nodes: int, per_node: int | None, gp
         more = _next_multiple(per_node, nodes, model)
         if gpus is None or more <= gpus:
             fixes.append(f"--ranks-per-node {more}")
+        axes = " x ".join(f"{name} {replica.size(name)}" for name in replica.names if name != "data")
         raise UserError(
             f"--nodes {nodes} with {_stated(per_node, gpus)} is {_ranks(nodes * per_node)}, no multiple of the {model} "
-            f"of tensor {parallel.tensor} x pipeline {parallel.pipeline} in {source}; use {', or '.join(fixes)}"
+            f"of {axes} in {source}; use {', or '.join(fixes)}"
         )
     return per_node
 

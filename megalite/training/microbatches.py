@@ -17,7 +17,7 @@ from megalite.parallel.mesh import Mesh
 
 
 class Feed:
-    """One set of samples, as this rank's pipeline takes it: of every global batch the part of its data coordinate."""
+    """One set of samples, as this rank's pipeline takes it: of every global batch the part of its batch rank."""
 
     def __init__(self, samples: Samples, rules: SampleRules, config: RunConfig, mesh: Mesh, *, trains: bool) -> None:
         """Read `samples` by `rules`; dropout is drawn where it `trains`."""
@@ -26,8 +26,8 @@ class Feed:
             samples,
             rules,
             micro_batch_size=config.train.micro_batch_size,
-            data_rank=mesh.coordinate.data,
-            data_size=mesh.layout.data,
+            data_rank=mesh.batch.rank,
+            data_size=mesh.batch.size,
         )
 
     def read(self, samples: range) -> list[SampleMicrobatch]:
@@ -39,12 +39,12 @@ class Feed:
         return self._reader.padded_microbatches(samples)
 
     def counted(self, batch: Sequence[SampleMicrobatch]) -> float | None:
-        """Return how many targets of the global batch count; None where all do. Collective over the data axis."""
+        """Return how many targets of the global batch count; None where all do. Collective over the loss group."""
         if batch[0].counts is None:
             return None
         mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
         total = torch.tensor(mine, dtype=torch.float64, device=self._mesh.device)
-        dist.all_reduce(total, group=self._mesh.data)
+        dist.all_reduce(total, group=self._mesh.loss.process_group)
         return float(total)
 
     def microbatches(self, batch: Sequence[SampleMicrobatch], counted: float | None) -> list[Microbatch]:
@@ -57,8 +57,8 @@ class Feed:
             positions = None if read.positions is None else self._to_device(read.positions)
             packing = PackedDocuments(read.document_lengths, positions)
         if read.counts is not None and counted is not None and self._mesh.has_last_stage:
-            # The gradients of the data axis are averaged, and a mean over all that counts is asked for.
-            weight = self._mesh.layout.data / max(counted, 1.0)
+            # Losses, and gradients with them, are averaged over ranks, and a mean over all that counts is asked for.
+            weight = self._mesh.loss.size / max(counted, 1.0)
             weights = self._to_device(read.counts).to(torch.float32) * weight
         model, seed = self._config.model, self._config.run.seed
         return Microbatch(

@@ -54,8 +54,8 @@ class BadSteps:
         if found:
             _, words, rank = min(found)
             at = self._mesh.layout.coordinate(rank)
-            cause = f"in the last, rank {rank} (tensor {at.tensor}, pipeline {at.pipeline}, data {at.data}) was the "
-            cause += f"first with a number that is not finite: {words}"
+            place = ", ".join(f"{axis} {at[axis]}" for axis in self._mesh.layout.names)
+            cause = f"in the last, rank {rank} ({place}) was the first with a number that is not finite: {words}"
         fix = "Lower train.optimizer.lr or gradient_clipping"
         if loss_scale is not None:
             fix = f"The loss scale is {loss_scale:g}: lower fp16.loss_scale or fp16.initial_scale_power, raise"
@@ -72,10 +72,11 @@ class BadSteps:
 
     def _look_at_parameters(self) -> None:
         for index, stage in self._stages.items():
-            for place, (name, parameter, _) in enumerate(stage.named_shards()):
-                # At ZeRO-3 a parameter at rest has its share of the data axis only.
-                held = getattr(parameter, "ds_tensor", parameter)
-                self._note((_PARAMETER, index, place), lambda n=name, i=index: f"parameter {n} of stage {i}", held)
+            for place, placed in enumerate(stage.placed_parameters):
+                # At ZeRO-3 a parameter at rest has this rank's share only.
+                held = getattr(placed.parameter, "ds_tensor", placed.parameter)
+                words = f"parameter {placed.name} of stage {index}"
+                self._note((_PARAMETER, index, place), lambda w=words: w, held)
 
     def _look_at_outputs(self, index: int, stage: Stage, hooks: ExitStack) -> None:
         seen = {"microbatch": -1, "outputs": 0}
@@ -98,7 +99,7 @@ class BadSteps:
     def _look_at_gradients(self) -> None:
         """The gradient nearest the loss is the first that a backward computes."""
         for index, stage in self._stages.items():
-            for place, (name, parameter, _) in enumerate(stage.named_shards()):
-                if parameter.grad is not None:
-                    words = f"the gradient of {name} of stage {index}"
-                    self._note((_GRADIENT, -index, -place), lambda w=words: w, parameter.grad)
+            for place, placed in enumerate(stage.placed_parameters):
+                if placed.parameter.grad is not None:
+                    words = f"the gradient of {placed.name} of stage {index}"
+                    self._note((_GRADIENT, -index, -place), lambda w=words: w, placed.parameter.grad)

@@ -178,8 +178,8 @@ class RunRecorder:
 
     def timeline(self, step: int, spans: Sequence[Span]) -> None:
         """Gather the measured spans of all stages, keep them as JSON, and draw them beside the simulation."""
-        at = self.mesh.coordinate
-        mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if at.data == at.tensor == 0 else []
+        speaks = self.mesh.rank in self.plan.layout.groups("pipeline")[0]
+        mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if speaks else []
         gathered = gather_json(mine, self.mesh)
         if self.log is None:
             return

@@ -92,7 +92,7 @@ class Trainer:
             self.engine,
             mesh.links,
             placement=plan.placement,
-            rank=mesh.coordinate.pipeline,
+            rank=mesh.pipeline.rank,
             activation_shape=next(iter(self.engine.stages.values())).activation_shape(
                 train.micro_batch_size, self.config.data.sequence_length
             ),
@@ -323,10 +323,10 @@ class Trainer:
 
     def _train_stream(self, microbatches: int) -> tuple[Instruction, ...]:
         schedule = SCHEDULES[self.config.parallel.schedule]
-        return schedule(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
+        return schedule(self.mesh.pipeline.rank, self.plan.placement, microbatches)
 
     def _eval_stream(self, microbatches: int) -> tuple[Instruction, ...]:
-        return forward_only(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
+        return forward_only(self.mesh.pipeline.rank, self.plan.placement, microbatches)
 
     def _learning_rate(self, step: int) -> float | None:
         if self.config.deepspeed.scheduler is not None:
@@ -334,17 +334,17 @@ class Trainer:
         return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
 
     def _mean_loss(self, result: StepResult) -> float:
-        """Average over the data axis and tell every rank; one tensor rank of the last stage speaks for the others.
+        """Average over the ranks whose losses differ, and tell every rank.
 
         What the ranks were asked goes with it: after it they agree on whether to stop.
         """
         total = torch.tensor([0.0, *self.stop.asked()], dtype=torch.float64, device=self.mesh.device)
-        if result.loss is not None and self.mesh.coordinate.tensor == 0:
+        if result.loss is not None and self.mesh.counts_loss:
             total[0] = result.loss
         dist.all_reduce(total)
         loss, *asked = total.tolist()
         self.stop.agree(asked)
-        return loss / self.plan.layout.data
+        return loss / self.mesh.loss.size
 
 
 def _agreed_kernels(config: RunConfig, mesh: Mesh, saved: Kernels | None) -> Kernels:

@@ -86,10 +86,10 @@ class _Comparison:
         self.shapes = trainer.plan.expectation.shapes
         self.gradients: _Held = {}
         self.stage_of = {
-            shard.name: index
+            shard.spec.name: index
             for index, stage in sorted(trainer.engine.stages.items(), reverse=True)
-            for _, _, shards in stage.named_shards()
-            for shard in shards
+            for placed in stage.placed_parameters
+            for shard in placed.shards
         }
 
     def run(self) -> Finding:
@@ -209,7 +209,7 @@ class _Comparison:
             return None
         off = found.norm**2 - found.reference_norm**2
         shares = dict(self.reference.squares)
-        copies = self.mesh.layout.tensor - 1
+        copies = self.mesh.tensor.size - 1
         shares["what every tensor rank holds whole"] = copies * sum(shares[name] for name in self.reference.replicated)
         name = min(shares, key=lambda name: abs(abs(off) - shares[name]))
         if not off or abs(abs(off) - shares[name]) > 0.01 * abs(off):

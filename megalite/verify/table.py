@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from megalite.parallel.layout import ParallelLayout
+from megalite.verify.layouts import write_layout
 from megalite.verify.parity_report import Finding
 
 
@@ -41,8 +42,7 @@ def table(outcomes: Sequence[Outcome]) -> Table:
             gradient = "" if worst is None else f"{worst.relative:.0e} {worst.name}"
             update = "" if found.update.worst is None else f"{found.update.worst.relative:.0e}"
             cells = [f"{found.loss_difference:.0e}", f"{found.norm_difference:.0e}", gradient, update]
-        sizes = f"{layout.tensor}x{layout.pipeline}x{layout.data}"
-        shown.add_row(sizes, *cells, outcome.verdict, f"{outcome.seconds:.1f}")
+        shown.add_row(write_layout(layout), *cells, outcome.verdict, f"{outcome.seconds:.1f}")
     return shown
 
 

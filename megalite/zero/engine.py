@@ -109,7 +109,7 @@ class ZeroEngine:
         DeepSpeed: at stage 3 the norm is summed over the stages once for each sub-group of ``sub_group_size``, as if
         all had the same number.
         """
-        zero, group = self.zero_optimizer, self.mesh.model
+        zero, group = self.zero_optimizer, self.mesh.model.process_group
         most = torch.tensor(len(zero.fp16_groups), device=self.mesh.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
         missing, norms_of_own = int(most) - len(zero.fp16_groups), zero._get_norm_groups
@@ -216,6 +216,7 @@ class ZeroEngine:
             self._sum_partial_gradients()
             self._reduce_tied_gradient()
             self._spread_what_no_norm_counts()
+            self._average_over_shard_replicas()
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
             return
@@ -226,6 +227,7 @@ class ZeroEngine:
             self._sum_partial_gradients()
             self._reduce_tied_gradient()
             self._spread_what_no_norm_counts()
+            self._average_over_shard_replicas()
         self.engine.set_gradient_accumulation_boundary(True)
 
     def step(self, learning_rate: float | None) -> StepOutcome:
@@ -318,7 +320,7 @@ class ZeroEngine:
             if copy is not None:
                 assert copy.grad is not None
                 dist.all_reduce(copy.grad, group=self.mesh.embedding_replicas or self.mesh.embedding)
-                if self.mesh.embedding_replicas is not None and self.mesh.coordinate.data > 0:
+                if self.mesh.embedding_replicas is not None and self.mesh.gradient.rank > 0:
                     copy.grad.zero_()
 
     def _spread_what_no_norm_counts(self) -> None:
@@ -329,6 +331,19 @@ class ZeroEngine:
             witness = next(gradient for p, gradient in held if counts_in_norm(p))
             witness.view(-1)[0] = math.inf
 
+    def _average_over_shard_replicas(self) -> None:
+        """Average the gradients over the ranks that hold the same share of what ZeRO divides.
+
+        DeepSpeed knows one data-parallel group: it divides over it, and averages over no more.
+        """
+        group = self.mesh.shard_replicas
+        if group is None:
+            return
+        for stage in self.stages.values():
+            for parameter in stage.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad.div_(group.size), group=group.process_group)
+
     def _clip_at_stage_0(self) -> float:
         gradients = {parameter: parameter.grad for parameter in params_of(self.stages) if parameter.grad is not None}
         counted = [gradient for parameter, gradient in gradients.items() if counts_in_norm(parameter)]
@@ -336,7 +351,7 @@ class ZeroEngine:
         for gradient in counted:
             # Row by row, then in double: over millions of elements at once, fp32 on a CPU is off by 1e-4.
             square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
-        dist.all_reduce(square, group=self.mesh.model)
+        dist.all_reduce(square, group=self.mesh.model.process_group)
         norm = float(square.sqrt())
         if math.isfinite(norm) and self._clip > 0 and norm + 1e-6 > self._clip:
             scale = self._clip / (norm + 1e-6)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megalite.checkpoint.fragments import Fragment, Source, fill
 from megalite.checkpoint.manifest import KINDS, MOMENTS
-from megalite.parallel.sharding import LocalShard, ShardSpec, local_shards
+from megalite.tensor_parallel.layers import PlacedParameter
 from megalite.zero.engine import ZeroEngine
 
 _SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -44,11 +44,11 @@ class ZeroState:
     def _updated(self) -> Iterator[tuple[nn.Parameter, Fragment]]:
         self._require_moments()
         for stage in self._engine.stages.values():
-            for _, parameter, shards in stage.named_shards():
-                both = self._mesh.embedding is not None and parameter is stage.tied_copy
-                window = self._half(shards) if both else None
-                for fragment in self._fragment(parameter, shards):
-                    yield parameter, replace(fragment, window=window)
+            for placed in stage.placed_parameters:
+                both = self._mesh.embedding is not None and placed.parameter is stage.tied_copy
+                window = self._half(prod(placed.shape)) if both else None
+                for fragment in self._fragment(placed):
+                    yield placed.parameter, replace(fragment, window=window)
 
     def restore(self, source: Source, numbers: Mapping[str, Any]) -> None:
         """Take over a checkpoint's master weights, moments and numbers."""
@@ -123,42 +123,37 @@ class ZeroState:
         counted += [state["step"] for state in self._optimizer.state.values() if "step" in state]
         return int(max(counted, default=0))
 
-    def _half(self, shards: tuple[ShardSpec, ...]) -> tuple[int, int]:
+    def _half(self, size: int) -> tuple[int, int]:
         """The elements that this stage saves of a table that the first and the last stage hold alike."""
-        size = prod(shards[0].local_shape(self._mesh.tensor.size))
         return (0, size // 2) if self._mesh.has_first_stage else (size // 2, size)
 
-    def _fragment(self, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
-        tensor, data = self._mesh.tensor, self._mesh.layout.data
-        # What is not divided among the ranks of the tensor axis, all of them hold.
-        copy, copies = (0, 1) if shards[0].dim is not None else (tensor.rank, tensor.size)
-        placed = tuple(local_shards(shards, tensor.rank, tensor.size))
+    def _fragment(self, placed: PlacedParameter) -> Iterator[Fragment]:
+        mesh, layout, parameter = self._mesh, self._mesh.layout, cast(Any, placed.parameter)
+        # Ranks along all other axes hold the same.
+        divided = {"pipeline", *placed.shards[0].spec.sharding}
+        divided |= set(layout.names_of("shard")) if self._engine.zero_stage else set()
+        alike = [axis for axis in mesh.axes if axis not in divided]
+        start, held = 0, None
         if self._engine.zero_stage == 0:
             flat = {name: value.view(-1) for name, value in self._moments_of(parameter).items()}
             held = {"weight": parameter.detach().view(-1), **flat}
-            copy, copies = self._mesh.coordinate.data * copies + copy, copies * data
-            yield Fragment(placed, tuple(parameter.shape), 0, held, copy, copies)
         elif self._engine.zero_stage == 3:
-            yield from self._partition(cast(Any, parameter), placed, copy, copies)
-        else:
-            linked = cast(Any, parameter)._hp_mapping
-            if linked is not None:
-                # DeepSpeed: it links the optimizer's state to parameters after the first group has stepped, and so the
-                # state of the other groups never.
-                master = self._zero.single_partition_of_fp32_groups[linked.param_group_index]
-                at, start = linked.hp_fragment_address, linked.lp_fragment_address.start
-                held = self._narrowed(master, at.start, at.numel)
-                yield Fragment(placed, tuple(parameter.shape), start, held, copy, copies)
-
-    def _partition(self, parameter: Any, placed: tuple[LocalShard, ...], copy: int, copies: int) -> Iterator[Fragment]:
-        """ZeRO-3 divides every parameter evenly over the data axis, the last share padded."""
-        share = parameter.partition_numel()
-        start = self._mesh.coordinate.data * share
-        length = min(share, parameter.ds_numel - start)
-        if length > 0:
-            group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            held = self._narrowed(self._zero.fp32_partitioned_groups_flat[group], int(offset), length)
-            yield Fragment(placed, tuple(parameter.ds_shape), start, held, copy, copies)
+            # Every parameter is divided evenly, the last share padded.
+            share = parameter.partition_numel()
+            start = mesh.shard.rank * share
+            length = min(share, parameter.ds_numel - start)
+            if length > 0:
+                group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                held = self._narrowed(self._zero.fp32_partitioned_groups_flat[group], int(offset), length)
+        elif (linked := parameter._hp_mapping) is not None:
+            # DeepSpeed: it links the optimizer's state to parameters after the first group has stepped, and so the
+            # state of the other groups never.
+            master = self._zero.single_partition_of_fp32_groups[linked.param_group_index]
+            at, start = linked.hp_fragment_address, linked.lp_fragment_address.start
+            held = self._narrowed(master, at.start, at.numel)
+        if held is not None:
+            copy, copies = layout.index(mesh.rank, *alike), layout.size(*alike)
+            yield Fragment(placed.shards, placed.shape, start, held, copy, copies)
 
     def _gradient(self, parameter: Any) -> Tensor:
         if self._engine.zero_stage == 0:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from harness import run_distributed
 from torch import Tensor, nn
 
-from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.collectives import gather_from_group
 from megalite.tensor_parallel.init import initialise_parameter
@@ -17,7 +16,7 @@ from megalite.tensor_parallel.layers import (
     ReplicatedKVLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    parameter_shards,
+    placed_parameters,
 )
 
 IN, OUT, SEED = 12, 24, 7
@@ -36,17 +35,17 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def fill(module: nn.Module, group: TensorGroup, whole: dict[str, Tensor]) -> None:
     """Give every parameter its slices of the named global tensors."""
     with torch.no_grad():
-        for _, parameter, shards in parameter_shards(module):
-            parameter.zero_()
-            for shard in local_shards(shards, group.rank, group.size):
-                parameter[shard.target] = whole[shard.spec.name][shard.source]
+        for placed in placed_parameters(module):
+            placed.parameter.zero_()
+            for shard in placed.shards:
+                placed.parameter[shard.target.slices] = whole[shard.spec.name][shard.source.slices]
 
 
 def check_gradients(module: nn.Module, group: TensorGroup, expected: dict[str, Tensor]) -> None:
-    for _, parameter, shards in parameter_shards(module):
-        assert parameter.grad is not None
-        for shard in local_shards(shards, group.rank, group.size):
-            assert_close(parameter.grad[shard.target], expected[shard.spec.name][shard.source])
+    for placed in placed_parameters(module):
+        assert placed.parameter.grad is not None
+        for shard in placed.shards:
+            assert_close(placed.parameter.grad[shard.target.slices], expected[shard.spec.name][shard.source.slices])
 
 
 def column(bias: bool, gather: bool) -> None:
@@ -174,8 +173,8 @@ def embedding(vocab_size: int) -> None:
     assert reference.weight.grad is not None
     assert layer.weight.grad is not None
     check_gradients(layer, group, {"weight": reference.weight.grad})
-    real = layer.shard_specs["weight"][0].slice(group.rank, group.size)[0]
-    assert not layer.weight.grad[real.stop - real.start :].any(), "padding rows have a gradient"
+    real = layer.shard_specs["weight"][0].region(group.position)
+    assert not layer.weight.grad[real.shape[0] :].any(), "padding rows have a gradient"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -205,11 +204,11 @@ def test_initialisation_is_the_same_whatever_the_layout(size: int, monkeypatch: 
         else:
             module.layer = VocabParallelEmbedding(301, IN, group=group)
         found: dict[str, Tensor] = {}
-        for _, parameter, shards in parameter_shards(module):
-            initialise_parameter(parameter, local_shards(shards, rank, of), seed=SEED, std=0.5)
-            for shard in local_shards(shards, rank, of):
+        for placed in placed_parameters(module):
+            initialise_parameter(placed.parameter, placed.shards, seed=SEED, std=0.5)
+            for shard in placed.shards:
                 whole = found.setdefault(shard.spec.name, torch.full(shard.spec.global_shape, torch.nan))
-                whole[shard.source] = parameter.detach()[shard.target]
+                whole[shard.source.slices] = placed.parameter.detach()[shard.target.slices]
         return module, found
 
     for kind in ("column", "row", "embedding"):
