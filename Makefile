@@ -4,13 +4,15 @@ INSTALLED := .venv/.installed
 # As many files of tests at a time as there are cores; ranks wait for each other more than they compute.
 BESIDE_EACH_OTHER := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help install quickstart test test-unit test-full docs-check lint types peers benchmark clean
+.PHONY: help install quickstart test test-unit test-full docs docs-pages docs-check lint types peers benchmark clean
 
 help:
 	@echo 'make quickstart   train a small model at tensor 2 x pipeline 2 on this machine, from text to curves'
 	@echo 'make test-unit    the tests that start no process: a minute'
 	@echo 'make test         lint, types and the test suite: what CI runs'
 	@echo 'make test-full    also the long proofs'
+	@echo 'make docs         build the site of docs/ into site/; a warning is an error'
+	@echo 'make docs-pages   write the reference pages anew that are made from the code'
 	@echo 'make docs-check   run the commands of README, docs/ and examples/ as a reader would'
 	@echo 'make peers        Megatron-core, which some long proofs are beside'
 	@echo 'make benchmark    training steps, schedules and ZeRO stages beside their peers, into benchmarks/results/'
@@ -47,6 +49,14 @@ peers: install
 test-full: lint types peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+docs: install
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'site/index.html'
+
+docs-pages: install
+	$(BIN)/python tools/reference_pages.py
+
 docs-check: install
 	$(BIN)/python tools/docs_check.py
 
@@ -55,4 +65,4 @@ benchmark: install
 	$(BIN)/python benchmarks/parallel.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .pytest_cache .ruff_cache .hypothesis

@@ -130,7 +130,7 @@ class Rank:
 
         reader = CheckpointReader(self.folder / "step_1")
         mine = sorted(reader.manifest.files)[self.rank :: dist.get_world_size()]
-        assert reader.faults(mine) == []
+        assert reader.problems(mine) == []
         self.state.restore(reader, reader.state["optimizer"])
 
     # ------------------------------------------------------------------------------------------------------ others

@@ -1,8 +1,8 @@
-"""The one kind of error that is the user's to mend.
+"""UserError, the exception for mistakes that the user can fix, and the program's exit statuses.
 
-A message says *where, what was found, what is allowed, the nearest fix*, in one line:
+A message states *where, what was found, what is allowed, the nearest fix*, in one line:
 ``run.yaml: parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8``.
-The command line prints it once, from one rank, and ends with status 2.
+The command line prints the message once, from one rank, and exits with status 2.
 """
 
 import difflib
@@ -10,26 +10,26 @@ from collections.abc import Iterable
 
 USER_ERROR_STATUS = 2
 STOPPED_STATUS = 75
-"""The exit status of a run, started by hand, that was asked to stop and can go on: sysexits' EX_TEMPFAIL."""
+"""The exit status of a run, started by hand, that was asked to stop and can be resumed: EX_TEMPFAIL of sysexits.h."""
 _SHOWN = 30
 
 
 class UserError(Exception):
-    """Something that the user asked for and cannot have; the message says what to write instead."""
+    """A mistake in the user's input; the message names the mistake and the fix."""
 
 
 class CommonError(UserError):
-    """One that all ranks have found together and raise alike: it is enough that rank 0 says it."""
+    """A UserError that every rank raises with the same message; rank 0 alone prints it."""
 
 
 class RanksMissing(RuntimeError):
-    """Not all ranks came together. Nothing that a user has written need be wrong: a later start may be luckier."""
+    """Some ranks did not reach the rendezvous in time. No user input need be wrong: another start may succeed."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the closest allowed word, or the whole choice where none is close."""
+    """Return ``; did you mean 'x'?`` for the closest allowed word, or the list of allowed words if no word is close."""
     choices = sorted(allowed)
-    if close := if_near(word, choices):
+    if close := did_you_mean(word, choices):
         return close
     if not choices:
         return ""
@@ -37,10 +37,10 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f"; allowed: {', '.join(choices[:_SHOWN])}{more}"
 
 
-def if_near(word: str, names: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the closest name, and nothing where none is close.
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the closest name, and an empty text if no name is close.
 
-    For files: what else lies in a folder is no choice that anybody made.
+    For names of files, where a list of everything else in the folder would not help.
     """
     close = difflib.get_close_matches(word, sorted(names), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes, an exclusive lock on a folder, checks before writing, and the file system's clock."""
 
 import errno
 import fcntl
@@ -15,27 +15,31 @@ LOCK = ".lock"
 
 
 def require_writable_folder(folder: Path, what: str, fix: str) -> None:
-    """Raise UserError where `folder` is none and cannot become one, or cannot be written in; makes nothing."""
+    """Raise UserError if `folder` is not writable, or does not exist and could not be created. Creates nothing.
+
+    `what` names the folder at the start of the message; `fix` ends the message.
+    """
     existing = folder
     try:
         while not existing.exists() and existing != existing.parent:
             if existing.is_symlink():
                 target = os.readlink(existing)
                 raise UserError(
-                    f"{what}: {existing} is a link to {target}, which is not there; make that folder or remove the link"
+                    f"{what}: {existing} is a link to {target}, which does not exist; make that folder or remove the "
+                    "link"
                 )
             existing = existing.parent
     except OSError as error:
         raise UserError(f"{what}: {existing} cannot be reached: {error.strerror}; {fix}") from error
     if not existing.is_dir():
-        raise UserError(f"{what}: {existing} is no folder; {fix}")
+        raise UserError(f"{what}: {existing} is not a folder; {fix}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{what}: the folder {existing} cannot be written in; {fix}")
+        raise UserError(f"{what}: the folder {existing} is not writable; {fix}")
 
 
 @contextmanager
 def writing(path: Path, fix: str) -> Iterator[None]:
-    """Turn the system's refusal to write `path`, or a file beside it, into a UserError that ends with `fix`."""
+    """Turn an OSError raised while writing `path`, or a file beside it, into a UserError that ends with `fix`."""
     try:
         yield
     except OSError as error:
@@ -44,25 +48,23 @@ def writing(path: Path, fix: str) -> Iterator[None]:
 
 
 @contextmanager
-def sole_user(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes that ask for it out of a folder, which is made; the system lets go when this process ends.
+def folder_lock(folder: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock (flock) on a folder, which is created; the kernel releases it when this process ends.
 
-    Raises UserError where one is in, and where the folder cannot be made or written in. A file system that knows no
-    locks keeps nobody out.
+    `what` names the folder in messages. Raises UserError if another process holds the lock, and if the folder cannot be
+    created or written to. On a file system without locks several processes may enter.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{what}: {error.filename or folder}: {error.strerror}; set another") from error
+        raise UserError(f"{what}: {error.filename or folder}: {error.strerror}; set another folder") from error
     with opened as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise UserError(
-                f"{what} is in use by {lock.read().strip() or 'another run'}; wait for its end, or set another"
-            ) from None
+            raise _in_use(what, lock.read()) from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 raise
@@ -73,23 +75,26 @@ def sole_user(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-def require_unused(folder: Path, what: str) -> None:
-    """Raise UserError where `sole_user` would; makes and changes nothing."""
+def require_unlocked(folder: Path, what: str) -> None:
+    """Raise UserError if another process holds the `folder_lock`. Creates and changes nothing."""
     try:
         with (folder / LOCK).open(encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        text = (folder / LOCK).read_text(encoding="utf-8").strip()
-        raise UserError(f"{what} is in use by {text or 'another run'}; wait for its end, or set another") from None
+        raise _in_use(what, (folder / LOCK).read_text(encoding="utf-8")) from None
     except OSError:
-        return  # no lock yet, or a file system that knows none
+        return  # there is no lock file yet, or the file system has no locks
 
 
-def file_clock(folder: Path) -> float:
-    """Return the time by the clock of a folder's file system, in seconds since 1970.
+def _in_use(what: str, holder: str) -> UserError:
+    return UserError(f"{what} is in use by {holder.strip() or 'another run'}; wait for its end, or set another folder")
 
-    The times of files are a file server's, whose clock may be minutes away from this host's. Where nothing can be
-    written in the folder, this host's time is returned.
+
+def filesystem_time(folder: Path) -> float:
+    """Return the current time by the clock of a folder's file system, in seconds since 1970.
+
+    A file server sets the times of files, and its clock may be minutes away from this host's. If the folder is not
+    writable, this host's time is returned.
     """
     probe = folder / f".clock.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
@@ -102,27 +107,29 @@ def file_clock(folder: Path) -> float:
             probe.unlink()
 
 
-def on_file_clock(folder: Path, moment: float) -> float:
-    """Return what the clock of a folder's file system said at a `moment` of this host's clock, both in seconds since
-    1970; `moment` itself where the two agree within a second, as the kernel gives files slightly older times."""
-    ahead = file_clock(folder) - time.time()
+def to_filesystem_time(folder: Path, moment: float) -> float:
+    """Convert a `moment` of this host's clock to the clock of a folder's file system, both in seconds since 1970.
+
+    Returns `moment` itself if the clocks agree within a second: the kernel gives files slightly older times.
+    """
+    ahead = filesystem_time(folder) - time.time()
     return moment if abs(ahead) < 1.0 else moment + ahead
 
 
 def partial_path(path: Path) -> Path:
-    """Return the name under which this process writes `path` until it is whole; in the same folder, ending ``.tmp``."""
+    """Return the temporary name under which this process writes `path`: in the same folder, ending in ``.tmp``."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Give a finished file its name: flush it to the disk, rename it, flush the folder."""
+    """Rename a finished file atomically to its final name: flush it to the disk, rename it, flush the folder."""
     _sync(partial)
     os.replace(partial, path)
     _sync(path.parent)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a small file such that nobody ever finds half of it; makes the folder."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file atomically: a reader finds the old content or the new. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     try:

@@ -1,6 +1,6 @@
-"""``~`` and variables of the environment in paths, by one rule for run files, the DeepSpeed JSON and the command line.
+"""Expansion of ``~`` and environment variables in paths: one rule for run files, DeepSpeed JSON and command line.
 
-A shell expands only what stands unquoted on its command line: a path in a file, or in quotes, arrives as it was typed.
+A shell expands only the unquoted words of its command line: a path in a file, or in quotes, arrives as it was typed.
 """
 
 import os
@@ -14,19 +14,19 @@ _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 def expand(text: str) -> str:
     """Return a path with ``$NAME``, ``${NAME}``, ``~`` and ``~user`` replaced, and ``$$`` as ``$``.
 
-    Variables come first, so that one whose value begins with ``~`` means the home as well. A ``$`` before anything else
-    stays as it is.
+    Variables are replaced first, so that ``~`` at the start of a variable's value is expanded as well. A ``$`` before
+    any other character stays.
 
-    Raises ValueError, with the words that follow the path in a message, for a variable that is not set or is empty,
-    whose path would begin somewhere else, and for a user that the machine does not know.
+    Raises ValueError for a variable that is not set or is empty, since the path would then begin elsewhere, and for a
+    user that the machine does not know. Its text continues a message that begins with the path.
     """
     return _with_home(_VARIABLE.sub(_value, text))
 
 
-def spell(path: Path | str) -> str:
-    """Return the text that `expand` turns into `path`.
+def escape(path: Path | str) -> str:
+    """Return the text that `expand` turns back into `path`.
 
-    >>> spell("a$b")
+    >>> escape("a$b")
     'a$$b'
     """
     text = str(path).replace("$", "$$")

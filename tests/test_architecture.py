@@ -19,6 +19,7 @@ ORDER = (
     "errors",  # UserError, exit statuses
     "files",  # atomic writes, locks
     "paths",  # ~ and variables in paths
+    "text_encoding",  # text that is no UTF-8
     "kernels",  # which implementation computes products and attention
     "parallel",  # layout, placement, mesh, sharding, regions of tensors
     "tensor_parallel",  # layers and collectives of the tensor axis
@@ -47,7 +48,7 @@ PURE_PIPELINE = (
 )
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "files", "paths", "launch", "config", "slurm", "checkpoint", "convert", "cli"),
+    *("errors", "files", "paths", "text_encoding", "launch", "config", "slurm", "checkpoint", "convert", "cli"),
     *(f"parallel.{name}" for name in ("layout", "placement", "sharding", "regions", "network_interfaces")),
     *(f"model.{name}" for name in ("shapes", "flops", "weights")),
     *(f"monitoring.{name}" for name in ("heartbeat", "run_folder", "run_state", "run_status", "stragglers")),

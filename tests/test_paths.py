@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megalite.paths import expand, spell
+from megalite.paths import escape, expand
 
 
 @given(st.text(min_size=1).filter(lambda text: "\0" not in text))
@@ -14,7 +14,7 @@ from megalite.paths import expand, spell
 @example("~root/$HOME/${HOME}")
 @example("$$")
 def test_what_is_spelled_is_read_back(text: str) -> None:
-    read = expand(spell(text))
+    read = expand(escape(text))
     assert read == (f"./{text}" if text.startswith("~") else text)
 
 

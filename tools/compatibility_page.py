@@ -1,4 +1,4 @@
-"""``python tools/compatibility_page.py > docs/composition.md``: the page that says what goes with what.
+"""``python tools/compatibility_page.py > docs/reference/composition.md``: the page of settings that go together.
 
 Every answer is that of the rules which a run is checked by before it starts: each pair of features is written into a
 run file at tensor 2 x pipeline 2 x data 2, and resolved.
@@ -105,17 +105,21 @@ def composition_page() -> str:
 
 
 _PAGE = """\
-# What goes with what
+# Which settings go together
 
-Made by `python tools/compatibility_page.py` from the rules that a run is checked by before it starts: each pair is
-written into the run file below and resolved. ✓: goes together; tests/full/test_compatibility.py and
-tests/training/test_parity.py hold it against one process, but for the optimizer on NVMe, which has run nowhere yet. A
-number: refused, for the reason under the table. In bf16 and fp16 ZeRO-0 runs as ZeRO-1, and the start says so. Tensor,
-pipeline and data parallelism go with each other and with all that stands here.
+`python tools/compatibility_page.py` makes this page from the rules that check a run before it starts: each pair is
+written into the run file below and resolved.
+
+- ✓: the pair is allowed. `tests/full/test_compatibility.py` and `tests/training/test_parity.py` compare it with one
+  process, on CPUs, except for the optimizer on NVMe, which has never run.
+- A number: the pair is refused, for the reason below the table.
+
+In bf16 and fp16 ZeRO-0 runs as ZeRO-1, and the start says so. Tensor, pipeline and data parallelism go with each other
+and with every setting of this page.
 
 {table}
 {notes}
-Among the features of the rows, these do not go together; all others do:
+Among the features of the rows, these pairs are refused; all other pairs are allowed:
 
 {others}
 The run file, at tensor 2 x pipeline 2 x data 2:

@@ -1,4 +1,4 @@
-"""``python tools/deepspeed_json_page.py > docs/deepspeed_json.md``: the page that says what becomes of each key."""
+"""``python tools/deepspeed_json_page.py > docs/reference/deepspeed_json.md``: the page of the DeepSpeed JSON's keys."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,33 +11,33 @@ from megalite.config.validation import show
 _HEAD = """\
 # The DeepSpeed JSON
 
-The path of a DeepSpeed JSON, or its content, stands in a run file under `deepspeed`. Here is every section and key that
-DeepSpeed 0.19.8 documents or reads, and what becomes of it. Nothing is ignored in silence: a key that is not listed is
-an error that names its nearest neighbour, and a value that cannot be had is one that says what to write instead.
+A run file names a DeepSpeed JSON under `deepspeed`, by its path or with its content. This page lists every section and
+key that DeepSpeed 0.19.8 documents or reads. Nothing is ignored silently: a key that is not listed is an error that
+names the nearest key, and a value that is not supported is an error that names what to write instead.
 
-Made by `python tools/deepspeed_json_page.py` from the table that the reader itself goes by.
+`python tools/deepspeed_json_page.py` makes this page from the table that reads the JSON.
 
-- **honoured**: handed to DeepSpeed's engine as written. `"auto"` is DeepSpeed's default, or what is said.
-- **follows**: stated once, in the run file; here it may be `"auto"`, or must agree.
-- **not used**: accepted and left out, for the reason that is said; the start says so as well, but for the values in
-  brackets.
-- **refused**: cannot be had. The values in brackets ask for nothing, and may stand.
+- **honoured**: passed to DeepSpeed's engine as written. `"auto"` is DeepSpeed's default unless the row says otherwise.
+- **follows**: the run file states the value; the JSON has `"auto"` or the same value.
+- **not used**: accepted and left out, for the reason in the row. The start says so, except for the values in brackets.
+- **refused**: not supported. The values in brackets turn the feature off, and are allowed.
 
-What `"auto"` follows:
+The values of `"auto"`:
 
-- `bf16.enabled`, `fp16.enabled`: `train.precision`. Where that is not given it is bf16, or fp16 where the JSON rules
-  bf16 out, and the start says so. An `enabled` that is true or false must agree with a `train.precision` that is given.
-- `optimizer.params`: `train.optimizer` of the run file. What both state must agree. What neither states is megalite's
-  default where the JSON says `"auto"`, and DeepSpeed's where it says nothing.
-- `scheduler.params`: `train.schedule.warmup_steps` (of a section `train.schedule` that says nothing else; 1 where it is
-  0, as DeepSpeed takes no less), `train.steps` and the optimizer's rate. `warmup_min_lr` is 0.
+- `bf16.enabled`, `fp16.enabled`: `train.precision`. Without `train.precision` the value is bf16, or fp16 where the JSON
+  excludes bf16, and the start says so. An `enabled` that is true or false must agree with `train.precision`.
+- `optimizer.params`: `train.optimizer` of the run file. Parameters that both state must agree. A parameter that neither
+  states has megalite's default where the JSON says `"auto"`, and DeepSpeed's default where the JSON omits it.
+- `scheduler.params`: `train.schedule.warmup_steps` (where `train.schedule` has no other key; 1 where it is 0, because
+  DeepSpeed requires at least 1), `train.steps` and the optimizer's rate. `warmup_min_lr` is 0. A scheduler that is all
+  `"auto"` gives way to a `train.schedule` that has more than the warm-up, and the start says so.
 - bucket sizes of `zero_optimization`: the model's `hidden_size`, by the rules of transformers.
 
-In bf16 and fp16, ZeRO stage 0 runs as stage 1, and the start says so: DeepSpeed's optimizer for half precision without
-ZeRO is no AdamW over fp32 master weights that fits a pipeline. The training is the same; the replicas share the
-optimizer's state. Without any JSON a run is at stage 1, in `train.precision`.
+In bf16 and fp16, ZeRO stage 0 runs as stage 1, and the start says so: without ZeRO, DeepSpeed has no AdamW over fp32
+master weights that works under a pipeline. The training is the same; the optimizer's state is divided among the
+replicas. Without any JSON a run is at stage 1, in `train.precision`.
 
-| key | what happens |
+| key | treatment |
 | --- | --- |
 """
 _AUTO = {"default": "", "resolved": "; `auto` is computed from the run", "refused": "; `auto` is refused"}

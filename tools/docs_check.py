@@ -1,16 +1,16 @@
-"""Run the commands of README.md, docs/ and examples/ in a scratch folder, in the order in which a reader meets them.
+"""Run the commands and the Python scripts of README.md, docs/ and examples/ in a scratch folder, page by page.
 
-    python tools/docs_check.py                    # every page
-    python tools/docs_check.py docs/verify.md     # some pages; what they build upon is run first
-    python tools/docs_check.py --list             # what would run, and what is left out and why
+    python tools/docs_check.py                          # every page
+    python tools/docs_check.py docs/howto/verify.md     # some pages; the pages that they continue are run first
+    python tools/docs_check.py --list                   # the commands, and the reasons for those left out
 
-A command is to end with status 0, or with 2 where the page shows a ``megalite: error``. What a page shows and the
-command does not say any more is noted, since numbers and times differ; what a model generates is its own. The models
-of the run files are made narrow and trained in fp32, so that a laptop's processor is enough; steps, layouts and
-commands are the page's.
+A command must end with status 0, or with 2 where the page shows a ``megalite: error``. Lines that a page shows and the
+command does not print are reported, but are no error, since numbers and times differ; generated text is not compared.
+The models of the run files are made narrow and trained in fp32, so that a laptop's processor is enough; steps, layouts
+and commands are those of the page.
 
-`LEFT_OUT` names what cannot run here and why. An entry that no page has any more is an error, as is a page of docs/
-with commands that has no place in `PAGES`.
+`LEFT_OUT` names the commands that cannot run here, with the reason. An entry that no page has any more is an error, and
+so is a page of docs/ that has commands and no place in `PAGES`.
 """
 
 import argparse
@@ -32,11 +32,11 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = (
     *("megalite", "make", "python", "deepspeed", "torchrun", "srun", "sbatch", "slurm/chain.sh"),
-    *("mkdir", "touch", "echo", "ls", "tail", "cat", "cp"),
+    *("mkdir", "touch", "echo", "printf", "ls", "tail", "cat", "cp", "pip"),
 )
-"""With one of these a line of a block begins that is a command, where the block has no prompts."""
+"""A line of a block without prompts is a command if it begins with one of these words."""
 ARROW = "►"
-"""What a block has that is a drawing."""
+"""A block with this sign is a drawing."""
 NARROW = {"hidden_size": 64, "intermediate_size": 176}
 SECONDS = 900.0
 USER_ERROR = "megalite: error: "
@@ -50,6 +50,8 @@ class Command:
     line: int
     text: str
     shown: tuple[str, ...] = ()
+    script: str | None = None
+    """A Python script of a page; `text` then names it by its first line."""
 
     @property
     def status(self) -> int:
@@ -75,9 +77,11 @@ def blocks(text: str) -> Iterator[tuple[int, str, list[str]]]:
 
 
 def commands(page: str, text: str) -> list[Command]:
-    """Return the commands of a page in their order: with prompts, each with its output, or a command a line."""
+    """Return the commands of a page in their order: with prompts, each with its output, or one command per line."""
     found: list[Command] = []
     for start, language, lines in blocks(text):
+        if language == "python":
+            found.append(Command(page, start, f"Python: {lines[0]}", script="\n".join(lines)))
         if language not in ("", "sh", "bash", "console") or any(ARROW in line for line in lines):
             continue
         prompts = any(line.startswith("$ ") for line in lines)
@@ -100,13 +104,12 @@ def commands(page: str, text: str) -> list[Command]:
 
 
 def run_files(text: str) -> dict[str, str]:
-    """Return the run files of a page by name: "# NAME" is a block's first line, else it is run.yaml."""
-    found: dict[str, str] = {}
-    for _, language, lines in blocks(text):
-        if language == "yaml" and any(line.startswith("run:") for line in lines):
-            name = lines[0].removeprefix("# ") if lines[0].startswith("# ") else "run.yaml"
-            found[name] = "\n".join(lines)
-    return found
+    """Return the run files of a page by name, which the first line of the block gives: ``# NAME.yaml``."""
+    return {
+        lines[0].removeprefix("# "): "\n".join(lines)
+        for _, language, lines in blocks(text)
+        if language == "yaml" and re.fullmatch(r"# \S+\.yaml", lines[0])
+    }
 
 
 # ---- what a page assumes
@@ -131,13 +134,18 @@ def check_out(here: Path) -> None:
         settings.write_text(json.dumps(content | {"bf16": {"enabled": False}}))
 
 
-def a_readers_text(here: Path) -> None:
-    """Lay out README's corpus and the run files that README shows."""
+def corpus(here: Path) -> None:
+    """Lay out the folder of text of the guide."""
     build = [sys.executable, "examples/quickstart/build_corpus.py", "--output", "corpus/text.jsonl"]
     subprocess.run(build, cwd=here, check=True, stdout=subprocess.DEVNULL)
-    for name, content in run_files((ROOT / "README.md").read_text()).items():
-        (here / name).write_text(content)
-        narrow(here / name)
+
+
+def conversations(here: Path) -> None:
+    questions = {"What is a list?": "A sequence that can change.", "What is a tuple?": "A sequence that is fixed."}
+    with (here / "chats.jsonl").open("w") as file:
+        for question, answer in questions.items():
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(f"{json.dumps({'messages': messages})}\n" * 500)
 
 
 def prompts(here: Path) -> None:
@@ -151,48 +159,64 @@ def nothing(here: Path) -> None:
 
 @dataclass(frozen=True)
 class Page:
-    """A page, the page whose folder it goes on in, if it does, and what is laid out besides."""
+    """A page; `after` is the page whose folder it continues, `prepare` lays out further files of the reader's."""
 
     path: str
     after: str | None = None
     prepare: Callable[[Path], None] = nothing
 
 
-QUICKSTART, README = "examples/quickstart/README.md", "README.md"
+TUTORIAL, GUIDE = "docs/tutorial.md", "docs/howto/pretrain.md"
 PAGES = (
-    Page(QUICKSTART),
-    Page(README, prepare=a_readers_text),
-    Page("examples/pretrain_llama_7b/README.md"),
-    Page("docs/checkpoints.md", after=README),
-    Page("docs/cluster.md", after=README),
-    Page("docs/command_line.md", after=README),
-    Page("docs/conversion.md", after=README),
-    Page("docs/data.md", after=README),
-    Page("docs/doctor.md", after=README),
-    Page("docs/generation.md", after=README, prepare=prompts),
-    Page("docs/megatron.md"),
-    Page("docs/verify.md", after=README),
+    Page(TUTORIAL),
+    Page("README.md", after=TUTORIAL),
+    Page("docs/install.md", after=TUTORIAL),
+    Page("docs/reference/checkpoint_format.md", after=TUTORIAL),
+    Page("docs/reference/python_api.md", after=TUTORIAL),
+    Page("docs/howto/generate.md", after=TUTORIAL, prepare=prompts),
+    Page("docs/howto/pretrain_7b.md"),
+    Page("docs/concepts/schedules.md"),
+    Page("docs/reference/megatron_checkpoints.md"),
+    Page(GUIDE, after=TUTORIAL, prepare=corpus),
+    Page("docs/howto/fine_tune.md", after=GUIDE, prepare=conversations),
+    Page("docs/howto/prepare_data.md", after=GUIDE),
+    Page("docs/howto/convert.md", after=GUIDE),
+    Page("docs/howto/clusters.md", after=GUIDE),
+    Page("docs/howto/resume_and_recover.md", after=GUIDE),
+    Page("docs/howto/doctor.md", after=GUIDE),
+    Page("docs/howto/verify.md", after=GUIDE),
+    Page("docs/howto/move_from_others.md", after=GUIDE),
+    Page("docs/reference/command_line.md", after=GUIDE),
 )
 
 SLURM = "needs Slurm"
 NODES = "needs several nodes"
 CORPUS = "needs a corpus of terabytes"
-FORM = "is a form to fill in"
-OTHERS = "needs a model of somebody else's"
+FORM = "has places to fill in"
+OTHERS = "needs a model or a tokenizer that is not in the repository"
 EIGHT = "needs eight processors"
+NETWORK = "installs from the network"
+TRAINED = "is a command of docs/tutorial.md, which README continues"
+CORPUS_FILE = "data/quickstart/corpus.jsonl"
 LEFT_OUT = {
-    README: {
-        "make quickstart": "is the commands of examples/quickstart/README.md, into an environment of its own",
+    "README.md": {
+        "make quickstart": "is the commands of docs/tutorial.md, into an environment of its own",
         "make test": "is the tests",
-        "srun python -m megalite train run.yaml": SLURM,
-        "megalite slurm run.yaml --nodes 2 --launcher torchrun": SLURM,
+        f"python examples/quickstart/build_corpus.py --output {CORPUS_FILE}": TRAINED,
+        f"megalite tokenizer train {CORPUS_FILE} --vocab-size 8192 --output data/quickstart/tokenizer.model"
+        " --force": TRAINED,
+        f"megalite preprocess {CORPUS_FILE} --tokenizer data/quickstart/tokenizer.model --output"
+        " data/quickstart/corpus --append-eod --workers 2 --force": TRAINED,
+        "megalite train examples/quickstart/run.yaml": TRAINED,
     },
-    "examples/pretrain_llama_7b/README.md": {
+    "docs/install.md": {
+        "make install": NETWORK,
+        "pip install -c constraints.txt -e .": NETWORK,
+    },
+    "docs/howto/pretrain_7b.md": {
         "megalite tokenizer train /corpus/jsonl --vocab-size 32000 --output data/llama_7b/tokenizer.model": CORPUS,
         "megalite preprocess /corpus/jsonl --tokenizer data/llama_7b/tokenizer.model --output data/llama_7b/corpus"
         " --append-eod --workers 64": CORPUS,
-        "megalite train examples/pretrain_llama_7b/run.yaml --dry-run": CORPUS,
-        "megalite train examples/pretrain_llama_7b/run.yaml parallel.data=8 --dry-run": CORPUS,
         "deepspeed --hostfile hostfile --module megalite train examples/pretrain_llama_7b/run.yaml": NODES,
         "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint node0:29500 -m megalite train"
         " examples/pretrain_llama_7b/run.yaml": NODES,
@@ -200,12 +224,16 @@ LEFT_OUT = {
         "deepspeed --hostfile hostfile --module megalite train examples/pretrain_llama_7b/run.yaml"
         " run.dir=runs/measure train.stop_after=50": NODES,
     },
-    "docs/checkpoints.md": {
+    GUIDE: {
+        "srun python -m megalite train run.yaml": SLURM,
+        "megalite slurm run.yaml --nodes 2 --launcher torchrun": SLURM,
+    },
+    "docs/howto/resume_and_recover.md": {
         "touch runs/mine/STOP": "needs a run that trains at the same time",
         "megalite status runs/mine": "needs a run that was stopped, or that died",
     },
-    "docs/cluster.md": {
-        "make install && . .venv/bin/activate": "installs from the network",
+    "docs/howto/clusters.md": {
+        "make install && . .venv/bin/activate": NETWORK,
         "megalite slurm run.yaml --nodes 8 --ranks-per-node 8 --gpus-per-node 8 --time 24:00:00"
         " parallel.data=auto": SLURM,
         "tail -F logs/mine/*.log": "does not end",
@@ -214,31 +242,28 @@ LEFT_OUT = {
         "sbatch --array 0-15 --cpus-per-task 8 slurm/preprocess_array.sbatch tok.model data/corpus"
         " corpus/*.jsonl.zst": SLURM,
     },
-    "docs/conversion.md": {
-        "megalite convert runs/small exported --verify": "README's commands convert a run",
-        "ls exported": "README's commands convert a run",
+    "docs/howto/convert.md": {
+        "megalite convert runs/small exported --verify": "the commands of docs/howto/pretrain.md convert a run",
+        "ls exported": "the commands of docs/howto/pretrain.md convert a run",
         "megalite convert Llama-small checkpoints/llama-small --verify": OTHERS,
         "megalite convert broken checkpoints/broken": OTHERS,
     },
-    "docs/data.md": {
+    "docs/howto/prepare_data.md": {
         "megalite preprocess INPUT... --tokenizer TOKENIZER --output PREFIX [--workers N]": FORM,
         "megalite preprocess chats.jsonl --chat chatml --tokenizer tokenizer.json --output data/chat": OTHERS,
-        "megalite inspect runs/mine --step 18420": "needs a run of so many steps",
-        "megalite inspect runs/mine --step 18420 --rank 3": "needs a run of so many steps",
-        "megalite inspect runs/mine --step 18420 --json": "needs a run of so many steps",
     },
-    "docs/doctor.md": {
+    "docs/howto/doctor.md": {
         "torchrun --nproc_per_node 8 -m megalite doctor run.yaml": EIGHT,
         "deepspeed --num_accelerators 8 --module megalite doctor run.yaml": EIGHT,
         "srun python -m megalite doctor": SLURM,
     },
-    "docs/generation.md": {"megalite generate MODEL --prompt TEXT": FORM},
-    "docs/megatron.md": {
+    "docs/howto/generate.md": {"megalite generate MODEL --prompt TEXT": FORM},
+    "docs/reference/megatron_checkpoints.md": {
         "megalite convert megatron-checkpoints converted": OTHERS,
         """echo '{"vocab_size": 45}' > megatron-checkpoints/iter_0001000/model.json""": OTHERS,
         "megalite convert megatron-checkpoints hf --to hf --verify": OTHERS,
     },
-    "docs/verify.md": {
+    "docs/howto/verify.md": {
         "deepspeed --num_accelerators 8 --module megalite verify run.yaml": EIGHT,
         "torchrun --nproc_per_node 8 -m megalite verify run.yaml": EIGHT,
         "srun python -m megalite verify run.yaml": SLURM,
@@ -254,7 +279,7 @@ def of_page(path: str) -> list[Command]:
 def faults() -> list[str]:
     """Return what is wrong with the tables above: pages that are missing, and entries that no page has any more."""
     pages = {page.path for page in PAGES}
-    files = [*ROOT.glob("docs/*.md"), *ROOT.glob("examples/*/*.md")]
+    files = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/*.md")]
     others = sorted({str(file.relative_to(ROOT)) for file in files} - pages)
     found = [f"{path}: has commands and is not in PAGES" for path in others if of_page(path)]
     for path in sorted({*pages, *LEFT_OUT}):
@@ -271,9 +296,9 @@ def faults() -> list[str]:
 
 
 def run(command: Command, here: Path) -> tuple[int, str]:
-    """Run a command as a shell would; return its exit status and all that it said."""
+    """Run a command as a shell would, or a script; return its exit status and its output."""
     done = subprocess.run(
-        ["sh", "-c", command.text],
+        ["sh", "-c", command.text] if command.script is None else [sys.executable, "-c", command.script],
         cwd=here,
         env=os.environ
         | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
@@ -302,6 +327,9 @@ def check(page: Page, here: Path) -> int:
     """Run a page's commands in a folder; return how many did not do what the page says."""
     wrong = 0
     page.prepare(here)
+    for name, content in run_files((ROOT / page.path).read_text()).items():
+        (here / name).write_text(content)
+        narrow(here / name)
     for command in of_page(page.path):
         if (reason := LEFT_OUT.get(page.path, {}).get(command.text)) is not None:
             print(f"left out  {page.path}:{command.line}: {command.text}: {reason}", flush=True)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run has, the newest first, and which of them it may go on from."""
+"""Find the checkpoints of a run, newest first, and those from which it may resume."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from megalite.errors import UserError, nearest
 CHECKPOINTS = "checkpoints"
 
 
-def checkpoints(root: Path) -> Sequence[tuple[int, Path]]:
-    """Return the steps and folders of a run's checkpoints, the newest first.
+def find_checkpoints(root: Path) -> Sequence[tuple[int, Path]]:
+    """Return the steps and folders of a run's checkpoints, newest first.
 
-    A checkpoint that stands aside for one of the same step counts as long as that one is not there.
+    A checkpoint ``step_N.replaced``, which a new save of the same step set aside, counts while there is no ``step_N``.
     """
     found: dict[int, Path] = {}
     for path in sorted(root.glob("step_*")) if root.is_dir() else ():
@@ -24,23 +24,23 @@ def checkpoints(root: Path) -> Sequence[tuple[int, Path]]:
     return sorted(found.items(), reverse=True)
 
 
-def candidates(config: RunConfig) -> list[Path]:
-    """Return the folders that `resume` allows, the best first; none where the run begins anew."""
+def resume_candidates(config: RunConfig) -> list[Path]:
+    """Return the checkpoint folders that the setting `resume` allows, best first; none if the run starts anew."""
     if config.resume == "never":
         return []
     if config.resume == "auto":
-        return [folder for _, folder in checkpoints(config.run.dir / CHECKPOINTS)]
+        return [folder for _, folder in find_checkpoints(config.run.dir / CHECKPOINTS)]
     folder = Path(config.resume)
     if not (folder / MANIFEST).is_file() or folder.name.endswith(TEMPORARY):
-        raise UserError(f"resume={folder}: is no checkpoint; {_nearest(config, folder)}")
+        raise UserError(f"resume={folder}: is not a checkpoint; {_suggestion(config, folder)}")
     return [folder]
 
 
-def _nearest(config: RunConfig, folder: Path) -> str:
-    """What may have been meant: the newest of a folder of checkpoints, or one of a name that is close."""
+def _suggestion(config: RunConfig, folder: Path) -> str:
+    """Suggest a value for `resume`: the newest checkpoint in the folder, or a checkpoint of a similar name."""
     for root in (folder, folder / CHECKPOINTS):
-        if newest := checkpoints(root):
-            return f"the newest there is {newest[0][1]}"
-    beside = [str(path) for root in (folder.parent, config.run.dir / CHECKPOINTS) for _, path in checkpoints(root)]
+        if newest := find_checkpoints(root):
+            return f"the newest checkpoint there is {newest[0][1]}"
+    beside = [str(path) for root in (folder.parent, config.run.dir / CHECKPOINTS) for _, path in find_checkpoints(root)]
     close = nearest(str(folder), ["auto", "never", *beside]).removeprefix("; ")
     return close if close.startswith("did you mean") else "write auto, never, or the path of a folder step_N"

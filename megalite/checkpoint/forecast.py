@@ -1,58 +1,58 @@
-"""What a run will keep, known before its first step: how many checkpoints, and the room that they take."""
+"""Disk space of a run's checkpoints, computed before the first step: how many are kept and how large they are."""
 
 import shutil
 from dataclasses import dataclass
 
-from megalite.checkpoint.discovery import CHECKPOINTS, checkpoints
-from megalite.checkpoint.retention import kept
+from megalite.checkpoint.discovery import CHECKPOINTS, find_checkpoints
+from megalite.checkpoint.retention import retained_steps
 from megalite.config import RunConfig
 
-MAKE_ROOM = "make room, keep fewer (checkpoint.keep_last), or set run.dir"
+MAKE_ROOM = "free disk space, keep fewer checkpoints (checkpoint.keep_last), or set another run.dir"
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The checkpoints of a run that goes to its last step."""
+    """The checkpoints of a run that trains to its last step."""
 
     steps: tuple[int, ...]
     """The steps that are saved."""
-    at_once: int
-    """How many are in the folder at the most: the oldest goes once the newest is whole."""
+    peak_count: int
+    """The largest number of checkpoints in the folder at a time: the oldest is removed after the newest is complete."""
     bytes_each: int
-    there: int
-    """How many of them are in the folder already, from before."""
+    existing: int
+    """The number of checkpoints that are in the folder already."""
     free: int
-    """Bytes that are free where the run writes."""
+    """Free disk space at the run's folder, in bytes."""
 
     @property
-    def bytes_at_once(self) -> int:
-        """Bytes that the folder takes at the most."""
-        return self.at_once * self.bytes_each
+    def peak_bytes(self) -> int:
+        """The largest size of all checkpoints together, in bytes."""
+        return self.peak_count * self.bytes_each
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for as many as are there at a time."""
-        return max(0, self.at_once - self.there) * self.bytes_each <= self.free
+        """Whether the free disk space is enough for the checkpoints still to be written."""
+        return max(0, self.peak_count - self.existing) * self.bytes_each <= self.free
 
 
 def forecast(config: RunConfig, bytes_each: int, free: int | None = None) -> Forecast:
-    """Count what `config` will keep, of `bytes_each` a checkpoint; `free` is measured unless given."""
+    """Return the checkpoints that a run will keep, each of `bytes_each`; `free` bytes are measured unless given."""
     settings, last = config.checkpoint, config.train.last_step
     steps = {*range(settings.every, last + 1, settings.every)} if settings.every else set()
     saved = sorted(steps | ({last} if settings.last else set()))
-    at_once = min(len(saved), len(kept(saved, settings.keep_last, settings.keep_every)) + 1)
-    # Those of a run that begins anew are set aside, and stay.
-    there = len(checkpoints(config.run.dir / CHECKPOINTS)) if config.resume == "auto" else 0
-    return Forecast(tuple(saved), at_once, bytes_each, there, _free(config) if free is None else free)
+    peak_count = min(len(saved), len(retained_steps(saved, settings.keep_last, settings.keep_every)) + 1)
+    # A run that starts anew moves the checkpoints of an earlier run away and keeps them.
+    existing = len(find_checkpoints(config.run.dir / CHECKPOINTS)) if config.resume == "auto" else 0
+    return Forecast(tuple(saved), peak_count, bytes_each, existing, _free(config) if free is None else free)
 
 
 def describe(config: RunConfig, bytes_each: int) -> str:
-    """Return the line of a dry run on the checkpoints to come."""
+    """Return a line for the dry run: when checkpoints are saved, their size, and the free disk space."""
     return _line(config, forecast(config, bytes_each))
 
 
 def warnings(config: RunConfig, bytes_each: int) -> list[str]:
-    """Return what a run should say of its checkpoints when it starts: that it keeps none, or that they do not fit."""
+    """Return the lines that a start prints if the run saves no checkpoint, or if its checkpoints do not fit."""
     expected = forecast(config, bytes_each)
     if not expected.steps:
         return [_line(config, expected)]
@@ -66,7 +66,7 @@ def _line(config: RunConfig, expected: Forecast) -> str:
     when = [f"every {settings.every:,} steps"] if settings.every else []
     line = (
         f"checkpoints: {' and '.join([*when, *(['at the last step'] if settings.last else [])])} | "
-        f"{size(expected.bytes_each)} each | {expected.at_once:,} at most at a time, {size(expected.bytes_at_once)} | "
+        f"{size(expected.bytes_each)} each | {expected.peak_count:,} at most at a time, {size(expected.peak_bytes)} | "
         f"{size(expected.free)} free"
     )
     return line if expected.fits else f"{line}; {MAKE_ROOM}"
@@ -75,9 +75,12 @@ def _line(config: RunConfig, expected: Forecast) -> str:
 def _why_none(config: RunConfig) -> str:
     settings = config.checkpoint
     if settings.every:
-        return f"checkpoint.every={settings.every} is beyond the last step, {config.train.last_step:,}, and last=false"
+        return (
+            f"checkpoint.every={settings.every} is beyond the last step, {config.train.last_step:,}, and "
+            "checkpoint.last=false"
+        )
     why = "checkpoint.every=0 and checkpoint.last=false"
-    return f"{why}, since a checkpoint cannot read a state on NVMe" if config.deepspeed.on_nvme else why
+    return f"{why}, since optimizer state on NVMe cannot be saved" if config.deepspeed.on_nvme else why
 
 
 def _free(config: RunConfig) -> int:
@@ -88,7 +91,7 @@ def _free(config: RunConfig) -> int:
 
 
 def size(count: float) -> str:
-    """Write a number of bytes with the unit that suits it."""
+    """Format a number of bytes with a decimal unit: ``1.5 GB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             break

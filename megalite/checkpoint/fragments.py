@@ -1,4 +1,4 @@
-"""Between what a rank updates, flat and cut as ZeRO cuts it, and the boxes of global tensors that a checkpoint has."""
+"""Fragments: map the flat ZeRO partitions that a rank updates to regions of global tensors, and back."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SPLIT_ELEMENTS = 1 << 16
-"""What several ranks hold alike and is smaller than this, one of them writes whole."""
+"""Replicated fragments smaller than this are written whole by one of the ranks; larger fragments are split."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """What this rank updates of one local parameter: elements `start` and on of it, laid flat.
+    """A flat range of one local parameter that this rank updates, beginning at element `start`.
 
-    `tensors` are flat fp32 views that may be written to: ``weight``, the master copy, and the optimizer's state by its
-    names, ``exp_avg`` and ``exp_avg_sq``; or ``gradient`` alone. `copies` ranks hold the same fragment, of which this
-    is number `copy`. Of a parameter that two stages hold, each is to save the elements in its `window`; None: all.
+    `tensors` are writable flat fp32 views: ``weight``, the master copy, and the optimizer's state by the optimizer's
+    names, ``exp_avg`` and ``exp_avg_sq``; or ``gradient`` alone. `copies` ranks hold the same fragment; this rank's is
+    number `copy`. If two stages hold the parameter, each saves only the elements in its `window`; None means all.
     """
 
     shards: tuple[LocalShard, ...]
@@ -40,12 +40,12 @@ class Fragment:
         return next(iter(self.tensors.values())).numel()
 
     def regions(self, start: int, stop: int) -> Iterator[FlatRegion]:
-        """Return where elements `start` to `stop` of the fragment stand; `FlatRegion.start` counts from its start."""
+        """Yield the global regions of elements `start` to `stop`; `FlatRegion.start` is an offset in the fragment."""
         for found in global_regions(self.shards, self.local_shape, self.start + start, self.start + stop):
             yield FlatRegion(found.name, found.global_shape, found.region, start + found.start)
 
     def share(self, number: int) -> tuple[int, int]:
-        """Return the elements of the fragment that this rank saves, `number` telling small fragments apart."""
+        """Return the range of elements that this rank saves; `number` distributes small fragments over the copies."""
         first, last = self.window or (0, self.start + self.numel)
         first, last = max(0, first - self.start), min(self.numel, last - self.start)
         length = last - first
@@ -56,16 +56,16 @@ class Fragment:
         return first + length * self.copy // self.copies, first + length * (self.copy + 1) // self.copies
 
 
-class Source(Protocol):
-    """Where boxes of tensors are read from, by the names of a checkpoint: ``weight/layers.0...``."""
+class TensorSource(Protocol):
+    """Reads regions of tensors, by their names in a checkpoint: ``weight/layers.0...``."""
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
-        """Fill `out` with a box of a tensor."""
+        """Fill `out` with a region of a tensor."""
         ...
 
 
 def parts(fragments: Iterable[Fragment]) -> Iterator[Part]:
-    """Return what this rank writes of its fragments: over all ranks every element once, in even shares."""
+    """Yield the parts that this rank writes: over all ranks every element once, in even shares."""
     for number, fragment in enumerate(fragments):
         regions = list(fragment.regions(*fragment.share(number)))
         for kind, flat in fragment.tensors.items():
@@ -76,7 +76,7 @@ def parts(fragments: Iterable[Fragment]) -> Iterator[Part]:
 
 @dataclass(frozen=True, slots=True)
 class _Elements:
-    """Calls for the elements of a flat tensor when they are needed: on an accelerator that is a copy."""
+    """Loads the elements of a flat tensor when called: on an accelerator this copies them to the host."""
 
     flat: "Tensor"
     shape: tuple[int, ...]
@@ -85,8 +85,8 @@ class _Elements:
         return self.flat.detach().cpu().numpy().reshape(self.shape)
 
 
-def fill(fragments: Iterable[Fragment], source: Source, kinds: Iterable[str]) -> None:
-    """Write what `source` has into the tensors of the given kinds; padding stays as it is."""
+def fill(fragments: Iterable[Fragment], source: TensorSource, kinds: Iterable[str]) -> None:
+    """Read the tensors of the given kinds from `source` into the fragments; padding is not changed."""
     import torch
 
     for fragment in fragments:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, and how two differ: read region by region, in memory that no model's size changes."""
+"""List, measure and compare checkpoints, reading region by region in memory independent of the model's size."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,30 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from megalite.checkpoint.discovery import checkpoints
+from megalite.checkpoint.discovery import find_checkpoints
 from megalite.checkpoint.manifest import KINDS, MANIFEST
-from megalite.checkpoint.mismatch_table import shape_differences
+from megalite.checkpoint.mismatch_table import shape_mismatches
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.store import TEMPORARY
 from megalite.errors import UserError
 from megalite.parallel.regions import Region
 
 REGION_ELEMENTS = 1 << 23
-"""The largest region that is read at a time, 32 MiB of fp32."""
+"""Elements of the largest region that is read at a time, 32 MiB of fp32."""
 
 _MODULES = (
     *("embedding", "tokens", "positions", "layers"),
     *("attention_norm", "attention", "query", "key", "value", "query_norm", "key_norm", "output"),
     *("mlp_norm", "mlp", "gate", "up", "down", "final_norm", "head"),
 )
-"""In the order in which the data pass them."""
+"""Names of modules in the order of the forward pass."""
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ListedCheckpoint:
-    """A checkpoint of a folder; `fault` says why it is none that could be read, looking at names and sizes alone."""
+    """A checkpoint folder; `fault` describes damage, as far as the names and sizes of its files show it."""
 
     folder: Path
     step: int | None
@@ -43,11 +43,11 @@ class ListedCheckpoint:
 
 
 def list_checkpoints(root: Path) -> list[ListedCheckpoint]:
-    """Return the checkpoints of a folder, the oldest first, and then the saves that did not end."""
-    listed = [_listed(step, folder) for step, folder in reversed(checkpoints(root))]
+    """Return the checkpoints of a folder, oldest first, then the unfinished saves."""
+    listed = [_listed(step, folder) for step, folder in reversed(find_checkpoints(root))]
     unfinished = sorted(path for path in root.glob(f"step_*{TEMPORARY}") if path.is_dir())
     return listed + [
-        ListedCheckpoint(path, None, _bytes_in(path), _written(path), "unfinished: a save under way, or one that died")
+        ListedCheckpoint(path, None, _bytes_in(path), _written(path), "unfinished: a save under way, or a killed save")
         for path in unfinished
     ]
 
@@ -57,19 +57,13 @@ def _listed(step: int, folder: Path) -> ListedCheckpoint:
         reader = CheckpointReader(folder)
     except UserError as error:
         return ListedCheckpoint(folder, step, _bytes_in(folder), _written(folder), f"broken: {error}")
-    faults = []
-    for name, record in reader.manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != record.bytes:
-            faults.append(f"{name} has {path.stat().st_size:,} bytes, not {record.bytes:,}")
-    fault = f"broken: {'; '.join(faults)}" if faults else None
+    problems = reader.problems(digests=False)
+    fault = f"broken: {'; '.join(problems)}" if problems else None
     return ListedCheckpoint(folder, step, size_on_disk(reader), _written(folder / MANIFEST), fault)
 
 
 def size_on_disk(reader: CheckpointReader) -> int:
-    """Return the bytes of a checkpoint's files, as its manifest tells them, and of that."""
+    """Return the size of a checkpoint's files, as its manifest lists them, and of the manifest, in bytes."""
     return sum(record.bytes for record in reader.manifest.files.values()) + (reader.folder / MANIFEST).stat().st_size
 
 
@@ -82,7 +76,7 @@ def _written(path: Path) -> datetime:
 
 
 def flat_state(state: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested state as lines: ``data.sources.0.samples`` and its value as text."""
+    """Flatten nested state: keys such as ``data.sources.0.samples``, values as text."""
     flat: dict[str, str] = {}
     for key, value in state.items():
         if isinstance(value, list) and any(isinstance(item, dict | list) for item in value):
@@ -94,15 +88,15 @@ def flat_state(state: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def in_order(names: Mapping[str, Any] | set[str]) -> list[str]:
-    """Return names of tensors in the order of the data through the model: weights first, layer 2 before layer 10."""
+def in_model_order(names: Mapping[str, Any] | set[str]) -> list[str]:
+    """Sort names of tensors by the order of the forward pass: weights first, layer 2 before layer 10."""
 
-    def place(name: str) -> tuple[Any, ...]:
+    def key(name: str) -> tuple[Any, ...]:
         kind, _, rest = name.rpartition("/")
         words = [(int(word), "") if word.isdigit() else (_rank(_MODULES, word), word) for word in rest.split(".")]
         return _rank(KINDS, kind), kind, words
 
-    return sorted(names, key=place)
+    return sorted(names, key=key)
 
 
 def _rank(order: tuple[str, ...], word: str) -> int:
@@ -110,7 +104,7 @@ def _rank(order: tuple[str, ...], word: str) -> int:
 
 
 def tiles(shape: tuple[int, ...], most: int) -> Iterator[Region]:
-    """Cut a tensor into regions of at most `most` elements, in row-major order.
+    """Divide a tensor into regions of at most `most` elements, in row-major order.
 
     >>> [region.shape for region in tiles((5, 4), most=8)]
     [(2, 4), (2, 4), (1, 4)]
@@ -128,7 +122,7 @@ def tiles(shape: tuple[int, ...], most: int) -> Iterator[Region]:
 
 @dataclass(frozen=True, slots=True)
 class TensorNorms:
-    """A global tensor and the L2 norms of what a checkpoint holds for it: of the weight, of each of Adam's moments."""
+    """The L2 norms of a global tensor's weight and of each of Adam's moments, by kind."""
 
     name: str
     shape: tuple[int, ...]
@@ -136,17 +130,17 @@ class TensorNorms:
 
 
 def kinds(reader: CheckpointReader) -> list[str]:
-    """Return what a checkpoint holds for its tensors: ``weight``, ``exp_avg``, ``exp_avg_sq``."""
+    """Return the kinds of tensors in a checkpoint: ``weight``, ``exp_avg``, ``exp_avg_sq``."""
     found = {name.rpartition("/")[0] for name in reader.manifest.tensors}
     return sorted(found, key=lambda kind: (_rank(KINDS, kind), kind))
 
 
 def norms(reader: CheckpointReader, progress: Progress) -> Iterator[TensorNorms]:
-    """Yield the norms of each tensor, taken in fp64; `progress` is told the bytes read and in all."""
+    """Yield the norms of each tensor, computed in fp64; `progress` receives the bytes read and the total."""
     tensors = reader.manifest.tensors
     total, done = sum(4 * prod(tensor.shape) for tensor in tensors.values()), 0
     together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for name in in_order(tensors):
+    for name in in_model_order(tensors):
         together.setdefault((name.rpartition("/")[2], tensors[name].shape), []).append(name)
     for (bare, shape), names in together.items():
         found: dict[str, float] = {}
@@ -172,25 +166,26 @@ def _squares(values: np.ndarray) -> float:
 
 @dataclass(slots=True)
 class TensorDifference:
-    """How one tensor differs: in how many of its elements, where by most, and the values there, in A and in B.
+    """The differences of a tensor between A and B: how many elements differ, the largest difference, its index and
+    values.
 
-    `relative` is the norm of the difference over that of A's.
+    `relative` is the norm of the difference divided by the norm of A's tensor.
     """
 
     name: str
     elements: int
     differing: int = 0
     largest: float = 0.0
-    place: tuple[int, ...] = ()
+    index: tuple[int, ...] = ()
     values: tuple[float, float] = (0.0, 0.0)
     relative: float = 0.0
 
 
 @dataclass(slots=True)
 class Comparison:
-    """How two checkpoints differ.
+    """The differences between two checkpoints.
 
-    Rows are (what, in A, in B); `counts` says of each kind how many tensors are equal, and how many are not.
+    Rows are (name, in A, in B); `counts` has the numbers of equal and of different tensors of each kind.
     """
 
     shapes: list[tuple[str, str, str]]
@@ -201,25 +196,25 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether both hold the same, bit by bit."""
+        """Whether both checkpoints hold the same tensors and state, bit by bit."""
         return not (self.shapes or self.state or self.first)
 
 
 def compare(a: CheckpointReader, b: CheckpointReader, progress: Progress) -> Comparison:
-    """Compare what two checkpoints hold, their bits, wherever it lies in their files.
+    """Compare the tensors and the state of two checkpoints bit by bit, independent of how their files divide them.
 
-    `progress` is told the bytes compared and in all.
+    `progress` receives the bytes compared and the total.
     """
     in_a, in_b = ({name: tensor.shape for name, tensor in reader.manifest.tensors.items()} for reader in (a, b))
-    state_a, state_b = _told(a), _told(b)
+    state_a, state_b = _state_of(a), _state_of(b)
     changed = [
         key
         for key in [*state_a, *(key for key in state_b if key not in state_a)]
         if state_a.get(key) != state_b.get(key)
     ]
     state = [(key, state_a.get(key, "missing"), state_b.get(key, "missing")) for key in changed]
-    comparison = Comparison(shape_differences(in_a, in_b), state)
-    both = in_order({name for name in in_a if in_a[name] == in_b.get(name)})
+    comparison = Comparison(shape_mismatches(in_a, in_b), state)
+    both = in_model_order({name for name in in_a if in_a[name] == in_b.get(name)})
     total, done = sum(4 * prod(in_a[name]) for name in both), 0
     for name in both:
         found = _difference(a, b, name, in_a[name], lambda count, before=done: progress(before + count, total))
@@ -234,8 +229,8 @@ def compare(a: CheckpointReader, b: CheckpointReader, progress: Progress) -> Com
     return comparison
 
 
-def _told(reader: CheckpointReader) -> dict[str, str]:
-    """What a checkpoint holds beside tensors, but for the layout and the versions that wrote it."""
+def _state_of(reader: CheckpointReader) -> dict[str, str]:
+    """Return everything in a checkpoint beside the tensors, except the layout and the versions that wrote it."""
     manifest = reader.manifest
     described = {"precision": manifest.precision, "tokenizer_sha256": manifest.tokenizer_sha256}
     return flat_state(reader.state) | flat_state({"model": manifest.model, **described})
@@ -254,13 +249,13 @@ def _difference(
         if other.any():
             with np.errstate(invalid="ignore"):
                 apart = np.abs(values_a[other].astype(np.float64) - values_b[other])
-            apart[np.isnan(apart)] = np.inf  # a NaN here and none there, or infinities
+            apart[np.isnan(apart)] = np.inf  # a NaN in only one of them, or infinities
             squares_of_difference += float(np.square(apart).sum())
             worst = int(apart.argmax())
             if not found.differing or apart[worst] > found.largest:
                 inside = tuple(map(int, np.unravel_index(np.flatnonzero(other)[worst], other.shape)))
                 found.largest = float(apart[worst])
-                found.place = tuple(start + at for start, at in zip(region.offset, inside, strict=True))
+                found.index = tuple(start + at for start, at in zip(region.offset, inside, strict=True))
                 found.values = float(values_a[inside]), float(values_b[inside])
             found.differing += int(other.sum())
         done += 4 * region.numel

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: ``manifest.json``, read with suspicion.
+"""The checkpoint's ``manifest.json``: tensors, their chunks and files; untrusted input, validated when it is read.
 
-A tensor is known by its global name and is cut into chunks, boxes that cover it without overlap, wherever they lie.
-Nothing here tells of the ranks that wrote it, but for `layout`, which is for people.
+A tensor is identified by its global name and is divided into chunks: regions that cover it without overlap, in any of
+the files. The manifest does not depend on the ranks that wrote it; `layout` is for readers only.
 """
 
 import json
@@ -25,14 +25,14 @@ STATE = "state.json"
 PRECISIONS = tuple(ENCODINGS)
 _LONGEST_NAME = 200
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""What is stored of a parameter: a tensor is named ``KIND/NAME``."""
+"""The kinds of tensors stored for a parameter: a tensor is named ``KIND/NAME``."""
 MOMENTS = KINDS[1:]
-"""Adam's, under the optimizer's names."""
+"""Adam's moments, under the optimizer's names."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One box of a global tensor: the array `key` of the safetensors file `file`."""
+    """A region of a global tensor: the array `key` of the safetensors file `file`."""
 
     file: str
     key: str
@@ -41,13 +41,13 @@ class Chunk:
 
     @property
     def region(self) -> Region:
-        """The box within the global tensor."""
+        """The region within the global tensor."""
         return Region(self.offset, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A global tensor; `dtype` is safetensors' name for it."""
+    """A global tensor; `dtype` is safetensors' name of its dtype."""
 
     shape: tuple[int, ...]
     dtype: Literal["F32"]
@@ -56,23 +56,23 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that a checkpoint holds."""
+    """The content of ``manifest.json``."""
 
     step: Annotated[int, Field(ge=0, lt=1 << 63)]
     tensors: dict[str, StoredTensor]
     files: dict[str, FileRecord]
     versions: dict[str, str] = field(default_factory=dict)
-    """Of megalite, torch and deepspeed."""
+    """The versions of megalite, torch and deepspeed."""
     layout: str = ""
-    """Of the ranks that wrote it; for people."""
+    """The layout of the ranks that wrote the checkpoint, as text for readers."""
     model: dict[str, Any] = field(default_factory=dict)
     """The run file's section `model`."""
     precision: str = "fp32"
-    """In which the model was trained or stored: fp32, bf16 or fp16. The tensors are fp32 in any case."""
+    """The precision of the training or of the source: fp32, bf16 or fp16. The stored tensors are always fp32."""
     config_sha256: str | None = None
     tokenizer_sha256: str | None = None
     documents: DocumentTokens | None = None
-    """What stood around the documents of the training data; None in checkpoints that do not tell it."""
+    """The tokens around the documents of the training data; None if unknown."""
     format: str = FORMAT
     version: int = VERSION
 
@@ -82,37 +82,45 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Read and check a checkpoint's manifest; the files it names are not looked at.
+        """Read and validate a checkpoint's manifest, without opening the files that it names.
 
-        Raises UserError where there is none, where it is not one, or where it names a file outside its folder or
-        chunks that do not make up their tensors.
+        Raises UserError if the manifest is missing or invalid, names a file outside of its folder, or has chunks that
+        do not cover their tensors exactly.
         """
         path = folder / MANIFEST
         try:
-            told = json.loads(path.read_bytes())
-            form = (told.get("format"), told.get("version")) if isinstance(told, dict) else (None, None)
+            content = json.loads(path.read_bytes())
+            form = (content.get("format"), content.get("version")) if isinstance(content, dict) else (None, None)
             if form != (FORMAT, VERSION):
-                raise UserError(f"{path}: {form[0]!r} version {form[1]!r}; {FORMAT!r} version {VERSION} is read")
-            manifest = TypeAdapter(cls).validate_python(told)
+                raise UserError(
+                    f"{path}: has format {form[0]!r}, version {form[1]!r}; this megalite reads {FORMAT!r}, version "
+                    f"{VERSION}"
+                )
+            manifest = TypeAdapter(cls).validate_python(content)
         except FileNotFoundError:
-            raise UserError(f"{folder}: no checkpoint, it has no {MANIFEST}; give a folder step_N") from None
+            raise UserError(f"{folder}: is not a checkpoint: it has no {MANIFEST}; give a folder step_N") from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; give a folder step_N") from error
         except (ValueError, RecursionError) as error:
             if isinstance(error, ValidationError):
-                told = validation_lines(error)[0]
-                raise UserError(f"{path}: {told}; the checkpoint is broken, use another") from error
-            raise UserError(f"{path}: is no JSON: {error}; the checkpoint is broken, use another") from error
+                problem = validation_lines(error)[0]
+                raise UserError(f"{path}: {problem}; the checkpoint is broken, use another") from error
+            raise UserError(f"{path}: is not JSON: {error}; the checkpoint is broken, use another") from error
         manifest._check(path)
         return manifest
 
     def _check(self, path: Path) -> None:
         if self.precision not in PRECISIONS:
-            raise UserError(f"{path}: precision={self.precision!r} is none of {', '.join(PRECISIONS)}; use another")
+            raise UserError(
+                f"{path}: precision={self.precision!r} is none of {', '.join(PRECISIONS)}; use another checkpoint"
+            )
         for name in self.files:
             leaves = PurePosixPath(name).name != name or name in ("", "..") or "\\" in name or len(name) > _LONGEST_NAME
             if leaves or (path.parent / name).is_symlink():
-                raise UserError(f"{path}: names the file {name!r}; a checkpoint's files lie in its own folder")
+                raise UserError(
+                    f"{path}: names the file {name!r}; a checkpoint's files must be in its own folder; use another "
+                    "checkpoint"
+                )
         if STATE not in self.files:
             raise UserError(f"{path}: lists no {STATE}; the checkpoint is broken, use another")
         for name, tensor in self.tensors.items():
@@ -124,7 +132,7 @@ class Manifest:
         for name, elements in held.items():
             if 4 * elements > self.files[name].bytes:
                 raise UserError(
-                    f"{path}: the chunks in {name} hold {elements:,} elements, more than there are in its "
+                    f"{path}: the chunks in {name} have {elements:,} elements, more than fit in its "
                     f"{self.files[name].bytes:,} bytes; the checkpoint is broken, use another"
                 )
 
@@ -132,28 +140,37 @@ class Manifest:
 def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, FileRecord]) -> None:
     whole = Region.whole(tensor.shape)
     if not name.isprintable():
-        raise UserError(f"{path}: {name!r} is no name of a tensor; the checkpoint is broken, use another")
+        raise UserError(f"{path}: {name!r} is not a tensor's name; the checkpoint is broken, use another")
     covered = 0
     for chunk in tensor.chunks:
         if chunk.file not in files:
-            raise UserError(f"{path}: {name} lies in {chunk.file!r}, a file that is not listed; use another checkpoint")
+            raise UserError(f"{path}: {name} is in {chunk.file!r}, which is not listed; use another checkpoint")
         same_rank = len(chunk.offset) == len(chunk.shape) == len(tensor.shape)
         if not same_rank or min(chunk.shape, default=1) < 1 or chunk.region.intersect(whole) != chunk.region:
-            raise UserError(f"{path}: {name} of {tensor.shape} has a chunk {chunk.shape} at {chunk.offset}, outside it")
+            raise UserError(
+                f"{path}: {name} of shape {tensor.shape} has a chunk of shape {chunk.shape} at {chunk.offset}, outside "
+                "of it; the checkpoint is broken, use another"
+            )
         covered += chunk.region.numel
     if covered != whole.numel:
-        raise UserError(f"{path}: the chunks of {name} hold {covered} of its {whole.numel} elements; use another")
+        raise UserError(
+            f"{path}: the chunks of {name} cover {covered} of its {whole.numel} elements; the checkpoint is broken, "
+            "use another"
+        )
     if overlap := _overlap([chunk.region for chunk in tensor.chunks]):
-        raise UserError(f"{path}: {name} has two chunks that overlap, at {overlap[0].offset} and {overlap[1].offset}")
+        raise UserError(
+            f"{path}: {name} has two chunks that overlap, at {overlap[0].offset} and {overlap[1].offset}; the "
+            "checkpoint is broken, use another"
+        )
 
 
 def _overlap(regions: list[Region]) -> tuple[Region, Region] | None:
-    """Return two boxes that overlap, if there are any; boxes of disjoint rows are not held against each other."""
-    reaching: list[Region] = []
-    for region in sorted(regions, key=lambda one: one.offset):
-        reaching = [one for one in reaching if not region.shape or one.offset[0] + one.shape[0] > region.offset[0]]
-        for one in reaching:
-            if one.intersect(region) is not None:
-                return one, region
-        reaching.append(region)
+    """Return two regions that overlap, if any, by a sweep over the first dimension."""
+    active: list[Region] = []
+    for region in sorted(regions, key=lambda region: region.offset):
+        active = [other for other in active if not region.shape or other.offset[0] + other.shape[0] > region.offset[0]]
+        for other in active:
+            if other.intersect(region) is not None:
+                return other, region
+        active.append(region)
     return None

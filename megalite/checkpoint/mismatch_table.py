@@ -1,26 +1,26 @@
-"""How the tensors of two models differ, as a table for a message."""
+"""Tables of shape mismatches between two models, for error messages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 _SHOWN = 30
 
 
-def shape_differences(
-    wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]]
+def shape_mismatches(
+    required: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> list[tuple[str, str, str]]:
-    """Return a row for each name whose shapes are not the same: the name, the wanted shape, the one that is held."""
+    """Return a row (name, required shape, found shape) for each tensor whose shapes differ."""
 
     def shown(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
         return " x ".join(map(str, shapes[name])) if name in shapes else "missing"
 
-    names = sorted(name for name in {*wanted, *held} if wanted.get(name) != held.get(name))
-    return [(name, shown(wanted, name), shown(held, name)) for name in names]
+    names = sorted(name for name in {*required, *found} if required.get(name) != found.get(name))
+    return [(name, shown(required, name), shown(found, name)) for name in names]
 
 
-def difference_table(rows: Sequence[tuple[str, str, str]], wanted: str, held: str) -> str:
-    """Return rows under the headings `wanted` and `held`, some of them where there are many; ends with a line end."""
+def mismatch_table(rows: Sequence[tuple[str, str, str]], required: str, found: str) -> str:
+    """Return the rows under the headings `required` and `found`, at most 30 of them; the text ends with a line end."""
     more = [(f"and {len(rows) - _SHOWN:,} more", "", "")] if len(rows) > _SHOWN else []
-    return _aligned([("", wanted, held), *rows[:_SHOWN], *more])
+    return _aligned([("", required, found), *rows[:_SHOWN], *more])
 
 
 def _aligned(rows: Iterable[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept, and how the others go: by a rename first, so that none is ever half there."""
+"""Checkpoint retention: which checkpoints of a run are kept; the others are renamed, then removed."""
 
 import errno
 import os
@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megalite.checkpoint.discovery import checkpoints
-from megalite.checkpoint.store import REPLACED, TEMPORARY, remove_what_can_be, rename_to_free
+from megalite.checkpoint.discovery import find_checkpoints
+from megalite.checkpoint.store import REPLACED, TEMPORARY, remove_tree, rename_to_free
 from megalite.errors import UserError
 
 
-def kept(steps: Sequence[int], keep_last: int | None, keep_every: int | None) -> set[int]:
-    """Return the steps whose checkpoints stay: the `keep_last` newest and every multiple of `keep_every`.
+def retained_steps(steps: Sequence[int], keep_last: int | None, keep_every: int | None) -> set[int]:
+    """Return the steps whose checkpoints are kept: the `keep_last` newest and every multiple of `keep_every`.
 
-    >>> sorted(kept([10, 20, 30, 40, 50], keep_last=2, keep_every=20))
+    >>> sorted(retained_steps([10, 20, 30, 40, 50], keep_last=2, keep_every=20))
     [20, 40, 50]
     """
     if keep_last is None:
@@ -27,35 +27,34 @@ def prune(
     root: Path,
     keep_last: int | None,
     keep_every: int | None,
-    tell: Callable[[Path, str], None] = lambda folder, why: None,
+    warn: Callable[[Path, str], None] = lambda folder, reason: None,
 ) -> list[Path]:
-    """Remove the checkpoints of `root` that do not stay, the oldest first, and return those that went.
+    """Remove the checkpoints of `root` that are not kept, oldest first, and return the removed folders.
 
-    Of a link the link goes, and what it leads to stays. One that cannot be removed, a mount or a file of it that is in
-    use say, is no reason to end a run: `tell` is called with its folder and with what happened to it.
+    Of a symbolic link only the link is removed. A checkpoint that cannot be removed, such as a mount or a file in use,
+    does not end the run: `warn` is called with its folder and the reason.
     """
-    found = checkpoints(root)
-    stay = kept([step for step, _ in found], keep_last, keep_every)
-    gone = []
-    for folder in (folder for step, folder in reversed(found) if step not in stay):
+    found = find_checkpoints(root)
+    retained = retained_steps([step for step, _ in found], keep_last, keep_every)
+    removed = []
+    for folder in (folder for step, folder in reversed(found) if step not in retained):
         try:
             leaving = rename_to_free(folder, folder.name)
         except OSError as error:
-            tell(folder, f"it cannot be removed and stays: {_reason(error)}")
+            warn(folder, f"it cannot be removed and stays: {_reason(error)}")
             continue
-        gone.append(folder)
+        removed.append(folder)
         if leaving.is_symlink():
-            tell(folder, f"it is a link: the link is removed, and {os.readlink(leaving)} stays")
-        if (error := remove_what_can_be(leaving)) is not None:
-            tell(folder, f"a part of it cannot be removed and stays in {leaving}: {_reason(error)}")
-    return gone
+            warn(folder, f"it is a link: the link is removed, and {os.readlink(leaving)} stays")
+        if (error := remove_tree(leaving)) is not None:
+            warn(folder, f"a part of it cannot be removed and stays in {leaving}: {_reason(error)}")
+    return removed
 
 
 def clean(root: Path) -> list[str]:
-    """Remove what saves and removals that were killed have left; a checkpoint that stood aside for one of the same step
-    gets its name back where that one is not there.
+    """Remove the leftovers of killed saves and removals, and restore a replaced checkpoint whose successor is missing.
 
-    Returns a line for each that cannot be removed, which is no reason not to start.
+    Returns a warning for each leftover that cannot be removed, which does not prevent a start.
     """
     warnings = []
     for aside in sorted(root.glob(f"step_*{REPLACED}")) if root.is_dir() else ():
@@ -64,31 +63,31 @@ def clean(root: Path) -> list[str]:
             if not folder.exists():
                 aside.rename(folder)
                 continue
-            error = remove_what_can_be(aside)
+            error = remove_tree(aside)
         except OSError as refusal:
             error = refusal
         if error is not None:
             warnings.append(f"{aside}: cannot be removed and stays: {_reason(error)}")
     for left in sorted(root.glob(f"step_*{TEMPORARY}")) if root.is_dir() else ():
-        if (error := remove_what_can_be(left)) is not None:
+        if (error := remove_tree(left)) is not None:
             warnings.append(f"{left}: cannot be removed and stays: {_reason(error)}")
     return warnings
 
 
 def set_aside_later(root: Path, step: int, aside: Path) -> tuple[list[str], Path]:
-    """Move checkpoints after `step` out of the way of a run that goes on from there; return their names, and where they
-    are now: in `aside` or, where that is another file system, in a folder beside them.
+    """Move the checkpoints after `step` away, since the run resumes from `step`; return their names and the new folder.
 
-    Raises UserError where one cannot be moved: the next start would go on from it.
+    The new folder is `aside` or, if that is on another file system, a folder in `root`. Raises UserError if a
+    checkpoint cannot be moved: the next start would resume from it.
     """
     moved = []
-    for later, folder in checkpoints(root):
+    for later, folder in find_checkpoints(root):
         if later > step:
             try:
                 aside = _move(folder, aside, root)
             except OSError as error:
                 raise UserError(
-                    f"{folder}: is of a later step than {step:,}, from where the run goes on, and cannot be set aside: "
+                    f"{folder}: is of a later step than {step:,}, from which the run resumes, and cannot be moved: "
                     f"{_reason(error)}; move it away"
                 ) from error
             moved.append(folder.name)
@@ -96,14 +95,14 @@ def set_aside_later(root: Path, step: int, aside: Path) -> tuple[list[str], Path
 
 
 def _move(folder: Path, aside: Path, root: Path) -> Path:
-    """Move a folder below `aside`; return where it is now."""
+    """Move a folder into `aside`, or into a folder in `root` across file systems; return the folder it is in now."""
     aside.mkdir(parents=True, exist_ok=True)
     try:
         folder.rename(aside / folder.name)
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        # `checkpoints` may be a link to another disk.
+        # The folder `checkpoints` may be a link to another disk.
         beside = root / f"earlier_{aside.parent.name}"
         beside.mkdir(exist_ok=True)
         folder.rename(beside / folder.name)
@@ -114,5 +113,5 @@ def _move(folder: Path, aside: Path, root: Path) -> Path:
 
 
 def _reason(error: OSError) -> str:
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or type(error).__name__}"
+    file = f"{error.filename}: " if error.filename else ""
+    return f"{file}{error.strerror or type(error).__name__}"

@@ -1,6 +1,7 @@
-"""A safetensors file written in one pass, its SHA-256 taken on the way; https://github.com/huggingface/safetensors
+"""Write safetensors files and their SHA-256 in one pass, and read regions of tensors as fp32.
 
-The library writes as fast, but reads the file again for a digest.
+The safetensors library (https://github.com/huggingface/safetensors) writes as fast, but the file would have to be read
+again for its digest.
 """
 
 import hashlib
@@ -21,15 +22,15 @@ from megalite.parallel.regions import Region
 
 _PART = 1 << 22
 """Elements that are hashed and written at a time."""
-_FLUSHED = 1 << 28
-"""Bytes after which a file that grows is flushed to the disk."""
-_READ = 1 << 21
+_FLUSH_BYTES = 1 << 28
+"""Bytes between two flushes to the disk while a file is written."""
+_READ_BYTES = 1 << 21
 """Bytes that are read and hashed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """What a manifest says of a file."""
+    """A file's size in bytes and its digest, as a manifest lists them."""
 
     bytes: int
     sha256: str
@@ -37,7 +38,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How fp32 elements stand in a file: safetensors' name, torch's, numpy's type, the way there and the way back."""
+    """A stored dtype: its name in safetensors, in torch and in numpy, and the conversions from and to fp32."""
 
     dtype: str
     torch_name: str
@@ -47,7 +48,7 @@ class Encoding:
 
     @property
     def itemsize(self) -> int:
-        """Bytes an element."""
+        """Bytes per element."""
         return self.stored.itemsize
 
 
@@ -55,12 +56,12 @@ def bfloat16_bits(elements: np.ndarray) -> np.ndarray:
     """Return fp32 elements rounded to bf16, ties to even, as uint16 bit patterns; numpy has no such type."""
     bits = elements.view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
-    # Rounding might carry the mantissa of a NaN over into another number.
+    # Rounding might carry the mantissa of a NaN into the exponent: truncate it instead and set the quiet bit.
     return np.where(np.isnan(elements), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
 def from_bfloat16_bits(bits: np.ndarray) -> np.ndarray:
-    """Return the fp32 elements that bf16 bit patterns are."""
+    """Return the fp32 values of bf16 bit patterns."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -71,7 +72,7 @@ ENCODINGS = {
         "F16", "float16", np.dtype("<f2"), lambda elements: elements.astype("<f2"), lambda stored: stored.astype("<f4")
     ),
 }
-"""By the names of precisions."""
+"""The encodings by precision, as the run file names it."""
 
 
 def write_safetensors(
@@ -81,13 +82,13 @@ def write_safetensors(
     *,
     precision: str = "fp32",
     metadata: Mapping[str, str] | None = None,
-    moved: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> FileRecord:
-    """Write fp32 arrays, which come in the order of `shapes`, flush them to the disk and return the file's record.
+    """Write fp32 arrays, given in the order of `shapes`, flush them to the disk and return the file's record.
 
-    Each array is asked for when it is written; its elements are rounded to `precision`. `moved` is called whenever some
-    of it is on its way; the disk is flushed on the way, so that no part of the work is long. Raises OSError where the
-    disk takes no more; leaves what was written.
+    The iterator yields each array when it is written; the elements are rounded to `precision`. `on_progress` is called
+    after every part; the file is flushed at intervals, so that no single call takes long. Raises OSError if the disk
+    is full; the incomplete file stays.
     """
     encoding = ENCODINGS[precision]
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -99,7 +100,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     digest, written, flushed = hashlib.sha256(), 0, 0
-    # hashlib lets go of the interpreter's lock: a thread hashes a part while this one writes it.
+    # hashlib releases the interpreter's lock: a thread hashes a part while this thread writes it.
     with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
         for part in chain((memoryview(head),), _parts(shapes.values(), arrays, encoding)):
             hashed = hashing.submit(digest.update, part)
@@ -108,10 +109,10 @@ def write_safetensors(
                 rest = rest[file.write(rest) :]
             hashed.result()
             written += len(part)
-            if written - flushed >= _FLUSHED:
+            if written - flushed >= _FLUSH_BYTES:
                 os.fsync(file.fileno())
                 flushed = written
-            moved()
+            on_progress()
         os.fsync(file.fileno())
     return FileRecord(written, digest.hexdigest())
 
@@ -126,10 +127,10 @@ def _parts(shapes: Iterable[tuple[int, ...]], arrays: Iterable[np.ndarray], enco
 
 
 class SafetensorsFile:
-    """A safetensors file whose tensors are read as fp32; a mapping lives as long as what was read from it.
+    """Reads regions of a safetensors file's tensors as fp32; a memory map lives as long as the arrays read from it.
 
-    The library checks the file when it is opened, but knows no bf16 for numpy, and keeps the file mapped, all that was
-    read of it included. Raises SafetensorError or OSError for a file that is none.
+    The library validates the file when it is opened. It is not used to read, since it has no bf16 for numpy and keeps
+    the whole file mapped. Raises SafetensorError or OSError for an invalid file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,15 +141,16 @@ class SafetensorsFile:
             header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
         self._path = path
-        self._starts = {name: 8 + length + told["data_offsets"][0] for name, told in header.items()}
-        self.shapes = {name: tuple(told["shape"]) for name, told in header.items()}
-        self.dtypes = {name: str(told["dtype"]) for name, told in header.items()}
+        self._starts = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+        self.dtypes = {name: str(entry["dtype"]) for name, entry in header.items()}
 
     def read(self, name: str, region: Region) -> np.ndarray:
-        """Return a region of a tensor; raise ValueError where there is none, or in no precision of `ENCODINGS`."""
-        encoding = next((one for one in ENCODINGS.values() if one.dtype == self.dtypes.get(name)), None)
+        """Return a region of a tensor; raise ValueError if it is missing or not of a dtype in `ENCODINGS`."""
+        encoding = next((known for known in ENCODINGS.values() if known.dtype == self.dtypes.get(name)), None)
         if encoding is None:
-            raise ValueError(f"there is no such tensor of {', '.join(one.dtype for one in ENCODINGS.values())}")
+            dtypes = ", ".join(known.dtype for known in ENCODINGS.values())
+            raise ValueError(f"the file has no tensor of that name in one of {dtypes}")
         shape = self.shapes[name]
         if not prod(shape):
             return np.empty(shape, np.float32)[region.slices]
@@ -157,9 +159,9 @@ class SafetensorsFile:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Read a file and return its record; a thread hashes one part while the next is read."""
+    """Return a file's size and SHA-256; a thread hashes one part while the next is read."""
     digest, total = hashlib.sha256(), 0
-    buffers = [memoryview(bytearray(_READ)) for _ in range(2)]
+    buffers = [memoryview(bytearray(_READ_BYTES)) for _ in range(2)]
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
         before: Future[None] | None = None
         while count := file.readinto(buffers[0]):

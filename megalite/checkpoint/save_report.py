@@ -1,4 +1,4 @@
-"""What one save of a checkpoint came to: bytes, seconds, failure, warnings."""
+"""The result of a checkpoint save: bytes, seconds, failure, warnings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -6,8 +6,12 @@ from pathlib import Path
 
 @dataclass(slots=True)
 class SaveReport:
-    """One save: its size in bytes over all ranks, the seconds that training waited for it on this rank, and those
-    until it was on the disk. `failure` says why there is no checkpoint, `warnings` what else did not go as asked."""
+    """The result of one save.
+
+    `bytes` is the size over all ranks, `blocked_seconds` the time that training waited on this rank, `durable_seconds`
+    the time until the checkpoint was on the disk. `failure` is the reason why there is no checkpoint, `warnings` are
+    problems that did not prevent it, and `reported` tells that the run has reported the save.
+    """
 
     step: int
     folder: Path
@@ -16,4 +20,4 @@ class SaveReport:
     durable_seconds: float = 0.0
     failure: str | None = None
     warnings: list[str] = field(default_factory=list)
-    told: bool = False
+    reported: bool = False

@@ -1,9 +1,9 @@
-"""Which tokens begin and end a text of a model, by the files that go with its weights and by what it was trained on.
+"""The tokens that begin and end a model's texts, from its model files and from its training data.
 
-What ends a text is what transformers ends at for the same files: ``eos_token_id`` of ``generation_config.json``, or of
-``config.json`` where there is no such file. Only where neither names a token, it is the tokenizer's: ``eos_token`` of
-``tokenizer_config.json`` or ``special_tokens_map.json``, or else the usual name that its vocabulary has. The token that
-stood behind every document of the training data ends a text in any case.
+Generation ends at the same tokens as in transformers: ``eos_token_id`` of ``generation_config.json``, or of
+``config.json`` if there is no such file. If neither file names a token, the tokenizer's is used: ``eos_token`` of
+``tokenizer_config.json`` or ``special_tokens_map.json``, or else the conventional name that its vocabulary has. The
+token that followed every document of the training data ends a text in any case.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,34 +22,34 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True, slots=True)
 class DocumentTokens:
-    """What stood around the documents that a model was trained on."""
+    """The tokens around the documents of a model's training data."""
 
     ends: tuple[TokenId, ...] = ()
-    """The tokens that were put behind documents."""
+    """The tokens that followed documents."""
     beginning: tuple[TokenId, ...] | None = None
-    """The tokens that were put before every document; None where that is not known."""
+    """The tokens that preceded every document; None if unknown."""
 
 
 def named_token(key: str, *settings: Mapping[str, Any]) -> str | None:
-    """Return the name of a special token, such as ``eos_token``, from the first settings that tell it.
+    """Return the name of a special token, such as ``eos_token``, from the first settings that define it.
 
-    The files write it as a text, or as an object with the text as its ``content``.
+    The files store the name as a string, or as an object with the string as its ``content``.
     """
-    for one in settings:
-        value = one.get(key)
+    for mapping in settings:
+        value = mapping.get(key)
         name = value.get("content") if isinstance(value, Mapping) else value
         if isinstance(name, str) and name:
             return name
     return None
 
 
-def declared_ends(settings: Mapping[str, Any], vocab_size: int, where: str) -> list[int]:
-    """Return ``eos_token_id`` of settings as a list, empty where it is not told.
+def declared_end_ids(settings: Mapping[str, Any], vocab_size: int, where: str) -> list[int]:
+    """Return ``eos_token_id`` of settings as a list, empty if the key is missing.
 
-    Raises UserError, which begins with `where`, for what is no id of a vocabulary of `vocab_size`.
+    Raises UserError, with `where` at the start of the message, for a value that is not an id below `vocab_size`.
     """
-    told = settings.get("eos_token_id")
-    ids = [] if told is None else told if isinstance(told, list) else [told]
+    declared = settings.get("eos_token_id")
+    ids = [] if declared is None else declared if isinstance(declared, list) else [declared]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise UserError(
@@ -59,17 +59,17 @@ def declared_ends(settings: Mapping[str, Any], vocab_size: int, where: str) -> l
     return ids
 
 
-def text_ends(
+def end_token_ids(
     declared: list[int],
     tokenizer_settings: tuple[Mapping[str, Any], ...],
     token_id: Callable[[str], int | None],
     usual: int | None,
     documents: DocumentTokens | None,
 ) -> list[int]:
-    """Return the ids of the tokens that end a text, each once.
+    """Return the ids of the tokens that end a text, without duplicates.
 
-    `declared` are those of the generation settings, `token_id` gives the id of a name in the vocabulary, and `usual` is
-    the end that the vocabulary itself suggests.
+    `declared` are the ids of the generation settings, `token_id` looks up a name in the vocabulary, and `usual` is the
+    id of the vocabulary's conventional end token.
     """
     ends = list(declared)
     if not ends:

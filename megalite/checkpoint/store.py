@@ -1,8 +1,8 @@
-"""Folders of checkpoints on disk: there whole or not at all, written by many ranks and read by any.
+"""Atomic checkpoint folders: many ranks write into ``NAME.tmp/``, one rank publishes the folder with a rename.
 
-Each rank writes one safetensors file into ``NAME.tmp/`` and, once that is on the disk, a record beside it. One rank
-waits for all records, turns them into ``manifest.json``, and renames the folder: nothing but the files tells the ranks
-of each other, so that a background thread can do its part without a process group.
+Each rank writes one safetensors file and, once the file is on the disk, a record beside it. One rank waits for all
+records, merges them into ``manifest.json``, and renames the folder. The ranks coordinate through files alone, so that a
+background thread can save without a process group.
 """
 
 import itertools
@@ -19,20 +19,21 @@ from pydantic import TypeAdapter
 
 from megalite.checkpoint.manifest import MANIFEST, STATE, Chunk, Manifest, StoredTensor
 from megalite.checkpoint.safetensors_file import FileRecord, file_record, write_safetensors
-from megalite.files import publish, write_whole
+from megalite.files import publish, write_atomically
 from megalite.parallel.regions import Region
 
 REPLACED = ".replaced"
-"""What is added to the name of a checkpoint while one of the same step takes its place."""
+"""The suffix of a checkpoint's folder while a new save of the same step replaces it."""
 
 TEMPORARY = ".tmp"
+"""The suffix of a checkpoint's folder while it is written or removed."""
 MOST_POLL_SECONDS = 0.5
-"""How long the rank that waits for the others' records looks away at most."""
+"""The longest pause between two looks for the other ranks' records."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a global fp32 tensor as this rank holds it; `load` returns the elements, of the box's shape.
+    """A region of a global fp32 tensor that this rank writes; `load` returns its elements, of the region's shape.
 
     `load` is called when the part is written, so that not all parts need to be in memory at a time.
     """
@@ -45,52 +46,57 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What a rank tells of its file."""
+    """A rank's file and the tensors in it."""
 
     file: str
     record: FileRecord
     tensors: dict[str, StoredTensor]
 
 
-def temporary(folder: Path) -> Path:
-    """Return where a checkpoint grows that will be `folder`."""
+def temporary_folder(folder: Path) -> Path:
+    """Return the folder into which the ranks write the checkpoint `folder`."""
     return folder.with_name(folder.name + TEMPORARY)
 
 
-def replaced(folder: Path) -> Path:
-    """Return where a checkpoint stands aside while a new one of the same step takes its name."""
+def replaced_folder(folder: Path) -> Path:
+    """Return the name of the old checkpoint `folder` while a new save of the same step replaces it."""
     return folder.with_name(folder.name + REPLACED)
 
 
 def begin(folder: Path) -> None:
-    """Make room for a checkpoint; what a killed save of it left is removed, or set aside where it cannot be removed.
-    One rank, before the others write."""
+    """Create the temporary folder of a checkpoint, after discarding leftovers. One rank calls it before the others
+    write."""
     discard(folder)
-    temporary(folder).mkdir(parents=True)
+    temporary_folder(folder).mkdir(parents=True)
 
 
 def discard(folder: Path) -> None:
-    """Remove what a save of `folder` that did not end has left; raise OSError where it cannot even be renamed."""
-    left = temporary(folder)
-    if remove_what_can_be(left) is not None:
-        rename_to_free(left, folder.name)  # the next start tries again, and tells
+    """Remove the leftovers of an unfinished save of `folder`, or rename them if they cannot be removed.
+
+    Raises OSError if they cannot be renamed either.
+    """
+    left = temporary_folder(folder)
+    if remove_tree(left) is not None:
+        rename_to_free(left, folder.name)  # the next start tries again to remove it, and warns
 
 
 def rename_to_free(path: Path, name: str) -> Path:
-    """Rename to ``name.tmp``, or ``name.1.tmp`` and so on where something of that name is there that cannot be removed;
-    return the new path. Raises OSError where it cannot be renamed."""
+    """Rename to ``name.tmp``, or to ``name.1.tmp`` and so on if a file of that name cannot be removed.
+
+    Returns the new path. Raises OSError if `path` cannot be renamed.
+    """
     for number in itertools.count():
         free = path.with_name(f"{name}.{number}{TEMPORARY}" if number else name + TEMPORARY)
-        if free != path and remove_what_can_be(free) is None:
+        if free != path and remove_tree(free) is None:
             path.rename(free)
             return free
     raise AssertionError("numbers end")
 
 
-def remove_what_can_be(path: Path) -> OSError | None:
-    """Remove a folder with what is in it, a file or a link; nothing where there is none.
+def remove_tree(path: Path) -> OSError | None:
+    """Remove a folder with its content, a file or a link, as far as possible; a missing path is not an error.
 
-    Returns why some of it is still there: a file that is in use, or of another user, does not keep the others.
+    Returns the first error, or None: a file that is in use, or of another user, does not prevent the removal of others.
     """
     first: list[OSError] = []
 
@@ -115,23 +121,20 @@ def remove_what_can_be(path: Path) -> OSError | None:
     return first[0] if first else None
 
 
-def write_rank(folder: Path, rank: int, parts: Sequence[Part], moved: Callable[[], None] = lambda: None) -> None:
-    """Write this rank's parts and, once they are on the disk, the record that says so.
-
-    `moved` is called whenever some of it is written.
-    """
-    growing, file = temporary(folder), f"rank_{rank:05d}.safetensors"
+def write_rank(folder: Path, rank: int, parts: Sequence[Part], on_progress: Callable[[], None] = lambda: None) -> None:
+    """Write this rank's parts and, once they are on the disk, its record; `on_progress` is called after every write."""
+    growing, file = temporary_folder(folder), f"rank_{rank:05d}.safetensors"
     keys = [f"{part.name}@{','.join(map(str, part.region.offset))}" for part in parts]
     shapes = {key: part.region.shape for key, part in zip(keys, parts, strict=True)}
-    record = write_safetensors(growing / file, shapes, (part.load() for part in parts), moved=moved)
+    record = write_safetensors(growing / file, shapes, (part.load() for part in parts), on_progress=on_progress)
     tensors: dict[str, StoredTensor] = {}
     for key, part in zip(keys, parts, strict=True):
         chunk = Chunk(file, key, part.region.offset, part.region.shape)
         known = tensors.get(part.name)
         chunks = (*known.chunks, chunk) if known else (chunk,)
         tensors[part.name] = StoredTensor(part.global_shape, "F32", chunks)
-    told = _Record(file, record, tensors)
-    write_whole(growing / f"rank_{rank:05d}.json", json.dumps(asdict(told)).encode())
+    summary = _Record(file, record, tensors)
+    write_atomically(growing / f"rank_{rank:05d}.json", json.dumps(asdict(summary)).encode())
 
 
 def finish(
@@ -142,49 +145,51 @@ def finish(
     state: Mapping[str, Any],
     files: Mapping[str, bytes] | None = None,
     alive: Callable[[], None] = lambda: None,
-    reached: Callable[[str], None] = lambda point: None,
+    on_save_point: Callable[[str], None] = lambda point: None,
     poll_seconds: float = 0.02,
 ) -> Path:
-    """Wait for every rank's record, and give the checkpoint its name. One rank.
+    """Wait for every rank's record, write the manifest, and publish the checkpoint. One rank calls it.
 
-    `manifest` has all but tensors and files. `files` are small ones to keep beside, a tokenizer's say. `alive` is
-    called while waiting, and raises to give the save up; `reached` is called with the name of each point passed.
+    `manifest` lacks only tensors and files. `files` are small files to store beside, such as a tokenizer's. `alive` is
+    called while waiting and may raise to abandon the save; `on_save_point` is called with the name of each point that
+    the save has passed.
     """
-    growing = temporary(folder)
+    growing = temporary_folder(folder)
     records = [growing / f"rank_{rank:05d}.json" for rank in range(ranks)]
-    for record in records:  # each is asked for until it is there, however many there are, and ever more seldom
+    for record in records:  # poll each record in turn, with growing pauses
         while not record.exists():
             alive()
             time.sleep(poll_seconds)
             poll_seconds = min(2 * poll_seconds, MOST_POLL_SECONDS)
-    reached("recorded")
-    told = [TypeAdapter(_Record).validate_json(record.read_bytes()) for record in records]
+    on_save_point("recorded")
+    summaries = [TypeAdapter(_Record).validate_json(record.read_bytes()) for record in records]
     small = {**(files or {}), STATE: (json.dumps(state, indent=1) + "\n").encode()}
     for name, content in small.items():
-        write_whole(growing / name, content)
-    listed = {one.file: one.record for one in told} | {name: file_record(growing / name) for name in small}
-    write_whole(growing / MANIFEST, replace(manifest, tensors=_merge(told), files=listed).to_json().encode())
+        write_atomically(growing / name, content)
+    listed = {rank.file: rank.record for rank in summaries} | {name: file_record(growing / name) for name in small}
+    complete = replace(manifest, tensors=_merge(summaries), files=listed)
+    write_atomically(growing / MANIFEST, complete.to_json().encode())
     for record in records:
         record.unlink()
-    reached("described")
-    aside = replaced(folder)
+    on_save_point("described")
+    aside = replaced_folder(folder)
     if folder.exists():
-        # A kill before the new one has the name leaves the old one where `checkpoints` still finds it.
-        if remove_what_can_be(aside) is not None:
+        # If the process is killed before the new checkpoint has its name, `find_checkpoints` finds the old one here.
+        if remove_tree(aside) is not None:
             rename_to_free(aside, f"{folder.name}.old")
         folder.rename(aside)
-        reached("set aside")
+        on_save_point("set aside")
     publish(growing, folder)
-    reached("named")
-    remove_what_can_be(aside)  # the new one is whole; what cannot be removed is left to the next start
+    on_save_point("named")
+    remove_tree(aside)  # the new checkpoint is complete; the next start removes the rest
     return folder
 
 
-def _merge(told: Iterable[_Record]) -> dict[str, StoredTensor]:
+def _merge(summaries: Iterable[_Record]) -> dict[str, StoredTensor]:
     chunks: dict[str, list[Chunk]] = {}
     tensors: dict[str, StoredTensor] = {}
-    for one in told:
-        for name, tensor in one.tensors.items():
+    for rank in summaries:
+        for name, tensor in rank.tensors.items():
             tensors.setdefault(name, tensor)
             chunks.setdefault(name, []).extend(tensor.chunks)
     return {name: replace(tensors[name], chunks=tuple(chunks[name])) for name in sorted(tensors)}

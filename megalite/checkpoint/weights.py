@@ -1,4 +1,4 @@
-"""The weights in a megalite checkpoint, by their global names."""
+"""The weights of a megalite checkpoint under their global names, as the `Weights` protocol."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 from pydantic import ValidationError
 
 from megalite.checkpoint.manifest import KINDS
-from megalite.checkpoint.mismatch_table import difference_table, shape_differences
-from megalite.checkpoint.model_files import companions_among
+from megalite.checkpoint.mismatch_table import mismatch_table, shape_mismatches
+from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.special_tokens import DocumentTokens
 from megalite.config import read_model
@@ -19,7 +19,7 @@ from megalite.model.weights import Weights
 from megalite.parallel.regions import Region
 
 WEIGHT = f"{KINDS[0]}/"
-"""How the names of weights begin in a checkpoint; optimizer state has the optimizer's names for it."""
+"""The prefix of weights' names in a checkpoint; optimizer state has the optimizer's names as prefixes."""
 
 
 class CheckpointWeights:
@@ -33,34 +33,36 @@ class CheckpointWeights:
             self.model = read_model(reader.manifest.model)
         except ValidationError as error:
             reason = validation_lines(error, below=1, whole="model")[0]
-            raise UserError(f"{self.origin}: its manifest names no model that megalite knows: {reason}") from error
+            raise UserError(
+                f"{self.origin}: the manifest's model is not valid: {reason}; use another checkpoint"
+            ) from error
         tensors = reader.manifest.tensors.items()
         self.shapes = {name.removeprefix(WEIGHT): tensor.shape for name, tensor in tensors if name.startswith(WEIGHT)}
-        if rows := shape_differences(weight_shapes(self.model), self.shapes):
-            table = difference_table(rows, "its model asks", "it holds")
+        if rows := shape_mismatches(weight_shapes(self.model), self.shapes):
+            table = mismatch_table(rows, "by its model", "in its files")
             raise UserError(
-                f"{self.origin}: the tensors are not those of its own model:\n{table}use another checkpoint"
+                f"{self.origin}: the tensors do not fit the checkpoint's model:\n{table}use another checkpoint"
             )
 
     @property
-    def companions(self) -> Mapping[str, Path]:
-        return companions_among(self.origin, self.reader.manifest.files)
+    def model_files(self) -> Mapping[str, Path]:
+        return model_files_among(self.origin, self.reader.manifest.files)
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
         self.reader.read(WEIGHT + name, region, out)
 
 
 class WeightSource:
-    """Weights under the names that they have in a checkpoint."""
+    """A `TensorSource` of weights alone: adds the prefix that their names have in a checkpoint."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
-        """Fill `out` with a box of a weight; the name begins with `WEIGHT`."""
+        """Fill `out` with a region of a weight; the name begins with `WEIGHT`."""
         self._weights.read(name.removeprefix(WEIGHT), region, out)
 
 
-def documents_of(weights: Weights) -> DocumentTokens | None:
-    """Return what stood around the documents that weights were trained on, None where nothing tells."""
+def document_tokens(weights: Weights) -> DocumentTokens | None:
+    """Return the tokens around the documents on which the weights were trained; None if unknown."""
     return weights.reader.manifest.documents if isinstance(weights, CheckpointWeights) else None

@@ -82,16 +82,16 @@ def convert(
         _require_verifiable(weights, target)
     if isinstance(weights, CheckpointWeights):
         with byte_progress("checking") as progress:
-            weights.reader.require_whole(progress)
-    companions = weights.companions if tokenizer is None else _with_tokenizer(weights.companions, tokenizer)
+            weights.reader.require_intact(progress)
+    model_files = weights.model_files if tokenizer is None else _with_tokenizer(weights.model_files, tokenizer)
     needed = size_of(weights, precision if target is Target.hf else "fp32")
     with writing(output, "give another OUTPUT, or make room"), growing(output, needed) as unfinished:
         with byte_progress("converting") as progress:
             if target is Target.megalite:
-                to_checkpoint(weights, companions, unfinished, progress)
+                to_checkpoint(weights, model_files, unfinished, progress)
             else:
                 to_hugging_face(
-                    weights, companions, unfinished, progress, precision=precision, max_shard_bytes=shard_bytes
+                    weights, model_files, unfinished, progress, precision=precision, max_shard_bytes=shard_bytes
                 )
         if not verify:
             proof = ""
@@ -102,7 +102,7 @@ def convert(
             proof = _proof(_open(unfinished), weights.origin, output)
     for note in getattr(weights, "notes", ()):
         typer.echo(f"note: {note}")
-    if target is Target.hf and (beginning := untrained_beginning(weights, companions)):
+    if target is Target.hf and (beginning := untrained_beginning(weights, model_files)):
         typer.echo(
             f"note: the tokenizer puts {' '.join(beginning)} before every text, and no training document had it; in "
             "transformers encode prompts with add_special_tokens=False"
@@ -110,7 +110,7 @@ def convert(
     elements = size_of(weights, "fp32") // 4
     form = "a checkpoint" if target is Target.megalite else f"a Hugging Face folder in {precision}"
     typer.echo(f"{output}: {elements:,} parameters, {needed / 1e6:,.1f} MB, {form}{proof}")
-    if not any(name.startswith(("tokenizer.", "vocab.")) or name.endswith(TIKTOKEN_SUFFIX) for name in companions):
+    if not any(name.startswith(("tokenizer.", "vocab.")) or name.endswith(TIKTOKEN_SUFFIX) for name in model_files):
         typer.echo("there is no tokenizer with it: give one with --tokenizer")
 
 
@@ -129,18 +129,18 @@ def _open(source: Path, max_positions: int | None = None, model: Path | None = N
     return open_weights(source) if max_positions is None else HuggingFaceWeights(source, max_positions=max_positions)
 
 
-def _with_tokenizer(companions: Mapping[str, Path], path: Path) -> dict[str, Path]:
+def _with_tokenizer(model_files: Mapping[str, Path], path: Path) -> dict[str, Path]:
     """Return the files that go along with those of a tokenizer in the place of the source's."""
-    from megalite.checkpoint.model_files import GENERATION_CONFIG, companions_among
+    from megalite.checkpoint.model_files import GENERATION_CONFIG, model_files_among
     from megalite.data.tokenizers.load import load_tokenizer, tokenizer_paths
 
     load_tokenizer(path)
     if path.is_dir():
-        given = dict(companions_among(path, sorted(file.name for file in path.iterdir() if file.is_file())))
+        given = dict(model_files_among(path, sorted(file.name for file in path.iterdir() if file.is_file())))
     else:
         given = tokenizer_paths(path)
     # How generation ends belongs to the weights; only where they tell nothing it is that of the tokenizer's folder.
-    kept = {name: file for name, file in companions.items() if name == GENERATION_CONFIG}
+    kept = {name: file for name, file in model_files.items() if name == GENERATION_CONFIG}
     return given | kept
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local
-from megalite.paths import spell
+from megalite.paths import escape
 
 if TYPE_CHECKING:
     from megalite.doctor.report import Report
@@ -55,7 +55,7 @@ def _launch(run: Path | None, overrides: list[str]) -> None:
 
     plan = _prepare(run, overrides, None)
     folder = Path(tempfile.mkdtemp(prefix="megalite-doctor-"))
-    words = ["doctor", *([] if run is None else [spell(run), *overrides]), f"--report-into={folder}"]
+    words = ["doctor", *([] if run is None else [escape(run), *overrides]), f"--report-into={folder}"]
     status = launch_local(words, 1 if plan is None else plan.layout.world_size, folder / "logs")
     if status != 0:  # the launcher has named the log, which stays
         raise typer.Exit(status)

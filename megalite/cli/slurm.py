@@ -12,7 +12,7 @@ import typer
 
 from megalite.errors import UserError, nearest
 from megalite.files import writing
-from megalite.slurm import LAUNCHERS, Job, ranks_per_node, render, tensor_over_nodes
+from megalite.slurm import LAUNCHERS, Job, ranks_per_node, render, tensor_over_nodes_warning
 
 if TYPE_CHECKING:
     from megalite.config import RunConfig
@@ -100,7 +100,7 @@ def _slurm(
     _check_time(time, stop_before)
     config = _checked(run, overrides or [], nodes, ranks, gpus, max_restarts)
     per_node = config.layout.world_size // nodes
-    if warning := tensor_over_nodes(config.parallel.tensor, per_node, nodes):
+    if warning := tensor_over_nodes_warning(config.parallel.tensor, per_node, nodes):
         typer.echo(warning, err=True)
     name = name or re.sub(r"[^\w.-]", "_", config.run.dir.resolve().name, flags=re.ASCII)
     if name in (".", "..") or "/" in name:

@@ -50,11 +50,11 @@ def _lines(status: "RunStatus") -> Iterator[str]:
 
 
 def _is_start(status: "RunStatus") -> bool:
-    return status.told is not None and status.told.state == "starting"
+    return status.state_file is not None and status.state_file.state == "starting"
 
 
 def _of_the_end(status: "RunStatus") -> str:
-    told = status.told
+    told = status.state_file
     if status.state == "starting":
         assert told is not None
         return f" {told.ranks:,} {'rank' if told.ranks == 1 else 'ranks'}: {told.doing}"
@@ -66,7 +66,7 @@ def _of_the_end(status: "RunStatus") -> str:
     if status.state == "dead":
         if told is not None and _is_start(status):
             return f", while it was starting ({told.doing}): nothing was written for {status.now - told.time:,.0f} s"
-        last = max((beat.time for beat in status.beats), default=None)
+        last = max((beat.time for beat in status.heartbeats), default=None)
         return "" if last is None else f", no rank has written for {status.now - last:,.0f} s"
     if status.state == "stopped":
         found = status.stopped
@@ -80,15 +80,15 @@ def _of_the_end(status: "RunStatus") -> str:
 
 def _how_to_go_on(status: "RunStatus") -> Iterator[str]:
     if status.state == "stopped":
-        by_steps = not status.stopped and status.told is not None
-        kept = status.stopped.get("checkpoint") or (status.told.checkpoint if status.told else None)
+        by_steps = not status.stopped and status.state_file is not None
+        kept = status.stopped.get("checkpoint") or (status.state_file.checkpoint if status.state_file else None)
         how = "without train.stop_after, or with a later one" if by_steps else "as before"
         whence = "it goes on from there" if kept else "it begins with the newest checkpoint there is, or anew"
         yield f"to go on: start it again {how}; {whence}"
     elif status.state in ("failed", "dead"):
-        from megalite.checkpoint.discovery import CHECKPOINTS, checkpoints
+        from megalite.checkpoint.discovery import CHECKPOINTS, find_checkpoints
 
-        kept = checkpoints(status.folder / CHECKPOINTS)
+        kept = find_checkpoints(status.folder / CHECKPOINTS)
         whence = "it goes on from its newest checkpoint" if kept else "it begins anew: there is no checkpoint yet"
         yield f"logs of the ranks: {status.folder / 'logs'}; started again, {whence}"
 
@@ -102,10 +102,10 @@ def _eta(status: "RunStatus") -> str:
 
 
 def _ranks(status: "RunStatus") -> Iterator[str]:
-    behind, missing = status.laggards, status.missing
+    behind, missing = status.slow_ranks, status.missing
     ranks = "1 rank" if status.ranks == 1 else f"{status.ranks:,} ranks"
     yield f"{ranks}: {len(behind):,} behind or silent, {len(missing):,} not heard of yet"
-    for beat in sorted(behind, key=lambda beat: (beat.place(), beat.time))[:_SHOWN]:
+    for beat in sorted(behind, key=lambda beat: (beat.progress_key(), beat.time))[:_SHOWN]:
         yield f"  {beat.describe(status.now)}"
     if len(behind) > _SHOWN:
         yield f"  and {len(behind) - _SHOWN:,} more"

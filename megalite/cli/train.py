@@ -12,18 +12,18 @@ import typer
 from megalite.launch import (
     LaunchEnvironment,
     announce,
+    clear_announcement,
     die_with_parent,
-    end_announcement,
-    interactive_shell,
-    keep_log,
+    is_interactive_shell,
     launch_environment,
     launch_local,
-    start_name,
+    start_id,
+    tee_to_log,
 )
-from megalite.paths import spell
+from megalite.paths import escape
 
 if TYPE_CHECKING:
-    from megalite.monitoring.run_state import RunMarker
+    from megalite.monitoring.run_state import RunStateWriter
     from megalite.training.plan import Plan
 
 
@@ -69,10 +69,10 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     if dry_run:
         _dry_run(run, overrides, None)
         return
-    if interactive_shell(os.environ):
+    if is_interactive_shell(os.environ):
         typer.echo("megalite: this is an interactive shell of Slurm: the ranks are started on this machine", err=True)
     announce(f"checking {run.name or run}")  # before the imports, which may take a second
-    from megalite.files import sole_user
+    from megalite.files import folder_lock
     from megalite.training.finished import step_of_a_finished_run
     from megalite.training.plan import prepare
 
@@ -80,17 +80,17 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     folder, world_size = plan.config.run.dir, plan.layout.world_size
     plan.check_start()
     if (step := step_of_a_finished_run(plan)) is not None:
-        end_announcement()
+        clear_announcement()
         typer.echo(f"nothing is left to train: step {step:,} of {plan.config.train.steps:,} is done")
         typer.echo(f"run: {folder}")
         return
     plan.check_data()
-    with sole_user(folder, f"run.dir={folder}"):
+    with folder_lock(folder, f"run.dir={folder}"):
         pass  # rank 0 takes it for the run; this ends a second run before its ranks start
     marker = _marker(plan)
     marker.starting(f"starting {world_size:,} {'rank' if world_size == 1 else 'ranks'}")
     status = launch_local(
-        ["train", spell(run), *overrides],
+        ["train", escape(run), *overrides],
         world_size,
         folder / "logs",
         stop_grace=math.inf,  # they save a checkpoint before they end
@@ -100,15 +100,15 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     raise typer.Exit(status)
 
 
-def _marker(plan: "Plan") -> "RunMarker":
-    from megalite.monitoring.run_state import RunMarker
+def _marker(plan: "Plan") -> "RunStateWriter":
+    from megalite.monitoring.run_state import RunStateWriter
 
-    return RunMarker(
+    return RunStateWriter(
         plan.config.run.dir,
-        start_name(os.environ, socket.gethostname(), os.getpid()),
+        start_id(os.environ, socket.gethostname(), os.getpid()),
         ranks=plan.layout.world_size,
         steps=plan.config.train.steps,
-        tell=announce,
+        announce=announce,
     )
 
 
@@ -126,12 +126,12 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
     plan = prepare(run, overrides, environment.world_size)
     if environment.launcher != "megalite":  # which keeps logs itself
         log = plan.config.run.dir / "logs" / f"rank_{environment.rank}.log"
-        keep_log(log, rank=environment.rank, stdout=environment.rank != 0)
+        tee_to_log(log, rank=environment.rank, stdout=environment.rank != 0)
     marker = _marker(plan)
     try:
         if environment.rank == 0:
             marker.starting("importing torch and DeepSpeed")
-            marker.keep_fresh()
+            marker.start_refreshing()
         from megalite.training.train import train
 
         status = train(plan, environment, marker=marker)
@@ -144,19 +144,24 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
 
 def _dry_run(run: Path, overrides: list[str], world_size: int | None) -> None:
     """Make the checks of a start, by this process alone, and print the plan; what is not there is told."""
-    from rich.console import Console
-
-    from megalite.files import require_unused
+    announce(f"checking {run.name or run}")
+    from megalite.files import require_unlocked
     from megalite.training.plan import prepare
-    from megalite.training.resume import foresee_start
 
     plan = prepare(run, overrides, world_size, tokenizer_may_be_absent=True)
     folder = plan.config.run.dir
     plan.check_start()
     datasets, absent = plan.check_data_that_is_there()
+    # Only now, since it imports torch, which takes seconds.
+    from rich.console import Console
+
+    from megalite.training.resume import foresee_start
+
     start = foresee_start(plan)
-    require_unused(folder, f"run.dir={folder}")
-    Console().print(plan.describe())
+    require_unlocked(folder, f"run.dir={folder}")
+    description = plan.describe()
+    clear_announcement()
+    Console().print(description)
     described = datasets.describe() if datasets is not None else []
     notes = (*plan.config.notes, *plan.config.deepspeed.notes, *plan.unchecked, *absent)
     for line in (*notes, *described, plan.describe_checkpoints(), *start):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from megalite.errors import USER_ERROR_STATUS, UserError
-from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_stand_in
-from megalite.paths import spell
+from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_rank_subprocess
+from megalite.paths import escape
 
 if TYPE_CHECKING:
     from megalite.parallel.layout import ParallelLayout
@@ -82,7 +82,10 @@ def _verify(
         _introduce(plan, notes, [plan.layout] if layouts is None else chosen)
     # The ranks of a case do not know how many the launcher started.
     outcomes = _run_cases(
-        ["verify", spell(run), *words, f"parallel.data={plan.config.parallel.data}"], chosen, environment, speaks=speaks
+        ["verify", escape(run), *words, f"parallel.data={plan.config.parallel.data}"],
+        chosen,
+        environment,
+        speaks=speaks,
     )
     if speaks:
         raise typer.Exit(_conclude(outcomes))
@@ -99,7 +102,7 @@ def _prepare(
     if not scale:
         return plan, ()
     if plan.config.init_from is not None:  # left out of the smaller model, not of the run
-        plan.expectation.require_weights(open_weights(plan.config.init_from))
+        plan.requirements.require_weights(open_weights(plan.config.init_from))
     config, notes = scale_down(plan.config)
     return plan_of(config, plan.tokenizer_digest), notes
 
@@ -173,7 +176,7 @@ def _run_cases(
         if environment is None:
             status = launch_local(argv, layout.world_size, here / "logs")
         else:
-            status = run_stand_in(argv, environment, world_size=layout.world_size, number=number)
+            status = run_rank_subprocess(argv, environment, world_size=layout.world_size, number=number)
         finding = Finding.read(here / "finding.json") if status == 0 else None
         outcome = Outcome(layout, finding, time.perf_counter() - started)
         if speaks:

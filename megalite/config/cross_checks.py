@@ -70,17 +70,31 @@ def optimizer_faults(train: TrainSection, deepspeed: DeepSpeedSettings) -> Itera
             other = deepspeed.origin.line(Fault(("optimizer", "params", name), f"={show(value)}"))
             text = f"={show(stated[name])} disagrees with {other}; write 'auto' there, or state it once"
             yield Fault(("train", "optimizer", name), text)
-    if train.schedule is not None and deepspeed.scheduler is not None:
+    if train.schedule is not None and deepspeed.scheduler is not None and not scheduler_gives_way(train, deepspeed):
         other = deepspeed.origin.line(Fault(("scheduler",), ""))
         if not deepspeed.warms_up or train.schedule.model_fields_set - {"warmup_steps"}:
-            warm_up = ", or warmup_steps alone here" if deepspeed.warms_up else ""
-            yield Fault(("train", "schedule"), f" stands beside {other}; keep one of them{warm_up}")
+            here, there = "train.schedule here", "scheduler there"
+            if deepspeed.warms_up:
+                here += " (or all of it but warmup_steps)"
+                there += " (or write 'auto' for all its params)"
+            text = f" stands beside {other}, which states another; delete {here}, or {there}"
+            yield Fault(("train", "schedule"), text)
             return
         steps, theirs = train.schedule.warmup_steps, deepspeed.scheduler["params"].get("warmup_num_steps", "auto")
         if theirs not in ("auto", max(1, steps)) and "warmup_steps" in train.schedule.model_fields_set:
             key = deepspeed.origin.line(Fault(("scheduler", "params", "warmup_num_steps"), f"={show(theirs)}"))
             text = f"={steps} disagrees with {key}; write 'auto' there, or state it once"
             yield Fault(("train", "schedule", "warmup_steps"), text)
+
+
+def scheduler_gives_way(train: TrainSection, deepspeed: DeepSpeedSettings) -> bool:
+    """Whether the JSON's scheduler is left out for `train.schedule`: it is all "auto", the trainer's own setting.
+
+    A `train.schedule` that states the warm-up alone fills the "auto" in, and the scheduler stays.
+    """
+    schedule = train.schedule
+    states_a_curve = schedule is not None and bool(schedule.model_fields_set - {"warmup_steps"})
+    return states_a_curve and deepspeed.scheduler_is_auto
 
 
 def rollback_faults(config: Run) -> Iterator[Fault]:

@@ -3,9 +3,21 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from megalite.config.section import SHARE, Count, FilePath, Flag, Index, Name, PositiveNumber, Section, Share
+from megalite.config.section import (
+    SHARE,
+    Count,
+    FilePath,
+    Flag,
+    Index,
+    Name,
+    PositiveNumber,
+    Section,
+    Share,
+    fields_of,
+)
+from megalite.config.source_forms import require_list_of_sources
 from megalite.config.validation import Fault, show
 from megalite.config.values import POSITIVE, TEXTS, Kind, choice
 
@@ -79,6 +91,13 @@ class DataSection(Section, frozen=True):
     fim_tokens: Annotated[tuple[str, str, str], THREE_NAMES] | None = None
     prefetch: Index = 2
     """Steps whose batches are read ahead; 0 reads each when it is due."""
+
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _require_list(cls, value: Any, info: ValidationInfo) -> Any:
+        source = DataSource if info.field_name == "train" else ValidationSet
+        require_list_of_sources(f"data.{info.field_name}", value, ", ".join(fields_of(source)))
+        return value
 
     def faults(self) -> Iterator[Fault]:
         if not self.train:

@@ -11,18 +11,21 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from megalite.config.blend_file import read_weights
+from megalite.config.cross_checks import scheduler_gives_way
 from megalite.config.deepspeed.parse import read_document, read_json
 from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.model_of_weights import SectionReader, fill_model
+from megalite.config.not_a_run_file import require_no_folder, require_sections
 from megalite.config.run_config import RunConfig
 from megalite.config.section import Section, fields_of
-from megalite.config.sections import ARCHITECTURES, ModelConfig
+from megalite.config.sections import ARCHITECTURES, FAMILIES, ModelConfig
 from megalite.config.shortened_run import shorten
-from megalite.config.suggestions import guess
+from megalite.config.source_forms import is_text
+from megalite.config.suggestions import unknown_key
 from megalite.config.text_file import read_text
 from megalite.config.validation import Fault, FaultsError, Key, Origin, alternatives, report, show
-from megalite.config.values import PATH_TEXT, Kind
+from megalite.config.values import PATH_TEXT, Kind, nearest_value
 from megalite.config.yaml12 import Loader
 from megalite.errors import UserError
 
@@ -122,29 +125,32 @@ def _expanded(origin: Origin, key: tuple[str, ...], stated: str) -> Path:
 
 
 def _load_sources(document: dict[str, Any], origin: Origin) -> None:
-    """Put the sources that a file lists in the place of its path."""
+    """Put the sources that a file lists in the place of its path; the path of a dataset is told of with its section."""
     data = document.get("data")
     if isinstance(data, dict) and isinstance(data.get("train"), str):
         path = _expanded(origin, ("data", "train"), data["train"])
-        if not path.exists() and path.with_name(f"{path.name}.idx").exists():
-            raise UserError(f"data.train={path}: is a prefix, not a file of weights; write [{{prefix: {path}}}]")
-        data["train"] = read_weights(path)
+        is_dataset = path.suffix in ("", ".bin", ".idx") or path.with_name(f"{path.name}.idx").exists()
+        if not is_text(path) and (path.is_file() or not is_dataset):
+            data["train"] = read_weights(path)
 
 
 def _validate(document: dict[str, Any], origin: Origin, deepspeed_origin: Origin) -> RunConfig:
     settings, json_faults, notes = read_document(document["deepspeed"], _stated_precision(document), origin.file)
     lines = [deepspeed_origin.line(fault) for fault in json_faults]
     if "origin" in document:
-        lines.append(origin.line(Fault(("origin",), _unknown("origin", RunConfig))))
+        lines.append(origin.line(unknown_key(("origin",), document["origin"], RunConfig, RunConfig)))
     told = tuple(map(deepspeed_origin.line, notes))
     deepspeed = DeepSpeedSettings({} if json_faults else settings, deepspeed_origin, told)
     try:
         config = RunConfig.model_validate({**document, "deepspeed": deepspeed, "origin": origin})
     except ValidationError as error:
-        found = [origin.line(fault) for details in error.errors(include_url=False) for fault in _translate(details)]
+        errors = error.errors(include_url=False)
+        found = [origin.line(fault) for details in errors for fault in _translate(details, document)]
         raise UserError("\n".join(dict.fromkeys([*found, *lines]))) from None
     report(lines)
     optimizer, schedule = config.train.optimizer, config.train.schedule
+    if scheduler_gives_way(config.train, deepspeed):
+        deepspeed = deepspeed.without_scheduler(origin.file)
     resolved = deepspeed.resolve_auto(
         hidden_size=config.model.hidden_size,
         steps=config.train.steps,
@@ -169,15 +175,14 @@ def _stated_precision(document: Mapping[str, Any]) -> Precision | None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    require_no_folder(path)
     try:
         document = yaml.load(read_text(path), Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{path.name}: {_yaml_problem(error)}") from None
     except RecursionError:
         raise UserError(f"{path.name}: the file nests too deeply to be read") from None
-    if document is None or isinstance(document, dict):
-        return dict(document or {})
-    raise UserError(f"{path.name}: the file holds {show(document)}; write sections: {', '.join(fields_of(RunConfig))}")
+    return require_sections(path, document)
 
 
 def _yaml_problem(error: yaml.YAMLError) -> str:
@@ -193,8 +198,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 # --------------------------------------------------------------------------------- pydantic's errors in our words
 
 
-def _translate(error: ErrorDetails) -> Iterator[Fault]:
-    """Turn one of pydantic's errors into ours; its own text, which speaks of Python, is never shown."""
+def _translate(error: ErrorDetails, document: Mapping[str, Any]) -> Iterator[Fault]:
+    """Turn one of pydantic's errors in a document into ours; its own text, which speaks of Python, is never shown."""
     section, name = _owner(error["loc"])
     key = error["loc"]
     if key[:1] == ("model",) and key[1:2] and key[1] in ARCHITECTURES:
@@ -208,14 +213,16 @@ def _translate(error: ErrorDetails) -> Iterator[Fault]:
         case "value_error":
             yield Fault(key, str(cause))
         case "missing":
-            yield Fault(key, f" is missing; write {_words(section, name)}")
+            state = "is empty" if _stands_in(document, key) else "is missing"
+            yield Fault(key, f" {state}; write {_words(section, name)}")
         case "extra_forbidden":
-            yield Fault(key, _unknown(name, section))
+            yield unknown_key(key, error["input"], section, RunConfig)
         case "union_tag_not_found":
             yield Fault((*key, "architecture"), f" is missing; write {alternatives(ARCHITECTURES)}")
         case "union_tag_invalid":
             tag = error["input"]["architecture"]
-            yield Fault((*key, "architecture"), f"={show(tag)} is not {alternatives(ARCHITECTURES)}")
+            near = nearest_value(tag, tuple(ARCHITECTURES), FAMILIES)
+            yield Fault((*key, "architecture"), f"={show(tag)} is not {alternatives(ARCHITECTURES)}{near}")
         case _:
             yield Fault(key, f"={show(error['input'])} is not {_words(section, name)}")
 
@@ -250,5 +257,8 @@ def _words(section: type[Section], name: str) -> str:
     return f"a list of {listed}" if several else f"a section {listed}"
 
 
-def _unknown(name: str, section: type[Section]) -> str:
-    return f" is not a key{guess(name, section, RunConfig)}"
+def _stands_in(document: Any, key: Key) -> bool:
+    """Whether a key stands in a document, where it may have no value."""
+    for part in key[:-1]:
+        document = document[part]
+    return key[-1] in document

@@ -16,11 +16,18 @@ SectionReader = Callable[[Path], Mapping[str, Any]]
 FREE = ("attention_dropout", "hidden_dropout", "initializer_range")
 """Keys that are of a run and not of weights: a run may state its own."""
 
+_OF_ANY_SHAPE = (
+    *("rope_theta", "rope_scaling", "rotary_pct", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    *("use_parallel_residual", "hidden_act"),
+)
+"""Keys that no weight's shape follows from: weights may be trained on with another value, where a whole section states
+it."""
+
 
 def fill_model(document: dict[str, Any], read_section: SectionReader) -> list[Fault]:
     """Complete the section `model` of a run file by that of the weights of its `init_from`; return what disagrees.
 
-    A section that is complete by itself stays as it is: `Expectation.require_weights` looks at its shapes.
+    A section that is complete by itself stays as it is: `CheckpointRequirements.require_weights` looks at its shapes.
     """
     stated, section = document.get("init_from"), document.get("model")
     section = {} if section is None else section
@@ -35,8 +42,11 @@ def fill_model(document: dict[str, Any], read_section: SectionReader) -> list[Fa
     faults = []
     for key, value in given.items():
         if key in of_weights and key not in FREE and _plain(value) != _plain(of_weights[key]):
-            text = f"={show(value)} is not that of init_from={stated}, {show(of_weights[key])}; leave it out"
-            faults.append(Fault(("model", str(key)), f"{text}, or write the whole section model"))
+            text = f"={show(value)} is not that of init_from={stated}, {show(of_weights[key])}"
+            fixes = ["delete it to train those weights on"]
+            fixes += ["write the whole section model to train them on so"] * (key in _OF_ANY_SHAPE)
+            fixes += ["delete init_from to train from scratch"]
+            faults.append(Fault(("model", str(key)), f"{text}; {', or '.join(fixes)}"))
     document["model"] = {**of_weights, **given}
     return faults
 

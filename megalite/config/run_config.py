@@ -1,6 +1,7 @@
 """A whole run: its sections, and how they fit each other and the ranks."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megalite.config.data import DataSection
 from megalite.config.deepspeed.defaults import with_defaults
 from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
+from megalite.config.deepspeed.zero_rates import zero_rate_note
 from megalite.config.section import FilePath, PathText, Section
 from megalite.config.sections import (
     CheckpointSection,
@@ -178,7 +180,7 @@ class RunConfig(Section, frozen=True):
         if self.deepspeed.on_nvme and "last" not in checkpoint.model_fields_set:
             # A checkpoint cannot read what lies on NVMe: nobody asked for one, so the run is not refused.
             checkpoint = checkpoint.model_copy(update={"last": False})
-        deepspeed = with_defaults(self.deepspeed, lr=self.optimizer.lr)
+        deepspeed = _with_note_of_zero_rates(with_defaults(self.deepspeed, lr=self.optimizer.lr), train.steps)
         completed = {"parallel": parallel, "model": model, "train": train, "checkpoint": checkpoint}
         return self.model_copy(update={**completed, "deepspeed": deepspeed})
 
@@ -187,3 +189,10 @@ class RunConfig(Section, frozen=True):
         document = self.model_dump(mode="json", by_alias=True, exclude={"deepspeed"}, exclude_none=True)
         document["deepspeed"] = self.deepspeed.spelled()
         return yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _with_note_of_zero_rates(settings: DeepSpeedSettings, steps: int) -> DeepSpeedSettings:
+    note = zero_rate_note(settings.scheduler, steps) if settings.scheduler is not None else None
+    if note is None:
+        return settings
+    return replace(settings, notes=tuple(dict.fromkeys((*settings.notes, settings.origin.line(note)))))

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from megalite.config.validation import Fault, FaultsError
 from megalite.config.values import FLAG, NOT_NEGATIVE, PATH_TEXT, POSITIVE, Kind, number, path_text, whole
-from megalite.paths import spell
+from megalite.paths import escape
 
 
 def _path(value: Any) -> Path:
@@ -53,8 +53,8 @@ Index = Annotated[int, INDEX]
 Flag = Annotated[bool, FLAG]
 PositiveNumber = Annotated[float, POSITIVE]
 Number = Annotated[float, NOT_NEGATIVE]
-FilePath = Annotated[Path, PATH, PlainSerializer(spell, str, when_used="json")]
-PathText = Annotated[str, PATH_TEXT, PlainSerializer(spell, str, when_used="json")]
+FilePath = Annotated[Path, PATH, PlainSerializer(escape, str, when_used="json")]
+PathText = Annotated[str, PATH_TEXT, PlainSerializer(escape, str, when_used="json")]
 """Written so that a path reads back as it is."""
 Share = Annotated[float, SHARE]
 Dropout = Annotated[float, DROPOUT]

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, TypeAdapter
 
 from megalite.config.deepspeed.adamw import AdamW
-from megalite.config.deepspeed.rules import Precision
+from megalite.config.deepspeed.rules import PRECISION_NAMES, Precision
 from megalite.config.section import (
     COUNT,
     COUNT_OR_AUTO,
@@ -29,11 +29,19 @@ from megalite.parallel.layout import AXES, Axis, ParallelLayout
 from megalite.pipeline.schedules import SCHEDULES
 
 SCHEDULE = choice(*SCHEDULES)
-CURVE = choice("cosine", "linear", "constant", "wsd")
+CURVE = choice(
+    *("cosine", "linear", "constant", "wsd"),
+    other_names={
+        **dict.fromkeys(("cosine_with_min_lr", "cosine_decay", "warmup_cosine", "warmupcosinelr"), "cosine"),
+        **dict.fromkeys(("linear_decay", "warmupdecaylr", "polynomial"), "linear"),
+        **dict.fromkeys(("constant_with_warmup", "warmuplr"), "constant"),
+        **dict.fromkeys(("warmup_stable_decay", "warmup-stable-decay", "trapezoidal"), "wsd"),
+    },
+)
 LAYERS = whole(1, 10_000)
 ON_ERROR = choice("stop", "continue")
-PRECISION = choice("fp32", "bf16", "fp16")
-RECOMPUTE = choice("none", "selective", "full")
+PRECISION = choice("fp32", "bf16", "fp16", other_names=PRECISION_NAMES)
+RECOMPUTE = choice("none", "selective", "full", other_names={"all": "full", "off": "none", "no": "none"})
 ROPE_TYPE = choice("linear", "llama3")
 
 _ADAMW = AdamW()
@@ -402,6 +410,13 @@ class CheckpointSection(Section, frozen=True):
 
 Model = Annotated[LlamaConfig | GPT2Config | GPTNeoXConfig, Field(discriminator="architecture")]
 ARCHITECTURES: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig}
+FAMILIES: dict[str, str] = {
+    **dict.fromkeys(("llama2", "llama3", "mistral", "qwen2", "qwen3", "llamaforcausallm"), "llama"),
+    **dict.fromkeys(("mistralforcausallm", "qwen2forcausallm", "qwen3forcausallm"), "llama"),
+    **dict.fromkeys(("gptneox", "pythia", "gptneoxforcausallm"), "gpt_neox"),
+    "gpt2lmheadmodel": "gpt2",
+}
+"""Names of models and of their classes in transformers, with the architecture that computes them."""
 
 
 def read_model(section: Mapping[str, object]) -> ModelConfig:

@@ -1,7 +1,9 @@
 """Kinds of values in run files and the DeepSpeed JSON: what a value may be, and how it is read."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler
@@ -70,14 +72,32 @@ def number(least: float | None = None, *, above: float | None = None, most: floa
     return Kind(f"a number above {above:g}" if above is not None else f"a number of at least {least:g}", convert)
 
 
-def choice(*values: str | int) -> Kind:
-    """One of a few words or numbers."""
+def choice(*values: str | int, other_names: Mapping[str, str] | None = None) -> Kind:
+    """One of a few words or numbers.
+
+    `other_names` are words of other trainers, with the value that each of them means: the message offers it, as it does
+    a value that differs in capitals, hyphens or a slip.
+    """
+    words = alternatives(values)
 
     def convert(value: Any) -> str | int:
-        require(not isinstance(value, bool))
-        return values[values.index(value)]
+        if not isinstance(value, bool) and value in values:
+            return values[values.index(value)]
+        raise Unfit(f" is not {words}{nearest_value(value, values, other_names or {})}")
 
-    return Kind(alternatives(values), convert)
+    return Kind(words, convert)
+
+
+def nearest_value(value: object, values: Sequence[str | int], other_names: Mapping[str, str]) -> str:
+    """Return ``; did you mean 'x'?`` for the value that another is meant for, and nothing where none is close."""
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return ""
+    text = str(value).strip().lower()
+    if text in other_names:
+        return f"; did you mean {show(other_names[text])}?"
+    same = {re.sub(r"[-_ ]", "", str(one)).lower(): one for one in values}
+    close = get_close_matches(re.sub(r"[-_ ]", "", text), same, n=1, cutoff=0.8)
+    return f"; did you mean {show(same[close[0]])}?" if close else ""
 
 
 def path_text(value: Any) -> str:

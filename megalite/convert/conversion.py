@@ -21,9 +21,9 @@ from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.model_files import tokenizer_name
 from megalite.checkpoint.safetensors_file import ENCODINGS
 from megalite.checkpoint.store import Part
-from megalite.checkpoint.weights import WEIGHT, documents_of
+from megalite.checkpoint.weights import WEIGHT, document_tokens
 from megalite.config import ModelConfig
-from megalite.convert.generation_config import companion_contents, generation_settings
+from megalite.convert.generation_config import generation_settings, model_file_contents
 from megalite.convert.huggingface.tokenizer_files import tokenizer_files
 from megalite.convert.huggingface.writer import write_folder
 from megalite.errors import UserError
@@ -56,7 +56,7 @@ def growing(output: Path, needed_bytes: int) -> Iterator[Path]:
         yield unfinished
         publish(unfinished, output)
     finally:
-        for left in (unfinished, store.temporary(unfinished)):
+        for left in (unfinished, store.temporary_folder(unfinished)):
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -65,7 +65,7 @@ def size_of(weights: Weights, precision: str) -> int:
     return sum(map(prod, weights.shapes.values())) * ENCODINGS[precision].itemsize
 
 
-def to_checkpoint(weights: Weights, companions: Mapping[str, Path], folder: Path, progress: Progress) -> None:
+def to_checkpoint(weights: Weights, model_files: Mapping[str, Path], folder: Path, progress: Progress) -> None:
     """Write a checkpoint of weights alone, at step 0; `progress` is told the bytes done and in all."""
     total, done = size_of(weights, "fp32"), 0
 
@@ -83,7 +83,7 @@ def to_checkpoint(weights: Weights, companions: Mapping[str, Path], folder: Path
         shapes = ((name, weights.shapes[name]) for name in names)
         parts = [Part(WEIGHT + name, shape, Region.whole(shape), partial(load, name, shape)) for name, shape in shapes]
         store.write_rank(folder, number, parts)
-    small = companion_contents(weights, companions)
+    small = model_file_contents(weights, model_files)
     tokenizer = tokenizer_name(small)
     manifest = Manifest(
         0,
@@ -93,14 +93,14 @@ def to_checkpoint(weights: Weights, companions: Mapping[str, Path], folder: Path
         model=weights.model.model_dump(mode="json"),
         precision=weights.precision,
         tokenizer_sha256=None if tokenizer is None else sha256(small[tokenizer]).hexdigest(),
-        documents=documents_of(weights),
+        documents=document_tokens(weights),
     )
     store.finish(folder, ranks=len(files), manifest=manifest, state={"step": 0}, files=small)
 
 
 def to_hugging_face(
     weights: Weights,
-    companions: Mapping[str, Path],
+    model_files: Mapping[str, Path],
     folder: Path,
     progress: Progress,
     *,
@@ -112,9 +112,9 @@ def to_hugging_face(
     Raises UserError for a model or a tokenizer that has no equal there.
     """
     assert weights.model.vocab_size is not None
-    settings, where = generation_settings(weights, companions)
+    settings, where = generation_settings(weights, model_files)
     tokenizer = tokenizer_files(
-        companions, weights.model.vocab_size, settings=settings, where=where, documents=documents_of(weights)
+        model_files, weights.model.vocab_size, settings=settings, where=where, documents=document_tokens(weights)
     )
     folder.mkdir()
     write_folder(
@@ -155,8 +155,8 @@ class RoundedWeights:
         return self.weights.shapes
 
     @property
-    def companions(self) -> Mapping[str, Path]:
-        return self.weights.companions
+    def model_files(self) -> Mapping[str, Path]:
+        return self.weights.model_files
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
         self.weights.read(name, region, out)

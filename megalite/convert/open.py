@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.discovery import CHECKPOINTS, checkpoints
+from megalite.checkpoint.discovery import CHECKPOINTS, find_checkpoints
 from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
+from megalite.config.hub_names import hub_hint
 from megalite.config.validation import show
 from megalite.convert.huggingface.reader import HuggingFaceWeights, is_hugging_face
 from megalite.convert.megatron.reader import MegatronWeights
 from megalite.convert.megatron.state_dict import checkpoint_folder
 from megalite.errors import UserError
 from megalite.model.weights import Weights
+from megalite.text_encoding import require_utf8
 
 _OTHERS = "a Hugging Face or Megatron folder on this machine"
 
@@ -26,13 +28,14 @@ def open_weights(path: Path) -> Weights:
     if is_hugging_face(path):
         return HuggingFaceWeights(path)
     for folder in (path, path / CHECKPOINTS):
-        newest = checkpoints(folder)
+        newest = find_checkpoints(folder)
         if newest:
             return CheckpointWeights(CheckpointReader(newest[0][1]))
     if checkpoint_folder(path) is not None:
         return MegatronWeights(path)
     if not path.is_dir() or not (path / MANIFEST).exists():
-        raise UserError(f"{path}: {_what_it_is(path)}; give a checkpoint step_N, a run's folder, or {_OTHERS}")
+        fix = hub_hint(path) or f"give a checkpoint step_N, a run's folder, or {_OTHERS}"
+        raise UserError(f"{path}: {_what_it_is(path)}; {fix}")
     return CheckpointWeights(CheckpointReader(path))
 
 
@@ -61,7 +64,9 @@ def _what_it_is(path: Path) -> str:
 def _what_is_wrong_with(config: Path) -> str:
     """Say why a config.json is not that of a model of Hugging Face's."""
     try:
-        content = json.loads(config.read_bytes())
+        data = config.read_bytes()
+        require_utf8(config, data)
+        content = json.loads(data)
     except (OSError, ValueError) as error:
         return f"its config.json cannot be read as JSON ({error}), fetch the file again"
     if not isinstance(content, dict):

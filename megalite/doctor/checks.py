@@ -13,7 +13,7 @@ from megalite.doctor.hosts import RankPlace, hosts_row, launcher_row
 from megalite.doctor.report import Report, Row
 from megalite.launch import LaunchEnvironment
 from megalite.launch.consistency import process_facts
-from megalite.launch.rendezvous import Meeting, exchange, meet, missing_line
+from megalite.launch.rendezvous import RendezvousResult, all_gather_json, missing_ranks_message, try_rendezvous
 from megalite.model.precision import DTYPES
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.mesh import joined_mesh, local_device
@@ -38,13 +38,13 @@ def examine(environment: LaunchEnvironment, plan: Plan | None, *, timeout: datet
 
 def _rows(environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.timedelta) -> Iterator[Row]:
     size = environment.world_size
-    meeting = meet(environment, process_facts(size) if plan is None else run_facts(plan, size), timeout)
+    meeting = try_rendezvous(environment, process_facts(size) if plan is None else run_facts(plan, size), timeout)
     agreement = _agreement_row(meeting, environment, plan, timeout)
     yield agreement
     if agreement.verdict == "bad":
         return
     device = local_device(environment.local_rank, environment.launcher)
-    told = exchange(meeting.store, environment, "places", RankPlace.here(environment, device).to_json())
+    told = all_gather_json(meeting.store, environment, "places", RankPlace.here(environment, device).to_json())
     places = [RankPlace(**one) for one in told]
     found = [launcher_row(environment, places), hosts_row(places), _network_row(meeting, environment, device)]
     yield from found
@@ -66,24 +66,26 @@ def _rows(environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.t
 
 
 def _agreement_row(
-    meeting: Meeting, environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.timedelta
+    meeting: RendezvousResult, environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.timedelta
 ) -> Row:
     if meeting.refusals:  # ranks that are missing then are those that rank 0 no longer waited for
         return Row("agreement", "bad", meeting.refusals)
     if meeting.missing:
-        return Row("agreement", "bad", (missing_line(meeting.missing, environment, timeout),))
+        return Row("agreement", "bad", (missing_ranks_message(meeting.missing, environment, timeout),))
     if environment.world_size == 1:
         return Row("agreement", "ok", ("one rank: nothing to compare",))
     what = "code and versions" if plan is None else "run file, code, versions, tokenizer, data and checkpoints"
     return Row("agreement", "ok", (f"all {environment.world_size} ranks have the same {what}",))
 
 
-def _network_row(meeting: Meeting, environment: LaunchEnvironment, device: torch.device) -> Row:
+def _network_row(meeting: RendezvousResult, environment: LaunchEnvironment, device: torch.device) -> Row:
     """Let every rank connect to the others."""
     assert environment.master_address is not None
     with listening(environment.rank, own_address(device, environment.master_address)) as here:
-        listeners = [Listener(**told) for told in exchange(meeting.store, environment, "listeners", here.to_json())]
-        told: Sequence[list[str]] = exchange(
+        listeners = [
+            Listener(**told) for told in all_gather_json(meeting.store, environment, "listeners", here.to_json())
+        ]
+        told: Sequence[list[str]] = all_gather_json(
             meeting.store, environment, "failures", [*unknown_interfaces(here), *unreached(here, listeners)]
         )
     failures = [line for lines in told for line in lines]

@@ -54,10 +54,10 @@ def _room(plan: Plan, checkpoint: int, free: int) -> tuple[str, bool]:
     expected = forecast(plan.config, checkpoint, free)
     if not expected.steps:
         return f"{where}; checkpoint.every={plan.config.checkpoint.every}, last=false: none is written", False
-    line = f"{where}; a checkpoint takes {size(checkpoint)}, {expected.at_once} at most are there at a time"
+    line = f"{where}; a checkpoint takes {size(checkpoint)}, {expected.peak_count} at most are there at a time"
     if expected.fits:
         return line, False
-    return f"{line}, {size(expected.bytes_at_once)}; {MAKE_ROOM}", True
+    return f"{line}, {size(expected.peak_bytes)}; {MAKE_ROOM}", True
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalite.errors import UserError
+from megalite.text_encoding import read_utf8
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def _require_unicode(prompt: Prompt) -> None:
 
 def _prompts_of(file: Path) -> Iterator[Prompt]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_utf8(file).split("\n")
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}; give another --prompts") from error
     except UnicodeDecodeError as error:

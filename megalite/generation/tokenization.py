@@ -7,12 +7,12 @@ from megalite.checkpoint.model_files import (
     GENERATION_CONFIG,
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
-    companions_among,
+    model_files_among,
     read_settings,
     tokenizer_name,
 )
-from megalite.checkpoint.special_tokens import declared_ends, named_token, text_ends
-from megalite.checkpoint.weights import documents_of
+from megalite.checkpoint.special_tokens import declared_end_ids, end_token_ids, named_token
+from megalite.checkpoint.weights import document_tokens
 from megalite.convert.generation_config import generation_settings
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer, tokenizer_file
@@ -75,15 +75,15 @@ def open_vocabulary(weights: Weights, tokenizer: Path | None) -> Vocabulary:
     """
     file = _file(weights) if tokenizer is None else tokenizer_file(tokenizer)
     loaded = load_tokenizer(file)
-    of_weights, size = weights.companions, weights.model.vocab_size
+    of_weights, size = weights.model_files, weights.model.vocab_size
     assert size is not None  # weights have a table of tokens
     beside = of_weights if tokenizer is None else _beside(file)
     # How generation ends belongs to the weights, whatever tokenizer is given; only where they tell nothing is it asked.
     generation = of_weights if GENERATION_CONFIG in of_weights else {**beside, **of_weights}
     settings, where = generation_settings(weights, generation)
-    documents = documents_of(weights)
+    documents = document_tokens(weights)
     told = tuple(read_settings(beside.get(name)) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP))
-    ends = text_ends(declared_ends(settings, size, where), told, loaded.token_id, loaded.eod_id, documents)
+    ends = end_token_ids(declared_end_ids(settings, size, where), told, loaded.token_id, loaded.eod_id, documents)
     leading: Sequence[int] | None = documents.beginning if documents is not None else None
     if leading is None:
         leading = _leading(file, beside, loaded)
@@ -91,26 +91,26 @@ def open_vocabulary(weights: Weights, tokenizer: Path | None) -> Vocabulary:
     return Vocabulary(loaded, leading, ends, size, begins_document)
 
 
-def untrained_beginning(weights: Weights, companions: Mapping[str, Path]) -> list[str]:
+def untrained_beginning(weights: Weights, model_files: Mapping[str, Path]) -> list[str]:
     """Return the tokens that a tokenizer puts before every text, and that stood before no training document.
 
     They are told by their names, as far as the tokenizer has some; none where it is not known how documents began.
     """
-    documents, name = documents_of(weights), tokenizer_name(companions)
+    documents, name = document_tokens(weights), tokenizer_name(model_files)
     if documents is None or documents.beginning is None or name is None:
         return []
-    loaded = load_tokenizer(companions[name])
+    loaded = load_tokenizer(model_files[name])
     names = {token: name for name, token in loaded.control_tokens.items()}
-    put = _leading(companions[name], companions, loaded)
+    put = _leading(model_files[name], model_files, loaded)
     return [names.get(token, str(token)) for token in put if token not in documents.beginning]
 
 
 def _beside(file: Path) -> Mapping[str, Path]:
-    return companions_among(file.parent, sorted(path.name for path in file.parent.iterdir() if path.is_file()))
+    return model_files_among(file.parent, sorted(path.name for path in file.parent.iterdir() if path.is_file()))
 
 
 def _file(weights: Weights) -> Path:
-    beside = weights.companions
+    beside = weights.model_files
     name = tokenizer_name(beside)
     if name is not None:
         return beside[name]

@@ -1,17 +1,17 @@
-"""What a start is doing, told from its first second: a line that is rewritten on a terminal, plain lines elsewhere."""
+"""Progress messages of the start-up: one line that is rewritten on a terminal, plain lines elsewhere."""
 
 import sys
 from typing import TextIO
 
 CLEAR = "\r\x1b[K"
-"""Takes the cursor to the start of the line and removes what stands in it."""
+"""Moves the cursor to the start of the line and erases the line."""
 
 
 def announce(text: str) -> None:
-    """Tell what is being done now.
+    """Show the current step of the start-up.
 
-    Where stdout is a terminal the line is written there without an end, over the one before it. Elsewhere it is a
-    line of stderr: stdout is left to what the run says of itself.
+    If stdout is a terminal, the text replaces the announcement before, without a line end. Otherwise it is a line on
+    stderr, since stdout is for the run's own output.
     """
     if _is_terminal(sys.stdout):
         sys.stdout.write(f"{CLEAR}megalite: {text[:70]} ...")
@@ -21,15 +21,15 @@ def announce(text: str) -> None:
         sys.stderr.flush()
 
 
-def end_announcement() -> None:
-    """Make room for a line that stays: remove the announcement that a terminal may show."""
+def clear_announcement() -> None:
+    """Erase the announcement that a terminal may show, before a permanent line is printed on stdout."""
     if _is_terminal(sys.stdout):
         sys.stdout.write(CLEAR)
         sys.stdout.flush()
 
 
-def clear_for_stderr() -> None:
-    """The same before a line on stderr, where that is a terminal as well; nothing where no announcement can be."""
+def clear_announcement_before_stderr() -> None:
+    """Erase the announcement before a line is printed on stderr; does nothing unless both streams are terminals."""
     if _is_terminal(sys.stdout) and _is_terminal(sys.stderr):
         sys.stdout.flush()
         sys.stderr.write(CLEAR)
@@ -38,5 +38,5 @@ def clear_for_stderr() -> None:
 def _is_terminal(stream: TextIO) -> bool:
     try:
         return stream.isatty()
-    except ValueError:  # it is closed
+    except ValueError:  # the stream is closed
         return False

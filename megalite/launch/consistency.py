@@ -1,7 +1,8 @@
-"""Facts that the ranks must have in common, and the message for a rank that differs.
+"""Consistency check: the facts that all ranks must have in common, and the message for a rank that differs.
 
-A fact is a value under a name, such as the learning rate under ``train.optimizer.lr``; facts of one kind are mended in
-one way. Values are compared as text. No torch, no process group: `rendezvous` carries the facts from rank to rank.
+A fact is a named value, such as the learning rate under ``train.optimizer.lr``. Facts are grouped by kind; all facts of
+a kind have the same fix. Values are compared as text. `rendezvous` sends the facts from rank to rank; this module needs
+neither torch nor a process group.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 Facts = Mapping[str, Mapping[str, str]]
-"""By kind and name, in the order in which they are compared."""
+"""Values by kind and name, in the order of comparison."""
 
 FIXES: Mapping[str, str] = {
     "launch": "start all ranks by one launcher, and give each run a MASTER_PORT of its own",
@@ -23,14 +24,14 @@ FIXES: Mapping[str, str] = {
     "data": "copy rank 0's files to every host, or name some that all hosts share",
     "checkpoints": "set run.dir to a folder that all hosts share",
 }
-"""What to do about a difference, by kind."""
+"""The fix for a difference, by kind of fact."""
 
 SHOWN_DIGITS = 12
-"""Characters of a digest that are told."""
+"""Characters of a digest that messages show."""
 
 
 def process_facts(world_size: int) -> dict[str, dict[str, str]]:
-    """Return what the ranks of any verb have in common: their number, the code and the versions it runs on."""
+    """Return the facts that the ranks of every verb have in common: number of ranks, job, code, versions."""
     return {
         "launch": {
             "WORLD_SIZE": str(world_size),
@@ -45,7 +46,7 @@ def process_facts(world_size: int) -> dict[str, dict[str, str]]:
 
 
 def code_digests(package: Path) -> dict[str, str]:
-    """Return the SHA-256 of every source file of a package, shortened, by what it is called in messages."""
+    """Return the shortened SHA-256 of every source file of a package, by the file's name in messages."""
     files = sorted(package.rglob("*.py"))
     return {
         f"{path.relative_to(package.parent)} (SHA-256)": hashlib.sha256(path.read_bytes()).hexdigest()[:SHOWN_DIGITS]
@@ -53,8 +54,8 @@ def code_digests(package: Path) -> dict[str, str]:
     }
 
 
-def difference(mine: Facts, theirs: Facts, host: str) -> str | None:
-    """Return what tells a rank's facts from those of rank 0 on `host`, with the fix; the first of several."""
+def first_difference(mine: Facts, theirs: Facts, host: str) -> str | None:
+    """Return the first difference between a rank's facts and those of rank 0 on `host`, with the fix; None if equal."""
     for kind in dict.fromkeys([*theirs, *mine]):
         ours, others = mine.get(kind, {}), theirs.get(kind, {})
         for name in dict.fromkeys([*others, *ours]):

@@ -1,4 +1,4 @@
-"""Which rank a process is: the variables of every launcher, read into one form."""
+"""The rank of a process, read from the environment variables of any launcher."""
 
 import re
 import time
@@ -10,23 +10,23 @@ from typing import Literal
 from megalite.errors import UserError
 
 Launcher = Literal["megalite", "torchrun", "deepspeed", "environment", "openmpi", "slurm"]
-"""Who started a rank; ``environment`` is anybody else who sets RANK and WORLD_SIZE."""
+"""The program that started a rank; ``environment`` is any other launcher that sets RANK and WORLD_SIZE."""
 
 LAUNCHER_PID = "MEGALITE_LAUNCHER_PID"
-"""`launch_local` names itself to its ranks by this variable."""
+"""The variable in which `launch_local` gives its process id to its ranks."""
 RESTART_COUNT = "MEGALITE_RESTART_COUNT"
-"""How often `launch_local` has started the ranks again."""
+"""The variable that counts how often `launch_local` has restarted the ranks."""
 STARTED = "MEGALITE_STARTED"
-"""When the start of this run began, in seconds since 1970, as job scripts and `launch_local` say it."""
+"""The variable in which job scripts and `launch_local` give the time of this start, in seconds since 1970."""
 _IMPORTED = time.time()
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchEnvironment:
-    """The place that a launcher gave to this process among the ranks.
+    """The rank of this process, the number of ranks, and the address of the rendezvous.
 
-    `local_rank` counts the ranks of one machine, of which there are `local_world_size`. The master is where the ranks
-    meet; None where the launcher said nothing about it.
+    `local_rank` counts the ranks of one machine, of which there are `local_world_size`. Rank 0 listens at the master
+    address and port; they are None if the launcher does not set them.
     """
 
     rank: int
@@ -37,17 +37,17 @@ class LaunchEnvironment:
     master_address: str | None = None
     master_port: int | None = None
     restarts: int = 0
-    """How often the launcher has started these ranks again."""
+    """How often the launcher has restarted these ranks."""
 
     def variables(self) -> dict[str, str]:
-        """Return the environment variables by which torch and DeepSpeed find the same place.
+        """Return the environment variables from which torch and DeepSpeed read the same rank and address.
 
-        Raises UserError where nothing says at which address and port the ranks meet.
+        Raises UserError if the master address or port is unknown.
         """
         for name, value in (("MASTER_ADDR", self.master_address), ("MASTER_PORT", self.master_port)):
             if value is None:
                 raise UserError(
-                    f"environment: {name} is not set, and {self.launcher} does not say it; "
+                    f"environment: {name} is not set, and {self.launcher} does not set it; "
                     f"set {name} to that of rank 0, the same for every rank"
                 )
         return {
@@ -61,36 +61,39 @@ class LaunchEnvironment:
 
 
 def start_time(env: Mapping[str, str]) -> float:
-    """Return when the start of this run began, in seconds since 1970: where nobody says it, with this process."""
+    """Return the time at which this start began, in seconds since 1970; by default that of this process."""
     try:
         return float(env[STARTED])
     except (KeyError, ValueError):
         return _IMPORTED
 
 
-def start_name(env: Mapping[str, str], host: str, pid: int) -> str:
-    """Return a name that the processes of one start share: `launch_local`'s own and its ranks', or any other launcher's
-    ranks, which meet in one place. Process `pid` on `host` asks."""
+def start_id(env: Mapping[str, str], host: str, pid: int) -> str:
+    """Return an identifier that all processes of one start share; process `pid` on `host` calls.
+
+    It names the launching process for `launch_local` and its ranks, and the master address and port for the ranks of
+    any other launcher.
+    """
     if "RANK" in env and LAUNCHER_PID not in env:
         return f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
     return f"process {env.get(LAUNCHER_PID, pid)} on {host}"
 
 
 def launch_environment(env: Mapping[str, str]) -> LaunchEnvironment | None:
-    """Return the rank that a launcher made of this process, or None when it was started by hand.
+    """Return the rank that a launcher gave to this process, or None if it was started by hand.
 
-    RANK goes before the rest, since torchrun and deepspeed run inside Slurm jobs; mpirun goes before Slurm, since a
-    batch script has a SLURM_PROCID of its own, which mpirun hands down to every rank.
+    RANK takes precedence, since torchrun and deepspeed run inside Slurm jobs. Open MPI's variables take precedence over
+    Slurm's, since mpirun passes the SLURM_PROCID of the batch script to every rank.
 
-    An interactive shell of Slurm has the variables of a task and is none: see `interactive_shell`.
+    An interactive shell of Slurm has the variables of a task but is not a rank: see `is_interactive_shell`.
 
-    Raises UserError where a launcher's variables are incomplete or no numbers.
+    Raises UserError if a launcher's variables are incomplete or not numbers.
     """
     if "RANK" in env:
         found = _from_rank(env)
     elif "OMPI_COMM_WORLD_RANK" in env:
         found = _from_openmpi(env)
-    elif "SLURM_PROCID" in env and not interactive_shell(env):
+    elif "SLURM_PROCID" in env and not is_interactive_shell(env):
         found = _from_slurm(env)
     else:
         return None
@@ -104,12 +107,14 @@ def launch_environment(env: Mapping[str, str]) -> LaunchEnvironment | None:
 
 
 _INTERACTIVE_STEP = str(0xFFFFFFFA)
-"""The step in which salloc runs a shell on a node."""
+"""The job step in which salloc runs a shell on a node."""
 
 
-def interactive_shell(env: Mapping[str, str]) -> bool:
-    """Whether this process was started by hand in a shell that Slurm gave: by ``srun --pty``, as its only task, or by
-    salloc. A command in the place of that shell is the only task too, and starting its ranks here is the same to it."""
+def is_interactive_shell(env: Mapping[str, str]) -> bool:
+    """Whether this process was started by hand in an interactive shell of Slurm: ``srun --pty`` of one task, or salloc.
+
+    A command that ``srun --pty`` runs directly looks the same; its ranks are started on this machine as well.
+    """
     if any(name in env for name in ("RANK", "OMPI_COMM_WORLD_RANK")) or "SLURM_PROCID" not in env:
         return False
     tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS"))
@@ -118,7 +123,7 @@ def interactive_shell(env: Mapping[str, str]) -> bool:
 
 def _from_rank(env: Mapping[str, str]) -> LaunchEnvironment:
     world_size = _number(env, "WORLD_SIZE", beside="RANK", least=1)
-    # torchrun counts the ranks of a machine by the first name, deepspeed by the second.
+    # torchrun sets the first of these names, deepspeed the second.
     local_size = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
     return LaunchEnvironment(
         rank=_number(env, "RANK", beside="WORLD_SIZE"),
@@ -157,7 +162,7 @@ def _from_openmpi(env: Mapping[str, str]) -> LaunchEnvironment:
 def _from_slurm(env: Mapping[str, str]) -> LaunchEnvironment:
     if env.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in env:
         raise UserError(
-            "environment: SLURM_PROCID is that of the batch script itself, which is no rank; "
+            "environment: SLURM_PROCID is that of the batch script itself, which is not a rank; "
             "start the ranks by `srun`, or by `env -u SLURM_PROCID` in front to launch them all on this machine"
         )
     rank = _number(env, "SLURM_PROCID", beside="SLURM_NTASKS")
@@ -178,7 +183,7 @@ def _from_slurm(env: Mapping[str, str]) -> LaunchEnvironment:
 def first_host(nodelist: str) -> str:
     """Return the first host of Slurm's compressed list, as ``scontrol show hostnames`` would print it.
 
-    Read here since containers seldom hold scontrol.
+    The list is parsed here because containers seldom have scontrol.
 
     >>> first_host("gpu[003-010,012],login1")
     'gpu003'
@@ -188,7 +193,7 @@ def first_host(nodelist: str) -> str:
 
 
 def _slurm_tasks_here(env: Mapping[str, str]) -> int | None:
-    """Number of ranks on this node, out of Slurm's run-length form: ``4(x2),3`` is 4, 4, 3."""
+    """Return the number of ranks on this node from Slurm's run-length encoding: ``4(x2),3`` is 4, 4, 3."""
     counts = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", ""))
     runs = re.findall(r"(\d+)(?:\(x(\d+)\))?", counts)
     by_node = [int(tasks) for tasks, repeat in runs for _ in range(int(repeat or 1))]
@@ -197,7 +202,7 @@ def _slurm_tasks_here(env: Mapping[str, str]) -> int | None:
 
 
 def _port(env: Mapping[str, str], *, job: str | None = None) -> int | None:
-    """MASTER_PORT, else one of 20000 to 29999 that depends on the job alone: below those that the kernel hands out."""
+    """Return MASTER_PORT, or a port from 20000 to 29999, below the kernel's ephemeral ports, derived from `job`."""
     if "MASTER_PORT" in env:
         return _number(env, "MASTER_PORT", beside="RANK", least=1)
     return 20000 + zlib.crc32(job.encode()) % 10000 if job else None

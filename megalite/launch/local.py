@@ -1,4 +1,4 @@
-"""Start the ranks of a run on this machine, watch over them, and take all down when one dies."""
+"""Local launcher: start the ranks of a run on this machine, supervise them, and end all of them when one dies."""
 
 import codecs
 import math
@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from megalite.errors import STOPPED_STATUS, USER_ERROR_STATUS, UserError
-from megalite.launch.announce import clear_for_stderr
+from megalite.launch.announce import clear_announcement_before_stderr
 from megalite.launch.environment import LAUNCHER_PID, RESTART_COUNT, STARTED, start_time
 
 USER_ERROR_PREFIX = "megalite: error: "
-"""How the lines begin with which a rank tells the user of a mistake; `launch_local` looks for them in a rank's log."""
+"""The prefix of a rank's lines that report a UserError; `launch_local` searches for it in a rank's log."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TAIL_BYTES = 65536
@@ -37,44 +37,49 @@ def launch_local(
     failure_grace: float = 5.0,
     stop_grace: float = 10.0,
     max_restarts: int = 0,
-    failed: Callable[[str], None] = lambda words: None,
+    failed: Callable[[str], None] = lambda message: None,
 ) -> int:
     """Run `command` with `argv` as `world_size` ranks on this machine; return the exit status of the run.
 
     Rank 0 writes to the console, and its stderr to ``rank_0.log`` too; the other ranks write to ``rank_N.log`` in
-    `log_dir`. Every rank has a session of its own, so that what it started ends with it.
+    `log_dir`. Every rank is the leader of its own session, so that the processes that it started can be killed with it.
 
-    When a rank fails, the others have `failure_grace` seconds to end by themselves before they are killed; the one
-    that failed first is named on stderr, with its traceback. SIGINT, SIGTERM, SIGHUP and SIGUSR1 go on to the ranks,
-    which have `stop_grace` seconds from then, math.inf for as long as it takes; a second one kills them at once.
+    When a rank fails, the others have `failure_grace` seconds to end by themselves before they are killed. The rank
+    that failed first is named on stderr, with its traceback. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are forwarded to the
+    ranks, which then have `stop_grace` seconds to end, without a limit if it is math.inf; a second signal kills them at
+    once.
 
-    Ranks that were taken down because one died are started again, at most `max_restarts` times; not where that was
-    the user's mistake, nor where a signal came. Where the run fails in the end, `failed` is told how, in words.
+    After a failure all ranks are restarted, at most `max_restarts` times, unless the failure was a UserError or a
+    signal was received. If the run fails for good, `failed` is called with a description of the failure.
 
-    Returns 0 when every rank ended well, `STOPPED_STATUS` when they stopped as they were asked to, the status of the
-    rank that failed first, or 128 + N for signal N.
-    Call it from the main thread; the command calls `die_with_parent`. Raises UserError where `log_dir` cannot be made.
+    Returns 0 if every rank succeeded, `STOPPED_STATUS` if they stopped on request, the status of the rank that failed
+    first, or 128 + N for signal N. Call it from the main thread; `command` must call `die_with_parent`. Raises
+    UserError if `log_dir` cannot be created.
     """
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{log_dir}: no folder for the ranks' logs: {error.strerror}; set another run.dir") from error
+        raise UserError(
+            f"{log_dir}: the folder for the ranks' logs cannot be created: {error.strerror}; set another run.dir"
+        ) from error
     with _Signals() as signals:
         for restarts in range(max_restarts + 1):
-            watch = _Watch(signals, failure_grace, stop_grace)
-            _run_ranks([*command, *argv], world_size, restarts, log_dir, watch)
-            clear_for_stderr()
-            status = watch.verdict()
-            if not watch.saw_a_rank_die or restarts == max_restarts:
-                if watch.last_words:
-                    failed(watch.last_words)
+            supervisor = _Supervisor(signals, failure_grace, stop_grace)
+            _run_ranks([*command, *argv], world_size, restarts, log_dir, supervisor)
+            clear_announcement_before_stderr()
+            status = supervisor.report()
+            if not supervisor.may_restart or restarts == max_restarts:
+                if supervisor.failure:
+                    failed(supervisor.failure)
                 return status
             sys.stderr.write(f"megalite: all ranks are started again, time {restarts + 1} of {max_restarts}\n")
     raise AssertionError(f"max_restarts={max_restarts} is below 0")
 
 
-def _run_ranks(command: Sequence[str], world_size: int, restarts: int, log_dir: Path, watch: "_Watch") -> None:
-    """Start the ranks and have them watched to their end."""
+def _run_ranks(
+    command: Sequence[str], world_size: int, restarts: int, log_dir: Path, supervisor: "_Supervisor"
+) -> None:
+    """Start the ranks and supervise them until all have ended."""
     ranks: list[_Rank] = []
     with _reserved_port() as port, closing(_Console(log_dir / "rank_0.log")) as console:
         try:
@@ -82,7 +87,7 @@ def _run_ranks(command: Sequence[str], world_size: int, restarts: int, log_dir: 
                 variables = _variables(number, world_size, port) | {RESTART_COUNT: str(restarts)}
                 ranks.append(_start_rank(number, command, variables, log_dir, console))
             console.close_write_end()
-            watch.run(ranks, console)
+            supervisor.run(ranks, console)
         finally:
             for rank in ranks:
                 rank.kill()
@@ -92,7 +97,7 @@ def _variables(rank: int, world_size: int, port: int) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "OMP_NUM_THREADS": str(max(1, cores // world_size)),
-        # A rank that is killed must not take its last words with it.
+        # Otherwise the last lines of a rank that is killed would be lost in its buffer.
         "PYTHONUNBUFFERED": "1",
         **os.environ,
         "RANK": str(rank),
@@ -108,10 +113,10 @@ def _variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 @contextmanager
 def _reserved_port() -> Iterator[int]:
-    """A free port, held so that the kernel gives it to nobody else until rank 0 listens on it.
+    """Yield a free port, bound so that no other process gets it before rank 0 listens on it.
 
-    On Linux two sockets may share an address with SO_REUSEADDR as long as one of them listens at most, and rank 0's
-    store sets that option; elsewhere the port is let go.
+    On Linux two sockets with SO_REUSEADDR may share an address as long as at most one of them listens, and rank 0's
+    store sets that option. On other systems the port is released before the body runs.
     """
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -124,7 +129,7 @@ def _reserved_port() -> Iterator[int]:
 
 @dataclass(slots=True)
 class _Rank:
-    """A started rank, and where in its log this run begins."""
+    """A started rank, and the offset in its log at which this run begins."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -133,11 +138,11 @@ class _Rank:
 
     @property
     def status(self) -> int:
-        """Exit status once it has ended; minus N where signal N killed it."""
+        """Exit status after the end; -N if signal N killed the rank."""
         return self.process.returncode
 
     def has_ended(self) -> bool:
-        """Whether the rank has ended; ends what it left behind in its session."""
+        """Whether the rank has ended; if so, kills the processes that remain in its session."""
         if self.process.poll() is None:
             return False
         self._kill_session()
@@ -147,18 +152,18 @@ class _Rank:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill the rank with everything that it started, and wait for its end; nothing where it has ended already."""
+        """Kill the rank with all processes of its session and wait for its end; does nothing if it has ended."""
         if self.process.returncode is None:
             self._kill_session()
             self.process.wait()
 
     def _kill_session(self) -> None:
-        # macOS says EPERM, Linux ESRCH, of a group that nobody is left in.
+        # For a group without processes macOS returns EPERM, Linux ESRCH.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def epitaph(self) -> str:
-        """How it ended, in words."""
+    def describe_end(self) -> str:
+        """Describe how the rank ended: ``rank 1 on HOST was killed by signal SIGKILL``."""
         who = f"rank {self.number} on {socket.gethostname()}"
         if self.status >= 0:
             return f"{who} ended with status {self.status}"
@@ -170,11 +175,11 @@ class _Rank:
         return f"{who} was killed by signal {name}{hint}"
 
     def may_be_a_consequence(self) -> bool:
-        """Whether it may have died because a peer did: NCCL gives up with SIGABRT, other signals come from outside."""
+        """Whether the rank may have died because a peer died: NCCL aborts with SIGABRT, other signals are external."""
         return self.status >= 0 or -self.status == signal.SIGABRT
 
     def tail(self) -> list[str]:
-        """The last lines of this run in its log."""
+        """Return the last lines that this run wrote to the rank's log."""
         with self.log.open("rb") as log:
             end = log.seek(0, os.SEEK_END)
             log.seek(max(self.log_start, end - TAIL_BYTES))
@@ -199,7 +204,7 @@ def _start_rank(
 
 
 class _Console:
-    """Rank 0's stderr, shown as it comes and kept in its log."""
+    """A pipe for rank 0's stderr, copied to the console and to its log."""
 
     def __init__(self, log: Path) -> None:
         self._log: BinaryIO | None = log.open("ab", buffering=0)
@@ -208,17 +213,17 @@ class _Console:
         self.muted = False
 
     def pump(self) -> bool:
-        """Pass on what has come; False once nobody can write any more. Blocks where nothing has come."""
+        """Copy the available bytes, waiting for some; return False at the end of the pipe."""
         chunk = os.read(self.read_end, 1 << 20)
         self._keep(chunk)
         if not self.muted:
-            clear_for_stderr()
+            clear_announcement_before_stderr()
             sys.stderr.write(self._decode(chunk))
             sys.stderr.flush()
         return bool(chunk)
 
     def close_write_end(self) -> None:
-        """Leave the writing end to rank 0 alone, so that its end shows."""
+        """Close the launcher's copy of the write end, so that the pipe ends when rank 0 ends."""
         os.close(self.write_end)
         self.write_end = -1
 
@@ -230,32 +235,32 @@ class _Console:
             self._log.close()
 
     def _keep(self, chunk: bytes) -> None:
-        """Write to the log, or say that there is none from here on: the ranks are not to end with it."""
+        """Write to the log; a log that fails is reported once and does not end the ranks."""
         if self._log is None:
             return
         try:
             self._log.write(chunk)
         except OSError as error:
-            sys.stderr.write(f"megalite: {self._log.name} is not written any more: {error.strerror}\n")
+            sys.stderr.write(f"megalite: {self._log.name} cannot be written any more: {error.strerror}\n")
             self._log.close()
             self._log = None
 
 
 class _Signals:
-    """Turns signals, and the ends of children among them, into bytes that a selector can wait for."""
+    """Turns signals, SIGCHLD included, into bytes on a socket that a selector can wait for (signal.set_wakeup_fd)."""
 
     def __enter__(self) -> Self:
         self.read_end, self._write_end = socket.socketpair()
         self.read_end.setblocking(False)
         self._write_end.setblocking(False)
         self._before = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
-        # What is ignored stays so: nohup asks for that.
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._handlers = {number: signal.signal(number, _do_nothing) for number in (*heeded, signal.SIGCHLD)}
+        # An ignored signal stays ignored: nohup relies on that.
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, _do_nothing) for number in (*handled, signal.SIGCHLD)}
         return self
 
     def received(self) -> list[int]:
-        """The numbers of the signals since the last call."""
+        """Return the numbers of the signals that arrived since the last call."""
         with suppress(BlockingIOError):
             return list(self.read_end.recv(4096))
         return []
@@ -275,8 +280,8 @@ def _do_nothing(number: int, frame: object) -> None:
 
 
 @dataclass(slots=True)
-class _Watch:
-    """Waits for the ranks; knows the first that failed, or the signal that stopped them, and when patience ends."""
+class _Supervisor:
+    """Waits for the ranks; records the rank that failed first or the signal received, and when to kill the rest."""
 
     signals: _Signals
     failure_grace: float
@@ -287,29 +292,30 @@ class _Watch:
     failed: _Rank | None = None
     stopped_by: int | None = None
     interrupted: bool = False
-    """Whether a signal came, be it after a failure."""
+    """Whether a signal was received, possibly after a failure."""
     kill_at: float = math.inf
-    last_words: str = ""
-    """How the run failed."""
+    """The time at which the remaining ranks are killed, by time.monotonic()."""
+    failure: str = ""
+    """A description of the failure; empty if the run did not fail."""
 
     @property
-    def saw_a_rank_die(self) -> bool:
-        """Whether the run ended by a failure that another start may not meet again."""
+    def may_restart(self) -> bool:
+        """Whether a rank failed, by no UserError, and nobody asked the run to stop: a restart may succeed."""
         asked = self.interrupted or any(rank.status == STOPPED_STATUS for rank in self.ranks)
         return self.failed is not None and self.failed.status != USER_ERROR_STATUS and not asked
 
     def run(self, ranks: Sequence[_Rank], console: _Console) -> None:
-        """Wait for the end of every rank; call it once."""
+        """Wait until every rank has ended; call it once."""
         self.ranks, self.console, self.alive = ranks, console, list(ranks)
         with selectors.DefaultSelector() as selector:
             selector.register(self.signals.read_end, selectors.EVENT_READ)
             selector.register(self.console.read_end, selectors.EVENT_READ)
-            # A rank may have ended before anybody waited: look first.
+            # A rank may have ended before the first select: collect ended ranks first.
             while self._collect():
-                patience = max(0.0, self.kill_at - time.monotonic())
-                for key, _ in selector.select(None if math.isinf(patience) else patience):
+                timeout = max(0.0, self.kill_at - time.monotonic())
+                for key, _ in selector.select(None if math.isinf(timeout) else timeout):
                     if key.fileobj is self.signals.read_end:
-                        self._heed(self.signals.received())
+                        self._handle(self.signals.received())
                     elif not self.console.pump():
                         selector.unregister(self.console.read_end)
                 if time.monotonic() >= self.kill_at:
@@ -318,20 +324,21 @@ class _Watch:
                 self._drain()
 
     def _collect(self) -> bool:
-        """Take note of the ranks that have ended; False when none is left."""
+        """Record the ranks that have ended; return False when no rank runs any more."""
         ended = [rank for rank in self.alive if rank.has_ended()]
         self.alive = [rank for rank in self.alive if rank not in ended]
         failed = [rank for rank in ended if rank.status not in (0, STOPPED_STATUS)]
         if failed:
-            # Its peers, were they told to stop or not, cannot go on without it.
+            # The peers of a failed rank cannot go on, whether or not a signal asked them to stop.
             self.kill_at = min(self.kill_at, time.monotonic() + self.failure_grace)
         if failed and self.failed is None and self.stopped_by is None:
             self.failed = min(failed, key=_Rank.may_be_a_consequence)
-            # What rank 0 says from now on is of its peer's death; a user's error it may be the one to say.
+            # After a peer died, rank 0 prints only messages about lost connections: drop them. After a UserError rank 0
+            # may be the rank that prints the user's message.
             self.console.muted = self.failed.number != 0 and self.failed.status != USER_ERROR_STATUS
         return bool(self.alive)
 
-    def _heed(self, received: Sequence[int]) -> None:
+    def _handle(self, received: Sequence[int]) -> None:
         for number in received:
             if number == signal.SIGCHLD:
                 continue
@@ -342,7 +349,9 @@ class _Watch:
             self.stopped_by = number
             self.kill_at = time.monotonic() + self.stop_grace
             if math.isinf(self.stop_grace):
-                sys.stderr.write("megalite: asked to stop, after this step if training; once more to end at once\n")
+                sys.stderr.write(
+                    "megalite: asked to stop; training ends after this step; send the signal again to end at once\n"
+                )
             for rank in self.alive:
                 rank.send(number)
 
@@ -352,33 +361,33 @@ class _Watch:
         self.kill_at = math.inf
 
     def _drain(self) -> None:
-        """Take the last words of rank 0; nobody waits for those of what it started."""
+        """Copy the rest of rank 0's output without waiting for processes that rank 0 started."""
         os.set_blocking(self.console.read_end, False)
         with suppress(BlockingIOError):
             self.console.pump()
 
-    def verdict(self) -> int:
-        """Return the exit status of the run, and say how it ended where it did not end well."""
+    def report(self) -> int:
+        """Return the exit status of the run; describe a failure in `failure` and on stderr."""
         statuses = {rank.status for rank in self.ranks}
         if statuses <= {0, STOPPED_STATUS}:
             return max(statuses)
         if self.stopped_by is not None:
-            self.last_words = f"stopped by signal {signal.Signals(self.stopped_by).name}"
-            sys.stderr.write(f"megalite: {self.last_words}\n")
+            self.failure = f"stopped by signal {signal.Signals(self.stopped_by).name}"
+            sys.stderr.write(f"megalite: {self.failure}\n")
             return 128 + self.stopped_by
         assert self.failed is not None
-        self._report(self.failed)
+        self._report_rank(self.failed)
         return self.failed.status if self.failed.status > 0 else 128 - self.failed.status
 
-    def _report(self, rank: _Rank) -> None:
-        """Say which rank failed first and show its last words, which the console has where it was rank 0."""
+    def _report_rank(self, rank: _Rank) -> None:
+        """Print which rank failed first and the last lines of its log; those of rank 0 are on the console already."""
         lines = rank.tail()
-        self.last_words = f"{rank.epitaph()}; its log: {rank.log}"
+        self.failure = f"{rank.describe_end()}; its log: {rank.log}"
         if rank.status == USER_ERROR_STATUS:
             speaker = self.ranks[0] if self.ranks[0].status == USER_ERROR_STATUS else rank
             messages = [line for line in speaker.tail() if line.startswith(USER_ERROR_PREFIX)]
             if messages:
-                self.last_words = "\n".join(line.removeprefix(USER_ERROR_PREFIX) for line in messages)
+                self.failure = "\n".join(line.removeprefix(USER_ERROR_PREFIX) for line in messages)
             if speaker is self.ranks[0]:
                 return
             if messages:
@@ -386,4 +395,4 @@ class _Watch:
                 return
         start = next((at for at, line in enumerate(lines) if "Traceback (most recent call last)" in line), -20)
         shown = lines[start:] if rank.number else []
-        sys.stderr.write("".join(f"{line}\n" for line in (*shown, f"megalite: {self.last_words}")))
+        sys.stderr.write("".join(f"{line}\n" for line in (*shown, f"megalite: {self.failure}")))

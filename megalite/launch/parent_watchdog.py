@@ -1,8 +1,8 @@
-"""A rank's life hangs on its launcher's: however the launcher ends, the rank ends too.
+"""Parent watchdog: a rank is killed when its launcher ends, however the launcher ends.
 
-Two lines hold it. The kernel's parent-death signal acts at once and needs nothing of this process, not even the
-interpreter's lock, but it knows only the direct parent. A thread looks every second at all the launching processes
-above: ``deepspeed`` is two of them, and where the upper one is killed the lower one would go on.
+There are two mechanisms. The kernel's parent-death signal (PR_SET_PDEATHSIG) acts at once and does not need the
+interpreter's lock, but covers the direct parent only. A thread checks every second that all launching processes above
+the rank still run: ``deepspeed`` consists of two, and if the upper process is killed, the lower one goes on.
 """
 
 import ctypes
@@ -23,8 +23,11 @@ POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1
 
 _STARTS_FROM_ITS_MAIN_THREAD = (LAUNCHER_PID, "TORCHELASTIC_RUN_ID", "CROSS_RANK")
-"""Marks of megalite, torchrun and deepspeed. The parent-death signal comes when the *thread* that started this process
-ends; daemons like slurmstepd may start ranks from a thread that does not last, and clear up after themselves."""
+"""Variables of launchers for which the parent-death signal is safe: megalite, torchrun and deepspeed.
+
+The kernel sends the signal when the *thread* that started this process ends. Daemons such as slurmstepd may start ranks
+from a short-lived thread; they end their ranks themselves.
+"""
 
 _LAUNCHER_MODULES = frozenset(
     {"deepspeed.launcher.launch", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch"}
@@ -34,9 +37,9 @@ _LAUNCHER_SCRIPTS = frozenset({"deepspeed", "deepspeed.pt", "ds", "torchrun"})
 
 @dataclass(frozen=True, slots=True)
 class _Process:
-    """A process by its id and the time of its start, which together are never used twice.
+    """A process, identified by its id and its start time, a pair that the kernel does not reuse.
 
-    The parent is no part of who it is: that changes when the parent ends, as a shell does under ``nohup``.
+    The parent is not compared: it changes when the parent ends, as a shell does under ``nohup``.
     """
 
     pid: int
@@ -45,10 +48,10 @@ class _Process:
 
 
 def die_with_parent(environ: Mapping[str, str] = os.environ) -> None:
-    """End this process by SIGKILL once its launcher is gone, even when the launcher was killed itself.
+    """Kill this process with SIGKILL once its launcher has ended, even if the launcher was killed itself.
 
-    Call it first thing in a rank, under any launcher. Elsewhere than on Linux the watching thread alone does it, for
-    the direct parent.
+    Call it first in a rank, under any launcher. On systems other than Linux only the thread watches, and only the
+    direct parent.
     """
     parent = int(environ.get(LAUNCHER_PID, os.getppid()))
     if sys.platform == "linux" and any(mark in environ for mark in _STARTS_FROM_ITS_MAIN_THREAD):
@@ -58,7 +61,7 @@ def die_with_parent(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _watch(parent: int, above: tuple[_Process, ...]) -> None:
-    # A parent that ended before the kernel was asked sends no signal any more: the first look finds it gone.
+    # A parent that ended before the prctl call sends no signal: the first check here finds it.
     while os.getppid() == parent and all(map(_is_running, above)):
         time.sleep(POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -68,11 +71,11 @@ def _is_running(process: _Process) -> bool:
     try:
         return _look_up(process.pid) == process
     except OSError:
-        return True  # Not to be seen, as when this process has no file descriptor left, is not the same as gone.
+        return True  # /proc cannot be read, for example without a free file descriptor: the process may still run.
 
 
 def _launchers_above() -> tuple[_Process, ...]:
-    """Every process from the parent up to the topmost launcher: wrappers between them count, a shell above does not."""
+    """Return the processes from the parent up to the topmost launcher, with wrappers between, without a shell above."""
     chain = tuple(islice(_ancestors(), 16))
     topmost = max((depth for depth, process in enumerate(chain) if _is_launcher(process.pid)), default=0)
     return chain[: topmost + 1]
@@ -87,12 +90,12 @@ def _ancestors() -> Iterator[_Process]:
 
 
 def _look_up(pid: int) -> _Process | None:
-    """Return a running process; None when it has ended, also when nobody has collected its status yet."""
+    """Return a running process; None if it has ended, including a zombie."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name, in brackets, may itself hold brackets and blanks.
+    # The process name, in brackets, may itself contain brackets and blanks.
     state, parent, *rest = stat.rpartition(")")[2].split()
     return _Process(pid, started=rest[17], parent=int(parent)) if state not in "ZX" else None
 
@@ -104,7 +107,7 @@ def _is_launcher(pid: int) -> bool:
         return False
     if not Path(interpreter).name.startswith("python"):
         return Path(interpreter).name in _LAUNCHER_SCRIPTS
-    # Options aside, the program comes first; what follows it is its own.
+    # Skip the interpreter's options; the words after the program are the program's own.
     for word, following in pairwise(words):
         if word == "-m":
             return following in _LAUNCHER_MODULES

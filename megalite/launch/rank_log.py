@@ -1,8 +1,8 @@
-"""A file for what a rank says, beside the console that it shares with others.
+"""Per-rank log files: copies of a rank's stdout and stderr, which other launchers send to one shared console.
 
-`launch_local` gives each rank a file of its own. Other launchers put what all ranks say on one console, or where their
-own options say: here each rank's Python streams are written to a second place. What libraries in C write themselves
-goes to the console alone: nothing of a rank's last words is to depend on another process.
+`launch_local` gives each rank its own log. Under other launchers each rank copies its Python streams to a file. Output
+that C libraries write directly goes to the console alone: capturing it would take a pipe and another process, and a
+rank's last lines would be lost with that process.
 """
 
 import os
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 
-class _Both:
-    """A stream that keeps in a log what it passes on; in all else it is the stream."""
+class _Tee:
+    """A stream that also writes to a log; every other attribute is the stream's."""
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:
         self._stream = stream
         self._log: TextIO | None = log
 
     def write(self, text: str) -> int:
-        """Write to both; a log that takes no more is told once, and is no error."""
+        """Write to the stream and the log; a log that fails is reported once and is not an error."""
         written = self._stream.write(text)
         if self._log is not None:
             try:
@@ -31,7 +31,7 @@ class _Both:
             except (OSError, ValueError) as error:
                 self._log = None
                 reason = error.strerror if isinstance(error, OSError) else error
-                self._stream.write(f"megalite: the log of this rank is not written any more: {reason}\n")
+                self._stream.write(f"megalite: the log of this rank cannot be written any more: {reason}\n")
         return written
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -48,10 +48,10 @@ class _Both:
         return getattr(self._stream, name)
 
 
-def keep_log(path: Path, *, rank: int, stdout: bool) -> None:
-    """Write what this process says on stderr from now on, and with `stdout` on stdout too, to the end of a file also.
+def tee_to_log(path: Path, *, rank: int, stdout: bool) -> None:
+    """From now on also append this process's stderr, and with `stdout` its stdout, to the file `path`.
 
-    A file that cannot be written is told, and is no error.
+    A file that cannot be written is reported on stderr and is not an error.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +59,8 @@ def keep_log(path: Path, *, rank: int, stdout: bool) -> None:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         log.write(f"--- {now}: rank {rank} on {socket.gethostname()}, process {os.getpid()}\n")
     except OSError as error:
-        sys.stderr.write(f"megalite: warning: {path}: no log of this rank: {error.strerror}\n")
+        sys.stderr.write(f"megalite: warning: {path}: this rank has no log: {error.strerror}\n")
         return
-    sys.stderr = cast(TextIO, _Both(sys.stderr, log))
+    sys.stderr = cast(TextIO, _Tee(sys.stderr, log))
     if stdout:
-        sys.stdout = cast(TextIO, _Both(sys.stdout, log))
+        sys.stdout = cast(TextIO, _Tee(sys.stdout, log))

@@ -1,4 +1,7 @@
-"""A fresh process in a rank's place: for work that a process can do once, as DeepSpeed keeps state of its own."""
+"""Run a megalite command as this rank in a child process, for work that a process can do only once.
+
+DeepSpeed keeps global state, so that a process can build a single engine.
+"""
 
 import os
 import subprocess
@@ -9,23 +12,23 @@ from dataclasses import replace
 from megalite.launch.environment import LAUNCHER_PID, LaunchEnvironment
 
 
-def run_stand_in(argv: Sequence[str], environment: LaunchEnvironment, *, world_size: int, number: int) -> int:
-    """Run ``megalite`` with `argv` as this rank of the first `world_size`, and return its exit status.
+def run_rank_subprocess(argv: Sequence[str], environment: LaunchEnvironment, *, world_size: int, number: int) -> int:
+    """Run ``megalite`` with `argv` as this rank of the first `world_size` ranks, and return its exit status.
 
-    The ranks of call number `number`, from 1, meet at a port of their own, so many above the launcher's: each call
-    is to have another, since a port is not free again at once. The process ends with this one, as a rank ends with
-    its launcher; call it from the main thread. Minus N is signal N, as in subprocess.
+    `number`, counted from 1, must differ between calls: the ranks of a call use the port `number` above the launcher's,
+    since a port is not free again at once. The child ends with this process, as a rank ends with its launcher; call it
+    from the main thread. The status is -N after signal N, as in subprocess.
 
-    Raises UserError where nothing says at which address and port the ranks meet.
+    Raises UserError if the master address or port is unknown.
     """
     environment.variables()
     assert environment.master_port is not None
-    place = replace(environment, world_size=world_size, master_port=environment.master_port + number)
+    child = replace(environment, world_size=world_size, master_port=environment.master_port + number)
     variables = {
         **os.environ,
-        **place.variables(),
+        **child.variables(),
         LAUNCHER_PID: str(os.getpid()),
-        # torchrun's ranks meet in a store of its agent; nobody has opened one at the port of these.
+        # The store of torchrun's agent is at the launcher's port: at this port rank 0 opens a store.
         "TORCHELASTIC_USE_AGENT_STORE": "False",
     }
     return subprocess.run([sys.executable, "-m", "megalite", *argv], env=variables, check=False).returncode

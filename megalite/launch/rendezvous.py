@@ -1,9 +1,9 @@
-"""Where the ranks meet before they form a group, and see that they are of one run.
+"""Rendezvous of the ranks over torch's key-value store, with a consistency check, before any process group exists.
 
-All they need is torch's key-value store, which rank 0 opens or torchrun has opened: no rank can hang in a collective
-with one of another layout or another number of ranks. Rank 0 writes its facts down, each other rank compares them with
-its own and reports, and rank 0 tells all what came of it. A store may hold what the ranks of an earlier round have
-left, after a restart by torchrun, say: every process and every round has a name of its own, drawn at random.
+Rank 0 opens the store, unless torchrun's agent has. Rank 0 is the coordinator: it publishes its facts, every other rank
+registers, compares them with its own facts and reports, and rank 0 publishes the outcome. Without a process group no
+rank can hang in a collective with ranks of another layout or number. A store may still hold keys of an earlier round,
+for example after a restart by torchrun: every process and every round therefore has a random name.
 """
 
 import datetime
@@ -25,15 +25,15 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore  # pyright
 
 from megalite.errors import CommonError, RanksMissing, UserError
 from megalite.launch import LaunchEnvironment
-from megalite.launch.consistency import Facts, difference
+from megalite.launch.consistency import Facts, first_difference
 from megalite.parallel.layout import name_ranks
 
 GRACE_SECONDS = 2.0
-"""How long rank 0 waits for more ranks once one has refused, and at the end for those that read why."""
+"""How long rank 0 waits for more ranks after the first refusal, and for the other ranks to read the outcome."""
 QUIET_SECONDS = 30.0
-"""How long rank 0 waits for ranks without a word, and then between two of them."""
+"""How often rank 0 prints which ranks it waits for."""
 NAME_SECONDS = 10.0
-"""How long a name may lead nowhere: name servers have their moments."""
+"""How long the lookup of the master's host name may fail: name servers fail at times."""
 _TRY_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 _MOST_POLL_SECONDS = 0.5
@@ -42,10 +42,11 @@ _LINES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
-    """What came of a meeting, the same on every rank.
+class RendezvousResult:
+    """The outcome of a rendezvous, the same on every rank.
 
-    `store` is for those who met and for their process groups. `refusals` has a line for each rank that differs.
+    `store` is for the ranks' process groups. `refusals` has a line for each rank whose facts differ from rank 0's;
+    `missing` are the ranks that did not come in time.
     """
 
     store: Store
@@ -53,49 +54,50 @@ class Meeting:
     missing: tuple[int, ...] = ()
 
 
-def agree(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta) -> Store:
-    """Meet the other ranks and return the store for their process groups.
+def rendezvous(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta) -> Store:
+    """Wait for all ranks, compare their facts, and return the store for their process groups. Collective.
 
-    Raises CommonError on every rank where one has other facts than rank 0, RanksMissing where some have not come after
-    `timeout`, and UserError where rank 0 cannot listen.
+    Raises CommonError on every rank if the facts of some rank differ from those of rank 0, RanksMissing if some ranks
+    have not come after `timeout`, and UserError if rank 0 cannot listen.
     """
-    meeting = meet(environment, facts, timeout)
-    if meeting.refusals:
-        raise CommonError("\n".join(meeting.refusals))
-    if meeting.missing:
-        raise RanksMissing(missing_line(meeting.missing, environment, timeout))
-    return meeting.store
+    result = try_rendezvous(environment, facts, timeout)
+    if result.refusals:
+        raise CommonError("\n".join(result.refusals))
+    if result.missing:
+        raise RanksMissing(missing_ranks_message(result.missing, environment, timeout))
+    return result.store
 
 
-def meet(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta) -> Meeting:
-    """Meet the other ranks, and see who differs from rank 0 and who is missing.
+def try_rendezvous(environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta) -> RendezvousResult:
+    """Wait for the other ranks, and return which of them differ from rank 0 and which are missing. Collective.
 
-    Raises RanksMissing where rank 0 cannot be reached, and UserError where it cannot listen.
+    Raises RanksMissing if rank 0 cannot be reached, and UserError if it cannot listen.
     """
     store = _open_store(environment, timeout)
     try:
         if environment.rank == 0:
-            return _Host(store, environment, timeout).receive(facts)
-        return _report(store, environment, facts, timeout)
+            return _Coordinator(store, environment, timeout).run(facts)
+        return _register(store, environment, facts, timeout)
     except DistError as error:
         raise RanksMissing(
-            f"rank 0 at {_place(environment)} does not answer rank {environment.rank} on {socket.gethostname()}; its "
+            f"rank 0 at {_address(environment)} does not answer rank {environment.rank} on {socket.gethostname()}; its "
             f"own messages say why ({str(error).splitlines()[0]})"
         ) from error
 
 
-def missing_line(missing: Sequence[int], environment: LaunchEnvironment, timeout: datetime.timedelta) -> str:
-    """Say which ranks have not come."""
+def missing_ranks_message(missing: Sequence[int], environment: LaunchEnvironment, timeout: datetime.timedelta) -> str:
+    """Return a message that names the missing ranks, the rendezvous and the fix."""
     return (
-        f"{name_ranks(missing)} of {environment.world_size} did not come to {_place(environment)} within "
-        f"{timeout.total_seconds():g} s; see whether they were started, and their own messages"
+        f"{name_ranks(missing)} of {environment.world_size} did not come to {_address(environment)} within "
+        f"{timeout.total_seconds():g} s; check that they were started, and read their own messages"
     )
 
 
-def exchange(store: Store, environment: LaunchEnvironment, name: str, value: Any) -> list[Any]:
-    """Return what every rank passed, JSON, in the order of ranks, before there is a group. Collective; `name` is new.
+def all_gather_json(store: Store, environment: LaunchEnvironment, name: str, value: Any) -> list[Any]:
+    """All-gather a JSON value per rank over the store; return the values in the order of the ranks. Collective.
 
-    Raises RanksMissing where a rank does not take part within the store's timeout.
+    It needs no process group. `name` is part of the store's keys and must be new. Raises RanksMissing if a rank does
+    not take part within the store's timeout.
     """
     rank = environment.rank
     store.set(f"{name}/{rank}", json.dumps(value))
@@ -112,25 +114,26 @@ def exchange(store: Store, environment: LaunchEnvironment, name: str, value: Any
         store.add(f"{name}/read", 1)
         return everything
     except DistError as error:
-        raise RanksMissing(f"rank {waiting_for} ended or hung before the ranks' exchange of their {name}") from error
+        raise RanksMissing(f"rank {waiting_for} ended or hung before the ranks exchanged their {name}") from error
 
 
-def ask_rank_zero(store: Store, environment: LaunchEnvironment, name: str, call: Callable[[], Any]) -> Any:
-    """Call on rank 0 alone and return what that returned, JSON, on every rank, before there is a group; `name` is new.
+def run_on_rank_zero(store: Store, environment: LaunchEnvironment, name: str, call: Callable[[], Any]) -> Any:
+    """Call a function on rank 0 alone and broadcast its JSON result over the store to every rank. Collective.
 
-    The other ranks wait as long as the call takes: it may read terabytes. Raises CommonError on every rank where the
-    call raises UserError, and RanksMissing on the others where rank 0 fails in another way or ends.
+    It needs no process group. `name` is part of the store's keys and must be new. The other ranks wait as long as the
+    call takes: it may read terabytes. Raises CommonError on every rank if the call raises UserError, and RanksMissing
+    on the other ranks if rank 0 fails in another way or ends.
     """
     key = f"{name}/answer"
     if environment.rank == 0:
         answer: dict[str, Any] = {"failed": True}
         try:
-            answer = {"found": call()}
+            answer = {"result": call()}
         except UserError as error:
             answer = {"refusal": str(error)}
         finally:
             store.set(key, json.dumps(answer))
-            if "found" not in answer:
+            if "result" not in answer:
                 _wait_for_readers(store, f"{name}/read", environment.world_size - 1)
     else:
         try:
@@ -139,16 +142,16 @@ def ask_rank_zero(store: Store, environment: LaunchEnvironment, name: str, call:
             answer = json.loads(store.get(key))
             store.add(f"{name}/read", 1)
         except DistError as error:
-            raise RanksMissing(f"rank 0 ended before it told the others of the {name}") from error
+            raise RanksMissing(f"rank 0 ended before it sent the result of the {name}") from error
         if "failed" in answer:
             raise RanksMissing(f"rank 0 failed in the {name}; its own messages say why")
     if "refusal" in answer:
         raise CommonError(answer["refusal"])
-    return answer["found"]
+    return answer["result"]
 
 
 def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> Store:
-    """Connect to the store where the ranks meet, which rank 0 opens unless torchrun's agent has."""
+    """Connect to the rendezvous store, which rank 0 opens unless torchrun's agent has opened it."""
     opens = environment.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     assert environment.master_address is not None
     assert environment.master_port is not None
@@ -161,37 +164,37 @@ def _open_store(environment: LaunchEnvironment, timeout: datetime.timedelta) -> 
         wait_for_workers=False,
         multi_tenant=True,
     )
-    _find(environment, timeout, listens=not opens)
+    _wait_for_master(environment, timeout, must_listen=not opens)
     try:
-        return _within(timeout + datetime.timedelta(seconds=GRACE_SECONDS), connect)
+        return _connect_within(timeout + datetime.timedelta(seconds=GRACE_SECONDS), connect)
     except TimeoutError as error:
         raise RanksMissing(
-            f"rank {environment.rank} on {socket.gethostname()}: what listens at {_place(environment)} is not rank 0 "
-            "of this run: it does not answer; another program may have the port, so set another MASTER_PORT, the same "
-            "for every rank"
+            f"rank {environment.rank} on {socket.gethostname()}: the program that listens at {_address(environment)} "
+            "is not rank 0 of this run: it does not answer; another program may use the port: set another MASTER_PORT, "
+            "the same for every rank"
         ) from error
     except DistError as error:
         if opens and errno.errorcode[errno.EADDRINUSE] in str(error):
             raise UserError(
                 f"MASTER_PORT={environment.master_port}: is taken on {socket.gethostname()} by another process; set "
-                "another, the same for every rank"
+                "another port, the same for every rank"
             ) from error
         raise RanksMissing(
-            f"rank {environment.rank} on {socket.gethostname()} cannot reach rank 0 at {_place(environment)} "
+            f"rank {environment.rank} on {socket.gethostname()} cannot reach rank 0 at {_address(environment)} "
             f"({str(error).splitlines()[0]})"
         ) from error
 
 
-def _find(environment: LaunchEnvironment, timeout: datetime.timedelta, *, listens: bool) -> None:
-    """Wait until the master's name leads to an address and, where it `listens`, somebody takes connections there.
+def _wait_for_master(environment: LaunchEnvironment, timeout: datetime.timedelta, *, must_listen: bool) -> None:
+    """Wait until the master's host name resolves and, if it `must_listen`, its port accepts connections.
 
-    torch would try as long, and fill the console with each of its tries.
+    torch's store would retry as long, but print every attempt to the console.
     """
     host, began, pause = socket.gethostname(), time.monotonic(), _POLL_SECONDS
     while True:
         waited = time.monotonic() - began
         try:
-            if not listens:
+            if not must_listen:
                 socket.getaddrinfo(environment.master_address, environment.master_port)
                 return
             socket.create_connection((environment.master_address, environment.master_port or 0), _TRY_SECONDS).close()
@@ -205,70 +208,70 @@ def _find(environment: LaunchEnvironment, timeout: datetime.timedelta, *, listen
         except OSError as error:
             if waited > timeout.total_seconds():
                 raise RanksMissing(
-                    f"rank 0 at {_place(environment)} does not answer rank {environment.rank} on {host} within "
-                    f"{timeout.total_seconds():g} s ({error.strerror or error}); see whether it was started, and its "
-                    "own messages"
+                    f"rank 0 at {_address(environment)} does not answer rank {environment.rank} on {host} within "
+                    f"{timeout.total_seconds():g} s ({error.strerror or error}); check that it was started, and read "
+                    "its own messages"
                 ) from error
         time.sleep(pause)
-        pause = min(1.5 * pause, _MOST_POLL_SECONDS)  # thousands of ranks may wait for a host that comes late
+        pause = min(1.5 * pause, _MOST_POLL_SECONDS)  # thousands of ranks may wait for a host that starts late
 
 
-def _within(timeout: datetime.timedelta, connect: Callable[[], Store]) -> Store:
-    """Call `connect` and return its store; TimeoutError after that time.
+def _connect_within(timeout: datetime.timedelta, connect: Callable[[], Store]) -> Store:
+    """Call `connect` in a thread and return its store; raise TimeoutError after `timeout`.
 
-    torch's client waits without end for a server that takes its connection and says nothing.
+    torch's client waits forever for a server that accepts the connection but does not answer.
     """
     store: Future[Store] = Future()
 
-    def answer() -> None:
+    def run() -> None:
         try:
             store.set_result(connect())
         except BaseException as error:
             store.set_exception(error)
 
-    threading.Thread(target=answer, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return store.result(timeout.total_seconds())
 
 
-class _Host:
-    """Rank 0: it greets who comes, gathers their reports, and tells all of them what came of it."""
+class _Coordinator:
+    """Rank 0's side of the rendezvous: admit registering ranks, collect their reports, publish the outcome."""
 
     def __init__(self, store: Store, environment: LaunchEnvironment, timeout: datetime.timedelta) -> None:
         self._store, self._environment, self._timeout = store, environment, timeout
         self._round = uuid.uuid4().hex
-        self._greeted = self._heard = 0
+        self._num_admitted = self._num_reports = 0
         self._reports: dict[int, dict[str, Any]] = {}
         self._refusals: list[tuple[int, str]] = []
 
-    def receive(self, facts: Facts) -> Meeting:
+    def run(self, facts: Facts) -> RendezvousResult:
         me = _identity(self._environment.rank)
         self._store.set(f"{self._round}/facts", json.dumps({"facts": facts, **me}))
         began = time.monotonic()
-        deadline, speaks_at = began + self._timeout.total_seconds(), began + QUIET_SECONDS
+        deadline, print_at = began + self._timeout.total_seconds(), began + QUIET_SECONDS
         while (missing := self._missing()) and time.monotonic() < deadline:
-            self._greet()
-            self._listen()
+            self._admit()
+            self._collect_reports()
             if self._refusals:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-            if time.monotonic() > speaks_at:
-                speaks_at += QUIET_SECONDS
-                sys.stderr.write(f"megalite: waiting at {_place(self._environment)} for {name_ranks(missing)}\n")
+            if time.monotonic() > print_at:
+                print_at += QUIET_SECONDS
+                sys.stderr.write(f"megalite: waiting at {_address(self._environment)} for {name_ranks(missing)}\n")
             time.sleep(_POLL_SECONDS)
         return self._conclude(missing)
 
     def _missing(self) -> tuple[int, ...]:
         return tuple(rank for rank in range(1, self._environment.world_size) if rank not in self._reports)
 
-    def _greet(self) -> None:
-        """Tell who has come the name of this round; one that an earlier round has left does not hear it."""
-        names = _entries(self._store, "arrivals", self._greeted)
+    def _admit(self) -> None:
+        """Send the name of this round to every newly registered process; those of an earlier round no longer read."""
+        names = _entries(self._store, "registrations", self._num_admitted)
         for name in names:
-            self._store.set(f"welcome/{name}", self._round)
-        self._greeted += len(names)
+            self._store.set(f"admitted/{name}", self._round)
+        self._num_admitted += len(names)
 
-    def _listen(self) -> None:
-        reports = [json.loads(text) for text in _entries(self._store, f"{self._round}/reports", self._heard)]
-        self._heard += len(reports)
+    def _collect_reports(self) -> None:
+        reports = [json.loads(text) for text in _entries(self._store, f"{self._round}/reports", self._num_reports)]
+        self._num_reports += len(reports)
         for report in reports:
             rank = report["rank"]
             other = self._reports.setdefault(rank, report)
@@ -281,31 +284,33 @@ class _Host:
             if report["refusal"] is not None:
                 self._refusals.append((rank, f"rank {rank} on {report['host']}: {report['refusal']}"))
 
-    def _conclude(self, missing: tuple[int, ...]) -> Meeting:
+    def _conclude(self, missing: tuple[int, ...]) -> RendezvousResult:
         refusals = _shortened([line for _, line in sorted(self._refusals)])
         self._store.set(f"{self._round}/outcome", json.dumps({"refusals": refusals, "missing": missing}))
         if refusals or missing:
-            _wait_for_readers(self._store, f"{self._round}/read", self._heard)
-        return Meeting(PrefixStore(self._round, self._store), tuple(refusals), missing)
+            _wait_for_readers(self._store, f"{self._round}/read", self._num_reports)
+        return RendezvousResult(PrefixStore(self._round, self._store), tuple(refusals), missing)
 
 
-def _report(store: Store, environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta) -> Meeting:
-    """What every rank but 0 does."""
+def _register(
+    store: Store, environment: LaunchEnvironment, facts: Facts, timeout: datetime.timedelta
+) -> RendezvousResult:
+    """The other ranks' side of the rendezvous: register, compare the facts, report, read the outcome."""
     me = uuid.uuid4().hex
-    _append(store, "arrivals", me)
-    name = store.get(f"welcome/{me}").decode()
+    _append(store, "registrations", me)
+    name = store.get(f"admitted/{me}").decode()
     first = json.loads(store.get(f"{name}/facts"))
-    refusal = difference(facts, first["facts"], first["host"])
+    refusal = first_difference(facts, first["facts"], first["host"])
     _append(store, f"{name}/reports", json.dumps({**_identity(environment.rank), "refusal": refusal}))
-    # Rank 0 may have come later than this one, and waits as long from then.
+    # Rank 0 may have started later than this rank, and waits for `timeout` from its own start.
     store.wait([f"{name}/outcome"], timeout + datetime.timedelta(seconds=GRACE_SECONDS))
     outcome = json.loads(store.get(f"{name}/outcome"))
     store.add(f"{name}/read", 1)
-    return Meeting(PrefixStore(name, store), tuple(outcome["refusals"]), tuple(outcome["missing"]))
+    return RendezvousResult(PrefixStore(name, store), tuple(outcome["refusals"]), tuple(outcome["missing"]))
 
 
 def _wait_for_readers(store: Store, counter: str, count: int) -> None:
-    """On rank 0: the store may end with this process, so let the others read first."""
+    """On rank 0, which may host the store: give `count` other ranks time to read before this process ends."""
     deadline = time.monotonic() + GRACE_SECONDS
     while store.add(counter, 0) < count and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
@@ -316,12 +321,12 @@ def _identity(rank: int) -> dict[str, Any]:
 
 
 def _append(store: Store, log: str, text: str) -> None:
-    """Add an entry to a list in the store, to which all ranks may add at the same time."""
+    """Append an entry to a list in the store; all ranks may append at the same time."""
     store.set(f"{log}/{store.add(f'{log}/length', 1)}", text)
 
 
 def _entries(store: Store, log: str, known: int) -> list[str]:
-    """Return the entries of such a list behind those that are known, as far as they are complete."""
+    """Return the entries of a list in the store after the first `known`, up to the first incomplete entry."""
     found = []
     for number in range(known + 1, store.add(f"{log}/length", 0) + 1):
         if not store.check([f"{log}/{number}"]):
@@ -335,5 +340,5 @@ def _shortened(lines: list[str]) -> list[str]:
     return lines if more <= 0 else [*lines[:_LINES], f"{more} more ranks differ"]
 
 
-def _place(environment: LaunchEnvironment) -> str:
+def _address(environment: LaunchEnvironment) -> str:
     return f"{environment.master_address}:{environment.master_port}"

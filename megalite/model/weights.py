@@ -34,7 +34,7 @@ class Weights(Protocol):
         ...
 
     @property
-    def companions(self) -> Mapping[str, Path]:
+    def model_files(self) -> Mapping[str, Path]:
         """The files beside the weights that go with them, by their names."""
         ...
 

@@ -1,1 +1,1 @@
-"""What is measured and shown of a run: metrics, devices, heartbeats, stragglers, state, pictures. No engine."""
+"""Observation of a run: metrics, devices, heartbeats, stragglers, state, plots. No module here imports an engine."""

@@ -1,4 +1,4 @@
-"""What a device can do and how much of its memory was used: peak FLOP/s, measured matrix products, peak bytes."""
+"""Peak FLOP/s of a device, from data sheets or measured, and its peak memory use."""
 
 import resource
 import sys
@@ -25,16 +25,17 @@ ACCELERATOR_PEAKS: Mapping[str, float] = {
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The rate of matrix products that MFU is a share of, FLOP/s over all ranks, and where the number is from."""
+    """The peak rate that MFU is relative to, in FLOP/s over all ranks, and the source of the number."""
 
     flops: float
     source: str
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return this device's matrix-product peak in FLOP/s and its source: the data sheet's, or measured right here.
+    """Return this device's peak rate of matrix products in FLOP/s, and its source: a data sheet or a measurement.
 
-    Measured in the run's precision, by the ranks at the same time: that is what the ranks of one machine have.
+    The measurement is in the run's precision. All ranks measure at the same time, since the ranks of a machine share
+    its cores.
     """
     if device.type == "cuda" and dtype != torch.float32:
         name = torch.cuda.get_device_name(device)
@@ -47,15 +48,15 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return once an accelerator has done what it was given."""
+    """Wait until an accelerator has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, seconds: float = 0.25) -> float:
-    """Return the best rate of a matrix product on this device in so many seconds, in FLOP/s.
+    """Measure matrix products on this device for `seconds`; return the best rate in FLOP/s.
 
-    A product that alone takes longer is measured once, after a smaller one.
+    If a single product takes longer, it is measured once. A smaller product warms the device up.
     """
     size = 768 if device.type == "cpu" else 8192
     small, a, b = (torch.randn(n, n, device=device).to(dtype) for n in (size // 8, size, size))

@@ -1,4 +1,4 @@
-"""What a run says of itself: the console's line, metrics.jsonl and TensorBoard; throughput, MFU and memory."""
+"""Write a run's metrics to the console, metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -14,15 +14,18 @@ from rich.console import Console
 from megalite.checkpoint.save_report import SaveReport
 from megalite.config.data import SPLIT_VALIDATION
 from megalite.files import writing
-from megalite.launch import end_announcement
+from megalite.launch import clear_announcement
 from megalite.monitoring.stragglers import WINDOW, Straggler
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """One line of metrics.jsonl. `tokens` counts from the start of the run, `memory_bytes` is the peak of the rank
-    that has most: resident memory on a CPU, allocated memory on an accelerator. `data_wait` is the share of the step
-    that the rank which waited longest for its batch did so."""
+    """One step's line of metrics.jsonl.
+
+    `tokens` counts from the start of the run. `memory_bytes` is the largest peak memory over the ranks: resident memory
+    on a CPU, allocated memory on an accelerator. `data_wait` is the largest share of the step, over the ranks, that a
+    rank waited for its batch.
+    """
 
     step: int
     loss: float
@@ -39,15 +42,15 @@ class StepMetrics:
 
 
 WIDTH = 100
-"""Columns that the line of a step fits into."""
+"""The largest width of a step's line on the console, in columns."""
 _WARM_UP = 2
-"""Steps that no mean counts."""
-_FIX = "make room, and start the run again: it goes on from its newest checkpoint"
+"""The first steps, which means of time leave out."""
+_FIX = "free disk space, and start the run again; `megalite status` shows from where it continues"
 _ON_THE_BOARD = tuple(field.name for field in fields(StepMetrics) if field.name not in ("step", "tokens", "skipped"))
 
 
 class MetricsLog:
-    """Writes a run's metrics, on one rank: a line a step to the console and to metrics.jsonl, and TensorBoard."""
+    """Writes a run's metrics, on one rank: a line per step to the console and metrics.jsonl, and TensorBoard."""
 
     def __init__(
         self,
@@ -60,12 +63,12 @@ class MetricsLog:
         log_every: int = 1,
         stream: TextIO | None = None,
     ) -> None:
-        """Write into a run's folder, adding to the metrics up to step `after` that are there.
+        """Write into a run's folder, appending to the existing metrics, which end with step `after`.
 
-        The console shows the first step, those that `log_every` divides, those that are skipped and `last`, by default
-        the last of `total_steps`; the file and TensorBoard have all.
+        The console shows the first step, multiples of `log_every`, skipped steps and step `last`, by default the last
+        of `total_steps`; the file and TensorBoard have every step.
         """
-        from torch.utils.tensorboard import SummaryWriter  # a second of import that only this rank needs
+        from torch.utils.tensorboard import SummaryWriter  # the import takes a second, and only this rank needs it
 
         self._total, self._world = total_steps, world_size
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
@@ -75,13 +78,13 @@ class MetricsLog:
         self._last, self._log_every = last or total_steps, log_every
         self._seconds = self._tokens = 0.0
         self._steps = 0
-        self._told_memory = 0
-        self._told_scale: float | None = None
+        self._reported_memory = 0
+        self._reported_scale: float | None = None
         if stream is None:
-            end_announcement()  # that of the start, on a terminal
+            clear_announcement()
 
-    def say(self, text: str) -> None:
-        """Print one line that is no metric."""
+    def info(self, text: str) -> None:
+        """Print a line on the console that is not a metric."""
         self._console.print(text, markup=False)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -96,11 +99,11 @@ class MetricsLog:
             self._seconds += metrics.step_seconds
             self._tokens += metrics.tokens_per_second * metrics.step_seconds
         if self._is_shown(metrics):
-            self.say(self._line(metrics))
-            self._say_what_changed(metrics)
+            self.info(self._line(metrics))
+            self._report_changes(metrics)
 
     def configuration(self, text: str, settings: Mapping[str, str | int | float | bool]) -> None:
-        """Show a run's configuration on TensorBoard: its text, and the settings by which runs are compared there."""
+        """Write a run's configuration to TensorBoard: its text, and the hyperparameters by which to compare runs."""
         from torch.utils.tensorboard.summary import hparams
 
         with writing(self._path.with_name("tensorboard"), _FIX):
@@ -109,7 +112,7 @@ class MetricsLog:
                 self._board._get_file_writer().add_summary(summary)
 
     def throughput(self) -> str | None:
-        """Return in words what the run has come to in a second, its first steps aside; None where it has no others."""
+        """Return a line with the mean throughput, without the warm-up steps; None if there are no other steps."""
         if self._seconds == 0.0:
             return None
         rate = self._tokens / self._seconds
@@ -124,20 +127,20 @@ class MetricsLog:
         self._add_scalar(f"{folder}/loss", loss, step)
         self._add_scalar(f"{folder}/perplexity", perplexity, step)
         which = "" if of_split else f" on {name}"
-        self.say(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
+        self.info(f"step {step:>{len(str(self._total))}}/{self._total} | valid loss{which} {loss:.4f}")
 
     def rollback(self, step: int, back: int, passed_over: int) -> None:
-        """Record that after `step` the run goes on from step `back`, with so many samples passed over from there."""
-        # It is of the first step after it: a run that resumes from before has not passed anything over.
+        """Record a rollback after `step` to step `back`, and the number of samples after `back` that are skipped."""
+        # The record belongs to step back + 1: a run that resumes from a checkpoint before it has not skipped samples.
         self._write({"step": back + 1, "rolled_back_from": step, "passed_over_samples": passed_over})
-        self.say(f"step {step}: back to step {back}; the {passed_over:,} samples from there are passed over")
+        self.info(f"step {step}: back to step {back}; the {passed_over:,} samples from there are passed over")
 
     def checkpoint(self, report: SaveReport) -> None:
-        """Record one checkpoint, or that there is none."""
+        """Record the result of a checkpoint save."""
         head = f"step {report.step:>{len(str(self._total))}}/{self._total} | checkpoint"
         if report.failure is not None:
             self._write({"step": report.step, "checkpoint_failure": report.failure})
-            self.say(f"{head} NOT written: {report.failure}")
+            self.info(f"{head} NOT written: {report.failure}")
             return
         numbers = {
             "checkpoint_bytes": report.bytes,
@@ -147,24 +150,24 @@ class MetricsLog:
         self._write({"step": report.step, **numbers})
         for name, value in numbers.items():
             self._add_scalar(f"train/{name}", value, report.step)
-        self.say(
+        self.info(
             f"{head} {report.folder.name} | {report.bytes / 1e6:,.1f} MB | blocked {report.blocked_seconds:.2f} s"
             f" | durable after {report.durable_seconds:.2f} s"
         )
         for warning in report.warnings:
             self._write({"step": report.step, "checkpoint_warning": warning})
-            self.say(f"warning: {warning}")
+            self.info(f"warning: {warning}")
 
     def restart(self, step: int, count: int) -> None:
-        """Record that the run goes on after `step` since its ranks were started again, the `count`-th time."""
+        """Record that the run goes on after `step`, with its ranks restarted for the `count`-th time."""
         self._write({"step": step, "restart": count})
-        self.say(f"restart {count}: the run goes on after step {step}")
+        self.info(f"restart {count}: the run goes on after step {step}")
 
     def straggler(self, step: int, found: Straggler, host: str) -> None:
-        """Record that a rank takes longer than its peers."""
+        """Record a straggler: a rank that takes longer than its peers."""
         numbers = {"straggler": found.rank, "own_seconds": found.seconds, "median_own_seconds": found.median}
         self._write({"step": step, **numbers})
-        self.say(
+        self.info(
             f"step {step:>{len(str(self._total))}}/{self._total} | straggler: rank {found.rank} on {host} was at work"
             f" for {found.seconds:.3g} s a step over the last {WINDOW}, {found.factor:.2f} times the median of the"
             f" {found.peers:,} ranks with its stages"
@@ -175,13 +178,13 @@ class MetricsLog:
         self._board.close()
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        # JSON has no word for what is not finite.
+        # JSON has no infinities and no NaN.
         finite = {
             name: None if _not_finite(value) else value for name, value in {**record, "time": time.time()}.items()
         }
         line = json.dumps(finite, allow_nan=False).encode() + b"\n"
         with writing(self._path, _FIX):
-            while line:  # a disk that is nearly full takes a part
+            while line:  # a write to a nearly full disk may be partial
                 line = line[self._file.write(line) :]
 
     def _add_scalar(self, name: str, value: float, step: int) -> None:
@@ -192,7 +195,7 @@ class MetricsLog:
         return m.step % self._log_every == 0 or self._steps == 1 or m.step == self._last or m.skipped
 
     def _line(self, m: StepMetrics) -> str:
-        # The first steps warm caches up; the remaining time is told from the others as soon as there are some.
+        # The remaining time is estimated without the warm-up steps as soon as there are others.
         warm = self._steps - _WARM_UP
         mean = self._seconds / warm if warm > 0 else m.step_seconds
         rate = m.tokens_per_second
@@ -206,22 +209,22 @@ class MetricsLog:
             f"MFU {m.mfu:.1%}",
             f"ETA {_clock((self._total - m.step) * mean)}",
         ]
-        for dropped in ("", "MFU ", "lr ", "ETA "):  # as few as leave the line short enough; the file has all
+        for dropped in ("", "MFU ", "lr ", "ETA "):  # drop parts until the line is short enough; the file has all
             parts = [part for part in parts if not dropped or not part.startswith(dropped)]
             if len(" | ".join(parts)) <= WIDTH:
                 break
         return " | ".join(parts)
 
-    def _say_what_changed(self, m: StepMetrics) -> None:
-        """Tell what is much the same from step to step, when it changes: the line of a step is short without."""
+    def _report_changes(self, m: StepMetrics) -> None:
+        """Print peak memory and loss scale on lines of their own, only when they change."""
         head = f"step {m.step:>{len(str(self._total))}}/{self._total}"
-        if m.memory_bytes > 1.1 * self._told_memory:
-            self._told_memory = m.memory_bytes
+        if m.memory_bytes > 1.1 * self._reported_memory:
+            self._reported_memory = m.memory_bytes
             whose = "" if self._world == 1 else ", of the rank that has most"
-            self.say(f"{head} | peak memory {m.memory_bytes / 2**30:.2f} GiB{whose}")
-        if m.loss_scale != self._told_scale:
-            self._told_scale = m.loss_scale
-            self.say(f"{head} | loss scale {m.loss_scale:.8g}")
+            self.info(f"{head} | peak memory {m.memory_bytes / 2**30:.2f} GiB{whose}")
+        if m.loss_scale != self._reported_scale:
+            self._reported_scale = m.loss_scale
+            self.info(f"{head} | loss scale {m.loss_scale:.8g}")
 
 
 def _not_finite(value: Any) -> bool:

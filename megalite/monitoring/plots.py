@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from what it left on disk."""
+"""Plots of a run's metrics and of a corpus's document lengths, as PNG files."""
 
 import json
 import math
@@ -20,21 +20,21 @@ _NORM, _RATE = "#8d6bb0", "#2f7d59"
 
 
 class Curve(NamedTuple):
-    """One quantity over the run: positions along it, in tokens or steps, and finite values."""
+    """A quantity over the run: positions in tokens or steps, and finite values."""
 
     positions: list[float]
     values: list[float]
 
 
 def loss_curve(metrics_path: Path, output: Path, *, baseline: float | None = None, baseline_name: str = "") -> None:
-    """Write a PNG of a run's losses, learning rate and gradient norm, read from its ``metrics.jsonl``.
+    """Plot a run's losses, learning rate and gradient norm from its ``metrics.jsonl``, and write a PNG.
 
-    Losses are in nats a token, over the tokens consumed where the file counts them up and over steps otherwise. A
-    step that stands there twice, as after a resume, counts as its later line says; a line that a crash tore is left
-    out, and so are losses that are not finite. `baseline` is a loss to be compared with, such as the unigram entropy
-    of the corpus, and `baseline_name` what to call it.
+    Losses are in nats per token. The horizontal axis is in tokens if the file's token counts increase, otherwise in
+    steps. If a step occurs twice, as after a resume, its later line counts. Lines cut off by a crash are left out, as
+    are losses that are not finite. `baseline` is a loss for comparison, such as the unigram entropy of the corpus;
+    `baseline_name` is its label.
 
-    Raises UserError where the file cannot be read or holds no training loss.
+    Raises UserError if the file cannot be read or has no training loss.
     """
     figure = loss_figure(metrics_path, baseline=baseline, baseline_name=baseline_name)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -42,14 +42,14 @@ def loss_curve(metrics_path: Path, output: Path, *, baseline: float | None = Non
 
 
 def loss_figure(metrics_path: Path, *, baseline: float | None = None, baseline_name: str = "") -> "Figure":
-    """Return the figure that `loss_curve` writes; raise UserError as it does."""
+    """Return the figure that `loss_curve` writes; raises UserError as `loss_curve` does."""
     from matplotlib.figure import Figure
 
     training, evaluations = _read(metrics_path)
     axis_name, position = _axis(training)
     losses = _curve(training, "loss", position)
     if not losses.values:
-        raise UserError(f"{metrics_path}: no line has a finite training loss; draw it once a step is done")
+        raise UserError(f"{metrics_path}: no line has a finite training loss; plot it after a step is done")
     figure = Figure(figsize=(10.0, 6.4), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, hspace=0.03)  # pyright: ignore
     title = f"Training of {metrics_path.resolve().parent.name}"
@@ -66,7 +66,7 @@ _Entries = dict[int, dict[str, Any]]
 
 
 def _read(path: Path) -> tuple[_Entries, dict[str, _Entries]]:
-    """Return the training lines by step, and the evaluation lines by set and step, each in the order of steps."""
+    """Return the training lines by step, and the evaluation lines by validation set and step, sorted by step."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -87,7 +87,7 @@ def _read(path: Path) -> tuple[_Entries, dict[str, _Entries]]:
 
 
 def _axis(training: Mapping[int, Mapping[str, Any]]) -> tuple[str, Mapping[int, float]]:
-    """Return what the horizontal axis counts, and where on it each training step, and the start, stands."""
+    """Return the unit of the horizontal axis, and the position of step 0 and of each training step."""
     tokens = [entry.get("tokens") for entry in training.values()]
     counts = [count for count in tokens if isinstance(count, int)]
     counted_up = len(counts) == len(tokens) and all(a < b for a, b in zip(counts, counts[1:], strict=False))
@@ -107,10 +107,10 @@ def _curve(entries: Mapping[int, Mapping[str, Any]], key: str, position: Mapping
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Return the mean over `width` (odd) values around each, over fewer near the ends.
+    """Return the running mean over `width` (odd) values around each value, over fewer values near the ends.
 
-    Near the start the window shrinks on both sides, to stay centred where the loss falls fastest; near the end only
-    ahead, to stay smooth where it is flat.
+    Near the start the window shrinks on both sides, to stay centred where the loss falls fastest. Near the end it
+    shrinks only on the right, to stay smooth where the loss is flat.
     """
     sums = list(accumulate(values, initial=0.0))
     means = []
@@ -125,7 +125,7 @@ def _draw_losses(
     axes: "Axes", losses: Curve, valid: Mapping[str, Curve], baseline: float | None, baseline_name: str
 ) -> None:
     _style(axes)
-    axes.set_ylabel("loss, nats a token", color=_INK)
+    axes.set_ylabel("loss, nats per token", color=_INK)
     width = 2 * (len(losses.values) // 50) + 1
     name = "training loss"
     if width > 1:
@@ -194,24 +194,24 @@ def _finish_axis(axes: "Axes", name: str, end: float) -> None:
 def length_histogram_plot(
     bins: Sequence[tuple[int, int]], documents: Sequence[int], tokens: Sequence[int], output: Path, *, title: str
 ) -> None:
-    """Write a PNG of a corpus: for each bin of document lengths its share of the documents and of the tokens."""
+    """Plot a histogram of document lengths, with each bin's share of the documents and of the tokens, as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    first = next((place for place, count in enumerate(documents) if count), 0)
+    first = next((position for position, count in enumerate(documents) if count), 0)
     names = [f"{low:,}" if low == high else f"{low:,}\N{EN DASH}{high:,}" for low, high in bins][first:]
     figure = Figure(figsize=(10.0, 5.2), layout="constrained")
     figure.suptitle(f"Document lengths of {title}", x=0.015, ha="left", fontsize=14, fontweight="bold", color=_INK)
     axes = figure.subplots()
     _style(axes)
-    places = range(len(names))
+    positions = range(len(names))
     for shift, values, color, name in ((-0.2, documents, _TRAINING, "documents"), (0.2, tokens, _RATE, "tokens")):
         total = max(1, sum(values))
         shares = [value / total for value in values[first:]]
-        axes.bar([place + shift for place in places], shares, 0.38, color=color, label=f"{total:,} {name}")
-    axes.set_xticks(list(places), names, rotation=35, ha="right")
+        axes.bar([position + shift for position in positions], shares, 0.38, color=color, label=f"{total:,} {name}")
+    axes.set_xticks(list(positions), names, rotation=35, ha="right")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("tokens a document", color=_INK)
+    axes.set_xlabel("tokens per document", color=_INK)
     axes.set_ylabel("share", color=_INK)
     axes.grid(visible=False, axis="x")
     axes.legend(loc="upper right", fontsize=10.5, labelcolor=_INK, facecolor="white", edgecolor="none", framealpha=0.9)

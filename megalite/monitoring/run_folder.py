@@ -1,4 +1,4 @@
-"""The files in a run's folder: their names, whether a run can keep them there, and what an earlier run left."""
+"""The files of a run's folder: their names, checks before a start, and moving an earlier run's files away."""
 
 import json
 import os
@@ -6,14 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from megalite.errors import UserError
-from megalite.files import require_writable_folder, write_whole
+from megalite.files import require_writable_folder, write_atomically
 
 STOP = "STOP"
 """A file of this name in the run's folder asks the run to stop."""
 DONE = "DONE.json"
-"""What a run leaves that went to its last step."""
+"""The file that a run writes after its last step."""
 STOPPED = "STOPPED.json"
-"""What a run leaves that stopped before its last step since it was asked to."""
+"""The file that a run writes if it stops on request before its last step."""
 
 RUN_FILES = (
     "config.yaml",
@@ -26,7 +26,7 @@ RUN_FILES = (
     "spikes",
     "checkpoints",
 )
-"""What a run leaves in its folder, the logs of its ranks aside."""
+"""The files of a run in its folder, as glob patterns, without the logs of its ranks."""
 
 FOLDERS = ("checkpoints", "logs", "tensorboard", "heartbeats", "spikes", "earlier")
 APPENDED = ("metrics.jsonl", ".lock")
@@ -34,10 +34,10 @@ FILES = (*APPENDED, "config.yaml", DONE, STOPPED, "STATE.json", "loss.png")
 
 
 def require_run_folder(folder: Path) -> None:
-    """Raise UserError where a run cannot keep its files in `folder`, which need not be there yet; makes nothing.
+    """Raise UserError if a run cannot write its files in `folder`, which need not exist yet. Creates nothing.
 
-    Refused are files where the run keeps folders and folders where it keeps files, links that lead nowhere, and what
-    this user cannot write. Links to folders are followed: checkpoints may lie on another disk.
+    Errors are files in place of folders and folders in place of files, dangling links, and paths that this user cannot
+    write. Links to folders are followed: checkpoints may be on another disk.
     """
     what, fix = f"run.dir={folder}", "set another run.dir"
     require_writable_folder(folder, what, fix)
@@ -45,32 +45,32 @@ def require_run_folder(folder: Path) -> None:
         require_writable_folder(folder / name, what, f"move it away, or {fix}")
     for path in (folder / name for name in FILES):
         if path.is_symlink() and not path.exists():
-            raise UserError(f"{what}: {path} is a link to {os.readlink(path)}, which is not there; remove the link")
+            raise UserError(f"{what}: {path} is a link to {os.readlink(path)}, which does not exist; remove the link")
         if path.is_dir():
-            raise UserError(f"{what}: {path} is a folder, where the run keeps a file; move it away, or {fix}")
+            raise UserError(f"{what}: {path} is a folder, but must be a file; move it away, or {fix}")
         if path.name in APPENDED and path.exists() and not os.access(path, os.R_OK | os.W_OK):
-            raise UserError(f"{what}: {path} cannot be written; make it writable, or {fix}")
+            raise UserError(f"{what}: {path} is not writable; make it writable, or {fix}")
 
 
 def set_aside_earlier_run(directory: Path) -> None:
-    """Move what an earlier run left in its folder to ``earlier/1``, or the next number: nothing is written over."""
+    """Move an earlier run's files to ``earlier/1``, or the next free number, so that none is overwritten."""
     left = [path for name in RUN_FILES for path in sorted(directory.glob(name))]
     if not left:
         return
-    aside = next_aside(directory)
+    aside = next_earlier_folder(directory)
     aside.mkdir(parents=True)
     for path in left:
         path.rename(aside / path.name)
 
 
-def next_aside(directory: Path) -> Path:
-    """Return the folder below ``earlier`` that comes next."""
+def next_earlier_folder(directory: Path) -> Path:
+    """Return the next free numbered folder in ``earlier``."""
     numbers = [int(path.name) for path in (directory / "earlier").glob("*") if path.name.isdigit()]
     return directory / "earlier" / str(max(numbers, default=0) + 1)
 
 
-def keep_metrics_until(path: Path, step: int) -> None:
-    """Take out of a run's metrics what comes after `step`, and a last line that a crash tore."""
+def truncate_metrics(path: Path, step: int) -> None:
+    """Remove the lines after `step` from a run's metrics, and lines cut off by a crash."""
     if not path.is_file():
         return
     kept = []
@@ -78,4 +78,4 @@ def keep_metrics_until(path: Path, step: int) -> None:
         with suppress(json.JSONDecodeError, KeyError):
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-    write_whole(path, b"".join(kept))
+    write_atomically(path, b"".join(kept))

@@ -1,4 +1,4 @@
-"""How a run is doing, from the files in its folder: nobody has to be asked who may not answer."""
+"""The state of a run, read from the files in its folder alone, so that it works for runs that hang or have died."""
 
 import json
 import os
@@ -12,22 +12,21 @@ from typing import Any, Literal
 from megalite.config import load_run_config
 from megalite.convert.open import section_of_weights
 from megalite.errors import UserError
-from megalite.files import file_clock
-from megalite.monitoring.heartbeat import SILENT_SECONDS, Beat, laggards, read_beats
+from megalite.files import filesystem_time
+from megalite.monitoring.heartbeat import SILENT_SECONDS, Heartbeat, read_heartbeats, slow_ranks
 from megalite.monitoring.run_folder import DONE, STOPPED
 from megalite.monitoring.run_state import RunState, read_state
 
 State = Literal["starting", "running", "stopped", "done", "failed", "dead"]
 TAIL_BYTES = 1 << 16
-"""How much of a run's metrics is read, from the end: hundreds of steps."""
+"""The number of bytes that are read from the end of a run's metrics: hundreds of steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """What the files of a run tell of it at the time `now`, in seconds since 1970 by the clock of their file system.
+    """The state of a run at the time `now`, in seconds since 1970 by the clock of its files' file system.
 
-    `state` is starting or running where a process has written of late, and dead where none has and the run left no word
-    of its end.
+    `state` is starting or running if a process wrote recently, and dead if none did and no file records an end.
     """
 
     folder: Path
@@ -36,35 +35,35 @@ class RunStatus:
     ranks: int
     total_steps: int
     steps: Sequence[dict[str, Any]]
-    """The last lines of the metrics that are of training steps."""
-    beats: Sequence[Beat]
+    """The last lines of training steps in the metrics."""
+    heartbeats: Sequence[Heartbeat]
     stopped: dict[str, Any]
-    """The content of STOPPED.json, if there is one."""
-    told: RunState | None = None
-    """The content of STATE.json, if there is one."""
+    """The content of STOPPED.json; empty if it is missing."""
+    state_file: RunState | None = None
+    """The content of STATE.json; None if it is missing."""
 
     @property
-    def laggards(self) -> list[Beat]:
-        """The ranks that hold the others up, or held them up; none of a run that has ended well or was starting."""
-        return laggards(self.beats, self.now) if self.has_ranks else []
+    def slow_ranks(self) -> list[Heartbeat]:
+        """The ranks that delay, or delayed, the others; empty for a run that was starting, stopped or is done."""
+        return slow_ranks(self.heartbeats, self.now) if self.has_ranks else []
 
     @property
     def has_ranks(self) -> bool:
-        """Whether the heartbeats are those of ranks in training, be it that they have ended without its end."""
+        """Whether the heartbeats are those of ranks in training, which may have died since."""
         if self.state == "failed":
-            return self.told is not None and not self.told.doing
+            return self.state_file is not None and not self.state_file.doing
         return self.state == "running" or (
-            self.state == "dead" and (self.told is None or self.told.state != "starting")
+            self.state == "dead" and (self.state_file is None or self.state_file.state != "starting")
         )
 
     @property
     def missing(self) -> list[int]:
-        """The ranks that have not written yet."""
-        return sorted(set(range(self.ranks)) - {beat.rank for beat in self.beats})
+        """The ranks that have not written a heartbeat yet."""
+        return sorted(set(range(self.ranks)) - {beat.rank for beat in self.heartbeats})
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the steps that are left will take at the pace of the last ones."""
+        """The estimated time for the remaining steps, from the mean of the last steps."""
         if not self.steps:
             return None
         return (self.total_steps - self.steps[-1]["step"]) * fmean(step["step_seconds"] for step in self.steps[-50:])
@@ -73,43 +72,43 @@ class RunStatus:
 def run_status(path: Path) -> RunStatus:
     """Read the state of a run, given by its run file or its folder.
 
-    Raises UserError where there is no run.
+    Raises UserError if there is no run.
     """
     folder = path if path.is_dir() else load_run_config(path, [], section_of_weights).run.dir
-    resolved, told = folder / "config.yaml", read_state(folder)
-    if not resolved.is_file() and told is None:
-        raise UserError(f"{folder}: holds no run: there is no {resolved.name}; give a run file, or a run's folder")
-    now = file_clock(folder)
-    if resolved.is_file() and (told is None or told.state in ("running", "done", "stopped")):
+    resolved, state_file = folder / "config.yaml", read_state(folder)
+    if not resolved.is_file() and state_file is None:
+        raise UserError(f"{folder}: holds no run: it has no {resolved.name}; give a run file or a run's folder")
+    now = filesystem_time(folder)
+    if resolved.is_file() and (state_file is None or state_file.state in ("running", "done", "stopped")):
         config = load_run_config(resolved, [])
         ranks, steps = config.layout.world_size, config.train.steps
-    else:  # the file is of an earlier start, or is not there yet
-        assert told is not None
-        ranks, steps = told.ranks, told.steps
-    beats = read_beats(folder, ranks)
+    else:  # config.yaml is of an earlier start, or does not exist yet
+        assert state_file is not None
+        ranks, steps = state_file.ranks, state_file.steps
+    heartbeats = read_heartbeats(folder, ranks)
     return RunStatus(
         folder=folder,
-        state=_state(folder, beats, told, now),
+        state=_state(folder, heartbeats, state_file, now),
         now=now,
         ranks=ranks,
         total_steps=steps,
         steps=_last_steps(folder / "metrics.jsonl"),
-        beats=beats,
+        heartbeats=heartbeats,
         stopped=_read_json(folder / STOPPED),
-        told=told,
+        state_file=state_file,
     )
 
 
-def _state(folder: Path, beats: Sequence[Beat], told: RunState | None, now: float) -> State:
-    if told is not None and told.state == "starting":  # whatever an earlier run has left
-        return "starting" if told.is_going_on(now, SILENT_SECONDS) else "dead"
-    if told is not None and told.state == "failed":
+def _state(folder: Path, heartbeats: Sequence[Heartbeat], state_file: RunState | None, now: float) -> State:
+    if state_file is not None and state_file.state == "starting":  # the other files are of an earlier run
+        return "starting" if state_file.is_alive(now, SILENT_SECONDS) else "dead"
+    if state_file is not None and state_file.state == "failed":
         return "failed"
     if (folder / DONE).is_file():
         return "done"
-    if (folder / STOPPED).is_file() or (told is not None and told.state == "stopped"):
+    if (folder / STOPPED).is_file() or (state_file is not None and state_file.state == "stopped"):
         return "stopped"
-    return "running" if any(not beat.is_silent(now) for beat in beats) else "dead"
+    return "running" if any(not beat.is_silent(now) for beat in heartbeats) else "dead"
 
 
 def _last_steps(metrics: Path) -> list[dict[str, Any]]:
@@ -117,7 +116,7 @@ def _last_steps(metrics: Path) -> list[dict[str, Any]]:
     with suppress(OSError), metrics.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         for line in file.read().splitlines():
-            with suppress(ValueError):  # of a line that is cut, or being written
+            with suppress(ValueError):  # the first line may be cut off, the last may be incomplete
                 entry = json.loads(line)
                 if isinstance(entry, dict) and _is_step(entry):
                     found.append(entry)

@@ -1,4 +1,7 @@
-"""How long a rank itself is at work. The ranks of a step all take as long, since they wait for the slowest of them."""
+"""Compute timer: how long a rank computes in a step, without its waits for other ranks.
+
+The duration of a step is the same on all ranks, since they wait for the slowest. The compute time shows which it is.
+"""
 
 import os
 import time
@@ -12,28 +15,28 @@ import torch
 _SCHEDSTAT = Path("/proc/thread-self/schedstat")
 
 
-class OwnTime(Protocol):
-    """Adds up the time of what a rank computes, without that in which it waits for others."""
+class ComputeTimer(Protocol):
+    """Sums the time in which a rank computes, without the time in which it waits for other ranks."""
 
     def measured(self) -> AbstractContextManager[None]:
-        """Stand around something that is computed."""
+        """Measure the computation inside the context."""
         ...
 
     def take(self) -> float:
-        """Return the seconds since the last call."""
+        """Return the seconds measured since the last call."""
         ...
 
 
-def own_time(device: torch.device) -> OwnTime:
-    """Return the measure of a device; to be used in the thread that calls this."""
-    return DeviceTime() if device.type == "cuda" else ThreadTime()
+def compute_timer(device: torch.device) -> ComputeTimer:
+    """Return the timer of a device, for use in the calling thread."""
+    return DeviceTimer() if device.type == "cuda" else ThreadTimer()
 
 
-class ThreadTime:
-    """The time in which this thread runs, or could and has to wait for a core.
+class ThreadTimer:
+    """CPU timer: the time in which this thread runs or waits for a core.
 
-    Linux counts both; elsewhere it is the first alone, and a rank whose core others take seems as fast as its peers.
-    Neither has the waits for other ranks, in which the thread sleeps.
+    On Linux it has both. On other systems it has the running time alone, so that a rank whose core is shared seems as
+    fast as the others. Waits for other ranks are not counted, since the thread sleeps in them.
     """
 
     def __init__(self) -> None:
@@ -57,8 +60,8 @@ class ThreadTime:
         return 1e-9 * (int(running) + int(waiting))
 
 
-class DeviceTime:
-    """The time of a GPU's kernels, by events in its stream; the collectives of tensor ranks are among them."""
+class DeviceTimer:
+    """GPU timer: the time of a GPU's kernels between CUDA events, including the collectives of the tensor group."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []

@@ -1,4 +1,4 @@
-"""Runs an instruction stream on one rank. It knows no schedule: what the stream says is what happens, in that order."""
+"""The pipeline executor: runs a stream of instructions on one rank, in the order of the stream."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megalite.parallel.mesh import Links
 from megalite.parallel.placement import Placement
-from megalite.pipeline.compute_timer import own_time
+from megalite.pipeline.compute_timer import compute_timer
 from megalite.pipeline.instructions import (
     Backward,
     BackwardInput,
@@ -31,8 +31,8 @@ from megalite.tensor_parallel.weight_grad_store import WeightGradStore
 
 
 class PipelineInput(Protocol):
-    """What the executor reads of a microbatch, `megalite.model.microbatch.Microbatch`; of `packing` and `dropout` it
-    knows nothing, and hands them on."""
+    """The fields that the executor reads of a microbatch (`megalite.model.microbatch.Microbatch`); it passes `packing`
+    and `dropout` on to the engine."""
 
     @property
     def ids(self) -> Tensor | None: ...
@@ -51,7 +51,7 @@ class PipelineInput(Protocol):
 
 
 class StageEngine(Protocol):
-    """What the executor asks of the thing that holds the stages' parameters."""
+    """The interface of the engine that holds the parameters of a rank's stages."""
 
     def forward(
         self,
@@ -64,32 +64,32 @@ class StageEngine(Protocol):
     ) -> Tensor: ...
 
     def backward(self, scalar: Tensor) -> None:
-        """Differentiate a scalar, with the loss scale where there is one, into the parameters' gradients."""
+        """Backpropagate from a scalar into the parameters' gradients, with the loss scale if there is one."""
         ...
 
     def defer_weight_grads(self, stage: int) -> AbstractContextManager[WeightGradStore]:
-        """While it is open, a backward of the stage puts its weight gradients off."""
+        """Defer the weight gradients of the stage's backwards inside the context."""
         ...
 
-    def compute_weight_grads(self, products: WeightGradStore) -> None:
-        """Compute weight gradients that were put off, and add them to the others."""
+    def compute_weight_grads(self, store: WeightGradStore) -> None:
+        """Compute deferred weight gradients and accumulate them."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one stream leaves behind: the loss over its microbatches on the last stage (None on the others), and
-    when each forward and backward ran, in seconds since the stream began, if it was asked for."""
+    """The result of one stream: the loss over its microbatches on the last stage (None on the others), and, if
+    recorded, when each forward and backward ran, in seconds since the start of the stream."""
 
     loss: Tensor | None
     spans: tuple[Span, ...] = ()
 
 
-class _BackwardFrom(torch.autograd.Function):
-    """A scalar whose derivative by `output` is `gradient`, whatever it is multiplied by on the way.
+class _InjectGradient(torch.autograd.Function):
+    """Return a scalar whose gradient with respect to `output` is `gradient`, for any factor on the scalar.
 
-    A stage in the middle has no loss, only the gradient of its output, and engines differentiate scalars. The
-    gradient arrives with the loss scale in it; the scale that an engine puts on this scalar must not count again.
+    Engines backpropagate from a scalar, but a middle stage has no loss, only the gradient of its output. That gradient
+    includes the loss scale already, so the loss scale that the engine multiplies the scalar by must have no effect.
     """
 
     @staticmethod
@@ -103,7 +103,7 @@ class _BackwardFrom(torch.autograd.Function):
 
 
 class PipelineExecutor:
-    """Executes streams over `engine`, with the messages of `links`, for activations of one shape and precision."""
+    """Executes streams with the stages of `engine` and the messages of `links`; all activations have one shape."""
 
     def __init__(
         self,
@@ -115,10 +115,10 @@ class PipelineExecutor:
         activation_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        moved: Callable[[], None] = lambda: None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """Build the executor of pipeline rank `rank`; `moved` is called after every instruction."""
-        self.moved, self.own_time = moved, own_time(device)
+        """Build the executor of pipeline rank `rank`; `on_progress` is called after every instruction."""
+        self.on_progress, self.compute_timer = on_progress, compute_timer(device)
         self.engine, self.placement, self.rank, self.device = engine, placement, rank, device
         self.incoming = {end: Channel(link, activation_shape, dtype, device) for end, link in links.incoming.items()}
         self.outgoing = {end: Channel(link, activation_shape, dtype, device) for end, link in links.outgoing.items()}
@@ -126,9 +126,9 @@ class PipelineExecutor:
     def run(
         self, stream: Sequence[Instruction], microbatches: Sequence[PipelineInput], *, record: bool = False
     ) -> StepResult:
-        """Execute `stream` over `microbatches`, whose count the last stage divides unweighted losses by.
+        """Execute `stream` over `microbatches`; the last stage divides unweighted losses by their number.
 
-        With `record` the device is waited for around every forward and backward: true times, at some cost.
+        With `record` the device is synchronised around every forward and backward to measure it, which costs time.
         """
         return _Run(self, microbatches, record).execute(stream)
 
@@ -138,34 +138,34 @@ Key = tuple[int, int]
 
 
 class _Run:
-    """The state of one stream under way: what was received and computed and is not used up yet."""
+    """The state of one execution: tensors that were received or computed and are still needed."""
 
     def __init__(self, executor: PipelineExecutor, microbatches: Sequence[PipelineInput], record: bool) -> None:
         self.executor, self.microbatches, self.record = executor, microbatches, record
         self.placement = executor.placement
         self.last_stage = executor.placement.num_stages - 1
         self.receiving: dict[Receive, PendingReceive] = {}
-        self.passed_on: dict[Key, Tensor] = {}
-        """Outputs that the next stage has not got yet."""
+        self.unsent_outputs: dict[Key, Tensor] = {}
+        """Outputs that were not yet passed to the next stage."""
         self.inputs: dict[Key, Tensor] = {}
-        """Inputs whose gradient the stage before has not got yet."""
+        """Inputs whose gradient was not yet passed to the previous stage."""
         self.outputs: dict[Key, Tensor] = {}
-        """Outputs, with their graph, that wait for their backward."""
-        self.deferred: dict[Key, WeightGradStore] = {}
+        """Outputs with their autograd graph, until their backward."""
+        self.weight_grads: dict[Key, WeightGradStore] = {}
         self.losses: list[Tensor] = []
         self.spans: list[Span] = []
-        self.began = time.perf_counter()
+        self.start = time.perf_counter()
 
     def execute(self, stream: Sequence[Instruction]) -> StepResult:
         trains = any(isinstance(instruction, Backward | BackwardInput) for instruction in stream)
         with torch.set_grad_enabled(trains):
             for instruction in stream:
                 self._execute(instruction)
-                self.executor.moved()
+                self.executor.on_progress()
         for channel in self.executor.outgoing.values():
             channel.flush()
-        left = (self.receiving, self.passed_on, self.inputs, self.outputs, self.deferred)
-        assert not any(left), left
+        unused = (self.receiving, self.unsent_outputs, self.inputs, self.outputs, self.weight_grads)
+        assert not any(unused), unused
         loss = torch.stack(self.losses).sum() if self.losses else None
         return StepResult(loss, tuple(self.spans))
 
@@ -175,7 +175,7 @@ class _Run:
             case Receive():
                 self.receiving[instruction] = self._channel(instruction).receive()
             case SendActivation():
-                self._channel(instruction).send(self.passed_on.pop(key))
+                self._channel(instruction).send(self.unsent_outputs.pop(key))
             case SendGradient():
                 self._channel(instruction).send(self._input_gradient(key))
             case Forward():
@@ -183,10 +183,10 @@ class _Run:
             case Backward() | BackwardInput():
                 self._backward(instruction)
             case BackwardWeight():
-                with self._measured(instruction):
-                    self.executor.engine.compute_weight_grads(self.deferred.pop(key))
+                with self._timed(instruction):
+                    self.executor.engine.compute_weight_grads(self.weight_grads.pop(key))
             case _:
-                raise NotImplementedError(f"no way to execute {instruction}")
+                raise NotImplementedError(f"the executor cannot run {instruction}")
 
     def _channel(self, message: Send | Receive) -> Channel:
         ends = self.executor.outgoing if isinstance(message, Send) else self.executor.incoming
@@ -195,12 +195,12 @@ class _Run:
     def _forward(self, at: Forward) -> None:
         key, batch = (at.stage, at.microbatch), self.microbatches[at.microbatch]
         inputs = self._stage_input(key)
-        with self._measured(at):
+        with self._timed(at):
             output = self.executor.engine.forward(
                 at.stage, inputs, batch.targets, batch.packing, batch.loss_weights, batch.dropout
             )
             if at.stage < self.last_stage:
-                self.passed_on[key] = output.detach()
+                self.unsent_outputs[key] = output.detach()
             else:
                 if batch.loss_weights is None:
                     output = output / len(self.microbatches)
@@ -209,14 +209,14 @@ class _Run:
                 self.outputs[key] = output
 
     def _stage_input(self, key: Key) -> Tensor:
-        """Return what a stage reads: tokens, or what the stage before made, here or on another rank."""
+        """Return the input of a stage: tokens, or the output of the previous stage, from this rank or another."""
         stage, microbatch = key
         if stage == 0:
             ids = self.microbatches[microbatch].ids
             assert ids is not None
             return ids
-        if self._is_here(stage - 1):
-            inputs = self.passed_on.pop((stage - 1, microbatch))
+        if self._is_local(stage - 1):
+            inputs = self.unsent_outputs.pop((stage - 1, microbatch))
         else:
             inputs = self.receiving.pop(ReceiveActivation(*key)).wait()
         if torch.is_grad_enabled():
@@ -227,19 +227,19 @@ class _Run:
         key, engine = (at.stage, at.microbatch), self.executor.engine
         scalar = self.outputs.pop(key)
         gradient = self._output_gradient(key) if at.stage < self.last_stage else None
-        with self._measured(at):
+        with self._timed(at):
             if gradient is not None:
-                scalar: Tensor = _BackwardFrom.apply(scalar, gradient)  # pyright: ignore[reportAssignmentType]
+                scalar: Tensor = _InjectGradient.apply(scalar, gradient)  # pyright: ignore[reportAssignmentType]
             if isinstance(at, Backward):
                 engine.backward(scalar)
             else:
-                with engine.defer_weight_grads(at.stage) as self.deferred[key]:
+                with engine.defer_weight_grads(at.stage) as self.weight_grads[key]:
                     engine.backward(scalar)
 
     def _output_gradient(self, key: Key) -> Tensor:
-        """Return the gradient of a stage's output: what the stage after found for its input."""
+        """Return the gradient of a stage's output: the gradient of the next stage's input."""
         stage, microbatch = key
-        if self._is_here(stage + 1):
+        if self._is_local(stage + 1):
             return self._input_gradient((stage + 1, microbatch))
         return self.receiving.pop(ReceiveGradient(*key)).wait()
 
@@ -248,13 +248,13 @@ class _Run:
         assert gradient is not None
         return gradient
 
-    def _is_here(self, stage: int) -> bool:
+    def _is_local(self, stage: int) -> bool:
         return self.placement.rank_of(stage) == self.executor.rank
 
     @contextmanager
-    def _measured(self, at: Instruction) -> Iterator[None]:
-        """Stand around what an instruction computes, once what it waits for is there."""
-        with self.executor.own_time.measured():
+    def _timed(self, at: Instruction) -> Iterator[None]:
+        """Time the computation of an instruction, after its inputs have arrived."""
+        with self.executor.compute_timer.measured():
             started = self._clock() if self.record else 0.0
             yield
             if self.record:
@@ -263,4 +263,4 @@ class _Run:
     def _clock(self) -> float:
         if self.executor.device.type == "cuda":
             torch.cuda.synchronize(self.executor.device)
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.start

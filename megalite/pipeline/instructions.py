@@ -1,11 +1,11 @@
-"""The vocabulary of a pipeline schedule: what one rank does, one frozen instruction at a time.
+"""The instructions of a pipeline schedule: compute, send and receive, as frozen dataclasses.
 
-An instruction names its stage and its microbatch and nothing else: no buffers, no tags, no ranks. It prints as
-stage, code, microbatch (``2F0``: stage 2 runs the forward of microbatch 0) and `parse` reads that back.
+An instruction names only its stage and its microbatch, and no buffer, tag or rank. Its text is stage, code and
+microbatch (``2F0``: stage 2 runs the forward of microbatch 0), which `parse` reads.
 
-Messages carry no tags either. The k-th send from one rank to another meets the k-th receive posted there, activations
-and gradients counted apart, so the order of a stream is the whole protocol. Between two neighbouring stages of one rank
-there is no message: the rank hands the tensor over to itself.
+Messages have no tags. The k-th send from one rank to another matches the k-th receive posted there, where activations
+and gradients are counted separately; so the order of the streams alone determines the matching. Two neighbouring stages
+on one rank exchange no message: the executor passes the tensor on.
 """
 
 import re
@@ -17,10 +17,10 @@ from megalite.parallel.placement import MessageKind, Placement
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One thing that a pipeline stage does for one microbatch.
+    """One action of a pipeline stage on one microbatch.
 
     `stage` is the stage that runs it, in ``0..num_stages - 1``; a rank that holds several virtual stages runs the
-    instructions of each of them.
+    instructions of all of them.
     """
 
     stage: int
@@ -35,56 +35,51 @@ class Instruction:
 class Compute(Instruction):
     """An instruction that keeps the device busy."""
 
-    def takes(self, num_stages: int) -> "Receive | None":
-        """Return what this needs from the neighbouring stage, named as its receive; None where it needs nothing."""
+    def required_receive(self, num_stages: int) -> "Receive | None":
+        """Return the receive of this instruction's input, on any placement; None where it needs no other stage."""
         raise NotImplementedError
 
-    def makes(self, num_stages: int) -> "Send | None":
-        """Return what this makes for the neighbouring stage, named as its send; None where the result stays."""
+    def resulting_send(self, num_stages: int) -> "Send | None":
+        """Return the send of this instruction's result, on any placement; None where no other stage needs it."""
         raise NotImplementedError
 
     def receive(self, placement: Placement) -> "Receive | None":
-        """Return the receive this waits for; None where it needs nothing, or a neighbour on its own rank has it."""
-        needed = self.takes(placement.num_stages)
-        return needed if needed and placement.crosses(needed.stage, needed.counterpart.stage) else None
+        """Return the receive that this instruction waits for; None where its input comes from the same rank."""
+        receive = self.required_receive(placement.num_stages)
+        return receive if receive and placement.crosses(receive.stage, receive.counterpart.stage) else None
 
     def send(self, placement: Placement) -> "Send | None":
-        """Return the send that passes the result on; None where it stays on the rank."""
-        made = self.makes(placement.num_stages)
-        return made if made and placement.crosses(made.stage, made.counterpart.stage) else None
-
-    def hand_over(self, placement: Placement) -> "Receive | None":
-        """Return the receive that the result stands in for on this rank; None unless the neighbour is on it too."""
-        made = self.makes(placement.num_stages)
-        return made.counterpart if made and self.send(placement) is None else None
+        """Return the send of the result to another rank; None where the result stays on this rank."""
+        send = self.resulting_send(placement.num_stages)
+        return send if send and placement.crosses(send.stage, send.counterpart.stage) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Send(Instruction):
-    """Start sending a result of this stage to a neighbour, and go on without waiting for it to arrive."""
+    """Start to send a result of this stage to a neighbouring stage, without waiting for its arrival."""
 
     kind: ClassVar[MessageKind]
 
     @property
     def sources(self) -> tuple[Compute, ...]:
-        """The compute instructions of which any one makes what is sent."""
+        """The compute instructions any of which computes the tensor that is sent."""
         raise NotImplementedError
 
     @property
     def counterpart(self) -> "Receive":
-        """The receive, on the neighbour, that this send has to meet."""
+        """The receive on the neighbouring stage that matches this send."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Receive(Instruction):
-    """Post the receive of something a neighbour sends, and go on; the compute that needs it waits for it."""
+    """Post the receive of a neighbouring stage's message; the compute instruction that needs it waits for it."""
 
     kind: ClassVar[MessageKind]
 
     @property
     def counterpart(self) -> Send:
-        """The send, on the neighbour, that this receive has to meet."""
+        """The send on the neighbouring stage that matches this receive."""
         raise NotImplementedError
 
 
@@ -99,31 +94,31 @@ class Forward(Compute):
 
     code: ClassVar[str] = "F"
 
-    def takes(self, num_stages: int) -> "ReceiveActivation | None":
-        """Return the stage's input; None on the first stage, which reads tokens."""
+    def required_receive(self, num_stages: int) -> "ReceiveActivation | None":
+        """Return the receive of the stage's input; None on the first stage, which reads tokens."""
         return ReceiveActivation(self.stage, self.microbatch) if self.stage > 0 else None
 
-    def makes(self, num_stages: int) -> "SendActivation | None":
-        """Return the stage's output; None on the last stage, which ends in the loss."""
+    def resulting_send(self, num_stages: int) -> "SendActivation | None":
+        """Return the send of the stage's output; None on the last stage, which computes the loss."""
         return SendActivation(self.stage, self.microbatch) if self.stage < num_stages - 1 else None
 
 
 @dataclass(frozen=True, slots=True)
 class _GivesInputGradient(Compute):
-    """What `Backward` and `BackwardInput` share: they take the output's gradient and make the input's."""
+    """The base of `Backward` and `BackwardInput`: from the output's gradient to the input's gradient."""
 
-    def takes(self, num_stages: int) -> "ReceiveGradient | None":
-        """Return the output's gradient; None on the last stage, which starts from the loss."""
+    def required_receive(self, num_stages: int) -> "ReceiveGradient | None":
+        """Return the receive of the output's gradient; None on the last stage, which starts from the loss."""
         return ReceiveGradient(self.stage, self.microbatch) if self.stage < num_stages - 1 else None
 
-    def makes(self, num_stages: int) -> "SendGradient | None":
-        """Return the input's gradient; None on the first stage, whose input is tokens."""
+    def resulting_send(self, num_stages: int) -> "SendGradient | None":
+        """Return the send of the input's gradient; None on the first stage, whose input is tokens."""
         return SendGradient(self.stage, self.microbatch) if self.stage > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
 class Backward(_GivesInputGradient):
-    """Run the stage's layers backwards, for their weights and their input. Roughly::
+    """Compute the gradients of the stage's weights and of its input. Roughly::
 
     dy = 1 if stage is the last else wait(ReceiveGradient(stage, microbatch))
     y.backward(dy)                             # weight gradients add up over the microbatches
@@ -135,11 +130,10 @@ class Backward(_GivesInputGradient):
 
 @dataclass(frozen=True, slots=True)
 class BackwardInput(_GivesInputGradient):
-    """Run the stage's layers backwards for their input alone: what the stage before waits for (arXiv:2401.10241).
-    Roughly::
+    """Compute the gradient of the stage's input alone, which the previous stage waits for (arXiv:2401.10241). Roughly::
 
     dy = 1 if stage is the last else wait(ReceiveGradient(stage, microbatch))
-    y.backward(dy), each weight's product (its input, its output's gradient) put aside for BackwardWeight
+    y.backward(dy), with the product of each weight's gradient deferred to BackwardWeight
     keep x.grad for SendGradient(stage, microbatch); drop x and y
     """
 
@@ -148,24 +142,24 @@ class BackwardInput(_GivesInputGradient):
 
 @dataclass(frozen=True, slots=True)
 class BackwardWeight(Compute):
-    """Multiply out the weight gradients that `BackwardInput` put aside; nobody waits for them. Roughly::
+    """Compute the weight gradients that `BackwardInput` deferred; no other rank waits for them. Roughly::
 
-    for weight, input, dy in what BackwardInput(stage, microbatch) put aside:
-        weight.grad += dy.T @ input            # and drop both
+    for weight, input, dy in deferred by BackwardInput(stage, microbatch):
+        weight.grad += dy.T @ input            # then drop input and dy
     """
 
     code: ClassVar[str] = "W"
 
-    def takes(self, num_stages: int) -> None:
-        """Take nothing: all that is needed lies on the stage."""
+    def required_receive(self, num_stages: int) -> None:
+        """Return None: all inputs are on the stage already."""
 
-    def makes(self, num_stages: int) -> None:
-        """Make nothing for another stage: weight gradients stay."""
+    def resulting_send(self, num_stages: int) -> None:
+        """Return None: weight gradients stay on the stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class SendActivation(Send):
-    """Start sending the stage's output to the next stage. Roughly::
+    """Start to send the stage's output to the next stage. Roughly::
 
     isend(y.detach(), to=rank_of(stage + 1))   # over the link's activation communicator; y stays alive until sent
     """
@@ -203,7 +197,7 @@ class ReceiveActivation(Receive):
 
 @dataclass(frozen=True, slots=True)
 class SendGradient(Send):
-    """Start sending the gradient of the stage's input to the previous stage. Roughly::
+    """Start to send the gradient of the stage's input to the previous stage. Roughly::
 
     isend(x.grad, to=rank_of(stage - 1))       # over the link's gradient communicator; x.grad stays alive until sent
     """
@@ -213,7 +207,7 @@ class SendGradient(Send):
 
     @property
     def sources(self) -> tuple[Backward, BackwardInput]:
-        """The backward, whole or of the input alone, whose input gradient is sent."""
+        """The backward, full or of the input alone, whose input gradient is sent."""
         return Backward(self.stage, self.microbatch), BackwardInput(self.stage, self.microbatch)
 
     @property
@@ -256,7 +250,7 @@ _PATTERN = re.compile(rf"(0|[1-9][0-9]*)({'|'.join(_BY_CODE)})(0|[1-9][0-9]*)")
 
 
 def parse(text: str) -> Instruction:
-    """Return the instruction that prints as `text`; raise ValueError where none does.
+    """Return the instruction whose text is `text`; raise ValueError where there is none.
 
     >>> parse("2RA0")
     ReceiveActivation(stage=2, microbatch=0)

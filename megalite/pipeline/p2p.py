@@ -1,4 +1,4 @@
-"""Messages between neighbouring stages: never blocking, matched by order alone, each kind on its own communicator."""
+"""Point-to-point messages between stages: non-blocking, matched by order, a communicator for each kind of message."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from megalite.parallel.mesh import Link
 
 @dataclass(frozen=True, slots=True)
 class PendingReceive:
-    """A receive that was posted; `wait` returns its tensor once the message is there."""
+    """A posted receive; `wait` returns its tensor after the message has arrived."""
 
     tensor: Tensor
     work: dist.Work
@@ -23,9 +23,9 @@ class PendingReceive:
 
 
 class Channel:
-    """One end of a link, with tensors of one shape and precision, known to both ends beforehand.
+    """One end of a link, for tensors of one shape and dtype that both ends know in advance.
 
-    Sends keep their tensor alive until the message has left; `flush` waits for those that are still under way.
+    A tensor is kept alive until it was sent; `flush` waits for the sends that have not ended.
     """
 
     def __init__(self, link: Link, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Channel:
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, tensor: Tensor) -> None:
-        """Start to send; raise ValueError for a tensor that the other end does not expect."""
+        """Start to send a tensor; raise ValueError for a shape or dtype that the other end does not expect."""
         if tuple(tensor.shape) != self._shape or tensor.dtype != self._dtype:
             raise ValueError(f"the link carries {self._shape} {self._dtype}, not {tuple(tensor.shape)} {tensor.dtype}")
         while self._sending and self._sending[0][0].is_completed():
@@ -51,6 +51,6 @@ class Channel:
         return PendingReceive(tensor, work)
 
     def flush(self) -> None:
-        """Wait until every message has left."""
+        """Wait until every message was sent."""
         while self._sending:
             self._sending.popleft()[0].wait()

@@ -1,22 +1,22 @@
-"""Which layers a pipeline stage holds."""
+"""The partition of a model's layers into pipeline stages."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 
 def partition(num_layers: int, num_stages: int, stage_layers: Sequence[int] | None = None) -> tuple[range, ...]:
-    """Split layers ``0..num_layers - 1`` into one run of neighbours per stage, each at least one layer long.
+    """Partition layers ``0..num_layers - 1`` into one contiguous range per stage, each of at least one layer.
 
-    Without `stage_layers` the split is even. Layers left over go to the middle stages, since the ends also carry the
-    embedding and the head; the last stage, where the head and the loss weigh most, is given one last.
+    Without `stage_layers` the partition is even. Remaining layers go to the middle stages first, since the first and
+    the last stage also hold the embedding and the head; the last stage, where head and loss cost most, comes last.
 
     >>> partition(10, 4)
     (range(0, 2), range(2, 5), range(5, 8), range(8, 10))
     >>> partition(10, 4, stage_layers=(3, 3, 3, 1))
     (range(0, 3), range(3, 6), range(6, 9), range(9, 10))
 
-    Raises ValueError where a stage would hold no layer, or where `stage_layers` has not one count per stage or does
-    not add up to `num_layers`.
+    Raises ValueError where a stage would hold no layer, where `stage_layers` does not have one number per stage, or
+    where its sum is not `num_layers`.
     """
     counts = _even(num_layers, num_stages) if stage_layers is None else tuple(stage_layers)
     if len(counts) != num_stages:
@@ -33,7 +33,7 @@ def partition(num_layers: int, num_stages: int, stage_layers: Sequence[int] | No
 def _even(num_layers: int, num_stages: int) -> tuple[int, ...]:
     if not 1 <= num_stages <= num_layers:
         raise ValueError(f"{num_layers} layers cannot be split over {num_stages} stages; use 1 to {num_layers}")
-    share, left_over = divmod(num_layers, num_stages)
-    from_the_middle = sorted(range(num_stages), key=lambda stage: (abs(2 * stage - (num_stages - 1)), stage))
-    favoured = set(from_the_middle[:left_over])
-    return tuple(share + (stage in favoured) for stage in range(num_stages))
+    share, remaining = divmod(num_layers, num_stages)
+    middle_first = sorted(range(num_stages), key=lambda stage: (abs(2 * stage - (num_stages - 1)), stage))
+    larger = set(middle_first[:remaining])
+    return tuple(share + (stage in larger) for stage in range(num_stages))

@@ -1,9 +1,9 @@
-"""Schedules: what a pipeline rank runs when, as a pure function of the rank, the placement and a count.
+"""Pipeline schedules: the stream of instructions of a rank, as a pure function of rank, placement and microbatches.
 
-A schedule first orders the compute, as a score: a string in which each letter plays the next instruction of its part
-(``F`` the next forward, ``I`` the next backward for the input, a small letter those of a rank's second stage). A letter
-whose part has ended is a rest, so one score holds for every number of microbatches. `with_communication` then weaves
-in the sends and receives, the same way for all.
+A schedule first orders the compute with a pattern string such as ``FFIFI``. Each letter is replaced by the next
+instruction of its kind: ``F`` by the next forward, ``I`` by the next backward for the input; a lowercase letter stands
+for the rank's second stage. Letters beyond the last microbatch are dropped, so one pattern serves any number of
+microbatches. `with_communication` then inserts the sends and receives, in the same way for all schedules.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,25 +17,25 @@ from megalite.pipeline.instructions import Backward, BackwardInput, BackwardWeig
 
 
 class Schedule(Protocol):
-    """The shape of every schedule: the stream of one rank, in the order in which it runs."""
+    """The signature of a schedule: it returns the stream of one rank, in the order of execution."""
 
     def __call__(self, rank: int, placement: Placement, num_microbatches: int) -> tuple[Instruction, ...]: ...
 
 
 def gpipe(rank: int, placement: Placement, num_microbatches: int) -> tuple[Instruction, ...]:
-    """All forwards, then all backwards (arXiv:1811.06965): simple, and every microbatch is in flight at once.
+    """GPipe: all forwards, then all backwards (arXiv:1811.06965); every microbatch is in flight at once.
 
-    Raises ValueError for a rank outside ``0..num_ranks - 1``, fewer than one microbatch, or what `refusal` refuses.
+    Raises ValueError for a rank outside ``0..num_ranks - 1``, fewer than one microbatch, or a case of `refusal`.
     """
     _check("gpipe", rank, placement, num_microbatches)
     m = num_microbatches
-    return _play("F" * m + "B" * m, _parts(rank, m, F=Forward, B=Backward), placement)
+    return _expand("F" * m + "B" * m, _sequences(rank, m, F=Forward, B=Backward), placement)
 
 
 def one_f_one_b(rank: int, placement: Placement, num_microbatches: int) -> tuple[Instruction, ...]:
-    """One forward, one backward, in turn (PipeDream-Flush, arXiv:2006.09503; Megatron-LM, arXiv:2104.04473).
+    """1F1B: alternate one forward and one backward (PipeDream-Flush, arXiv:2006.09503; Megatron-LM, arXiv:2104.04473).
 
-    GPipe's bubble, with at most ``num_ranks - rank`` microbatches in flight however many there are.
+    The bubble is that of GPipe, with at most ``num_ranks - rank`` microbatches in flight.
 
     >>> " ".join(str(instruction) for instruction in one_f_one_b(1, Placement(num_ranks=2), num_microbatches=2))
     '1RA0 1F0 1RA1 1B0 1SG0 1F1 1B1 1SG1'
@@ -43,121 +43,122 @@ def one_f_one_b(rank: int, placement: Placement, num_microbatches: int) -> tuple
     Raises ValueError as `gpipe` does.
     """
     _check("1f1b", rank, placement, num_microbatches)
-    score = "F" * (placement.num_ranks - 1 - rank) + "FB" * num_microbatches
-    return _play(score, _parts(rank, num_microbatches, F=Forward, B=Backward), placement)
+    pattern = "F" * (placement.num_ranks - 1 - rank) + "FB" * num_microbatches
+    return _expand(pattern, _sequences(rank, num_microbatches, F=Forward, B=Backward), placement)
 
 
 def interleaved_1f1b(rank: int, placement: Placement, num_microbatches: int) -> tuple[Instruction, ...]:
-    """1F1B over several smaller stages a rank, which divides its bubble by their number (arXiv:2104.04473).
+    """Interleaved 1F1B: ``v`` smaller stages per rank, which divides the bubble by ``v`` (arXiv:2104.04473).
 
-    Microbatches go in groups of ``num_ranks`` through one stage of the rank after the other. With ``v`` stages a rank
-    the bubble fraction is ``(p - 1) / (v * m + p - 1)``; rank 0 holds up to ``v * p + p - 1`` microbatch-stages, each
-    ``1 / v`` of a rank's layers, a little more than 1F1B; and there are ``v`` times the messages.
+    Microbatches pass the stages of a rank in groups of ``num_ranks``, one stage after the other. The bubble fraction is
+    ``(p - 1) / (v * m + p - 1)``. Rank 0 holds up to ``v * p + p - 1`` microbatch-stages, each ``1 / v`` of a rank's
+    layers, a little more than 1F1B. There are ``v`` times as many messages.
 
-    Raises ValueError as `gpipe` does: the microbatches must be whole groups.
+    Raises ValueError as `gpipe` does, also where the microbatches do not fill whole groups.
     """
     _check("interleaved_1f1b", rank, placement, num_microbatches)
     stages, p = placement.stages_of(rank), placement.num_ranks
-    parts = {
+    sequences = {
         "F": [Forward(*at) for at in _in_groups(stages, p, num_microbatches)],
         "B": [Backward(*at) for at in _in_groups(stages[::-1], p, num_microbatches)],
     }
     first = 2 * (p - 1 - rank) + (len(stages) - 1) * p
-    return _play("F" * first + "FB" * len(parts["F"]), parts, placement, ahead=2)  # forwards and backwards by turns
+    # Receives are posted two computes ahead: that of the next forward and that of the next backward.
+    return _expand("F" * first + "FB" * len(sequences["F"]), sequences, placement, ahead=2)
 
 
 def zb_h1(rank: int, placement: Placement, num_microbatches: int) -> tuple[Instruction, ...]:
-    """1F1B with its backward split, the weights' half put off into the bubble (ZB-H1, arXiv:2401.10241).
+    """ZB-H1: 1F1B with split backwards, whose weight gradients are deferred into the bubble (arXiv:2401.10241).
 
-    Rank ``r`` puts the weights' half off by ``r`` microbatches, so that every rank holds as many as the first, which
-    are ``p`` as in 1F1B, and has work while it waits for gradients at the end. The bubble of a rank shrinks from 1F1B's
-    ``(p - 1) (T_F + T_I + T_W)`` to ``(p - 1) (T_F + T_I - T_W)`` from ``m >= p`` on.
+    Rank ``r`` defers the weight gradients by ``r`` microbatches. So every rank holds as many microbatches as the first
+    rank, which are ``p`` as in 1F1B, and has work while it waits for gradients at the end. For ``m >= p`` the bubble of
+    a rank shrinks from 1F1B's ``(p - 1) (T_F + T_I + T_W)`` to ``(p - 1) (T_F + T_I - T_W)``.
 
     Raises ValueError as `gpipe` does.
     """
     _check("zb_h1", rank, placement, num_microbatches)
-    score = "F" * (placement.num_ranks - 1 - rank) + "FI" * rank + "FIW" * num_microbatches
-    parts = _parts(rank, num_microbatches, F=Forward, I=BackwardInput, W=BackwardWeight)
-    return _play(score, parts, placement)
+    pattern = "F" * (placement.num_ranks - 1 - rank) + "FI" * rank + "FIW" * num_microbatches
+    sequences = _sequences(rank, num_microbatches, F=Forward, I=BackwardInput, W=BackwardWeight)
+    return _expand(pattern, sequences, placement)
 
 
 def zb_v(rank: int, placement: Placement, num_microbatches: int) -> tuple[Instruction, ...]:
-    """Two stages a rank in a v, and no bubble in the memory of 1F1B (ZB-V, arXiv:2401.10241).
+    """ZB-V: two stages per rank in a v placement, no bubble, and the memory of 1F1B (arXiv:2401.10241).
 
-    Where ``T_F = T_I = T_W`` and ``m >= 2 * p - 1``, every rank is busy from its first forward to its last
-    instruction; only its start waits, for the first microbatch to come down the v. It never holds more than ``2 * p``
-    microbatch-stages, each half of a rank's layers: 1F1B's ``p`` on its worst rank, here on all. Fewer microbatches run
-    as well, with a bubble. Neighbours send to each other at the same time, activations up one side of the v and down
-    the other, so this alone needs sends that do not block; megalite's keep their tensor and never do.
+    Where ``T_F = T_I = T_W`` and ``m >= 2 * p - 1``, every rank computes without a pause from its first forward to its
+    last instruction; it idles only before its first forward, until the first microbatch arrives. A rank never holds
+    more than ``2 * p`` microbatch-stages, each half of a rank's layers: as much as the first rank in 1F1B. Fewer
+    microbatches run as well, with a bubble. Neighbouring ranks send to each other at the same time, activations of both
+    virtual stages, so this schedule alone needs sends that do not block; megalite's sends never block.
 
     Raises ValueError as `gpipe` does.
     """
     _check("zb_v", rank, placement, num_microbatches)
     p, m = placement.num_ranks, num_microbatches
     down, up = placement.stages_of(rank)
-    parts = _parts(down, m, F=Forward, I=BackwardInput, W=BackwardWeight)
-    parts |= _parts(up, m, f=Forward, i=BackwardInput, w=BackwardWeight)
-    score = _down_and_up(rank, p) + "fF" * rank  # until the memory is full, just as the first gradient comes
-    score += "fiw" * (p - rank) + "FIWfiw" * (m - (2 * p - 1 - rank))  # as much is let go as is taken
-    score += "IWfiw" * (p - 1 - rank) + "Ii" * rank + "IW" * m + "w" * m  # gradients first, for the others
-    return _play(score, parts, placement)
+    sequences = _sequences(down, m, F=Forward, I=BackwardInput, W=BackwardWeight)
+    sequences |= _sequences(up, m, f=Forward, i=BackwardInput, w=BackwardWeight)
+    pattern = _v_warmup(rank, p) + "fF" * rank  # until memory is full and the first gradient arrives
+    pattern += "fiw" * (p - rank) + "FIWfiw" * (m - (2 * p - 1 - rank))  # each forward replaces a freed microbatch
+    pattern += "IWfiw" * (p - 1 - rank) + "Ii" * rank + "IW" * m + "w" * m  # first what other ranks wait for
+    return _expand(pattern, sequences, placement)
 
 
 def forward_only(rank: int, placement: Placement, num_microbatches: int) -> tuple[Instruction, ...]:
-    """The forwards alone, for any placement and count: evaluation, where nothing is kept for a backward.
+    """The forwards alone, for evaluation, with any placement and number of microbatches.
 
     Raises ValueError for a rank outside ``0..num_ranks - 1`` or fewer than one microbatch.
     """
     stages, p, m = placement.stages_of(rank), placement.num_ranks, num_microbatches
-    _at_least_one(m)
+    _require_a_microbatch(m)
     if placement.shape == "v":
         down, up = stages
-        score = _down_and_up(rank, p) + "fF" * m
-        return _play(score, _parts(down, m, F=Forward) | _parts(up, m, f=Forward), placement)
+        pattern = _v_warmup(rank, p) + "fF" * m
+        return _expand(pattern, _sequences(down, m, F=Forward) | _sequences(up, m, f=Forward), placement)
     return with_communication([Forward(*at) for at in _in_groups(stages, p, m)], placement)
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """A schedule and what it runs on."""
+class _ScheduleSpec:
+    """A schedule, and the placements and numbers of microbatches that it supports."""
 
     schedule: Schedule
     shape: Shape = "loop"
     fewest_stages: int = 1
     most_stages: int | None = 1
     splits: bool = False
-    """Whether backwards run in halves."""
+    """Whether backwards are split into input and weight gradients."""
     whole_groups: bool = False
     """Whether the number of microbatches must be a multiple of the number of ranks."""
 
 
-_KINDS = {
-    "gpipe": _Kind(gpipe),
-    "1f1b": _Kind(one_f_one_b),
-    "interleaved_1f1b": _Kind(interleaved_1f1b, fewest_stages=2, most_stages=None, whole_groups=True),
-    "zb_h1": _Kind(zb_h1, splits=True),
-    "zb_v": _Kind(zb_v, shape="v", fewest_stages=2, most_stages=2, splits=True),
+_SPECS = {
+    "gpipe": _ScheduleSpec(gpipe),
+    "1f1b": _ScheduleSpec(one_f_one_b),
+    "interleaved_1f1b": _ScheduleSpec(interleaved_1f1b, fewest_stages=2, most_stages=None, whole_groups=True),
+    "zb_h1": _ScheduleSpec(zb_h1, splits=True),
+    "zb_v": _ScheduleSpec(zb_v, shape="v", fewest_stages=2, most_stages=2, splits=True),
 }
-SCHEDULES: Mapping[str, Schedule] = MappingProxyType({name: kind.schedule for name, kind in _KINDS.items()})
-"""The schedules that train, by their name in a run file."""
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType({name: spec.schedule for name, spec in _SPECS.items()})
+"""The training schedules, by their name in a run file."""
 
 
 def placement(name: str, num_ranks: int, virtual_stages: int) -> Placement:
-    """Return where the schedule of that name puts the stages; raise ValueError as `Placement` does."""
-    return Placement(num_ranks, virtual_stages, _KINDS[name].shape)
+    """Return the placement of stages of the schedule of that name; raise ValueError as `Placement` does."""
+    return Placement(num_ranks, virtual_stages, _SPECS[name].shape)
 
 
 def refusal(name: str, num_ranks: int, virtual_stages: int, num_microbatches: int) -> str | None:
-    """Return why the schedule of that name cannot run so and the nearest that can, or None where it can run.
+    """Return why the schedule of that name does not support these sizes, with the nearest alternative; else None.
 
     >>> refusal("interleaved_1f1b", num_ranks=4, virtual_stages=2, num_microbatches=6)
     'parallel.schedule=interleaved_1f1b runs groups of parallel.pipeline=4 microbatches, and 6 are not whole groups; \
 use 4 or 8 microbatches'
     """
-    kind = _KINDS[name]
-    if not kind.fewest_stages <= virtual_stages <= (kind.most_stages or virtual_stages):
-        return _wrong_stages(name, kind, virtual_stages)
-    if kind.whole_groups and num_microbatches % num_ranks:
+    spec = _SPECS[name]
+    if not spec.fewest_stages <= virtual_stages <= (spec.most_stages or virtual_stages):
+        return _wrong_stages(name, spec, virtual_stages)
+    if spec.whole_groups and num_microbatches % num_ranks:
         below = num_microbatches // num_ranks * num_ranks
         nearest = " or ".join(str(count) for count in (below, below + num_ranks) if count)
         return (
@@ -168,17 +169,17 @@ use 4 or 8 microbatches'
 
 
 def all_streams(schedule: Schedule, placement: Placement, num_microbatches: int) -> tuple[tuple[Instruction, ...], ...]:
-    """Return the stream of every rank: what `simulate` takes."""
+    """Return the streams of all ranks, as `simulate` takes them."""
     return tuple(schedule(rank, placement, num_microbatches) for rank in range(placement.num_ranks))
 
 
 def with_communication(computes: Sequence[Compute], placement: Placement, *, ahead: int = 1) -> tuple[Instruction, ...]:
-    """Weave into a rank's compute order the receives it waits for and the sends of its results.
+    """Insert into a rank's compute order the receives that it waits for and the sends of its results.
 
-    Each receive is posted `ahead` computes early, before that compute's own send, so that a message crosses while the
-    device is busy. Sends never block here, and links carry one direction and kind each, so a stream is free of deadlock
-    wherever its compute order is. All but `zb_v` stay so even where every send blocks until its receive is posted: a
-    neighbour's send then never waits for a rank that is itself stuck in one.
+    Each receive is posted `ahead` computes early, before the send of that compute, so that messages are transferred
+    while the device computes. Sends never block here, and each link carries one direction and kind of message, so the
+    streams have no deadlock if their compute orders have none. With sends that block until the receive is posted, all
+    schedules but `zb_v` still have no deadlock: a rank then never waits for a rank that is blocked in a send.
     """
     receives = [compute.receive(placement) for compute in computes]
     stream: list[Instruction | None] = [*receives[:ahead]]
@@ -187,17 +188,17 @@ def with_communication(computes: Sequence[Compute], placement: Placement, *, ahe
     return tuple(instruction for instruction in stream if instruction is not None)
 
 
-def _play(
-    score: str, parts: Mapping[str, Iterable[Compute]], placement: Placement, *, ahead: int = 1
+def _expand(
+    pattern: str, sequences: Mapping[str, Iterable[Compute]], placement: Placement, *, ahead: int = 1
 ) -> tuple[Instruction, ...]:
-    """Return the stream of a score: a letter is the next instruction of its part, or a rest where that has ended."""
-    players = {letter: iter(part) for letter, part in parts.items()}
-    computes = [compute for letter in score for compute in [next(players[letter], None)] if compute is not None]
+    """Return the stream of a pattern: a letter is the next instruction of its sequence, dropped after its end."""
+    remaining = {letter: iter(sequence) for letter, sequence in sequences.items()}
+    computes = [compute for letter in pattern for compute in [next(remaining[letter], None)] if compute is not None]
     return with_communication(_fused(computes, placement), placement, ahead=ahead)
 
 
 def _fused(computes: Sequence[Compute], placement: Placement) -> list[Compute]:
-    """Join the two halves of a backward where they stand side by side and no other rank waits for the first."""
+    """Fuse a `BackwardInput` and the `BackwardWeight` directly after it where no other rank waits for the first."""
     fused: list[Compute] = []
     for compute in computes:
         half = BackwardInput(compute.stage, compute.microbatch)
@@ -208,53 +209,53 @@ def _fused(computes: Sequence[Compute], placement: Placement) -> list[Compute]:
     return fused
 
 
-def _parts(stage: int, num_microbatches: int, **kinds: type[Compute]) -> dict[str, list[Compute]]:
-    """Return, by letter, the instructions of each kind on a stage, microbatch after microbatch."""
+def _sequences(stage: int, num_microbatches: int, **kinds: type[Compute]) -> dict[str, list[Compute]]:
+    """Return, by letter, the instructions of each kind on a stage, in the order of microbatches."""
     return {
         letter: [kind(stage, microbatch) for microbatch in range(num_microbatches)] for letter, kind in kinds.items()
     }
 
 
-def _down_and_up(rank: int, num_ranks: int) -> str:
-    """Return the forwards that fill a rank's time until the first microbatch is back from the turn of the v."""
+def _v_warmup(rank: int, num_ranks: int) -> str:
+    """Return the warm-up of a v placement: forwards until the first microbatch returns to the rank's second stage."""
     return "F" * (2 * (num_ranks - rank) - 1)
 
 
 def _in_groups(stages: Sequence[int], size: int, num_microbatches: int) -> list[tuple[int, int]]:
-    """Return every (stage, microbatch): group after group of `size` microbatches, through one stage after the other.
+    """Return every (stage, microbatch): groups of `size` microbatches, each group through all stages in turn.
 
-    The order is the same on all ranks, each with the stages it holds, so the messages of a link match by count.
+    The order is the same on all ranks, for the stages that each holds, so that the messages of a link match by count.
     """
     groups = (range(first, min(first + size, num_microbatches)) for first in range(0, num_microbatches, size))
     return list(chain.from_iterable([(stage, m) for stage in stages for m in group] for group in groups))
 
 
 def _check(name: str, rank: int, placed: Placement, num_microbatches: int) -> None:
-    _at_least_one(num_microbatches)
+    _require_a_microbatch(num_microbatches)
     reason = refusal(name, placed.num_ranks, placed.virtual_stages, num_microbatches)
-    if reason is None and placed.shape != _KINDS[name].shape:
-        reason = f"{name} lays its stages as a {_KINDS[name].shape}, not as a {placed.shape}"
+    if reason is None and placed.shape != _SPECS[name].shape:
+        reason = f"{name} needs a {_SPECS[name].shape} placement, not a {placed.shape} placement"
     if reason is not None:
         raise ValueError(reason)
     placed.stages_of(rank)
 
 
-def _at_least_one(num_microbatches: int) -> None:
+def _require_a_microbatch(num_microbatches: int) -> None:
     if num_microbatches < 1:
         raise ValueError(f"a schedule needs at least one microbatch, not {num_microbatches}")
 
 
-def _wrong_stages(name: str, kind: _Kind, virtual_stages: int) -> str:
-    runs = ("one stage a rank", "two stages a rank")[kind.fewest_stages - 1]
-    more = "" if kind.most_stages else " or more"
+def _wrong_stages(name: str, spec: _ScheduleSpec, virtual_stages: int) -> str:
+    supported = "one stage" if spec.fewest_stages == 1 else "two stages" if spec.most_stages else "two or more stages"
     return (
-        f"parallel.virtual_stages={virtual_stages} does not go with parallel.schedule={name}, which runs {runs}{more};"
-        f" use parallel.virtual_stages={kind.fewest_stages}, or parallel.schedule={_alternative(kind, virtual_stages)}"
+        f"parallel.virtual_stages={virtual_stages} does not go with parallel.schedule={name}, which runs {supported} "
+        f"per rank; use parallel.virtual_stages={spec.fewest_stages}, or "
+        f"parallel.schedule={_alternative(spec, virtual_stages)}"
     )
 
 
-def _alternative(kind: _Kind, virtual_stages: int) -> str:
-    """Return the schedule most like `kind` that runs so many stages a rank."""
+def _alternative(spec: _ScheduleSpec, virtual_stages: int) -> str:
+    """Return the schedule most like `spec` that runs `virtual_stages` stages per rank."""
     if virtual_stages == 1:
-        return "zb_h1" if kind.splits else "1f1b"
-    return "zb_v" if kind.splits and virtual_stages == 2 else "interleaved_1f1b"
+        return "zb_h1" if spec.splits else "1f1b"
+    return "zb_v" if spec.splits and virtual_stages == 2 else "interleaved_1f1b"

@@ -1,4 +1,4 @@
-"""A batch script for one run, whole in itself, made of a template that takes any run."""
+"""Render a self-contained batch script for one run from a launcher's template."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ LAUNCHERS: Mapping[str, str] = {
 """The template of each launcher."""
 
 IN_CONTAINERS = ("srun", "torchrun")
-"""DeepSpeed's launcher runs outside of a container, and would start the ranks by its own Python."""
+"""The launchers that can start ranks in containers: DeepSpeed's runs outside and starts ranks with its own Python."""
 
 _OPTION = re.compile(r"#SBATCH --(?P<name>[a-z-]+)(?:=(?P<value>.*))?")
 _SOURCE = re.compile(r'source "\$SLURM_SUBMIT_DIR/slurm/(?P<file>[a-z_.]+)"')
@@ -25,11 +25,11 @@ _SOURCE = re.compile(r'source "\$SLURM_SUBMIT_DIR/slurm/(?P<file>[a-z_.]+)"')
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a batch script is rendered of.
+    """The values from which a batch script is rendered.
 
-    `arguments` are those of the template: the run's folder, its run file, overrides. `options` are sbatch's, by their
-    long names, and go before the template's; a value of None takes an option away and "" gives it without a value.
-    `path` is where the job finds ``python`` and ``megalite``; `container` the words in front of ``python``.
+    `arguments` are those of the template: the run's folder, its run file, overrides. `options` are sbatch's, by long
+    name, and override the template's; None removes an option and "" gives it without a value. `path` is the folder of
+    ``python`` and ``megalite``; `container` has the words before ``python``.
     """
 
     launcher: str
@@ -43,18 +43,19 @@ class Job:
 def render(job: Job) -> str:
     """Return the batch script of a job.
 
-    Raises UserError for a container where the launcher takes none, and for an option that sbatch would misread.
+    Raises UserError for a container with a launcher that supports none, and for an option that sbatch would misread.
     """
     if job.container and job.launcher not in IN_CONTAINERS:
         raise UserError(
-            f"--container {shlex.join(job.container)!r}: DeepSpeed's launcher starts ranks by its own Python, "
-            f"outside of it; use --launcher {' or '.join(IN_CONTAINERS)}"
+            f"--container {shlex.join(job.container)!r}: DeepSpeed's launcher starts ranks with its own Python, "
+            f"outside of the container; use --launcher {' or '.join(IN_CONTAINERS)}"
         )
     lines = _template(LAUNCHERS[job.launcher])
     title = lines[1]
     defaults = {found["name"]: found["value"] or "" for line in lines if (found := _OPTION.fullmatch(line))}
     body = lines[next(at for at, line in enumerate(lines) if line.startswith("source ")) :]
-    return "\n".join(["#!/bin/bash", title, *_options({**defaults, **job.options}), "", *_settings(job), *_whole(body)])
+    options = _options({**defaults, **job.options})
+    return "\n".join(["#!/bin/bash", title, *options, "", *_settings(job), *_inline_sources(body)])
 
 
 def _template(name: str) -> list[str]:
@@ -65,9 +66,11 @@ def _options(options: Mapping[str, str | None]) -> Iterator[str]:
     for name, value in options.items():
         if value is None:
             continue
-        # sbatch splits a line at blanks, and ends it at a mark of a comment.
+        # sbatch splits a line at blanks, and ends it at a comment sign.
         if not re.fullmatch(r"[\w.,:@%+=/*()\[\]&|-]*", value, re.ASCII):
-            raise UserError(f"--{name}={value!r}: sbatch would not read this as one value; leave out blanks and quotes")
+            raise UserError(
+                f"--{name}={value!r}: sbatch would not read this as a single value; leave out blanks and quotes"
+            )
         yield f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}"
 
 
@@ -79,11 +82,11 @@ def _settings(job: Job) -> Iterator[str]:
     yield ""
 
 
-def _whole(lines: list[str]) -> Iterator[str]:
-    """The lines, with the files that they source in place."""
+def _inline_sources(lines: list[str]) -> Iterator[str]:
+    """Yield the lines, with the content of sourced template files in place of the ``source`` lines."""
     for line in lines:
         found = _SOURCE.fullmatch(line)
         if found:
-            yield from _whole(_template(found["file"]))
+            yield from _inline_sources(_template(found["file"]))
         else:
             yield line

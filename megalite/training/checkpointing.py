@@ -26,7 +26,7 @@ from megalite.checkpoint.save_report import SaveReport
 from megalite.checkpoint.store import Part
 from megalite.config.sections import CheckpointSection
 from megalite.errors import UserError
-from megalite.files import write_whole
+from megalite.files import write_atomically
 from megalite.parallel.json_collectives import broadcast_json, gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.zero.optimizer_state import ZeroState
@@ -61,9 +61,9 @@ class _Save:
 class Checkpointer:
     """Writes ``step_N`` folders below `root`. Collective where it says so; one save at a time.
 
-    `reached` is called with the name of each point of a save that is passed, so that a test can stop there. `moved` is
-    called on every rank that waits for a save, as long as one of the ranks gets on with it: a save may take longer than
-    a rank may stand still.
+    `on_save_point` is called with the name of each point of a save that is passed, so that a test can stop there.
+    `moved` is called on every rank that waits for a save, as long as one of the ranks gets on with it: a save may take
+    longer than a rank may stand still.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class Checkpointer:
         *,
         tensor_bytes: int,
         files: Mapping[str, bytes],
-        reached: Callable[[str], None] = lambda point: None,
+        on_save_point: Callable[[str], None] = lambda point: None,
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         self._moved = moved
         self._settings, self._root, self._state, self._mesh = settings, root, state, mesh
-        self._needed, self._files, self._reached = tensor_bytes, files, reached
+        self._needed, self._files, self._on_save_point = tensor_bytes, files, on_save_point
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._buffer: torch.Tensor | None = None
         self._under_way: _Save | None = None
@@ -203,7 +203,7 @@ class Checkpointer:
                     store.begin(folder)
             except OSError as error:
                 failure = self._on_this_rank(error)
-            self._reached("begun")
+            self._on_save_point("begun")
         return broadcast_json(failure, self._mesh)
 
     def _write(self, save: _Save, mine: Sequence[Part]) -> None:
@@ -212,7 +212,7 @@ class Checkpointer:
                 mine = self._copy(mine, save.moved)
             save.copied.set_result(None)
             store.write_rank(save.report.folder, self._mesh.rank, mine, save.moved)
-            self._reached("written")
+            self._on_save_point("written")
             save.written.set_result(None)
         except BaseException as error:
             save.written.set_exception(error)
@@ -240,9 +240,9 @@ class Checkpointer:
             if save.others_failed.is_set():
                 raise UserError("another rank failed")
 
-        def reached(point: str) -> None:
+        def on_save_point(point: str) -> None:
             save.moved()
-            self._reached(point)
+            self._on_save_point(point)
 
         ranks = self._mesh.layout.world_size
         folder = store.finish(
@@ -252,24 +252,24 @@ class Checkpointer:
             state=state,
             files=self._files,
             alive=alive,
-            reached=reached,
+            on_save_point=on_save_point,
         )
         save.report.durable_seconds = time.perf_counter() - save.began
         save.report.bytes = sum(file.stat().st_size for file in folder.iterdir())
-        reached("published")
+        on_save_point("published")
         # The checkpoint is there: what fails from here on is told, and is no failure of the save.
         try:
-            write_whole(self._root / LATEST, f"{folder.name}\n".encode())
+            write_atomically(self._root / LATEST, f"{folder.name}\n".encode())
         except OSError as error:
             self._warn(save.report, f"{self._root / LATEST}", f"is not up to date: {error.strerror or error}")
-        reached("latest")
+        on_save_point("latest")
         prune(
             self._root,
             self._settings.keep_last,
             self._settings.keep_every,
-            tell=lambda old, what: self._warn(save.report, f"the old checkpoint {old}", what),
+            warn=lambda old, what: self._warn(save.report, f"the old checkpoint {old}", what),
         )
-        reached("pruned")
+        on_save_point("pruned")
         return folder
 
     def _warn(self, report: SaveReport, subject: str, what: str) -> None:
@@ -296,8 +296,8 @@ class Checkpointer:
             )
 
     def _tell(self, report: SaveReport) -> None:
-        if not report.told:
-            report.told = True
+        if not report.reported:
+            report.reported = True
             self._untold.append(report)
 
     @contextmanager

@@ -3,7 +3,7 @@
 import json
 from contextlib import suppress
 
-from megalite.checkpoint.discovery import candidates
+from megalite.checkpoint.discovery import resume_candidates
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.errors import UserError
 from megalite.monitoring.run_folder import DONE
@@ -22,7 +22,7 @@ def step_of_a_finished_run(plan: Plan) -> int | None:
     if config.resume != "auto" or not _ended_at(plan, last):
         return None
     with suppress(UserError, OSError):
-        for folder in candidates(config):
+        for folder in resume_candidates(config):
             reader = CheckpointReader(folder)
             whole = all((folder / name).stat().st_size == told.bytes for name, told in reader.manifest.files.items())
             return reader.manifest.step if whole and reader.manifest.step >= last else None

@@ -18,25 +18,28 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from megalite.checkpoint import forecast
-from megalite.checkpoint.compatibility import Expectation
-from megalite.checkpoint.discovery import CHECKPOINTS, candidates
+from megalite.checkpoint.compatibility import CheckpointRequirements
+from megalite.checkpoint.discovery import CHECKPOINTS, resume_candidates
 from megalite.checkpoint.manifest import Manifest
 from megalite.checkpoint.model_files import (
     GENERATION_CONFIG,
     read_settings,
-    run_companions,
-    tokenizer_companions,
+    require_readable,
+    run_model_files,
+    tokenizer_model_files,
     tokenizer_name,
 )
 from megalite.checkpoint.reader import CheckpointReader
-from megalite.checkpoint.special_tokens import DocumentTokens, declared_ends
-from megalite.checkpoint.weights import CheckpointWeights, documents_of
+from megalite.checkpoint.special_tokens import DocumentTokens, declared_end_ids
+from megalite.checkpoint.weights import CheckpointWeights, document_tokens
 from megalite.config import ModelConfig, RunConfig, load_run_config
+from megalite.config.hub_names import hub_hint
 from megalite.data.batch_schedule import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed.dataset import IndexedDataset
 from megalite.data.indexed.format import DatasetSidecar, with_suffix
 from megalite.data.order.digest import order_digest
+from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer, standard_files, tokenizer_file
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
@@ -132,9 +135,9 @@ class Plan:
         return None, lines
 
     @cached_property
-    def expectation(self) -> Expectation:
+    def requirements(self) -> CheckpointRequirements:
         """What a checkpoint must hold for this run."""
-        return Expectation(self.config.model, weight_shapes(self.config.model), self.tokenizer_digest)
+        return CheckpointRequirements(self.config.model, weight_shapes(self.config.model), self.tokenizer_digest)
 
     @cached_property
     def order_digest(self) -> str:
@@ -144,7 +147,7 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint's tensors: of every weight its master and two moments, in fp32."""
-        return 12 * sum(map(prod, self.expectation.shapes.values()))
+        return 12 * sum(map(prod, self.requirements.shapes.values()))
 
     def describe_checkpoints(self) -> str:
         """Return a line on what the run will keep, and the room that this takes."""
@@ -175,18 +178,18 @@ class Plan:
         to generate, from `data.tokenizer` and `init_from`, byte for byte."""
         weights, of_weights = self._first_weights, {}
         if weights is not None:
-            from megalite.convert.generation_config import companion_contents  # with the readers of foreign formats
+            from megalite.convert.generation_config import model_file_contents  # with the readers of foreign formats
 
-            of_weights = companion_contents(weights, weights.companions)
+            of_weights = model_file_contents(weights, weights.model_files)
         tokenizer, standard = None, {}
         if self.config.data.tokenizer is not None:
             file = tokenizer_file(self.config.data.tokenizer)
             standard = standard_files(self.config.data.tokenizer)
-            tokenizer = tokenizer_companions(file, next(iter(standard)))
+            tokenizer = tokenizer_model_files(file, next(iter(standard)))
         elif (name := tokenizer_name(of_weights)) and (digests := {one.tokenizer_sha256 for one in self._sidecars}):
             # The weights' own tokenizer is that of the run, unless the data were made with another.
             of_weights = of_weights if digests == {sha256(of_weights[name]).hexdigest()} else {}
-        return run_companions(tokenizer, of_weights) | standard | {CONFIG: self.config.to_yaml().encode()}
+        return run_model_files(tokenizer, of_weights) | standard | {CONFIG: self.config.to_yaml().encode()}
 
     @cached_property
     def documents(self) -> DocumentTokens:
@@ -194,7 +197,7 @@ class Plan:
         token before every text, which they still know."""
         ends = [one.eod_id for one in self._sidecars if one.eod_id is not None]
         begins = [one for one in (getattr(sidecar, "bos_id", None) for sidecar in self._sidecars) if one is not None]
-        before = documents_of(self._first_weights) if self._first_weights else None
+        before = document_tokens(self._first_weights) if self._first_weights else None
         if isinstance(self._first_weights, CheckpointWeights) and self.tokenizer_digest is not None:
             theirs = self._first_weights.reader.manifest.tokenizer_sha256
             before = before if theirs in (None, self.tokenizer_digest) else None  # its ids are other tokens here
@@ -236,37 +239,54 @@ class Plan:
     def check_start(self) -> str:
         """Return a line on where the run will begin; raise UserError where that is not of this run's model.
 
-        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes.
+        Whether the files are whole the ranks look at together. Also raised where the machine lacks what it takes, and
+        where a file that goes into every checkpoint is of no use to `generate` and `convert`.
         """
         self.check_machine()
+        start = self._where_it_begins()
+        self._require_readable_model_files()
+        return start
+
+    def _where_it_begins(self) -> str:
         weights = self._first_weights
-        for folder in candidates(self.config):
+        for folder in resume_candidates(self.config):
             try:
                 reader = CheckpointReader(folder)
             except UserError:
                 if self.config.resume != "auto":
                     raise
                 continue
-            self.expectation.require_resumable(reader)
+            self.requirements.require_resumable(reader)
             passed_over = f"; {self.init_from_passed_over}" if weights is not None else ""
             return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole{passed_over}"
         if weights is None:
             return "start: anew"
-        self.expectation.require_weights(weights)
-        self._require_companions_that_can_be_read(weights)
+        self.requirements.require_weights(weights)
         return f"start: with the weights of {self.config.init_from}"
 
-    def _require_companions_that_can_be_read(self, weights: Weights) -> None:
-        """Raise UserError where a file that goes into every checkpoint is of no use to `generate` and `convert`."""
-        from megalite.convert.generation_config import generation_settings
-
-        settings, where = generation_settings(weights, weights.companions)
-        vocab_size = self.expectation.model.vocab_size
+    def _require_readable_model_files(self) -> None:
+        """Check the files of `data.tokenizer` and `init_from` that `model_files` puts together."""
+        weights, of_weights, vocab_size = self._first_weights, {}, self.config.model.vocab_size
         assert vocab_size is not None
-        declared_ends(settings, vocab_size, where)
-        for name, path in weights.companions.items():
-            if name.endswith(".json") and name not in (GENERATION_CONFIG, "tokenizer.json"):  # which tokenizers opens
-                read_settings(path)
+        if weights is not None:
+            from megalite.convert.generation_config import generation_settings  # with the readers of foreign formats
+
+            of_weights = weights.model_files
+            settings, where = generation_settings(weights, of_weights)
+            declared_end_ids(settings, vocab_size, where)
+        beside = self._files_beside_the_tokenizer()
+        for name, path in {**of_weights, **beside}.items():
+            require_readable(name, path)
+        if GENERATION_CONFIG not in of_weights and (path := beside.get(GENERATION_CONFIG)) is not None:
+            declared_end_ids(read_settings(path), vocab_size, str(path))
+
+    def _files_beside_the_tokenizer(self) -> dict[str, Path]:
+        """Return the files that belong to `data.tokenizer`, without the tokenizer's own file, which was opened."""
+        if self.config.data.tokenizer is None or self.tokenizer_digest is None:
+            return {}
+        name = next(iter(standard_files(self.config.data.tokenizer)))
+        found = tokenizer_model_files(tokenizer_file(self.config.data.tokenizer), name)
+        return {other: path for other, path in found.items() if other != name}
 
     @property
     def init_from_passed_over(self) -> str:
@@ -422,13 +442,22 @@ def prepare(
         if config.model.vocab_size is None:
             raise UserError(
                 f"data.tokenizer={named}: is not there, and without model.vocab_size the model's size is not known; "
-                "give model.vocab_size=N, or make the tokenizer with `megalite tokenizer train`"
+                + (hub_hint(named) or "make the tokenizer with `megalite tokenizer train`")
+                + ", or give model.vocab_size=N"
             )
-        unchecked = (f"not checked: data.tokenizer={named}: it is not there",)
+        hint = f"; {found}" if (found := hub_hint(named)) else ""
+        unchecked = (f"not checked: data.tokenizer={named}: it is not there{hint}",)
     elif named is not None:
-        tokenizer = load_tokenizer(named)
+        tokenizer = _open_tokenizer(named)
     config = config.resolve(world_size=world_size, vocab_size=tokenizer.vocab_size if tokenizer else None)
     return replace(plan_of(config, tokenizer.digest if tokenizer else None), unchecked=unchecked)
+
+
+def _open_tokenizer(named: Path) -> Tokenizer:
+    try:
+        return load_tokenizer(named)
+    except UserError as error:
+        raise UserError(f"data.tokenizer={error}") from error
 
 
 def _section_of_weights(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from megalite.checkpoint.discovery import CHECKPOINTS, candidates
+from megalite.checkpoint.discovery import CHECKPOINTS, resume_candidates
 from megalite.checkpoint.manifest import MANIFEST, STATE
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
@@ -88,9 +88,9 @@ def foresee_start(plan: Plan) -> list[str]:
 
     def faults(reader: CheckpointReader) -> Sequence[str]:
         if sum(record.bytes for record in reader.manifest.files.values()) <= DIGESTED_BYTES:
-            return reader.faults()
+            return reader.problems()
         undigested.append(reader.folder)
-        return reader.faults(digests=False)
+        return reader.problems(digests=False)
 
     def checked(folder: Path) -> Found:
         try:
@@ -107,10 +107,10 @@ def foresee_start(plan: Plan) -> list[str]:
 
         assert plan.config.init_from is not None
         opened = open_weights(plan.config.init_from)
-        plan.expectation.require_weights(opened)
+        plan.requirements.require_weights(opened)
         return opened
 
-    alone = _Look(lambda: candidates(plan.config), checked, faults, weights)
+    alone = _Look(lambda: resume_candidates(plan.config), checked, faults, weights)
     start = _find(plan, alone, data_is_there=plan.data_is_there)
     lines = [f"start: from {start.reader.folder}, step {start.step:,}" if start.reader else "start: anew"]
     if start.reader is None and start.weights is not None:
@@ -165,7 +165,7 @@ def _find(plan: Plan, look: _Look, *, data_is_there: bool = True) -> Start:
     notes = (
         f"weights: {weights.origin}",
         *(f"note: {line}" for line in getattr(weights, "notes", ())),
-        *(f"warning: {line}" for line in plan.expectation.differing_settings(weights)),
+        *(f"warning: {line}" for line in plan.requirements.differing_settings(weights)),
     )
     return Start(weights=weights, notes=notes)
 
@@ -176,7 +176,7 @@ def _candidates(config: RunConfig, mesh: Mesh) -> list[Path]:
     No other rank lists the run's folder: a network file system may show a host an old listing for a minute, and ranks
     with different lists would go on from different checkpoints.
     """
-    names = on_rank_zero(lambda: [folder.name for folder in candidates(config)], mesh)
+    names = on_rank_zero(lambda: [folder.name for folder in resume_candidates(config)], mesh)
     if config.resume != "auto":
         return [Path(config.resume) for _ in names]
     return [config.run.dir / CHECKPOINTS / name for name in names]
@@ -190,7 +190,7 @@ def _opened_weights(plan: Plan, mesh: Mesh) -> Weights:
     weights, found = None, []
     try:
         weights = open_weights(plan.config.init_from)
-        plan.expectation.require_weights(weights)
+        plan.requirements.require_weights(weights)
     except UserError as error:
         found = [str(error)]
     if told := _together(found, mesh):
@@ -240,7 +240,7 @@ def _faults(reader: CheckpointReader, mesh: Mesh) -> Sequence[str]:
     and the state, which it goes on with itself."""
     try:
         mine = dict.fromkeys([*sorted(reader.manifest.files)[mesh.rank :: mesh.layout.world_size], STATE])
-        found = reader.faults(mine)
+        found = reader.problems(mine)
         if not found and mesh.rank == 0:
             _ = reader.state
     except UserError as error:
@@ -253,7 +253,7 @@ def _together(found: Sequence[str], mesh: Mesh) -> Sequence[str]:
 
 
 def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *, data_is_there: bool = True) -> Start:
-    plan.expectation.require_resumable(reader)
+    plan.requirements.require_resumable(reader)
     state = _progress(reader)
     step, consumed = state.step, state.consumed_samples
     train, here = plan.config.train, BatchSchedule(plan.config.train).consumed(step)

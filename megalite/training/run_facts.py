@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megalite.checkpoint.discovery import candidates
+from megalite.checkpoint.discovery import resume_candidates
 from megalite.config import RunConfig
 from megalite.data.indexed.fingerprint import fingerprint
 from megalite.launch.consistency import SHOWN_DIGITS, Facts, process_facts
@@ -31,7 +31,7 @@ def run_facts(plan: Plan, world_size: int) -> Facts:
         "tokenizer": {"data.tokenizer (SHA-256)": (plan.tokenizer_digest or "none")[:SHOWN_DIGITS]},
         "data": {f"{name} (fingerprint)": fingerprint(prefix)[:SHOWN_DIGITS] for name, prefix in sources.items()},
         "checkpoints": {
-            "the checkpoints in run.dir": ", ".join(folder.name for folder in candidates(config)) or "none",
+            "the checkpoints in run.dir": ", ".join(folder.name for folder in resume_candidates(config)) or "none",
         },
     }
 

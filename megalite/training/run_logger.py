@@ -15,14 +15,14 @@ from megalite.checkpoint import forecast
 from megalite.checkpoint.retention import clean, set_aside_later
 from megalite.checkpoint.save_report import SaveReport
 from megalite.data.datasets import Datasets
-from megalite.files import write_whole, writing
+from megalite.files import write_atomically, writing
 from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.flops import flops_per_token
 from megalite.monitoring.device import Peak, device_peak, peak_memory
 from megalite.monitoring.metrics import MetricsLog, StepMetrics
-from megalite.monitoring.run_folder import DONE, STOPPED, keep_metrics_until, next_aside, set_aside_earlier_run
-from megalite.monitoring.run_state import RunMarker
-from megalite.monitoring.stragglers import StragglerWatch
+from megalite.monitoring.run_folder import DONE, STOPPED, next_earlier_folder, set_aside_earlier_run, truncate_metrics
+from megalite.monitoring.run_state import RunStateWriter
+from megalite.monitoring.stragglers import StragglerDetector
 from megalite.parallel.json_collectives import gather_json
 from megalite.parallel.mesh import Mesh
 from megalite.pipeline.instructions import parse
@@ -50,7 +50,7 @@ class RunRecorder:
         start: Start | None = None,
         stop: StopRequests | None = None,
         kernels: Kernels = NATIVE,
-        marker: RunMarker | None = None,
+        marker: RunStateWriter | None = None,
     ) -> None:
         config, start = plan.config, start or Start()
         self.config, self.mesh, self.plan = config, mesh, plan
@@ -75,16 +75,16 @@ class RunRecorder:
                     log_every=config.train.log_every,
                 )
                 self.log.configuration(config.to_yaml(), dict(_flat(config.model_dump(mode="json"))))
-        self.stragglers = StragglerWatch(plan.layout, config.train.straggler_factor)
+        self.stragglers = StragglerDetector(plan.layout, config.train.straggler_factor)
         self.hosts = gather_json(socket.gethostname(), mesh)
         self.peak = self._measure_peak(dtype)
         if self.log:
-            self.log.say(
+            self.log.info(
                 f"{config.model.architecture} | {plan.layout} | ZeRO-{config.zero_stage} | {config.precision}"
                 f" | peak {self.peak.flops / 1e12:.3g} TFLOP/s ({self.peak.source})"
             )
             if mesh.device.type == "cpu":
-                self.log.say(f"kernels: {kernels.describe(dtype)}")
+                self.log.info(f"kernels: {kernels.describe(dtype)}")
             for line in (
                 *config.notes,
                 *config.deepspeed.notes,
@@ -93,11 +93,11 @@ class RunRecorder:
                 *said,
                 *forecast.warnings(config, plan.checkpoint_bytes),
             ):
-                self.log.say(line)
+                self.log.info(line)
             if marker is not None:
                 marker.running()
             if start.step >= (config.train.stop_after or config.train.steps):
-                self.log.say(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
+                self.log.info(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
 
     def restarted(self, step: int, count: int) -> None:
         """Record that the ranks were started again, the `count`-th time, and go on after `step`."""
@@ -132,7 +132,7 @@ class RunRecorder:
                 data_wait=data_wait,
             )
         )
-        for found in self.stragglers.count(seconds):
+        for found in self.stragglers.update(seconds):
             self.log.straggler(report.step, found, self.hosts[found.rank])
 
     def evaluation(self, step: int, name: str, loss: float) -> None:
@@ -161,12 +161,12 @@ class RunRecorder:
             "pieces": [{"sample": sample, **piece.as_json()} for sample, piece in pieces],
         }
         file = _next_free(self.directory / "spikes" / f"step_{report.step}.json")
-        write_whole(file, json.dumps(record).encode() + b"\n")
+        write_atomically(file, json.dumps(record).encode() + b"\n")
         documents = dict.fromkeys(f"{piece.prefix.name} {piece.document}" for _, piece in pieces)
         shown = ", ".join(list(documents)[:_SHOWN_DOCUMENTS])
         more = f" and {len(documents) - _SHOWN_DOCUMENTS:,} more" if len(documents) > _SHOWN_DOCUMENTS else ""
         dropped = "; its update is dropped" if spike.drops_update else ""
-        self.log.say(
+        self.log.info(
             f"step {report.step}: loss {spike.loss:.4f} is {spike.loss / spike.usual:.2f} times the usual "
             f"{spike.usual:.4f}{dropped}; it read documents {shown}{more}: {file}"
         )
@@ -194,12 +194,12 @@ class RunRecorder:
         simulated = simulate(streams, measured_cost(measured))
         timelines = {"measured": measured, "simulated with the measured times": simulated}
         file = self.directory / f"timeline_step_{step}"
-        write_whole(file.with_suffix(".json"), measured.to_json().encode() + b"\n")
-        write_whole(file.with_suffix(".trace.json"), chrome_trace(timelines).encode())
+        write_atomically(file.with_suffix(".json"), measured.to_json().encode() + b"\n")
+        write_atomically(file.with_suffix(".trace.json"), chrome_trace(timelines).encode())
         title = f"step {step}: {self.config.parallel.schedule}, {self.plan.layout}"
         self.picture = file.with_suffix(".png")
         plot_timelines(timelines, self.picture, title)
-        self.log.say(
+        self.log.info(
             f"step {step}: pipeline bubble {measured.bubble_fraction:.1%} measured, "
             f"{simulated.bubble_fraction:.1%} simulated with the measured times"
         )
@@ -211,7 +211,7 @@ class RunRecorder:
         checkpoint, folder = self._checkpoint_of(step), self.plan.checkpoints / f"step_{step}"
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = {"step": step, "reason": reason, "checkpoint": checkpoint, "time": now}
-        write_whole(self.directory / STOPPED, json.dumps(record).encode() + b"\n")
+        write_atomically(self.directory / STOPPED, json.dumps(record).encode() + b"\n")
         if self.marker is not None:
             self.marker.ended("stopped", step=step, reason=reason, checkpoint=checkpoint)
         if self.stop is not None:
@@ -219,7 +219,7 @@ class RunRecorder:
         kept = f"checkpoint {folder.name}" if checkpoint else "no checkpoint of it was written"
         if not self.config.checkpoint.last and not checkpoint:
             kept = "no checkpoint of it is kept: checkpoint.last is false"
-        self.log.say(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
+        self.log.info(f"stopped after step {step:,} of {self.config.train.steps:,}, asked by {reason}; {kept}")
 
     def _checkpoint_of(self, step: int) -> str | None:
         folder = self.plan.checkpoints / f"step_{step}"
@@ -240,21 +240,21 @@ class RunRecorder:
         beside = "" if entropy is None else f" (unigram entropy of the corpus: {entropy:.4f})"
         for name, loss in self.valid_losses.items():
             which = "" if len(self.valid_losses) == 1 else f" on {name}"
-            self.log.say(f"validation loss{which}: {loss:.4f} nats a token{beside}")
+            self.log.info(f"validation loss{which}: {loss:.4f} nats a token{beside}")
         if (throughput := self.log.throughput()) is not None:
-            self.log.say(throughput)
-        self.log.say(f"loss curve: {curve}")
+            self.log.info(throughput)
+        self.log.info(f"loss curve: {curve}")
         if self.picture is not None:
-            self.log.say(f"pipeline timeline: {self.picture}")
+            self.log.info(f"pipeline timeline: {self.picture}")
         if complete:
             done = {"step": self.config.train.steps, "tokens": self.tokens}
-            write_whole(self.directory / DONE, json.dumps(done).encode())
+            write_atomically(self.directory / DONE, json.dumps(done).encode())
         if self.marker is not None and complete:
             self.marker.ended("done", step=step, checkpoint=self._checkpoint_of(step))
         elif self.marker is not None and not stopped:
             reason = f"train.stop_after={self.config.train.stop_after}"
             self.marker.ended("stopped", step=step, reason=reason, checkpoint=self._checkpoint_of(step))
-        self.log.say(f"run: {self.directory}")
+        self.log.info(f"run: {self.directory}")
 
     def close(self) -> None:
         if self.log is not None:
@@ -270,14 +270,14 @@ class RunRecorder:
             said += [f"warning: {line}" for line in clean(self.plan.checkpoints)]
             for name in (DONE, STOPPED):  # which tell how the run ended before
                 (self.directory / name).unlink(missing_ok=True)
-            aside = next_aside(self.directory) / "checkpoints"
+            aside = next_earlier_folder(self.directory) / "checkpoints"
             moved, place = set_aside_later(self.plan.checkpoints, start.step, aside)
             if moved:
                 said.append(f"set aside: {', '.join(moved)}, to {place}")
-            keep_metrics_until(self.directory / "metrics.jsonl", start.step)
+            truncate_metrics(self.directory / "metrics.jsonl", start.step)
         else:
             set_aside_earlier_run(self.directory)
-        write_whole(self.directory / "config.yaml", self.config.to_yaml().encode())
+        write_atomically(self.directory / "config.yaml", self.config.to_yaml().encode())
         return said
 
     def _measure_peak(self, dtype: torch.dtype) -> Peak:

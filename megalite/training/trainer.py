@@ -21,7 +21,7 @@ from megalite.kernels.choice import Kernels
 from megalite.model.kernel_choice import choose_kernels
 from megalite.model.precision import DTYPES
 from megalite.monitoring.heartbeat import Progress
-from megalite.monitoring.run_state import RunMarker
+from megalite.monitoring.run_state import RunStateWriter
 from megalite.optim.learning_rate import learning_rate
 from megalite.parallel.json_collectives import on_rank_zero
 from megalite.parallel.mesh import Mesh
@@ -55,10 +55,10 @@ class Trainer:
         stop: StopRequests | None = None,
         progress: Progress | None = None,
         restarts: int = 0,
-        marker: RunMarker | None = None,
-        reached: Callable[[str], None] = lambda point: None,
+        marker: RunStateWriter | None = None,
+        on_save_point: Callable[[str], None] = lambda point: None,
     ) -> None:
-        """Build this rank's part; `reached` hears of the points of every save, as `Checkpointer` says.
+        """Build this rank's part; `on_save_point` hears of the points of every save, as `Checkpointer` says.
 
         `stop` is what may end its training early, `progress` hears where it is, `restarts` says how often the ranks
         were started again, and `marker` hears on rank 0 that training begins and how it ended.
@@ -82,11 +82,11 @@ class Trainer:
             mesh,
             tensor_bytes=plan.checkpoint_bytes,
             files=plan.companion_files() if mesh.rank == 0 else {},
-            reached=reached,
-            moved=self.progress.moved,
+            on_save_point=on_save_point,
+            moved=self.progress.touch,
         )
         for hook in (self.engine.optimizer.register_step_pre_hook, self.engine.optimizer.register_step_post_hook):
-            hook(lambda *_: self.progress.moved())  # of several groups, or parts that are on the host, each is a move
+            hook(lambda *_: self.progress.touch())  # of several groups, or parts that are on the host, each is a move
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
@@ -98,7 +98,7 @@ class Trainer:
             ),
             dtype=self.engine.dtype,
             device=mesh.device,
-            moved=self.progress.moved,
+            moved=self.progress.touch,
         )
         self.datasets = datasets
         self.schedule = self.start.batches(train)
@@ -254,7 +254,7 @@ class Trainer:
         self.progress.enter("data", step)
         batch = self.batches.take(step)
         self.progress.enter("compute", step)
-        self.executor.own_time.take()  # that of an evaluation before
+        self.executor.compute_timer.take()  # that of an evaluation before
         with self.engine.accumulate():
             with self.bad_steps.watched():
                 microbatches = self.feed.microbatches(batch, self.feed.counted(batch))
@@ -281,7 +281,7 @@ class Trainer:
             samples=len(self.schedule.samples(step)),
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
-            own_seconds=self.executor.own_time.take(),
+            own_seconds=self.executor.compute_timer.take(),
             data_seconds=self.batches.waited,
             spike=spike,
         )

@@ -83,7 +83,7 @@ _Measure = Callable[[str, int, _Piece, Tensor], float]
 class _Comparison:
     def __init__(self, trainer: Trainer, reference: Reference | None) -> None:
         self.trainer, self.mesh, self.reference = trainer, trainer.mesh, reference
-        self.shapes = trainer.plan.expectation.shapes
+        self.shapes = trainer.plan.requirements.shapes
         self.gradients: _Held = {}
         self.stage_of = {
             shard.spec.name: index

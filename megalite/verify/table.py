@@ -30,7 +30,7 @@ class Outcome:
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """Return a row for each layout, tensor x pipeline x data; docs/verify.md says what differences are relative to."""
+    """Return a row for each layout, tensor x pipeline x data; docs/howto/verify.md explains the differences."""
     shown = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("layout", "loss", "norm", "worst gradient", "weights", "verdict", "s"):
         shown.add_column(column, justify="right" if column == "s" else "left", no_wrap=column != "worst gradient")

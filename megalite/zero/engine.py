@@ -189,9 +189,9 @@ class ZeroEngine:
         """While it is open, a backward of the stage puts the products for its weights' gradients off."""
         return self.stages[stage].weight_grad_deferral.enabled()
 
-    def compute_weight_grads(self, products: WeightGradStore) -> None:
+    def compute_weight_grads(self, store: WeightGradStore) -> None:
         """Compute weight gradients that were put off, and add them to the others."""
-        products.run(self.accumulate_gradient)
+        store.run(self.accumulate_gradient)
 
     def accumulate_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Add `gradient`, of the parameter's whole shape on this rank, to what autograd has accumulated for it.

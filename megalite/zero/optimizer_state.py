@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megalite.checkpoint.fragments import Fragment, Source, fill
+from megalite.checkpoint.fragments import Fragment, TensorSource, fill
 from megalite.checkpoint.manifest import KINDS, MOMENTS
 from megalite.tensor_parallel.layers import PlacedParameter
 from megalite.zero.engine import ZeroEngine
@@ -50,7 +50,7 @@ class ZeroState:
                 for fragment in self._fragment(placed):
                     yield placed.parameter, replace(fragment, window=window)
 
-    def restore(self, source: Source, numbers: Mapping[str, Any]) -> None:
+    def restore(self, source: TensorSource, numbers: Mapping[str, Any]) -> None:
         """Take over a checkpoint's master weights, moments and numbers."""
         self._set_updates(int(numbers["updates"]))
         fill(self.fragments(), source, KINDS)
@@ -61,7 +61,7 @@ class ZeroState:
             state = numbers["scheduler"] or {"last_batch_iteration": int(numbers["updates"]) - 1}
             scheduler.step(state["last_batch_iteration"])
 
-    def restore_weights(self, source: Source) -> None:
+    def restore_weights(self, source: TensorSource) -> None:
         """Take over master weights alone."""
         fill(self.fragments(), source, ("weight",))
 

@@ -31,7 +31,7 @@ def test_what_is_saved_and_how_many_are_there_at_a_time(
 ) -> None:
     config = configured(run_file, *overrides)
     expected = forecast.forecast(config, 100, free=1000)
-    assert (expected.steps, expected.at_once, expected.bytes_at_once) == (steps, at_once, 100 * at_once)
+    assert (expected.steps, expected.peak_count, expected.peak_bytes) == (steps, at_once, 100 * at_once)
     assert expected.steps == tuple(
         step for step in range(1, config.train.last_step + 1) if config.checkpoint.due(step, config.train.last_step)
     )
@@ -44,10 +44,11 @@ def test_a_disk_that_is_too_small_is_told_of_before_the_first_step(
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=250))
     config = configured(run_file, "checkpoint.every=4")
     (told,) = forecast.warnings(config, 100)
-    assert told == (
-        "warning: checkpoints: every 4 steps and at the last step | 100 B each | 3 at most at a time, 300 B | 250 B "
-        "free; make room, keep fewer (checkpoint.keep_last), or set run.dir"
-    )
+    assert told.startswith("warning: checkpoints: ")
+    numbers, _, fix = told.partition("; ")
+    assert all(number in numbers for number in ("4 steps", "100 B", "3 at most", "300 B", "250 B free"))
+    assert "checkpoint.keep_last" in fix
+    assert "run.dir" in fix
     assert forecast.warnings(configured(run_file), 100) == []
     (told,) = forecast.warnings(configured(run_file, "checkpoint.last=false"), 100)
     assert told.startswith("checkpoints: none, the run leaves no model")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from megalite.config import (
 )
 from megalite.errors import UserError
 from megalite.parallel.layout import ParallelLayout
-from megalite.paths import spell
+from megalite.paths import escape
 
 ROOT = Path(__file__).parents[2]
 ABSENT = object()
@@ -126,8 +127,46 @@ def test_sources_come_from_a_file_of_weights(write: Callable[..., Path], tmp_pat
 
 def test_a_prefix_in_the_place_of_a_file_of_weights(write: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "corpus.idx").touch()
-    expected = "data.train=corpus: is a prefix, not a file of weights; write [{prefix: corpus}]"
-    assert message(write({"data.train": "corpus"})) == expected
+    assert message(write({"data.train": "corpus"})).endswith("; write data.train=[{prefix: corpus}]")
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("data.train=c", "data.train=[{prefix: c}]"),
+        ("data.train=some/c.bin", "data.train=[{prefix: some/c}]"),
+        ("data.train=[c]", "data.train=[{prefix: c}]"),
+        ("data.train=[c, d.idx]", "data.train=[{prefix: c}, {prefix: d}]"),
+        ("data.train={path: c}", "data.train=[{prefix: c}]"),
+        ("data.train={prefix: c}", "data.train=[{prefix: c}]"),
+        ("data.train={prefix: c, weight: 2}", "data.train=[{prefix: c, weight: 2}]"),
+        ("data.train=[{path: c, weight: 0.5}]", "data.train=[{prefix: c, weight: 0.5}]"),
+        ("data.train=[0.3, c, 0.7, d]", "data.train=[{prefix: c, weight: 0.3}, {prefix: d, weight: 0.7}]"),
+        ("data.train={c: 0.3, d: 0.7}", "data.train=[{prefix: c, weight: 0.3}, {prefix: d, weight: 0.7}]"),
+        ("data.train='a, b'", "data.train=[{prefix: 'a, b'}]"),
+        ("data.valid=c", "data.valid=[{prefix: c}]"),
+        ("data.valid={name: web, path: c}", "data.valid=[{prefix: c, name: web}]"),
+    ],
+)
+def test_data_in_another_form_are_told_with_the_right_one(write: Callable[..., Path], override: str, fix: str) -> None:
+    told = message(write(), override)
+    assert told.startswith(f"command line: {override.partition('=')[0]}=")
+    assert told.endswith(f"; write {fix}")
+    load_run_config(write(), [fix])
+
+
+def test_a_text_in_the_place_of_a_dataset_is_told_with_both_steps(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}')
+    told = message(write(), "data.train=c.jsonl")
+    assert "`megalite preprocess c.jsonl --output c`" in told
+    assert told.endswith("write data.train=[{prefix: c}]")
+
+
+@pytest.mark.parametrize("value", ["{path: a, format: b}", "[3]", "[0.5]", "{}", "[{}]", "7"])
+def test_data_that_mean_nothing_known_are_told_as_other_values_are(write: Callable[..., Path], value: str) -> None:
+    told = message(write(), f"data.train={value}")
+    assert told.startswith("command line: data.train")
+    assert "[{prefix: 0" not in told
 
 
 @pytest.mark.parametrize(
@@ -316,7 +355,7 @@ def test_any_name_and_number_survives_the_round_trip(
     tmp_path: Path, name: str, lr: float, seed: int, clip: float
 ) -> None:
     edits = {
-        "run.dir": spell(name),
+        "run.dir": escape(name),
         "run.seed": seed,
         "train.optimizer": {"lr": lr},
         "deepspeed.gradient_clipping": clip,
@@ -612,9 +651,68 @@ GUESSES: list[tuple[str, str]] = [
     ("model.seq_length=2", "'data.sequence_length'"),
     ("schedule=x", "'parallel.schedule' or 'train.schedule'"),
     ("seeds=1", "'run.seed'"),
-    ("train.stpes=1", "'steps'"),
+    ("train.stpes=1", "'train.steps'"),
     ("modl=1", "'model'"),
+    ("n_layers=2", "'model.num_hidden_layers'"),
+    ("model.n_layers=2", "'model.num_hidden_layers'"),
+    ("model.num_layers=2", "'model.num_hidden_layers'"),
+    ("model.n_embd=2", "'model.hidden_size'"),
+    ("model.norm_eps=1e-6", "'model.rms_norm_eps'"),
+    ("batch_size=2", "'train.global_batch_size' or 'train.micro_batch_size'"),
+    ("lr=1", "'train.optimizer.lr'"),
+    ("seq_len=2", "'data.sequence_length'"),
+    ("block_size=2", "'data.sequence_length'"),
+    ("max_iters=2", "'train.steps'"),
+    ("train_iters=2", "'train.steps'"),
+    ("logging_steps=2", "'train.log_every'"),
+    ("log_interval=2", "'train.log_every'"),
+    ("torch_dtype=bfloat16", "'train.precision'"),
+    ("dtype=bfloat16", "'train.precision'"),
+    ("bf16=true", "'train.precision' or 'deepspeed.bf16'"),
+    ("warmup_ratio=0.1", "'train.schedule.warmup_steps'"),
+    ("accumulate_grad_batches=2", "'deepspeed.gradient_accumulation_steps'"),
+    ("optimizer.lr=1", "'train.optimizer.lr'"),
+    ("optim.lr=1", "'train.optimizer.lr'"),
+    ("optimizer.learning_rate=1", "'train.optimizer.lr'"),
+    ("schedule.warmup_steps=1", "'train.schedule.warmup_steps'"),
+    ("training.max_steps=1", "'train.steps'"),
+    ("trian.steps=1", "'train.steps'"),
+    ("zero_optimization.stage=2", "'deepspeed.zero_optimization.stage'"),
+    ("bf16.enabled=true", "'deepspeed.bf16.enabled'"),
+    ("schedule={virtual_stages: 2, overlap: true}", "'parallel.schedule' or 'train.schedule'"),
+    ("schedule={name: wsd, min_lr: 0}", "'train.schedule'"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("train.precision=bfloat16", "'bf16'"),
+        ("train.precision=float16", "'fp16'"),
+        ("train.precision=half", "'fp16'"),
+        ("train.precision=BF16", "'bf16'"),
+        ("train.precision=torch.bfloat16", "'bf16'"),
+        ("train.precision=bf16-mixed", "'bf16'"),
+        ("train.precision=float32", "'fp32'"),
+        ("train.precision=32", "'fp32'"),
+        ("train.precision=16", "'fp16'"),
+        ("train.precision=fp8", None),
+        ("train.precision=true", None),
+        ("train.precision=[bf16]", None),
+        ("train.schedule.name=cosine_with_min_lr", "'cosine'"),
+        ("train.optimizer.name=AdamW", "'adamw'"),
+        ("train.optimizer.name=muon", None),
+        ("parallel.schedule=1F1B", "'1f1b'"),
+        ("parallel.schedule=interleaved", "'interleaved_1f1b'"),
+        ("deepspeed.data_types.grad_accum_dtype=float32", "'fp32'"),
+        ("model.architecture=mistral", "'llama'"),
+        ("model.architecture=GPT-2", "'gpt2'"),
+    ],
+)
+def test_a_value_by_another_name_is_understood(write: Callable[..., Path], override: str, meant: str | None) -> None:
+    told = message(write(), override)
+    assert told.startswith(f"command line: {override.partition('=')[0]}=")
+    assert told.endswith(f"; did you mean {meant}?") if meant else "did you mean" not in told
 
 
 @pytest.mark.parametrize(("override", "hint"), GUESSES)
@@ -624,12 +722,13 @@ def test_a_key_of_another_place_or_trainer_is_understood(write: Callable[..., Pa
 
 
 def test_every_alias_stands_for_a_key() -> None:
-    """And for one key alone, which is not the name of another."""
-    words = [word for told in suggestions._ALIASES.values() for word in told.split()]
-    assert len(words) == len(set(words))
-    known = {".".join(path) for path in suggestions._paths(RunConfig, (), False)}
-    known |= {"deepspeed.zero_optimization.stage", *(f"deepspeed.{key}" for key in suggestions.TABLE)}
-    assert set(suggestions._ALIASES) <= known
+    """And for one key alone, but for the words that mean more than one, and is no key of the run file itself."""
+    words = Counter(word for told in suggestions._ALIASES.values() for word in told.split())
+    several = {word for word, count in words.items() if count > 1}
+    assert several == {"batch_size", "bf16", "fp16", "norm_eps", "norm_epsilon", "layernorm_epsilon"}
+    assert set(suggestions._ALIASES) <= suggestions._known(RunConfig)
+    own = {path[-1] for path in suggestions._paths(RunConfig, (), False)}
+    assert not own & set(words)
 
 
 # ------------------------------------------------------------------------------------------- what is wrong: values
@@ -639,21 +738,21 @@ INTEGER = "is not an integer of at least 1"
 FORM: list[tuple[str, dict[str, Any], str]] = [
     # keys
     ("top key", {"modle": 1}, "run.yaml: modle is not a key; did you mean 'model'?"),
-    ("section key", {"train.optimiser": {}}, "run.yaml: train.optimiser is not a key; did you mean 'optimizer'?"),
+    ("section key", {"train.optimiser": {}}, "run.yaml: train.optimiser is not a key; did you mean 'train.optimizer'?"),
     (
         "misspelt null",
         {"train.stop_afterr": None},
-        "run.yaml: train.stop_afterr is not a key; did you mean 'stop_after'?",
+        "run.yaml: train.stop_afterr is not a key; did you mean 'train.stop_after'?",
     ),
     (
         "model key",
         {"model.hiden_size": 3},
-        "run.yaml: model.hiden_size is not a key; did you mean 'hidden_size'?",
+        "run.yaml: model.hiden_size is not a key; did you mean 'model.hidden_size'?",
     ),
     (
         "other family's key",
         {"model.layer_norm_epsilon": 1e-5},
-        "run.yaml: model.layer_norm_epsilon is not a key; did you mean 'rms_norm_eps'?",
+        "run.yaml: model.layer_norm_epsilon is not a key; did you mean 'model.rms_norm_eps'?",
     ),
     (
         "deep key",
@@ -663,7 +762,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "key in a list",
         {"data.train": [{"prefx": "a", "prefix": "b"}]},
-        "run.yaml: data.train.0.prefx is not a key; did you mean 'prefix'?",
+        "run.yaml: data.train.0.prefx is not a key; did you mean 'data.train.0.prefix'?",
     ),
     (
         "our own field",
@@ -691,7 +790,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "null is missing",
         {"train.steps": None},
-        "run.yaml: train.steps is missing; write an integer of at least 1",
+        "run.yaml: train.steps is empty; write an integer of at least 1",
     ),
     ("missing path", {"run.dir": ABSENT}, "run.yaml: run.dir is missing; write a path"),
     (
@@ -732,7 +831,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "curve",
         {"train.schedule": {"name": "cosin"}},
-        "run.yaml: train.schedule.name='cosin' is not 'cosine', 'linear', 'constant' or 'wsd'",
+        "run.yaml: train.schedule.name='cosin' is not 'cosine', 'linear', 'constant' or 'wsd'; did you mean 'cosine'?",
     ),
     (
         "family",
@@ -747,8 +846,12 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("value for a section", {"run": 3}, "run.yaml: run=3 is not a section {dir, seed}"),
     ("value for sources", {"data.train": 1}, "run.yaml: data.train=1 is not a list of {prefix, weight}"),
-    ("weights file", {"data.train": "a"}, "a: no such file"),
-    ("value for a source", {"data.train": ["a"]}, "run.yaml: data.train.0='a' is not a section {prefix, weight}"),
+    ("weights file", {"data.train": "a.txt"}, "a.txt: no such file"),
+    (
+        "value for a source",
+        {"data.train": [["a"]]},
+        "run.yaml: data.train.0=['a'] is not a section {prefix, weight}",
+    ),
     (
         "shares",
         {"data.split": [0.5, 0.4]},
@@ -809,7 +912,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "key of a spike",
         {"train.spike": {"windows": 10}},
-        "run.yaml: train.spike.windows is not a key; did you mean 'window'?",
+        "run.yaml: train.spike.windows is not a key; did you mean 'train.spike.window'?",
     ),
     (
         "kept and never written",
@@ -916,7 +1019,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "scaling with strange keys",
         {"model.rope_scaling": {"rope_type": "linear", "factr": 2, "factor": 2}},
-        "run.yaml: model.rope_scaling.factr is not a key; did you mean 'factor'?",
+        "run.yaml: model.rope_scaling.factr is not a key; did you mean 'model.rope_scaling.factor'?",
     ),
     (
         "scaling of llama 3 without its bounds",
@@ -1029,8 +1132,8 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "two schedules",
         {"train.schedule": {"name": "cosine"}, "deepspeed.scheduler": {"type": "WarmupLR"}},
-        "run.yaml: train.schedule stands beside run.yaml: deepspeed.scheduler; keep one of them, or warmup_steps alone "
-        "here",
+        "run.yaml: train.schedule stands beside run.yaml: deepspeed.scheduler, which states another; delete "
+        "train.schedule here (or all of it but warmup_steps), or scheduler there (or write 'auto' for all its params)",
     ),
 ]
 
@@ -1110,10 +1213,10 @@ FIT: list[tuple[str, dict[str, Any], int | None, str]] = [
         "write parallel.pipeline x parallel.virtual_stages=4 numbers that sum to model.num_hidden_layers=4",
     ),
     (
-        "schedule of one stage a rank",
+        "schedule of one stage per rank",
         {"parallel.virtual_stages": 2},
         None,
-        "run.yaml: parallel.virtual_stages=2 does not go with parallel.schedule=1f1b, which runs one stage a rank; "
+        "run.yaml: parallel.virtual_stages=2 does not go with parallel.schedule=1f1b, which runs one stage per rank; "
         "use parallel.virtual_stages=1, or parallel.schedule=interleaved_1f1b",
     ),
     (
@@ -1262,7 +1365,7 @@ def test_all_faults_are_told_at_once(write: Callable[..., Path]) -> None:
     edits = {"train.steps": 0, "parallel.tensr": 2, "model.rope_theta": "a", "deepspeed": "zero.json"}
     assert message(write(edits)).splitlines() == [
         "run.yaml: model.rope_theta='a' is not a number above 0",
-        "run.yaml: parallel.tensr is not a key; did you mean 'tensor'?",
+        "run.yaml: parallel.tensr is not a key; did you mean 'parallel.tensor'?",
         "run.yaml: train.steps=0 is not an integer of at least 1",
         "zero.json: zero_optimization.stge is not a key; did you mean 'stage'?",
         "zero.json: gradient_cliping is not a key; did you mean 'gradient_clipping'?",
@@ -1303,14 +1406,14 @@ OVERRIDES: list[tuple[str, str]] = [
         "data.train.1.prefix=a",
         "command line: data.train.1.prefix reaches into data.train=[{...}], which has no '1'",
     ),
-    ("train.stps=4", "command line: train.stps is not a key; did you mean 'steps'?"),
-    ("train.optimiser.lr=1", "command line: train.optimiser is not a key; did you mean 'optimizer'?"),
+    ("train.stps=4", "command line: train.stps is not a key; did you mean 'train.steps'?"),
+    ("train.optimiser.lr=1", "command line: train.optimiser.lr is not a key; did you mean 'train.optimizer.lr'?"),
     ("train.steps=many", "command line: train.steps='many' is not an integer of at least 1"),
     ("train.steps=", "command line: train.steps= has no value; write one, or train.steps=null for the default"),
     ("resume= ", "command line: resume= has no value; write one, or resume=null for the default"),
     ("resume=''", "command line: resume='' is not a string"),
     ("deepspeed=", "command line: deepspeed= has no value; write one, or deepspeed=null for the default"),
-    ("train.steps=null", "command line: train.steps is missing; write an integer of at least 1"),
+    ("train.steps=null", "command line: train.steps is empty; write an integer of at least 1"),
     (
         "parallel.tensor=3",
         "command line: parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
@@ -1393,13 +1496,63 @@ def test_a_file_that_is_no_run_file(write: Callable[..., Path], text: str, expec
     assert message(write(text)) == expected
 
 
-def test_an_empty_file_lacks_every_section(write: Callable[..., Path]) -> None:
-    assert [line.split(" is missing")[0] for line in message(write("# nothing yet\n")).splitlines()] == [
-        "run.yaml: run",
-        "run.yaml: model",
-        "run.yaml: data",
-        "run.yaml: train",
-    ]
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n", "{}\n"])
+def test_an_empty_file_is_told_as_one(write: Callable[..., Path], text: str) -> None:
+    told = message(write(text))
+    assert len(told.splitlines()) == 1
+    for part in ("run.yaml: the file is empty", "run, model, data and train", "run.yaml is a whole one"):
+        assert part in told
+    assert message(Path("run.yaml"), "train.steps=3") == told
+
+
+def test_a_section_without_keys_is_told_as_empty(write: Callable[..., Path]) -> None:
+    assert message(write({"run": None})) == "run.yaml: run is empty; write a section {dir, seed}"
+    assert message(write({"run.dir": None})) == "run.yaml: run.dir is empty; write a path"
+    assert message(write({"data.train": None})).startswith("run.yaml: data.train is empty; write a list")
+    assert message(write({"model": None})).startswith("run.yaml: model is empty; write a section {architecture")
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "fix"),
+    [
+        (["runs/a/config.yaml", "runs/a/DONE.json"], "runs/a", "write runs/a/config.yaml"),
+        (["ex/run.yaml"], "ex", "write ex/run.yaml"),
+        (["mine/big.yaml", "mine/small.yml"], "mine", "big.yaml, small.yml"),
+        (["hf/config.json"], "hf", "init_from: hf"),
+        (["nothing/x.txt"], "nothing", "examples/quickstart/run.yaml"),
+    ],
+)
+def test_a_folder_in_the_place_of_a_run_file(
+    write: Callable[..., Path], files: list[str], given: str, fix: str
+) -> None:
+    write()
+    for name in files:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    told = message(Path(given))
+    assert told.startswith(f"{given}: is ")
+    assert "not a run file" in told
+    assert fix in told
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ({"model_type": "llama", "hidden_size": 64}, ["Hugging Face model", "write init_from: hf"]),
+        ({"architectures": ["LlamaForCausalLM"]}, ["Hugging Face model", "write init_from: hf"]),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, ["DeepSpeed JSON", "deepspeed: hf/config.js"]),
+        ({"train": {"steps": 1}, "model_type": "llama"}, ["model_type is not a key", "model.architecture"]),
+    ],
+)
+def test_a_file_of_another_program_in_the_place_of_a_run_file(
+    write: Callable[..., Path], content: dict[str, Any], parts: list[str]
+) -> None:
+    write()
+    Path("hf").mkdir()
+    Path("hf/config.json").write_text(json.dumps(content, indent=1))
+    told = message(Path("hf/config.json"))
+    for part in parts:
+        assert part in told
 
 
 def test_a_file_that_is_not_there(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -1407,9 +1560,9 @@ def test_a_file_that_is_not_there(write: Callable[..., Path], tmp_path: Path) ->
     assert message(Path("rum.yaml")) == "rum.yaml: no such file; did you mean 'run.yaml'?"
     assert message(Path("nowhere/run.yaml")) == "nowhere/run.yaml: no such file"
     (tmp_path / "folder.yaml").mkdir()
-    assert message(Path("folder.yaml")) == "folder.yaml: the file cannot be read: Is a directory"
+    assert message(Path("folder.yaml")).startswith("folder.yaml: is a folder, not a run file; ")
     Path("latin.yaml").write_bytes(b"run: \xff")
-    assert message(Path("latin.yaml")) == "latin.yaml: the file is not UTF-8 text"
+    assert message(Path("latin.yaml")) == "latin.yaml: the file is not UTF-8 text; save it as UTF-8"
 
 
 def test_a_json_beside_the_run_file_is_pointed_out(write: Callable[..., Path]) -> None:

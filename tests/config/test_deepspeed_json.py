@@ -420,12 +420,14 @@ def test_the_optimizer_may_stand_in_both_files_where_they_agree(
         (
             {"type": "WarmupLR", "params": {}},
             {"name": "linear", "warmup_steps": 8},
-            "train.schedule stands beside ds.json: scheduler; keep one of them, or warmup_steps alone here",
+            "train.schedule stands beside ds.json: scheduler, which states another; delete train.schedule here (or all "
+            "of it but warmup_steps), or scheduler there (or write 'auto' for all its params)",
         ),
         (
             {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1}},
             {"warmup_steps": 8},
-            "train.schedule stands beside ds.json: scheduler; keep one of them",
+            "train.schedule stands beside ds.json: scheduler, which states another; delete train.schedule here, or "
+            "scheduler there",
         ),
     ],
 )
@@ -441,6 +443,58 @@ def test_the_schedulers_warm_up_follows_the_run_file(
     resolved = load(tmp_path, {"scheduler": scheduler}, run=run).deepspeed.scheduler
     assert resolved is not None
     assert resolved["params"]["warmup_num_steps"] == expected
+
+
+ALL_AUTO = {
+    "type": "WarmupDecayLR",
+    "params": {
+        **dict.fromkeys(("total_num_steps", "warmup_min_lr", "warmup_max_lr", "warmup_num_steps"), "auto"),
+        "last_batch_iteration": -1,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "schedule", "gives_way"),
+    [
+        (ALL_AUTO, {"name": "cosine", "warmup_steps": 3}, True),
+        (ALL_AUTO, {"min_lr": 0.0}, True),
+        (ALL_AUTO, {"warmup_steps": 3}, False),  # which fills its warm-up in
+        (ALL_AUTO, {}, False),
+        (ALL_AUTO, None, False),
+    ],
+)
+def test_a_scheduler_that_is_all_auto_gives_way_to_the_run_files(
+    tmp_path: Path, scheduler: dict[str, Any], schedule: Any, gives_way: bool
+) -> None:
+    run = RUN | {"train": RUN["train"] | {"schedule": schedule}}
+    config = load(tmp_path, {"scheduler": scheduler}, run=run).resolve(world_size=None, vocab_size=64)
+    assert (config.deepspeed.scheduler is None) == gives_way
+    assert (config.train.schedule is not None) == gives_way
+    told = [note for note in config.deepspeed.notes if note.startswith("ds.json: scheduler is left out")]
+    assert len(told) == gives_way
+    assert "scheduler" not in config.to_yaml() or not gives_way
+    again = tmp_path / "again.yaml"
+    again.write_text(config.to_yaml())
+    assert load_run_config(again).resolve(world_size=None, vocab_size=64) == config
+
+
+@pytest.mark.parametrize("params", [{"warmup_max_lr": 1e-3}, {"warmup_type": "linear"}])
+def test_a_scheduler_of_values_stays_refused_beside_the_run_files(tmp_path: Path, params: dict[str, Any]) -> None:
+    scheduler = {"type": ALL_AUTO["type"], "params": {**ALL_AUTO["params"], **params}}
+    run = RUN | {"train": RUN["train"] | {"schedule": {"name": "cosine"}}}
+    with pytest.raises(UserError) as raised:
+        load(tmp_path, {"scheduler": scheduler}, run=run)
+    for part in ("run.yaml: train.schedule", "ds.json: scheduler", "delete train.schedule", "'auto'"):
+        assert part in str(raised.value)
+
+
+def test_an_optimizer_that_is_all_auto_follows_the_run_files(tmp_path: Path) -> None:
+    params = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    stated = {"name": "adamw", "lr": 0.5, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.25}
+    run = RUN | {"train": RUN["train"] | {"optimizer": stated}}
+    config = load(tmp_path, {"optimizer": {"type": "AdamW", "params": params}}, run=run)
+    assert config.optimizer.model_dump() == {**stated, "betas": (0.8, 0.9)}
 
 
 def test_deepspeed_is_told_to_print_never(tmp_path: Path) -> None:
@@ -962,8 +1016,8 @@ def test_honoured_zero_keys_reach_deepspeeds_config(deepspeed: Any) -> None:
 def test_the_page_says_what_the_table_says() -> None:
     from deepspeed_json_page import deepspeed_table
 
-    page = Path(__file__).parents[2] / "docs" / "deepspeed_json.md"
-    hint = "make it anew: python tools/deepspeed_json_page.py > docs/deepspeed_json.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "deepspeed_json.md"
+    hint = "make it anew: python tools/deepspeed_json_page.py > docs/reference/deepspeed_json.md"
     assert page.read_text(encoding="utf-8") == deepspeed_table(), hint
 
 

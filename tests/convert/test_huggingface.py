@@ -56,7 +56,7 @@ def silent(done: int, total: int) -> None:
 def export(weights: Weights, folder: Path, precision: str | None = None, max_shard_bytes: int = 1 << 30) -> Path:
     to_hugging_face(
         weights,
-        weights.companions,
+        weights.model_files,
         folder,
         silent,
         precision=precision or weights.precision,
@@ -66,7 +66,7 @@ def export(weights: Weights, folder: Path, precision: str | None = None, max_sha
 
 
 def import_(weights: Weights, folder: Path) -> Weights:
-    to_checkpoint(weights, weights.companions, folder, silent)
+    to_checkpoint(weights, weights.model_files, folder, silent)
     return open_weights(folder)
 
 
@@ -216,7 +216,7 @@ class _Drawn:
 
     def __init__(self, model: Any) -> None:
         self.model, self.shapes = model, weight_shapes(model)
-        self.origin, self.precision, self.companions = Path("drawn"), "fp32", {}
+        self.origin, self.precision, self.model_files = Path("drawn"), "fp32", {}
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
         out[...] = 0.5
@@ -716,7 +716,7 @@ def test_links_lead_to_weights_to_the_same_name_and_into_hugging_faces_cache(
     (tmp_path / "secret").write_text("of this machine")
     (whole / "chat_template.jinja").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="is a link to .*secret, a file of another name outside the folder"):
-        _ = open_weights(whole).companions
+        _ = open_weights(whole).model_files
     (whole / "model.safetensors").unlink()
     (whole / "model.safetensors").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match="holds no tensors|is a link to .*gone, where there is no file"):
@@ -761,7 +761,7 @@ def test_a_checkpoint_of_weights_alone_says_what_it_is(saved: Callable[[str], Pa
     assert isinstance(held.model, LlamaConfig)
     assert held.model.qk_norm
     assert held.model.vocab_size == SIZES["vocab_size"]
-    assert list(held.companions) == ["generation_config.json"]
+    assert list(held.model_files) == ["generation_config.json"]
     assert json.loads((tmp_path / "step_0" / "state.json").read_text()) == {"step": 0}
     config = json.loads((export(held, tmp_path / "back") / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)

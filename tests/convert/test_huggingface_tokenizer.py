@@ -128,12 +128,12 @@ def test_files_that_are_there_are_taken_as_they_are(tmp_path: Path) -> None:
     made = export(tmp_path, train(**IDENTITY))
     (made / "chat_template.jinja").write_text("{{ messages }}")
     (made / "generation_config.json").write_text('{"eos_token_id": [2, 7], "temperature": 0.5}')
-    companions = {path.name: path for path in made.iterdir() if path.name != "config.json"}
-    found = tokenizer_files(companions, 900)
-    assert found.files == {name: path.read_bytes() for name, path in companions.items()}
+    model_files = {path.name: path for path in made.iterdir() if path.name != "config.json"}
+    found = tokenizer_files(model_files, 900)
+    assert found.files == {name: path.read_bytes() for name, path in model_files.items()}
     assert found.token_ids == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": None}
-    del companions["tokenizer_config.json"]
-    config = json.loads(tokenizer_files(companions, 900).files["tokenizer_config.json"])
+    del model_files["tokenizer_config.json"]
+    config = json.loads(tokenizer_files(model_files, 900).files["tokenizer_config.json"])
     assert config["eos_token"] == "<|endoftext|>"
 
 

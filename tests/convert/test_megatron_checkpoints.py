@@ -238,7 +238,7 @@ def test_it_is_converted_into_a_checkpoint(tmp_path: Path, capsys: pytest.Captur
 def test_a_tokenizer_beside_it_goes_along(tmp_path: Path) -> None:
     folder = files.write_deepspeed(tmp_path, make(LLAMA))
     (folder / "tokenizer.model").write_bytes(b"pieces")
-    assert MegatronWeights(tmp_path).companions == {"tokenizer.model": folder / "tokenizer.model"}
+    assert MegatronWeights(tmp_path).model_files == {"tokenizer.model": folder / "tokenizer.model"}
 
 
 @pytest.mark.parametrize(

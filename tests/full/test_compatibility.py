@@ -13,7 +13,7 @@ from training import Trace, train_in_plain_torch, train_rank
 from megalite.errors import UserError
 from megalite.training.plan import prepare
 
-PAGE = Path(__file__).parents[2] / "docs" / "composition.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "composition.md"
 TOLERANCE = 1e-5
 SMALL = (
     *("model.num_hidden_layers=8", "model.hidden_size=64", "model.intermediate_size=96", "model.vocab_size=512"),
@@ -70,7 +70,7 @@ QUICK = [(4, 2), pytest.param(2, 3, marks=pytest.mark.full), (3, 1), (0, 0)]
 
 
 def test_the_page_is_that_of_the_rules() -> None:
-    hint = "make it anew: python tools/compatibility_page.py > docs/composition.md"
+    hint = "make it anew: python tools/compatibility_page.py > docs/reference/composition.md"
     assert PAGE.read_text() == composition_page(), hint
     assert len(OTHERS) > 10
 

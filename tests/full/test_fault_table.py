@@ -22,7 +22,7 @@ from test_resume import KEPT, PAIR, SMALL, assert_same_run, run
 from test_stop_requests import losses, rank, wait_for_steps
 from test_train import TINY, megalite
 
-from megalite.checkpoint.discovery import checkpoints
+from megalite.checkpoint.discovery import find_checkpoints
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.errors import STOPPED_STATUS
 
@@ -64,7 +64,7 @@ def ends_within(everybody: Sequence[psutil.Process], seconds: float) -> None:
 def last_state(folder: Path) -> dict[str, str]:
     """The digests of all that the last checkpoint holds of the training."""
     reader = CheckpointReader(folder / f"checkpoints/step_{STEPS}")
-    assert reader.faults() == []
+    assert reader.problems() == []
     files = reader.manifest.files.items()
     return {name: file.sha256 for name, file in files if name.endswith(".safetensors") or name == "state.json"}
 
@@ -156,7 +156,7 @@ def test_a_disk_that_has_no_room_for_a_checkpoint(run_file: Path, small_disk: Pa
     assert "bytes, and " in refused
     assert "are free there; earlier checkpoints are as they were; make room, " in refused
     assert list(small_disk.rglob("*.tmp")) == []
-    assert all(CheckpointReader(path).faults() == [] for _, path in checkpoints(folder / "checkpoints"))
+    assert all(CheckpointReader(path).problems() == [] for _, path in find_checkpoints(folder / "checkpoints"))
     make_room(small_disk)
     goes_on(run_file, folder)
 

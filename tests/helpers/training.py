@@ -55,11 +55,11 @@ class Trace:
 
 
 def build_trainer(
-    path: str | Path, overrides: Sequence[str], reached: Callable[[str], None] = lambda point: None
+    path: str | Path, overrides: Sequence[str], on_save_point: Callable[[str], None] = lambda point: None
 ) -> "Trainer":
     """Build this rank's trainer of a run file, inside the process group that the test formed.
 
-    `reached` hears of the points that a save passes.
+    `on_save_point` hears of the points that a save passes.
     """
     from megalite.data.datasets import open_datasets
     from megalite.parallel.mesh import build_mesh, local_device
@@ -71,7 +71,7 @@ def build_trainer(
     mesh = build_mesh(
         plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60), placement=plan.placement
     )
-    return Trainer(plan, mesh, open_datasets(plan.config), reached=reached)
+    return Trainer(plan, mesh, open_datasets(plan.config), on_save_point=on_save_point)
 
 
 def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from megalite.errors import STOPPED_STATUS, UserError
-from megalite.launch import LaunchEnvironment, interactive_shell, keep_log, launch_environment, launch_local
+from megalite.launch import LaunchEnvironment, is_interactive_shell, launch_environment, launch_local, tee_to_log
 from megalite.launch.environment import LAUNCHER_PID, first_host
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -191,7 +191,7 @@ SHELL = {**SLURM, "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"
     ],
 )
 def test_a_shell_of_slurm_is_no_rank(variables: dict[str, str], is_shell: bool) -> None:
-    assert interactive_shell(variables) == is_shell
+    assert is_interactive_shell(variables) == is_shell
     if is_shell:
         assert launch_environment(variables) is None
 
@@ -204,18 +204,18 @@ def test_by_hand_there_is_no_rank(variables: Mapping[str, str]) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "0"}, "RANK is set but WORLD_SIZE is not"),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK is set but LOCAL_RANK is not"),
-        (RANKED | {"RANK": "8"}, "rank 8 of environment is not in 0..7"),
-        (RANKED | {"LOCAL_RANK": "4", "LOCAL_SIZE": "4"}, "local rank 4 of environment is not in 0..3"),
-        (RANKED | {"RANK": "-1"}, "RANK='-1' is not a whole number"),
-        (RANKED | {"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
-        ({"SLURM_PROCID": "0"}, "SLURM_PROCID is set but SLURM_NTASKS is not"),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}, "the batch script itself"),
+        ({"RANK": "0"}, "RANK .* WORLD_SIZE "),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "RANK .* LOCAL_RANK "),
+        (RANKED | {"RANK": "8"}, r"rank 8 .* 0\.\.7"),
+        (RANKED | {"LOCAL_RANK": "4", "LOCAL_SIZE": "4"}, r"local rank 4 .* 0\.\.3"),
+        (RANKED | {"RANK": "-1"}, "RANK='-1' "),
+        (RANKED | {"MASTER_PORT": "http"}, "MASTER_PORT='http' "),
+        ({"SLURM_PROCID": "0"}, "SLURM_PROCID .* SLURM_NTASKS .*; .*`env -u SLURM_PROCID`"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}, "batch script.*; .*`srun`"),
     ],
 )
 def test_half_an_environment_is_the_users_error(variables: Mapping[str, str], message: str) -> None:
-    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+    with pytest.raises(UserError, match=message):
         launch_environment(variables)
 
 
@@ -303,7 +303,8 @@ def test_a_log_that_takes_no_more_ends_nobody(tmp_path: Path, capfd: pytest.Capt
     """
     assert launch_local([str(tmp_path)], 1, tmp_path / "logs", command=program(body)) == 0
     lost, *said = capfd.readouterr().err.splitlines()
-    assert lost == f"megalite: {tmp_path}/logs/rank_0.log is not written any more: No space left on device"
+    assert lost.startswith(f"megalite: {tmp_path}/logs/rank_0.log ")
+    assert lost.endswith(": No space left on device")
     assert said == ["err 0", "err 1"]
 
 
@@ -506,7 +507,8 @@ def test_ranks_that_save_have_the_time_they_need(tmp_path: Path, started: list[s
     launcher.terminate()
     _, err = launcher.communicate(timeout=DEADLINE)
     assert launcher.returncode == STOPPED_STATUS
-    assert err == "megalite: asked to stop, after this step if training; once more to end at once\n"
+    assert err.startswith("megalite: asked to stop; ")
+    assert len(err.splitlines()) == 1
 
 
 def test_a_rank_that_dies_while_the_others_stop_does_not_hold_them_up(
@@ -673,7 +675,7 @@ def test_a_rank_keeps_a_log_beside_its_console(
         with monkeypatch.context() as start:
             start.setattr(sys, "stdout", sys.stdout)
             start.setattr(sys, "stderr", sys.stderr)
-            keep_log(path, rank=3, stdout=stdout)
+            tee_to_log(path, rank=3, stdout=stdout)
             sys.stdout.write(f"out {number}\n")
             sys.stderr.write(f"err {number}\n")
             sys.stderr.writelines(["more\n"])
@@ -700,11 +702,15 @@ def test_a_log_that_cannot_be_written_is_told_once_and_ends_nothing(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", sys.stderr)
     (tmp_path / "logs").touch()
-    keep_log(tmp_path / "logs/rank_0.log", rank=0, stdout=False)
-    assert "rank_0.log: no log of this rank: " in capsys.readouterr().err
-    keep_log(tmp_path / "rank_0.log", rank=0, stdout=False)
+    tee_to_log(tmp_path / "logs/rank_0.log", rank=0, stdout=False)
+    assert "megalite: warning: " in (told := capsys.readouterr().err)
+    assert "rank_0.log: " in told
+    tee_to_log(tmp_path / "rank_0.log", rank=0, stdout=False)
     sys.stderr._log = Broken()  # pyright: ignore[reportAttributeAccessIssue]
     for line in ("one\n", "two\n"):
         sys.stderr.write(line)
     told = capsys.readouterr().err
-    assert told == "one\nmegalite: the log of this rank is not written any more: No space left on device\ntwo\n"
+    one, lost, two = told.splitlines()
+    assert (one, two) == ("one", "two")
+    assert lost.startswith("megalite: ")
+    assert lost.endswith(": No space left on device")

@@ -21,26 +21,35 @@ from training import build_trainer
 
 from megalite.checkpoint.store import Part
 from megalite.cli import main
-from megalite.monitoring.heartbeat import FOLDER, SILENT_SECONDS, Beat, Heart, Phase, Progress, laggards, read_beats
+from megalite.monitoring.heartbeat import (
+    FOLDER,
+    SILENT_SECONDS,
+    Heartbeat,
+    HeartbeatThread,
+    Phase,
+    Progress,
+    read_heartbeats,
+    slow_ranks,
+)
 from megalite.monitoring.run_status import run_status
 
 NOW = 1_000_000.0
 QUICK = 0.05
-"""How often a heart beats where a test waits for several beats, in seconds."""
+"""How often a rank writes where a test waits for several heartbeats, in seconds."""
 
 
 @pytest.fixture
 def quick_beats(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megalite.monitoring.heartbeat.BEAT_SECONDS", QUICK)
+    monkeypatch.setattr("megalite.monitoring.heartbeat.POLL_SECONDS", QUICK)
 
 
-def beat(rank: int, step: int, phase: Phase = "compute", moved: float = 0.0, written: float = 0.0) -> Beat:
+def beat(rank: int, step: int, phase: Phase = "compute", moved: float = 0.0, written: float = 0.0) -> Heartbeat:
     """A beat whose rank moved, and wrote, so many seconds ago."""
-    return Beat(rank, f"node{rank}", 100 + rank, step, phase, NOW - moved, NOW - written)
+    return Heartbeat(rank, f"node{rank}", 100 + rank, step, phase, NOW - moved, NOW - written)
 
 
 @pytest.mark.parametrize(
-    ("beats", "behind"),
+    ("heartbeats", "behind"),
     [
         pytest.param([], [], id="no rank"),
         pytest.param([beat(0, 7), beat(1, 6)], [], id="a step apart while they move"),
@@ -52,20 +61,20 @@ def beat(rank: int, step: int, phase: Phase = "compute", moved: float = 0.0, wri
         ),
     ],
 )
-def test_the_ranks_that_hold_the_others_up_are_found(beats: list[Beat], behind: list[int]) -> None:
-    assert [found.rank for found in laggards(beats, NOW)] == behind
+def test_the_ranks_that_hold_the_others_up_are_found(heartbeats: list[Heartbeat], behind: list[int]) -> None:
+    assert [found.rank for found in slow_ranks(heartbeats, NOW)] == behind
 
 
 def test_a_rank_writes_where_it_is_when_that_changes(tmp_path: Path, quick_beats: None) -> None:
     progress = Progress()
-    with Heart(tmp_path, 1, 2, progress, timeout=60):
-        wait_until(lambda: len(read_beats(tmp_path, 2)) == 1)
-        (first,) = read_beats(tmp_path, 2)
+    with HeartbeatThread(tmp_path, 1, 2, progress, timeout=60):
+        wait_until(lambda: len(read_heartbeats(tmp_path, 2)) == 1)
+        (first,) = read_heartbeats(tmp_path, 2)
         assert (first.rank, first.step, first.phase, first.pid) == (1, 0, "start", os.getpid())
         assert abs(first.time - time.time()) < 5
         progress.enter("update", 12)
-        wait_until(lambda: read_beats(tmp_path, 2)[0].step == 12)
-        (second,) = read_beats(tmp_path, 2)
+        wait_until(lambda: read_heartbeats(tmp_path, 2)[0].step == 12)
+        (second,) = read_heartbeats(tmp_path, 2)
         assert second.phase == "update"
         assert second.moved > first.moved
         written = (tmp_path / FOLDER / "rank_1.json").stat().st_mtime_ns
@@ -77,30 +86,30 @@ def test_what_is_no_beat_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / FOLDER).mkdir()
     for rank, text in enumerate(("", "[]", '{"rank": 2}', "null")):
         (tmp_path / FOLDER / f"rank_{rank}.json").write_text(text)
-    assert read_beats(tmp_path, 5) == []
+    assert read_heartbeats(tmp_path, 5) == []
 
 
 def test_a_folder_that_takes_nothing_does_not_end_a_rank(tmp_path: Path, quick_beats: None) -> None:
     (tmp_path / FOLDER).write_text("a file in place of the folder")
-    heart = Heart(tmp_path, 0, 1, Progress(), timeout=60)
-    with heart:
+    thread = HeartbeatThread(tmp_path, 0, 1, Progress(), timeout=60)
+    with thread:
         time.sleep(3 * QUICK)
-        assert heart._thread.is_alive()
+        assert thread._thread.is_alive()
 
 
 # ---- a rank that hangs
 
 HANGS = """
-    from megalite.monitoring.heartbeat import Heart, Progress
+    from megalite.monitoring.heartbeat import HeartbeatThread, Progress
     from pathlib import Path
     def read_batch():
         time.sleep(100)
     progress = Progress()
-    with Heart(here, rank, 2, progress, timeout=3.5):
+    with HeartbeatThread(here, rank, 2, progress, timeout=3.5):
         progress.enter("compute", 7)
         for _ in range(8):
             time.sleep(0.5)
-            progress.moved()
+            progress.touch()
         leave_pid(f"ready{rank}", os.getpid())
         if rank == 1: progress.enter("data", 7)
         read_batch()
@@ -128,8 +137,9 @@ def test_to_start_takes_as_long_as_it_takes() -> None:
         import sys, time
         from pathlib import Path
         from megalite.monitoring import heartbeat
-        heartbeat.BEAT_SECONDS = {QUICK}
-        with heartbeat.Heart(Path(sys.argv[1]), 0, 1, heartbeat.Progress(), timeout={QUICK}): time.sleep({8 * QUICK})
+        heartbeat.POLL_SECONDS = {QUICK}
+        progress = heartbeat.Progress()
+        with heartbeat.HeartbeatThread(Path(sys.argv[1]), 0, 1, progress, timeout={QUICK}): time.sleep({8 * QUICK})
     """
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", code, folder], check=True)
@@ -138,12 +148,12 @@ def test_to_start_takes_as_long_as_it_takes() -> None:
 # ---- megalite status
 
 
-def write_run(folder: Path, beats: list[Beat], steps: int = 4, skew: float = 0.0) -> None:
+def write_run(folder: Path, heartbeats: list[Heartbeat], steps: int = 4, skew: float = 0.0) -> None:
     """Leave what a run of two tensor ranks leaves in its folder; the clocks of its hosts are `skew` seconds, and twice
     that, ahead of the file system's."""
     (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     now = time.time()
-    for one in beats:
+    for one in heartbeats:
         record = {name: getattr(one, name) for name in ("rank", "host", "pid", "step", "phase")}
         ahead = skew * (1 + one.rank)
         record |= {"moved": now - (NOW - one.moved) + ahead, "time": now - (NOW - one.time) + ahead}
@@ -186,37 +196,37 @@ def test_status_of_a_run_that_runs_names_who_is_behind(
 def test_clocks_of_hosts_that_differ_make_no_rank_silent_or_behind(run_folder: Path, skew: float) -> None:
     write_run(run_folder, [beat(0, 5), beat(1, 5)], skew=skew)
     status = run_status(run_folder)
-    assert (status.state, status.laggards) == ("running", [])
+    assert (status.state, status.slow_ranks) == ("running", [])
     write_run(run_folder, [beat(0, 5), beat(1, 3, "data", moved=60)], skew=skew)
     status = run_status(run_folder)
-    assert [found.rank for found in status.laggards] == [1]
-    assert status.laggards[0].describe(status.now).startswith("rank 1 on node1: data of step 3 for 6")
+    assert [found.rank for found in status.slow_ranks] == [1]
+    assert status.slow_ranks[0].describe(status.now).startswith("rank 1 on node1: data of step 3 for 6")
     write_run(run_folder, [beat(0, 5), beat(1, 5, written=SILENT_SECONDS + 9)], skew=skew)
-    assert [found.rank for found in run_status(run_folder).laggards] == [1]
+    assert [found.rank for found in run_status(run_folder).slow_ranks] == [1]
 
 
 @pytest.mark.parametrize(("ranks", "writes"), [(2, 6), (200, 3), (10_000, 1)])
 def test_many_ranks_write_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, writes: int) -> None:
     """In five seconds of work that goes on all the time; a rank never rests for longer than makes it silent."""
     progress, clock, written = Progress(), [100.0], []
-    heart = Heart(tmp_path, 0, ranks, progress, timeout=60)
+    thread = HeartbeatThread(tmp_path, 0, ranks, progress, timeout=60)
     monkeypatch.setattr("megalite.monitoring.heartbeat.time.monotonic", lambda: clock[0])
     monkeypatch.setattr(Path, "write_bytes", lambda path, content: written.append(clock[0]))
 
     class Seconds:
         def wait(self, seconds: float) -> bool:
             clock[0] += seconds
-            progress.moved()
+            progress.touch()
             return clock[0] > 105
 
-    heart._closed = Seconds()  # pyright: ignore[reportAttributeAccessIssue]
-    heart._live()
+    thread._closed = Seconds()  # pyright: ignore[reportAttributeAccessIssue]
+    thread._loop()
     assert len(written) == writes + (ranks == 10_000)
-    assert heart._seconds < SILENT_SECONDS / 2
+    assert thread._seconds < SILENT_SECONDS / 2
 
 
 @pytest.mark.parametrize(
-    ("beats", "end", "state", "missing"),
+    ("heartbeats", "end", "state", "missing"),
     [
         ([beat(0, 5)], None, "running", [1]),
         ([beat(0, 5, written=SILENT_SECONDS + 9), beat(1, 5, written=SILENT_SECONDS + 9)], None, "dead", []),
@@ -226,14 +236,14 @@ def test_many_ranks_write_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_the_state_of_a_run_is_told_from_its_files(
-    run_folder: Path, beats: list[Beat], end: str | None, state: str, missing: list[int]
+    run_folder: Path, heartbeats: list[Heartbeat], end: str | None, state: str, missing: list[int]
 ) -> None:
-    write_run(run_folder, beats)
+    write_run(run_folder, heartbeats)
     if end is not None:
         (run_folder / end).write_text("{}")
     status = run_status(run_folder)
     assert (status.state, status.missing) == (state, missing)
-    assert len(status.laggards) == (2 if state == "dead" and beats else 0)
+    assert len(status.slow_ranks) == (2 if state == "dead" and heartbeats else 0)
 
 
 def test_what_is_odd_in_a_runs_files_is_passed_over(run_folder: Path) -> None:
@@ -246,7 +256,7 @@ def test_what_is_odd_in_a_runs_files_is_passed_over(run_folder: Path) -> None:
             '\n{"loss": 1, "step": 9}\n[3]\n{"loss": "x", "step": 9, "step_seconds": 1, "tokens_per_second": 2}\n'
         )
     status = run_status(run_folder)
-    assert (status.beats, status.missing, status.steps[-1]["step"]) == ([], [0, 1], 4)
+    assert (status.heartbeats, status.missing, status.steps[-1]["step"]) == ([], [0, 1], 4)
     for content in ("3", "[1, 2]", "{}", ""):
         (run_folder / "STOPPED.json").write_text(content)
         assert megalite("status", str(run_folder)).stdout.startswith(f"{run_folder}: stopped\n")
@@ -254,7 +264,7 @@ def test_what_is_odd_in_a_runs_files_is_passed_over(run_folder: Path) -> None:
 
 def test_there_is_no_status_of_no_run(tmp_path: Path) -> None:
     refused = megalite("status", str(tmp_path), status=2).stderr
-    assert refused.startswith(f"megalite: error: {tmp_path}: holds no run: there is no config.yaml")
+    assert refused.startswith(f"megalite: error: {tmp_path}: holds no run: it has no config.yaml")
 
 
 # ---- a whole run
@@ -266,13 +276,13 @@ def test_a_stopped_rank_is_found_and_the_run_ends(run_file: Path, tmp_path: Path
     command = [sys.executable, "-m", "megalite", "train", str(run_file), *given]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        wait_until(lambda: len(read_beats(tmp_path / "run", 4)) == 4, 120)
-        wait_until(lambda: all(found.step > 1 for found in read_beats(tmp_path / "run", 4)), 120)
-        stopped = read_beats(tmp_path / "run", 4)[2]
+        wait_until(lambda: len(read_heartbeats(tmp_path / "run", 4)) == 4, 120)
+        wait_until(lambda: all(found.step > 1 for found in read_heartbeats(tmp_path / "run", 4)), 120)
+        stopped = read_heartbeats(tmp_path / "run", 4)[2]
         psutil.Process(stopped.pid).suspend()
         assert run_status(run_file).state == "running"
         time.sleep(SILENT_SECONDS + 2)
-        assert [found.rank for found in run_status(run_file).laggards] == [2]
+        assert [found.rank for found in run_status(run_file).slow_ranks] == [2]
         _, err = running.communicate(timeout=60)
     finally:
         running.kill()
@@ -310,7 +320,7 @@ def save_while_watched(path: str, overrides: Sequence[str], rank: int, naps: Seq
     def watch() -> None:
         nonlocal still
         while not ended.wait(0.02):
-            still = max(still, trainer.progress.seconds_still())
+            still = max(still, trainer.progress.seconds_since_progress())
 
     watching = threading.Thread(target=watch)
     watching.start()

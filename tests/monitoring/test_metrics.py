@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig
+from megalite.errors import UserError
 from megalite.model.flops import flops_per_token
 from megalite.model.stage import Stage
 from megalite.monitoring.device import device_peak, peak_memory
@@ -27,6 +28,16 @@ SHAPE = {
     "intermediate_size": 96,
     "max_position_embeddings": 32,
 }
+
+
+def test_a_full_disk_is_told_without_a_promise(tmp_path: Path) -> None:
+    """Whether there is a checkpoint to go on from is not known where the metrics are written."""
+    log = MetricsLog(tmp_path, total_steps=4, world_size=1, stream=io.StringIO())
+    with Path("/dev/full").open("ab", buffering=0) as log._file, pytest.raises(UserError) as raised:
+        log.restart(2, 1)
+    assert "metrics.jsonl: cannot be written: " in str(raised.value)
+    assert "make room" in str(raised.value)
+    assert "checkpoint" not in str(raised.value)
 
 
 def test_flops_are_six_for_every_weight_that_multiplies_and_attention() -> None:

@@ -13,23 +13,23 @@ import pytest
 from test_train import TINY, megalite
 
 from megalite import launch
-from megalite.files import LOCK, file_clock, sole_user, write_whole
-from megalite.launch import announce, clear_for_stderr, end_announcement, start_name
+from megalite.files import LOCK, filesystem_time, folder_lock, write_atomically
+from megalite.launch import announce, clear_announcement, clear_announcement_before_stderr, start_id
 from megalite.launch.announce import CLEAR
-from megalite.monitoring.run_state import STATE, RunMarker, RunState, read_state
+from megalite.monitoring.run_state import STATE, RunState, RunStateWriter, read_state
 from megalite.monitoring.run_status import run_status
 from megalite.training.finished import step_of_a_finished_run
 
 SILENT = 20.0
 
 
-def marker(folder: Path, start: str = "this", tell: Any = lambda text: None) -> RunMarker:
-    return RunMarker(folder, start, ranks=4, steps=100, tell=tell)
+def marker(folder: Path, start: str = "this", announce: Any = lambda text: None) -> RunStateWriter:
+    return RunStateWriter(folder, start, ranks=4, steps=100, announce=announce)
 
 
 def age(folder: Path, seconds: float) -> None:
     """Let the file be of so many seconds ago."""
-    now = file_clock(folder)
+    now = filesystem_time(folder)
     os.utime(folder / STATE, (now - seconds, now - seconds))
 
 
@@ -44,7 +44,7 @@ def told(folder: Path) -> RunState:
 
 def test_the_life_of_a_run(tmp_path: Path) -> None:
     said: list[str] = []
-    ours = marker(tmp_path / "new/run", tell=said.append)
+    ours = marker(tmp_path / "new/run", announce=said.append)
     ours.starting("starting 4 ranks")
     ours.starting("building the model")
     assert said == ["starting 4 ranks", "building the model"]
@@ -85,7 +85,7 @@ def test_a_later_start_writes_over_how_an_earlier_one_ended(tmp_path: Path) -> N
 
 
 def test_the_word_of_a_run_that_is_in_the_folder_stays(tmp_path: Path) -> None:
-    with sole_user(tmp_path, "run.dir"):
+    with folder_lock(tmp_path, "run.dir"):
         marker(tmp_path, "theirs").running()
         ours = marker(tmp_path, "ours")
         ours.starting("a second run")
@@ -94,18 +94,6 @@ def test_the_word_of_a_run_that_is_in_the_folder_stays(tmp_path: Path) -> None:
         assert told(tmp_path).state == "running"
     ours.failed("and once it has gone")
     assert told(tmp_path).start == "ours"
-
-
-def test_a_start_that_was_refused_clears_its_own_word_alone(tmp_path: Path) -> None:
-    ours, theirs = marker(tmp_path, "ours"), marker(tmp_path, "theirs")
-    theirs.starting("a")
-    ours.cleared()
-    assert told(tmp_path).start == "theirs"
-    theirs.cleared()
-    assert read_state(tmp_path) is None
-    theirs.ended("done", step=3)
-    theirs.cleared()
-    assert told(tmp_path).state == "done"
 
 
 def test_the_file_is_kept_fresh_until_training_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +108,7 @@ def test_the_file_is_kept_fresh_until_training_begins(tmp_path: Path, monkeypatc
         written.set()
 
     monkeypatch.setattr("megalite.monitoring.run_state.os.replace", replace)
-    ours.keep_fresh()
+    ours.start_refreshing()
     assert written.wait(20)
     ours.running()
     assert told(tmp_path).state == "running"
@@ -148,11 +136,11 @@ def test_what_is_no_state_is_passed_over(tmp_path: Path, content: str) -> None:
 
 
 def test_the_processes_of_a_start_share_a_name() -> None:
-    by_hand = start_name({}, "a", 7)
-    assert start_name({"RANK": "1", "MEGALITE_LAUNCHER_PID": "7", "MASTER_PORT": "5"}, "a", 99) == by_hand
-    assert start_name({}, "b", 7) != by_hand
+    by_hand = start_id({}, "a", 7)
+    assert start_id({"RANK": "1", "MEGALITE_LAUNCHER_PID": "7", "MASTER_PORT": "5"}, "a", 99) == by_hand
+    assert start_id({}, "b", 7) != by_hand
     torchrun = {"RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "5"}
-    assert start_name(torchrun, "a", 1) == start_name({**torchrun, "RANK": "0"}, "b", 2) == "node1:5"
+    assert start_id(torchrun, "a", 1) == start_id({**torchrun, "RANK": "0"}, "b", 2) == "node1:5"
 
 
 # ------------------------------------------------------------------------------------------------ what status says
@@ -217,7 +205,7 @@ def test_status_speaks_of_every_state(tmp_path: Path, run_file: Path) -> None:
         "to go on: start it again without train.stop_after, or with a later one; it goes on from there",
     ]
     ours.ended("stopped", step=4, reason="STOP")
-    write_whole(folder / "STOPPED.json", b'{"step": 5, "reason": "SIGTERM", "checkpoint": null}')
+    write_atomically(folder / "STOPPED.json", b'{"step": 5, "reason": "SIGTERM", "checkpoint": null}')
     first, _, hint = lines()
     assert first == f"{folder}: stopped after step 5, asked by SIGTERM; no checkpoint"
     assert hint == "to go on: start it again as before; it begins with the newest checkpoint there is, or anew"
@@ -255,14 +243,14 @@ def test_a_terminal_shows_one_line_that_is_rewritten(monkeypatch: pytest.MonkeyP
     out, err = put_in_place(monkeypatch, True, err_is_terminal)
     announce("checking run.yaml")
     announce("building " + "a model of a long name " * 9)
-    end_announcement()
+    clear_announcement()
     first, second, third = out.getvalue().split(CLEAR)[1:]
     assert first == "megalite: checking run.yaml ..."
     assert second.startswith("megalite: building a model")
     assert len(second) < 90
     assert "\n" not in out.getvalue()
     assert third == err.getvalue() == ""
-    clear_for_stderr()
+    clear_announcement_before_stderr()
     assert err.getvalue() == (CLEAR if err.isatty() else "")
 
 
@@ -273,8 +261,8 @@ def test_elsewhere_there_are_plain_lines_beside_the_output(
     out, err = put_in_place(monkeypatch, False, err_is_terminal)
     announce("checking run.yaml")
     announce("starting 2 ranks")
-    end_announcement()
-    clear_for_stderr()
+    clear_announcement()
+    clear_announcement_before_stderr()
     assert out.getvalue() == ""
     assert err.getvalue() == "megalite: checking run.yaml\nmegalite: starting 2 ranks\n"
 
@@ -283,7 +271,7 @@ def test_a_closed_stream_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stdout", closed)
-    launch.end_announcement()
+    launch.clear_announcement()
 
 
 # ------------------------------------------------------------------------------------------------ a whole run

@@ -9,9 +9,9 @@ import pytest
 from harness import run_distributed
 from test_train import TINY
 
-from megalite.monitoring.stragglers import WINDOW, StragglerWatch
+from megalite.monitoring.stragglers import WINDOW, StragglerDetector
 from megalite.parallel.layout import ParallelLayout
-from megalite.pipeline.compute_timer import ThreadTime
+from megalite.pipeline.compute_timer import ThreadTimer
 
 
 def burn(seconds: float) -> None:
@@ -21,7 +21,7 @@ def burn(seconds: float) -> None:
 
 
 def test_a_ranks_own_time_is_that_of_its_work() -> None:
-    own = ThreadTime()
+    own = ThreadTimer()
     with own.measured():
         time.sleep(0.3)
     slept = own.take()
@@ -35,10 +35,10 @@ def test_a_ranks_own_time_is_that_of_its_work() -> None:
 
 def judged(layout: ParallelLayout, seconds: Sequence[float], factor: float = 1.5) -> list[tuple[int, float]]:
     """The ranks that a window of equal steps names, and their factors."""
-    watch = StragglerWatch(layout, factor)
-    found = [watch.count(seconds) for _ in range(WINDOW)]
+    watch = StragglerDetector(layout, factor)
+    found = [watch.update(seconds) for _ in range(WINDOW)]
     assert not any(found[:-1]), "named before the window was over"
-    assert not any(watch.count(seconds) for _ in range(WINDOW - 1)), "the next window begins anew"
+    assert not any(watch.update(seconds) for _ in range(WINDOW - 1)), "the next window begins anew"
     return [(one.rank, round(one.factor, 3)) for one in found[-1]]
 
 
@@ -60,9 +60,9 @@ def test_a_rank_beyond_its_peers_is_named(
 
 
 def test_a_single_slow_step_names_nobody() -> None:
-    watch = StragglerWatch(ParallelLayout(1, 1, 2), 1.5)
-    assert watch.count([5.0, 1.0]) == []
-    assert [watch.count([1.0, 1.0]) for _ in range(WINDOW - 1)] == [[]] * (WINDOW - 1)
+    watch = StragglerDetector(ParallelLayout(1, 1, 2), 1.5)
+    assert watch.update([5.0, 1.0]) == []
+    assert [watch.update([1.0, 1.0]) for _ in range(WINDOW - 1)] == [[]] * (WINDOW - 1)
 
 
 def train_beside_a_straggler(path: str, overrides: Sequence[str], slow: int) -> None:

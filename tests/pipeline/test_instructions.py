@@ -67,7 +67,6 @@ def test_computes_know_what_they_receive_and_send() -> None:
     for backward in (Backward(1, 5), BackwardInput(1, 5)):
         assert backward.receive(three) == ReceiveGradient(1, 5)
         assert backward.send(three) == SendGradient(1, 5)
-    assert all(compute.hand_over(three) is None for compute in (Forward(1, 5), Backward(1, 5), BackwardInput(1, 5)))
 
 
 def test_the_ends_of_the_pipeline_have_no_neighbour() -> None:
@@ -75,25 +74,23 @@ def test_the_ends_of_the_pipeline_have_no_neighbour() -> None:
         last = placed.num_stages - 1
         for backward in (Backward, BackwardInput):
             assert Forward(0, 5).receive(placed) is None
-            assert backward(0, 5).send(placed) is backward(0, 5).hand_over(placed) is None
-            assert Forward(last, 5).send(placed) is Forward(last, 5).hand_over(placed) is None
+            assert backward(0, 5).send(placed) is None
+            assert Forward(last, 5).send(placed) is None
             assert backward(last, 5).receive(placed) is None
 
 
 def test_weight_gradients_stay_where_they_are() -> None:
     for placed in (Placement(3), Placement(1, 3)):
         at = BackwardWeight(1, 5)
-        assert at.receive(placed) is at.send(placed) is at.hand_over(placed) is None
+        assert at.receive(placed) is at.send(placed) is None
 
 
 @pytest.mark.parametrize("turn", [Placement(2, 2, "v"), Placement(1, 4)])
-def test_neighbours_on_one_rank_hand_over_and_exchange_no_message(turn: Placement) -> None:
+def test_neighbours_on_one_rank_exchange_no_message(turn: Placement) -> None:
     assert Forward(1, 5).send(turn) is None
-    assert Forward(1, 5).hand_over(turn) == ReceiveActivation(2, 5)
     assert Forward(2, 5).receive(turn) is None
     for backward in (Backward, BackwardInput):
         assert backward(2, 5).send(turn) is None
-        assert backward(2, 5).hand_over(turn) == ReceiveGradient(1, 5)
         assert backward(1, 5).receive(turn) is None
 
 
@@ -108,7 +105,7 @@ def test_both_ends_of_a_message_name_each_other() -> None:
 def test_a_message_names_what_makes_it() -> None:
     computes: tuple[type[Compute], ...] = (Forward, Backward, BackwardInput, BackwardWeight)
     for send in (SendActivation(1, 5), SendGradient(1, 5)):
-        assert set(send.sources) == {kind(1, 5) for kind in computes if kind(1, 5).makes(3) == send}
+        assert set(send.sources) == {kind(1, 5) for kind in computes if kind(1, 5).resulting_send(3) == send}
 
 
 @pytest.mark.parametrize("module", [instructions, partition, placement, schedules])

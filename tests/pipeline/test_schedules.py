@@ -230,15 +230,15 @@ def test_where_the_stages_lie() -> None:
 @pytest.mark.parametrize(
     ("name", "virtual_stages", "says"),
     [
-        ("1f1b", 2, "runs one stage a rank; use parallel.virtual_stages=1, or parallel.schedule=interleaved_1f1b"),
-        ("gpipe", 3, "runs one stage a rank; use parallel.virtual_stages=1, or parallel.schedule=interleaved_1f1b"),
-        ("zb_h1", 2, "runs one stage a rank; use parallel.virtual_stages=1, or parallel.schedule=zb_v"),
-        ("zb_v", 1, "runs two stages a rank; use parallel.virtual_stages=2, or parallel.schedule=zb_h1"),
-        ("zb_v", 4, "runs two stages a rank; use parallel.virtual_stages=2, or parallel.schedule=interleaved_1f1b"),
+        ("1f1b", 2, "runs one stage per rank; use parallel.virtual_stages=1, or parallel.schedule=interleaved_1f1b"),
+        ("gpipe", 3, "runs one stage per rank; use parallel.virtual_stages=1, or parallel.schedule=interleaved_1f1b"),
+        ("zb_h1", 2, "runs one stage per rank; use parallel.virtual_stages=1, or parallel.schedule=zb_v"),
+        ("zb_v", 1, "runs two stages per rank; use parallel.virtual_stages=2, or parallel.schedule=zb_h1"),
+        ("zb_v", 4, "runs two stages per rank; use parallel.virtual_stages=2, or parallel.schedule=interleaved_1f1b"),
         (
             "interleaved_1f1b",
             1,
-            "runs two stages a rank or more; use parallel.virtual_stages=2, or parallel.schedule=1f1b",
+            "runs two or more stages per rank; use parallel.virtual_stages=2, or parallel.schedule=1f1b",
         ),
     ],
 )
@@ -275,7 +275,7 @@ def test_a_schedule_on_what_it_refuses_is_an_error() -> None:
         one_f_one_b(0, Placement(4, 2), 8)
     with pytest.raises(ValueError, match="6 are not whole groups; use 4 or 8"):
         interleaved_1f1b(0, Placement(4, 2), 6)
-    with pytest.raises(ValueError, match="zb_v lays its stages as a v, not as a loop"):
+    with pytest.raises(ValueError, match="zb_v needs a v placement"):
         zb_v(0, Placement(4, 2), 8)
-    with pytest.raises(ValueError, match="interleaved_1f1b lays its stages as a loop, not as a v"):
+    with pytest.raises(ValueError, match="interleaved_1f1b needs a loop placement"):
         interleaved_1f1b(0, Placement(4, 2, "v"), 8)

@@ -291,7 +291,7 @@ def test_an_error_of_the_users_is_not_tried_again(cluster: Cluster, submit: Subm
     ended = cluster.wait(job.number)
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "2", 0), job.output()
     assert "megalite: error: /nowhere/corpus" in job.output()
-    assert "a restart does not mend" in job.output()
+    assert "the run ended with a user error" in job.output()
 
 
 @pytest.mark.full

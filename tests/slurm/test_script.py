@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalite.cli import main
-from megalite.slurm import LAUNCHERS, Job, render, tensor_over_nodes
+from megalite.slurm import LAUNCHERS, Job, render, tensor_over_nodes_warning
 
 DONE, STOPPED_BY_HAND, STOPPED_BY_TIME = (
     'touch "$RUN/DONE.json"',
@@ -77,26 +77,26 @@ def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rende
     [
         (
             ("--nodes", "3"),
-            "tensor 2 x pipeline 2 x data 1 is 4 ranks, which do not fall evenly on --nodes 3; use one ",
+            "tensor 2 x pipeline 2 x data 1 is 4 ranks, which --nodes 3 does not divide; use one of 1, 2, 4\n",
         ),
         (
             ("--nodes", "2", "--ranks-per-node", "4"),
             "is 8 ranks, but tensor 2 x pipeline 2 x data 1 in run.yaml is 4; ",
         ),
-        (("--nodes", "2", "parallel.data=auto"), "leaves the number of ranks open; give --ranks-per-node, or parallel"),
+        (("--nodes", "2", "parallel.data=auto"), "; give --ranks-per-node, or parallel.data=1\n"),
         (
             ("--nodes", "1", "--ranks-per-node", "6", "parallel.data=auto"),
-            "no multiple of the 4 of tensor 2 x pipeline 2 in run.yaml; use --nodes 2, or --ranks-per-node 8",
+            "of the 4 of tensor 2 x pipeline 2 in run.yaml; use --nodes 2, or --ranks-per-node 8\n",
         ),
         (
             ("--nodes", "3", "--gpus-per-node", "2", "parallel.data=auto"),
-            "--nodes 3 with --gpus-per-node 2 is 6 ranks, no multiple of the 4 of tensor 2 x pipeline 2 in run.yaml; "
-            "use --nodes 2, or --nodes 4\n",
+            "--nodes 3 with --gpus-per-node 2 is 6 ranks, not a multiple of the 4 of tensor 2 x pipeline 2 in "
+            "run.yaml; use --nodes 2, or --nodes 4\n",
         ),
         (
             ("--nodes", "1", "--gpus-per-node", "2", "--ranks-per-node", "1", "parallel.data=auto"),
-            "--nodes 1 with --ranks-per-node 1 is 1 rank, no multiple of the 4 of tensor 2 x pipeline 2 in run.yaml; "
-            "use --nodes 4\n",
+            "--nodes 1 with --ranks-per-node 1 is 1 rank, not a multiple of the 4 of tensor 2 x pipeline 2 in "
+            "run.yaml; use --nodes 4\n",
         ),
         (
             ("--nodes", "1", "--gpus-per-node", "4", "--ranks-per-node", "8", "parallel.data=2"),
@@ -105,12 +105,11 @@ def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rende
         ),
         (
             ("--nodes", "1", "--gpus-per-node", "4", "parallel.data=2"),
-            "tensor 2 x pipeline 2 x data 2 is 8 ranks on each of --nodes 1, and each takes one of --gpus-per-node 4 "
-            "for its own; use --nodes 2",
+            "which --gpus-per-node gives 4; use --nodes 2\n",
         ),
         (
             ("--nodes", "3", "--gpus-per-node", "4", "parallel.data=2"),
-            "is 8 ranks, which do not fall evenly on --nodes 3; use one of 2, 4, 8\n",
+            "is 8 ranks, which --nodes 3 does not divide; use one of 2, 4, 8\n",
         ),
         (
             ("--nodes", "1", "--gpus-per-node", "8"),
@@ -123,8 +122,8 @@ def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rende
             ("--nodes", "2", "checkpoint.last=false"),
             "checkpoint.every=0 and checkpoint.last=false keep nothing ",
         ),
-        (("--nodes", "2", "--container", "x", "--launcher", "deepspeed"), "by its own Python, outside of it; use --la"),
-        (("--nodes", "2", "--account", "a\n#SBATCH --wrap=x"), "sbatch would not read this as one value; leave out bl"),
+        (("--nodes", "2", "--container", "x", "--launcher", "deepspeed"), "; use --launcher srun or torchrun\n"),
+        (("--nodes", "2", "--account", "a\n#SBATCH --wrap=x"), "; leave out blanks and quotes\n"),
         (("--nodes", "2", "--sbatch", "-N=3"), "is no long option of sbatch; write NAME=VALUE"),
         (
             ("--nodes", "2", "--sbatch", "job-name=x"),
@@ -141,7 +140,7 @@ def test_the_options_of_the_command_line_go_before_the_templates(rendered: Rende
         (("--nodes", "2", "--time", "5:00"), "--time 5:00 is 300 s"),
         (("--nodes", "2", "--time", "0-0:5"), "--time 0-0:5 is 300 s"),
         (("--nodes", "2", "--time", "4"), "--time 4 is 240 s"),
-        (("--nodes", "2", "train.stepz=3"), "command line: train.stepz is not a key; did you mean 'steps'?"),
+        (("--nodes", "2", "train.stepz=3"), "command line: train.stepz is not a key; did you mean 'train.steps'?"),
     ],
 )
 def test_what_cannot_be_is_said_with_its_fix(rendered: Rendered, arguments: tuple[str, ...], message: str) -> None:
@@ -218,11 +217,11 @@ def test_a_script_in_a_folder_logs_beside_itself(
     ],
 )
 def test_a_tensor_axis_over_nodes_is_warned_of(tensor: int, nodes: int, per_node: int, fits: int | None) -> None:
-    warning = tensor_over_nodes(tensor, per_node, nodes)
+    warning = tensor_over_nodes_warning(tensor, per_node, nodes)
     assert (warning is None) == (fits is None)
     if warning is not None:
         assert warning.startswith(f"warning: parallel.tensor={tensor} does not divide the {per_node} rank")
-        assert f"use parallel.tensor={fits}, " in warning
+        assert f"use parallel.tensor={fits} " in warning
 
 
 def test_the_warning_is_no_part_of_the_script(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -307,14 +306,14 @@ def bench(tmp_path: Path) -> Bench:
     ("does", "status", "said", "requeued"),
     [
         (f"{DONE}; exit 1", 0, "the run is done", False),
-        (f"{CHECKPOINT}; {USER_ERROR}; exit 1", 2, "an error that a restart does not mend", False),
+        (f"{CHECKPOINT}; {USER_ERROR}; exit 1", 2, "with a user error", False),
         (f"{CHECKPOINT}; {STOPPED_BY_HAND}", 0, "was stopped by hand", False),
         (f"{CHECKPOINT}; {STOPPED_BY_TIME}", 0, "the job is requeued", True),
         (f"{CHECKPOINT}; exit 9", 9, "the job is requeued", True),
         (f"{CHECKPOINT}; exit 0", 0, "the job is requeued", True),
         (f"{CHECKPOINT}; echo '  stop_after: 2' >$RUN/config.yaml", 0, "ended at train.stop_after", False),
-        ("exit 9", 9, "has no checkpoint to go on from", False),
-        ("exit 0", 1, "has no checkpoint to go on from", False),
+        ("exit 9", 9, "status 9 and has no checkpoint", False),
+        ("exit 0", 1, "status 0 and has no checkpoint", False),
         (f"{CHECKPOINT}; echo CANCELLED >state; exit 9", 9, "since Slurm ended the job", False),
         (f"{CHECKPOINT}; touch refuse; exit 9", 9, "Slurm does not requeue the job", False),
     ],
@@ -331,7 +330,7 @@ def test_a_folder_that_looks_like_a_pattern_has_its_checkpoints(bench: Bench) ->
     bench.run_dir = bench.folder / "runs" / "a[1] *"
     assert bench.run(f"{CHECKPOINT}; exit 9")[0::2] == (9, True)
     bench.run_dir = bench.folder / "runs" / "half"
-    assert "has no checkpoint to go on from" in bench.run('mkdir -p "$RUN/checkpoints/step_2.tmp"; exit 9')[1]
+    assert "has no checkpoint" in bench.run('mkdir -p "$RUN/checkpoints/step_2.tmp"; exit 9')[1]
 
 
 def test_every_start_meets_at_another_port_and_knows_its_time(bench: Bench) -> None:

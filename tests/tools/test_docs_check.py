@@ -50,6 +50,16 @@ def test_the_commands_of_a_page_are_found(tool: ModuleType, block: str, found: l
     assert [(command.line, command.text) for command in tool.commands("page", block)] == found
 
 
+def test_a_python_block_is_a_script_that_its_first_line_names(tool: ModuleType) -> None:
+    (script,) = tool.commands("page", "```python\nimport this\n\nprint(this)\n```")
+    assert (script.text, script.script) == ("Python: import this", "import this\n\nprint(this)")
+
+
+def test_run_files_are_the_blocks_that_begin_with_a_name(tool: ModuleType) -> None:
+    named, unnamed = "```yaml\n# tune.yaml\nrun: {dir: a}\n```\n", "```yaml\nrun: {dir: b}\n```\n"
+    assert tool.run_files(named + unnamed) == {"tune.yaml": "# tune.yaml\nrun: {dir: a}"}
+
+
 def test_what_a_page_shows_says_how_a_command_ends(tool: ModuleType) -> None:
     text = "```\n$ megalite a\nmegalite: error: b\n...\n$ megalite c\n3 steps in 2 s\n```"
     wrong, right = tool.commands("page", text)
@@ -64,21 +74,34 @@ def test_every_page_with_commands_has_its_place_and_what_is_left_out_is_there(to
     assert sum(len(tool.of_page(page.path)) for page in tool.PAGES) > 50
 
 
-@pytest.mark.parametrize("path", ["docs/verify.md", "README.md"])
+@pytest.mark.parametrize("path", ["docs/howto/verify.md", "README.md"])
 def test_an_entry_that_no_page_has_is_an_error(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     monkeypatch.setitem(tool.LEFT_OUT, path, tool.LEFT_OUT[path] | {"megalite never": "it never was"})
     assert tool.faults() == [f"{path}: LEFT_OUT names 'megalite never', which is not there"]
 
 
 def test_a_page_without_a_place_is_an_error(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "PAGES", tuple(page for page in tool.PAGES if page.path != "docs/doctor.md"))
-    monkeypatch.delitem(tool.LEFT_OUT, "docs/doctor.md")
-    assert tool.faults() == ["docs/doctor.md: has commands and is not in PAGES"]
+    monkeypatch.setattr(tool, "PAGES", tuple(page for page in tool.PAGES if page.path != "docs/howto/doctor.md"))
+    monkeypatch.delitem(tool.LEFT_OUT, "docs/howto/doctor.md")
+    assert tool.faults() == ["docs/howto/doctor.md: has commands and is not in PAGES"]
 
 
 def test_a_page_builds_upon_an_earlier_one(tool: ModuleType) -> None:
     paths = [page.path for page in tool.PAGES]
     assert all(page.after is None or paths.index(page.after) < at for at, page in enumerate(tool.PAGES))
+
+
+@pytest.mark.processes
+def test_a_script_and_a_run_file_of_a_page_are_run_in_its_folder(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_file = "```yaml\n# a.yaml\nmodel: {hidden_size: 4096}\ndata: {sequence_length: 4096}\n```\n"
+    script = "```python\nimport yaml\n\nassert yaml.safe_load(open('a.yaml'))['model']['hidden_size'] == 64\n```\n"
+    (tmp_path / "page.md").write_text(run_file + script + "```python\nraise SystemExit(3)\n```\n")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    assert tool.check(tool.Page("page.md"), tmp_path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "page.md:" in line] == ["ok", "WRONG"]
 
 
 @pytest.mark.processes
@@ -89,6 +112,9 @@ def test_a_command_that_ends_otherwise_than_its_page_says_is_told(
     monkeypatch.setattr(tool, "of_page", lambda path: tool.commands(path, page))
     monkeypatch.setattr(tool, "SECONDS", 0.5)
     monkeypatch.setitem(tool.LEFT_OUT, "page", {})
+    monkeypatch.setattr(tool, "run_files", lambda text: {})
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    (tmp_path / "page").touch()
     assert tool.check(tool.Page("page"), tmp_path) == 3
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if "page:" in line] == ["ok", "WRONG", "WRONG", "WRONG"]

@@ -3,6 +3,8 @@
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,9 @@ def dry_run(folder: Path, capsys: Capture, *overrides: str) -> tuple[int, str, s
     status = main(["train", str(folder / "run.yaml"), "--dry-run", *overrides])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     told = capsys.readouterr()
-    return status, told.out, told.err
+    first, err = told.err.split("\n", 1)
+    assert first == "megalite: checking run.yaml"
+    return status, told.out, err
 
 
 def checkpoint(folder: Path, step: int = 4) -> Path:
@@ -116,11 +120,11 @@ REFUSED: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
         ["train.global_batch_size=8", "data.order=megatron"],
         ["step_4: stands at sample 16 after step 4", "at 32", "keep train.global_batch_size"],
     ),
-    ("other model", nothing, ["model.num_hidden_layers=2"], ["is of another run", "num_hidden_layers"]),
+    ("other model", nothing, ["model.num_hidden_layers=2"], ["step_4: ", "num_hidden_layers", "resume=never"]),
     ("named, cut", lambda folder: cut(folder, 4), ["resume=RUN/checkpoints/step_4"], ["bytes, not", "is damaged"]),
     ("named, one bit", flip, ["resume=RUN/checkpoints/step_4"], ["another SHA-256", "is damaged"]),
     ("none whole", both_cut, [], ["no checkpoint is whole; write resume=never"]),
-    ("no such checkpoint", nothing, ["resume=RUN/checkpoints/step_3"], ["step_3: is no checkpoint"]),
+    ("no such checkpoint", nothing, ["resume=RUN/checkpoints/step_3"], ["step_3: is not a checkpoint"]),
     (
         "passed over",
         passed_over,
@@ -263,6 +267,41 @@ def test_a_model_of_unknown_size_is_told(here: Path, capsys: Capture) -> None:
     assert "give model.vocab_size=N" in err
 
 
+LAST_WORDS = """
+import sys
+from megalite.cli import main
+status = main(sys.argv[1:])
+sys.exit(9 if "torch" in sys.modules else status)
+"""
+WRONG: list[list[str]] = [["trian.steps=3"], ["parallel.tensor=3"], ["data.train=c"], ["init_from=me/model"]]
+
+
+@pytest.mark.parametrize("given", [["--dry-run"], []], ids=["dry run", "start"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_run_file_is_told_before_torch_is_imported(given: list[str], wrong: list[str], here: Path) -> None:
+    command = [sys.executable, "-c", LAST_WORDS, "train", str(here / "run.yaml"), "resume=never", *given, *wrong]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    first, told, *_ = done.stderr.splitlines()
+    assert first == "megalite: checking run.yaml"
+    assert told.startswith("megalite: error: ")
+
+
+def test_a_name_on_a_hub_is_told_with_its_download(here: Path, capsys: Capture) -> None:
+    for key in ("data.tokenizer", "init_from"):
+        assert main(["train", str(here / "run.yaml"), "resume=never", f"{key}=me/model-7b"]) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith(f"megalite: error: {key}=me/model-7b: ")
+        assert "`hf download me/model-7b --local-dir models/model-7b`" in told
+    out = dry_run(here, capsys, "resume=never", "data.tokenizer=me/model-7b")[1]
+    assert "not checked: data.tokenizer=me/model-7b: it is not there; " in out
+    assert "hf download" in out
+    status, _, err = dry_run(here, capsys, "data.tokenizer=me/model-7b", "model.vocab_size=null")
+    assert status == 2
+    assert "hf download" in err
+    assert "model.vocab_size=N" in err
+
+
 def test_under_a_launcher_rank_0_does_it(here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     from megalite.cli import train
     from megalite.launch import launch_environment
@@ -280,7 +319,7 @@ def test_under_a_launcher_rank_0_does_it(here: Path, capsys: Capture, monkeypatc
 
     assert be_rank(1, "model.num_hidden_layers=2") == ""
     assert "tensor 1 x pipeline 1 x data 2" in be_rank(0)
-    with pytest.raises(UserError, match="is of another run"):
+    with pytest.raises(UserError, match="model.num_hidden_layers"):
         be_rank(0, "model.num_hidden_layers=2")
 
 

@@ -17,9 +17,9 @@ from test_resume import run_on_rank
 
 from megalite.checkpoint import store
 from megalite.checkpoint.manifest import KINDS
-from megalite.checkpoint.model_files import run_companions, tokenizer_companions
+from megalite.checkpoint.model_files import run_model_files, tokenizer_model_files
 from megalite.checkpoint.reader import CheckpointReader
-from megalite.checkpoint.special_tokens import named_token, text_ends
+from megalite.checkpoint.special_tokens import end_token_ids, named_token
 from megalite.checkpoint.store import Part
 from megalite.cli import main
 from megalite.convert.open import open_weights
@@ -113,7 +113,7 @@ def saved(path: Path, overrides: Sequence[str] = ()) -> Path:
     """What a run would save after its first step, but for the elements, which are 0, without running it."""
     plan = prepare(path, overrides, 1)
     folder = plan.checkpoints / "step_1"
-    shapes = {f"{kind}/{name}": shape for kind in KINDS for name, shape in plan.expectation.shapes.items()}
+    shapes = {f"{kind}/{name}": shape for kind in KINDS for name, shape in plan.requirements.shapes.items()}
     parts = [
         Part(name, shape, Region.whole(shape), partial(np.zeros, shape, np.float32)) for name, shape in shapes.items()
     ]
@@ -139,7 +139,7 @@ def test_a_chat_model_ends_its_answers_after_training_and_after_conversion(
     assert f"init_from={source} is passed over, since the run goes on; " in "\n".join(notes)
     shutil.rmtree(source)  # the run has all that it needs
     reader = CheckpointReader(tmp_path / "run/checkpoints/step_60")
-    assert reader.faults() == []
+    assert reader.problems() == []
     for name in (*KEPT, "generation_config.json"):
         assert name in reader.manifest.files
         assert (reader.folder / name).read_bytes() == (chat_model / name).read_bytes()
@@ -190,16 +190,16 @@ def test_what_weights_and_tokenizer_tell_of_the_model_need_not_be_written_again(
     [
         (
             ["model.hidden_size=32"],
-            "command line: model.hidden_size=32 is not that of init_from={folder}, 64; leave it out, or write the "
-            "whole section model",
+            "command line: model.hidden_size=32 is not that of init_from={folder}, 64; delete it to train those "
+            "weights on, or delete init_from to train from scratch",
         ),
         (
             ["model.rope_scaling={rope_type: linear, factor: 2}", "model.architecture=gpt2"],
-            "command line: model.rope_scaling={{...}} is not that of init_from={folder}, null; leave it out, or "
-            "write the whole section model\ncommand line: model.architecture='gpt2' is not that of init_from={folder}, "
-            "'llama'; leave it out, or write the whole section model",
+            "command line: model.rope_scaling={{...}} is not that of init_from={folder}, null; delete it to train "
+            "those weights on, or write the whole section model to train them on so, or delete init_from to train from "
+            "scratch\ncommand line: model.architecture='gpt2' is not that of init_from={folder}, 'llama'; delete it",
         ),
-        (["model.hiden_size=32"], "command line: model.hiden_size is not a key; did you mean 'hidden_size'?"),
+        (["model.hiden_size=32"], "command line: model.hiden_size is not a key; did you mean 'model.hidden_size'?"),
         (["init_from=/absent"], "init_from=/absent: there is no such folder; give a checkpoint step_N"),
         (["model=7"], "command line: model=7 is not a section"),
     ],
@@ -223,17 +223,49 @@ def test_what_disagrees_with_the_weights_is_told_with_both(
         ("generation_config.json", '{"eos_token_id": [2, 99999]}', "eos_token_id has 99999, and the model has "),
         ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id has -1, and the model has "),
         ("tokenizer_config.json", "{", "cannot be read as JSON: "),
+        ("special_tokens_map.json", "[]", "holds no JSON object; "),
+        ("chat_template.jinja", "\udcff", "cannot be read: "),
     ],
 )
 def test_a_file_of_no_use_to_the_trained_model_is_refused_before_training(
     chat_model: Path, conversations: Path, tmp_path: Path, file: str, content: str, message: str
 ) -> None:
+    """Whether it goes with the weights to begin with or with the tokenizer, on a first start and on a later one."""
     source = shutil.copytree(chat_model, tmp_path / "source")
-    (source / file).write_text(content)
-    path = write_run(tmp_path, conversations, init_from=str(source))
-    with pytest.raises(UserError) as raised:
+    of_weights = write_run(tmp_path, conversations, init_from=str(source))
+    of_tokenizer, sizes = tmp_path / "tokenizer.yaml", dict(open_weights(source).model)
+    document = yaml.safe_load(of_weights.read_text()) | {"model": sizes}
+    document["data"]["tokenizer"] = str(source)
+    del document["init_from"]
+    of_tokenizer.write_text(yaml.safe_dump(document))
+    for path in (of_weights, of_tokenizer):
         prepare(path, [], 1).check_start()
-    assert str(raised.value).startswith(f"{source}/{file}: {message}")
+    (source / file).write_text(content, errors="surrogateescape")
+
+    def refused(path: Path) -> str:
+        with pytest.raises(UserError) as raised:
+            prepare(path, [], 1).check_start()
+        return str(raised.value)
+
+    for path in (of_weights, of_tokenizer):
+        assert refused(path).startswith(f"{source}/{file}: {message}")
+    shutil.copy(chat_model / file, source)
+    saved(of_tokenizer)
+    (source / file).write_text(content, errors="surrogateescape")
+    assert refused(of_tokenizer).startswith(f"{source}/{file}: {message}")
+
+
+def test_a_file_that_goes_into_no_checkpoint_may_be_as_it_is(
+    chat_model: Path, conversations: Path, tmp_path: Path
+) -> None:
+    """Beside a tokenizer of a name of its own, the files may be those of another."""
+    source = shutil.copytree(chat_model, tmp_path / "source")
+    (source / "tokenizer.json").rename(source / "mine.json")
+    (source / "tokenizer_config.json").write_text("{broken")
+    path = write_run(tmp_path, conversations, model=dict(open_weights(chat_model).model))
+    plan = prepare(path, [f"data.tokenizer={source}/mine.json"], 1)
+    assert plan.check_start() == "start: anew"
+    assert "tokenizer_config.json" not in plan.companion_files()
 
 
 def test_weights_to_begin_with_are_passed_over_aloud_where_the_run_goes_on(
@@ -346,26 +378,26 @@ def test_the_files_of_a_run_are_those_of_its_tokenizer_and_then_of_its_weights(t
         (tmp_path / name).write_text(f"data's {name}")
     json_file, model = tmp_path / "tokenizer.json", tmp_path / "tokenizer.model"
     everything = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json"}
-    assert set(tokenizer_companions(json_file, "tokenizer.json")) == everything
+    assert set(tokenizer_model_files(json_file, "tokenizer.json")) == everything
     # The file that is looked for first must be the one that was named.
-    assert set(tokenizer_companions(model, "tokenizer.model")) == everything - {"tokenizer.json"}
-    assert set(tokenizer_companions(tmp_path / "README.md", "tokenizer.model")) == {"tokenizer.model"}
+    assert set(tokenizer_model_files(model, "tokenizer.model")) == everything - {"tokenizer.json"}
+    assert set(tokenizer_model_files(tmp_path / "README.md", "tokenizer.model")) == {"tokenizer.model"}
 
-    own = tokenizer_companions(json_file, "tokenizer.json")
+    own = tokenizer_model_files(json_file, "tokenizer.json")
     same: dict[str, bytes] = dict.fromkeys(
         ("tokenizer.model", "chat_template.jinja", "generation_config.json"), b"theirs"
     )
     same["tokenizer.json"] = b"data's tokenizer.json"
-    found = run_companions(own, same)
+    found = run_model_files(own, same)
     assert set(found) == everything | {"chat_template.jinja"}
     assert [name for name, content in found.items() if content == b"theirs"] == [
         "chat_template.jinja",
         "generation_config.json",
     ]
     # Ids of another tokenizer's say something else; weights without a tokenizer say what they know.
-    assert run_companions(own, {**same, "tokenizer.json": b"another"}) == run_companions(own, {})
-    assert run_companions(own, {"generation_config.json": b"theirs"})["generation_config.json"] == b"theirs"
-    assert run_companions(None, same) == same
+    assert run_model_files(own, {**same, "tokenizer.json": b"another"}) == run_model_files(own, {})
+    assert run_model_files(own, {"generation_config.json": b"theirs"})["generation_config.json"] == b"theirs"
+    assert run_model_files(None, same) == same
 
 
 ENDS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
@@ -411,9 +443,9 @@ def test_the_tokenizers_files_name_the_end_that_nothing_else_tells() -> None:
         (({}, {"eos_token": "<gone>"}), [2]),
         (({}, {}), [2]),
     ):
-        assert text_ends([], settings, ids.get, 2, None) == ends
-    assert text_ends([9], ({"eos_token": "<e>"},), ids.get, 2, None) == [9]
-    assert text_ends([], (), ids.get, None, None) == []
+        assert end_token_ids([], settings, ids.get, 2, None) == ends
+    assert end_token_ids([9], ({"eos_token": "<e>"},), ids.get, 2, None) == [9]
+    assert end_token_ids([], (), ids.get, None, None) == []
     assert named_token("eos_token", {"eos_token": ""}, {"eos_token": ["x"]}) is None
 
 

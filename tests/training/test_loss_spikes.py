@@ -279,9 +279,9 @@ def roll_back_on_a_lagging_disk(path: str, overrides: Sequence[str], lag: str) -
     trainer = build_trainer(path, overrides)
     trainer.run()
     if trainer.mesh.rank == 1:
-        listed, digest, looks = discovery.checkpoints, resume._manifest_digest, iter(range(1000))
+        listed, digest, looks = discovery.find_checkpoints, resume._manifest_digest, iter(range(1000))
         if lag == "old listing":
-            discovery.checkpoints = lambda root: listed(root)[1:]
+            discovery.find_checkpoints = lambda root: listed(root)[1:]
         hidden = {"late": 5, "never": 1000}.get(lag, 0)
 
         def looking(folder: Path) -> str | None:

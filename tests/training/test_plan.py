@@ -50,8 +50,8 @@ def remove_tokens(prefix: Path) -> None:
 
 
 BAD: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
-    ("key", spoil_nothing, ["train.stepz=3"], ["train.stepz", "did you mean 'steps'?"]),
-    ("section", spoil_nothing, ["trian.steps=3"], ["trian", "did you mean 'train'?"]),
+    ("key", spoil_nothing, ["train.stepz=3"], ["train.stepz", "did you mean 'train.steps'?"]),
+    ("section", spoil_nothing, ["trian.steps=3"], ["trian.steps", "did you mean 'train.steps'?"]),
     ("deepspeed key", spoil_nothing, ["deepspeed.gradient_cliping=1"], ["gradient_cliping", "'gradient_clipping'"]),
     ("deep key", spoil_nothing, ["deepspeed.zero_optimization.stag=1"], ["stag", "'stage'"]),
     ("heads", spoil_nothing, ["parallel.tensor=3"], ["parallel.tensor=3", "model.num_attention_heads=8", "use"]),
@@ -77,7 +77,7 @@ BAD: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
         ["train.eval_every=5", "data.split=[0.9, 0.1]"],
         ["hold 0 tokens", "data.split"],
     ),
-    ("folder", spoil_nothing, ["run.dir=/dev/null/run"], ["run.dir", "/dev/null is no folder", "another run.dir"]),
+    ("folder", spoil_nothing, ["run.dir=/dev/null/run"], ["run.dir", "/dev/null is not a folder", "another run.dir"]),
     ("less than a sample", spoil_nothing, ["data.split=[0.5, 0.5]"], ["documents", "sequence_length"]),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 import warm
 from test_train import TINY, megalite
 
-from megalite.checkpoint.discovery import checkpoints
+from megalite.checkpoint.discovery import find_checkpoints
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.errors import STOPPED_STATUS
 
@@ -26,7 +26,7 @@ def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> No
     folder = tmp_path / "run"
     command = [*warm.MEGALITE, "train", str(run_file), *GIVEN, "train.steps=100000"]
     with warm.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
-        while len(checkpoints(folder / "checkpoints")) < 2:
+        while len(find_checkpoints(folder / "checkpoints")) < 2:
             assert running.poll() is None
             time.sleep(0.05)
         second = megalite("train", str(run_file), *GIVEN, "train.steps=100000", status=2).stderr
@@ -36,16 +36,16 @@ def test_a_run_stopped_by_a_signal_goes_on(run_file: Path, tmp_path: Path) -> No
     assert running.returncode == STOPPED_STATUS
     *of_start, last_words = said.splitlines()
     assert of_start[-1] == "megalite: building the model"
-    assert last_words == "megalite: asked to stop, after this step if training; once more to end at once"
-    found = checkpoints(folder / "checkpoints")
-    assert all(CheckpointReader(path).faults() == [] for _, path in found)
+    assert last_words.startswith("megalite: asked to stop; ")
+    found = find_checkpoints(folder / "checkpoints")
+    assert all(CheckpointReader(path).problems() == [] for _, path in found)
 
     last = found[0][0] + 3
     done = megalite("train", str(run_file), *GIVEN, f"train.steps={last}").stdout
     assert f"resumed: {folder}/checkpoints/step_{last - 3}, step {last - 3}, " in done
     assert f"step {last}/{last} | checkpoint step_{last} | " in done
     assert steps(folder) == list(range(1, last + 1))
-    assert [step for step, _ in checkpoints(folder / "checkpoints")] == [last, last - 1, last - 2]
+    assert [step for step, _ in find_checkpoints(folder / "checkpoints")] == [last, last - 1, last - 2]
     assert (folder / "checkpoints/LATEST").read_text() == f"step_{last}\n"
     assert (folder / "DONE.json").is_file()
 
@@ -60,13 +60,13 @@ def test_another_models_checkpoint_is_refused_before_any_rank_starts(run_file: P
     megalite("train", str(run_file), *given)
     refused = megalite("train", str(run_file), *given, "model.intermediate_size=64", status=2).stderr
     lines = refused.splitlines()
-    assert lines[0] == f"megalite: error: {tmp_path}/run/checkpoints/step_2: is of another run:"
+    assert lines[0].startswith(f"megalite: error: {tmp_path}/run/checkpoints/step_2: ")
     assert any(line.split()[2:] == ["model.intermediate_size", "64", "48"] for line in lines)
-    assert "or begin anew with resume=never" in lines[-1]
+    assert all(fix in lines[-1] for fix in ("init_from", "resume=never"))
     wrong = megalite("train", str(run_file), *given, f"resume={tmp_path}/run/checkpoints/step_3", status=2).stderr
-    assert "step_3: is no checkpoint; did you mean" in wrong
+    assert "step_3: is not a checkpoint; did you mean" in wrong
     wrong = megalite("train", str(run_file), *given, f"resume={tmp_path}/run", status=2).stderr
-    assert wrong.endswith(f"is no checkpoint; the newest there is {tmp_path}/run/checkpoints/step_2\n")
+    assert wrong.endswith(f"is not a checkpoint; the newest checkpoint there is {tmp_path}/run/checkpoints/step_2\n")
     dry = megalite("train", str(run_file), *given, "--dry-run").stdout
     assert dry.endswith(
         f"start: from {tmp_path}/run/checkpoints/step_2, step 2\nnothing is left to train: step 2 is done\n"

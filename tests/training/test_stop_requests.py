@@ -211,7 +211,7 @@ def test_a_run_stops_for_its_file_and_goes_on_when_started_again(
         "checkpoint": str(checkpoint),
     }
     assert f"stopped after step {last:,} of 100,000, asked by STOP; checkpoint step_{last}" in said
-    assert CheckpointReader(checkpoint).faults() == []
+    assert CheckpointReader(checkpoint).problems() == []
     assert not (folder / STOP).exists()
     assert not (folder / "DONE.json").exists()
 
@@ -257,7 +257,7 @@ def test_a_signal_to_one_rank_stops_all_under_any_launcher(
     assert running.returncode == 0, said
     stopped = json.loads((tmp_path / "run/STOPPED.json").read_text())
     assert stopped["reason"] == number.name
-    assert CheckpointReader(Path(stopped["checkpoint"])).faults() == []
+    assert CheckpointReader(Path(stopped["checkpoint"])).problems() == []
 
 
 # ---- started again

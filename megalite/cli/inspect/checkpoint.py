@@ -34,12 +34,12 @@ def newest_checkpoint(path: Path) -> Path:
 
     A damaged one is taken too: its damage is what is asked about. Raises UserError where no save has ended.
     """
-    from megalite.checkpoint.discovery import checkpoints
+    from megalite.checkpoint.discovery import find_checkpoints
 
     if is_checkpoint(path) or not lists_checkpoints(path):
         return path
     root = _root(path)
-    newest = next((folder for _, folder in checkpoints(root) if (folder / MANIFEST).is_file()), None)
+    newest = next((folder for _, folder in find_checkpoints(root) if (folder / MANIFEST).is_file()), None)
     if newest is None:
         raise UserError(f"{root}: holds no checkpoint that is whole; give another folder")
     typer.echo(f"{path}: the newest is {newest}")
@@ -75,7 +75,7 @@ def verify_checkpoint(path: Path) -> None:
     files = reader.manifest.files
     total = sum(record.bytes for record in files.values())
     with byte_progress("verifying") as progress:
-        faults = reader.faults(progress=progress)
+        faults = reader.problems(progress=progress)
     if faults:
         raise UserError("\n".join(f"{path}: {fault}; use another checkpoint" for fault in faults))
     typer.echo(f"{path}: all {len(files)} files, {total / 1e6:,.1f} MB, are as they were written")
@@ -148,12 +148,12 @@ def compare_checkpoints(path: Path, other: Path) -> bool:
 
 
 def _comparison(comparison: "Comparison") -> Iterator[str]:
-    from megalite.checkpoint.mismatch_table import difference_table
+    from megalite.checkpoint.mismatch_table import mismatch_table
 
     if comparison.shapes:
-        yield f"tensors of other names or shapes:\n{difference_table(comparison.shapes, 'in A', 'in B')}"
+        yield f"tensors of other names or shapes:\n{mismatch_table(comparison.shapes, 'in A', 'in B')}"
     if comparison.state:
-        yield f"state:\n{difference_table(comparison.state, 'in A', 'in B')}"
+        yield f"state:\n{mismatch_table(comparison.state, 'in A', 'in B')}"
     for kind, (equal, different) in comparison.counts.items():
         yield f"{kind}: {equal:,} tensors are equal bit by bit, {different:,} are not"
     if comparison.first is not None and comparison.worst is not None:
@@ -165,7 +165,7 @@ def _comparison(comparison: "Comparison") -> Iterator[str]:
 
 
 def _told(difference: "TensorDifference") -> str:
-    place, (here, there) = list(difference.place), difference.values
+    place, (here, there) = list(difference.index), difference.values
     return (
         f"{difference.name}: by {difference.largest:.6g} at most, at {place}, {here:.9g} in A and {there:.9g} in B; "
         f"{difference.differing:,} of {difference.elements:,} elements differ, by {difference.relative:.3g} of A's norm"

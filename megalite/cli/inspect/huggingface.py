@@ -23,7 +23,7 @@ def inspect_hugging_face(path: Path) -> None:
 
 
 def _head(weights: "HuggingFaceWeights") -> Iterator[str]:
-    files = [*weights.files, *weights.companions]
+    files = [*weights.files, *weights.model_files]
     sizes = {name: (weights.origin / name).stat().st_size for name in files}
     yield (
         f"{weights.origin}: a {weights.family.model_type} of Hugging Face's, "
@@ -44,17 +44,17 @@ def _tokenizer(weights: "HuggingFaceWeights") -> Iterator[str]:
     from megalite.data.tokenizers.load import load_tokenizer
     from megalite.generation.tokenization import open_vocabulary
 
-    companions = weights.companions
-    name = tokenizer_name(companions)
-    settings, where = generation_settings(weights, companions)
+    model_files = weights.model_files
+    name = tokenizer_name(model_files)
+    settings, where = generation_settings(weights, model_files)
     if name is None:
         yield "tokenizer: none"
         yield f"ends a text: {settings.get('eos_token_id')} of {Path(where).name}"
         return
-    loaded = load_tokenizer(companions[name])
+    loaded = load_tokenizer(model_files[name])
     yield f"tokenizer: {name}, {loaded.vocab_size:,} ids, SHA-256 {loaded.digest[:12]}"
-    separate = next((file for file in companions if file.startswith("chat_template")), None)
-    in_config = TOKENIZER_CONFIG if read_settings(companions.get(TOKENIZER_CONFIG)).get("chat_template") else None
+    separate = next((file for file in model_files if file.startswith("chat_template")), None)
+    in_config = TOKENIZER_CONFIG if read_settings(model_files.get(TOKENIZER_CONFIG)).get("chat_template") else None
     yield f"chat template: {separate or in_config or 'none'}"
     vocabulary, names = open_vocabulary(weights, None), {token: name for name, token in loaded.control_tokens.items()}
 

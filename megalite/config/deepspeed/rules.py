@@ -7,6 +7,12 @@ from typing import Any, Literal
 from megalite.config.values import Kind
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PRECISION_NAMES: Mapping[str, Precision] = {
+    **dict.fromkeys(("float32", "float", "fp32", "f32", "single", "32", "32-true", "no", "torch.float32"), "fp32"),
+    **dict.fromkeys(("bfloat16", "bfloat", "bf16-mixed", "bf16-true", "torch.bfloat16"), "bf16"),
+    **dict.fromkeys(("float16", "half", "f16", "16", "16-mixed", "fp16-mixed", "16-true", "torch.float16"), "fp16"),
+}
+"""What PyTorch, Hugging Face and Lightning call them."""
 
 AutoMeaning = Literal["default", "resolved", "refused"]
 

@@ -10,7 +10,7 @@ from megalite.config.deepspeed.parse import read_document
 from megalite.config.deepspeed.rules import Derived, Precision
 from megalite.config.deepspeed.table import RECOMPUTE_KEYS, SCHEDULERS, TABLE
 from megalite.config.validation import Fault, Origin, report
-from megalite.paths import spell
+from megalite.paths import escape
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,18 @@ class DeepSpeedSettings:
         """DeepSpeed's learning-rate scheduler: ``{"type": ..., "params": {...}}``."""
         return copy.deepcopy(self.document.get("scheduler"))
 
+    @property
+    def scheduler_is_auto(self) -> bool:
+        """Whether the JSON's scheduler states no value: every parameter that it names is "auto"."""
+        params = self.document.get("scheduler", {}).get("params", {})
+        return bool(params) and all(value == "auto" for value in params.values())
+
+    def without_scheduler(self, run_file: str) -> Self:
+        """Return the settings with a scheduler that has given way to ``train.schedule`` of `run_file`, and a note."""
+        document = {name: section for name, section in self.document.items() if name != "scheduler"}
+        note = Fault(("scheduler",), f" is left out: all its params are 'auto', and {run_file} states train.schedule")
+        return replace(self, document=document, notes=(*self.notes, self.origin.line(note)))
+
     def resolve_auto(
         self,
         *,
@@ -174,7 +186,7 @@ class DeepSpeedSettings:
         document = copy.deepcopy(dict(self.document))
         for section in document.get("zero_optimization", {}).values():
             if isinstance(section, dict) and "nvme_path" in section:
-                section["nvme_path"] = spell(section["nvme_path"])
+                section["nvme_path"] = escape(section["nvme_path"])
         return document
 
     def engine_config(self, micro_batch_size: int, gradient_accumulation_steps: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from megalite.config.deepspeed.rules import ByType, Derived, Honoured, Off, Refused, Rule, Unused
+from megalite.config.deepspeed.rules import PRECISION_NAMES, ByType, Derived, Honoured, Off, Refused, Rule, Unused
 from megalite.config.values import (
     BETAS,
     FLAG,
@@ -310,14 +310,14 @@ TABLE: dict[str, Rule] = {
         _ONE_PRECISION, "write bf16: {enabled: true}", _known("enabled dtype lower_precision_safe_modules")
     ),
     "data_types": {
-        "grad_accum_dtype": Honoured(choice("fp32", "bf16", "fp16")),
+        "grad_accum_dtype": Honoured(choice("fp32", "bf16", "fp16", other_names=PRECISION_NAMES)),
         "param_dtype": Refused(_ONE_PRECISION, "leave it out"),
         "buffer_dtype": Refused("buffers keep their own precision", "leave it out"),
         "keep_in_fp32_modules": Refused("buffers keep their own precision", "leave it out", ([],)),
     },
     # Gradient reduction.
     "zero_optimization": ZERO,
-    "communication_data_type": Honoured(choice("fp32", "bf16", "fp16")),
+    "communication_data_type": Honoured(choice("fp32", "bf16", "fp16", other_names=PRECISION_NAMES)),
     "prescale_gradients": Honoured(FLAG),
     "gradient_predivide_factor": Honoured(POSITIVE),
     "gradient_allreduce_op": Refused("the loss is the mean over the global batch", "write 'mean'", ("mean",)),

@@ -1,5 +1,6 @@
 """The files of a Hugging Face folder: which there are, and boxes of the tensors in them."""
 
+import codecs
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from megalite.checkpoint.safetensors_file import ENCODINGS, SafetensorsFile
 from megalite.convert.megatron.torch_file import read_torch_file
 from megalite.errors import UserError
 from megalite.parallel.regions import Region
+from megalite.text_encoding import require_utf8
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,7 +50,9 @@ def inside(folder: Path, name: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; raise UserError where it holds none."""
     try:
-        content = orjson.loads(path.read_bytes())
+        data = path.read_bytes()
+        require_utf8(path, data)
+        content = orjson.loads(data.removeprefix(codecs.BOM_UTF8))
     except (OSError, orjson.JSONDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}; fetch the file again") from error
     if not isinstance(content, dict):

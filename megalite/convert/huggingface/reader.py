@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import orjson
 
-from megalite.checkpoint.mismatch_table import difference_table, shape_differences
-from megalite.checkpoint.model_files import companions_among
+from megalite.checkpoint.mismatch_table import mismatch_table, shape_mismatches
+from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.safetensors_file import ENCODINGS
 from megalite.convert.huggingface.config import CONFIG, model_of
 from megalite.convert.huggingface.folder import TensorFiles, inside, read_json
@@ -21,10 +20,9 @@ _COMPARED_ELEMENTS = 1 << 22
 def is_hugging_face(folder: Path) -> bool:
     """Tell whether a folder is a model of Hugging Face's: whether it has a ``config.json`` that names its type."""
     try:
-        config = orjson.loads((folder / CONFIG).read_bytes())
-    except (OSError, orjson.JSONDecodeError):
+        return isinstance(read_json(folder / CONFIG).get("model_type"), str)
+    except UserError:
         return False
-    return isinstance(config, dict) and isinstance(config.get("model_type"), str)
 
 
 class HuggingFaceWeights:
@@ -60,9 +58,9 @@ class HuggingFaceWeights:
         return {name: (shape, self._files.dtypes[name]) for name, shape in self._files.shapes.items()}
 
     @property
-    def companions(self) -> Mapping[str, Path]:
+    def model_files(self) -> Mapping[str, Path]:
         """The files beside the weights that go with them."""
-        found = companions_among(self.origin, sorted(path.name for path in self.origin.iterdir()))
+        found = model_files_among(self.origin, sorted(path.name for path in self.origin.iterdir()))
         return {name: inside(self.origin, name) for name in found}
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
@@ -81,7 +79,7 @@ class HuggingFaceWeights:
         if self.model.tie_word_embeddings and head in stored:
             self._require_equal(stored.pop(head), stored.get(table, table))
         wanted = {name: tensor.shape for name, tensor in tensors.items()}
-        rows = shape_differences(wanted, {name: self._files.shapes[one] for name, one in stored.items()})
+        rows = shape_mismatches(wanted, {name: self._files.shapes[one] for name, one in stored.items()})
         if len(rows) == 1 and head in wanted and head not in stored:
             raise UserError(
                 f"{self.origin}: holds no {head}, and its {CONFIG} says tie_word_embeddings=false; if the head is "
@@ -90,7 +88,7 @@ class HuggingFaceWeights:
         if rows:
             raise UserError(
                 f"{self.origin}: its tensors are not those of the {self.family.model_type} in its {CONFIG}:\n"
-                f"{difference_table(rows, f'{CONFIG} asks', 'it holds')}"
+                f"{mismatch_table(rows, f'{CONFIG} asks', 'it holds')}"
                 f"take a model of class {self.family.causal_class}, with all its files"
             )
         return stored

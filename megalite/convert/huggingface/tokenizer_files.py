@@ -13,7 +13,7 @@ from megalite.checkpoint.model_files import (
     TOKENIZER_CONFIG,
     read_settings,
 )
-from megalite.checkpoint.special_tokens import TOKEN_IDS, DocumentTokens, declared_ends, named_token, text_ends
+from megalite.checkpoint.special_tokens import TOKEN_IDS, DocumentTokens, declared_end_ids, end_token_ids, named_token
 from megalite.convert.huggingface.sentencepiece_export import tokenizer_json
 from megalite.errors import UserError
 
@@ -44,7 +44,7 @@ class _Vocabulary:
 
 
 def tokenizer_files(
-    companions: Mapping[str, Path],
+    model_files: Mapping[str, Path],
     vocab_size: int,
     *,
     settings: Mapping[str, Any] | None = None,
@@ -61,28 +61,28 @@ def tokenizer_files(
     from it. Raises UserError where that cannot be had, and where the tokenizer has more ids than the model.
     """
     if settings is None:
-        settings = read_settings(companions.get(GENERATION_CONFIG))
-    files = {name: path.read_bytes() for name, path in companions.items()}
+        settings = read_settings(model_files.get(GENERATION_CONFIG))
+    files = {name: path.read_bytes() for name, path in model_files.items()}
     vocabulary = _Vocabulary({}, {})
-    if "tokenizer.json" in companions:
-        vocabulary = _json_vocabulary(companions["tokenizer.json"], vocab_size)
-    elif "tokenizer.model" in companions and TOKENIZER_CONFIG in files:
-        vocabulary = _sentencepiece_vocabulary(companions, vocab_size)
-    elif "tokenizer.model" in companions:
-        path = companions["tokenizer.model"]
+    if "tokenizer.json" in model_files:
+        vocabulary = _json_vocabulary(model_files["tokenizer.json"], vocab_size)
+    elif "tokenizer.model" in model_files and TOKENIZER_CONFIG in files:
+        vocabulary = _sentencepiece_vocabulary(model_files, vocab_size)
+    elif "tokenizer.model" in model_files:
+        path = model_files["tokenizer.model"]
         files["tokenizer.json"], special, _ = tokenizer_json(files["tokenizer.model"], path)
         ids = json.loads(files["tokenizer.json"])["model"]["vocab"]
         _require_fits(path, len(ids), vocab_size)
         vocabulary = _Vocabulary(ids, special)
-    for path in companions.values():
+    for path in model_files.values():
         if path.name.endswith(TIKTOKEN_SUFFIX):
             raise UserError(
                 f"{path}: transformers reads no tiktoken ranks of this kind; give the model's own tokenizer.json with "
                 "--tokenizer, whose tokens are the same"
             )
-    told = tuple(read_settings(companions.get(name)) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP))
-    declared = declared_ends(settings, vocab_size, where)
-    ends = text_ends(declared, told, vocabulary.ids.get, vocabulary.usual_end, documents)
+    told = tuple(read_settings(model_files.get(name)) for name in (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP))
+    declared = declared_end_ids(settings, vocab_size, where)
+    ends = end_token_ids(declared, told, vocabulary.ids.get, vocabulary.usual_end, documents)
     token_ids = _token_ids(settings, told, vocabulary) | {"eos_token_id": _one_or_several(settings, ends)}
     if "tokenizer.json" in files and TOKENIZER_CONFIG not in files:
         files[TOKENIZER_CONFIG] = _tokenizer_config(vocabulary, told, ends)
@@ -128,17 +128,17 @@ def _json_vocabulary(path: Path, vocab_size: int) -> _Vocabulary:
     return _Vocabulary(ids, {})
 
 
-def _sentencepiece_vocabulary(companions: Mapping[str, Path], vocab_size: int) -> _Vocabulary:
+def _sentencepiece_vocabulary(model_files: Mapping[str, Path], vocab_size: int) -> _Vocabulary:
     """Return the ids of a sentencepiece model and of the tokens that are added to it in files of their own."""
     from sentencepiece import SentencePieceProcessor
 
-    path = companions["tokenizer.model"]
+    path = model_files["tokenizer.model"]
     try:
         processor: Any = SentencePieceProcessor(model_proto=path.read_bytes())  # pyright: ignore[reportCallIssue]
     except RuntimeError as error:
         raise UserError(f"{path}: is no sentencepiece model: {error}; give another --tokenizer") from error
     ids = {processor.id_to_piece(token): token for token in range(processor.vocab_size())}
-    where = companions.get(_ADDED_TOKENS)
+    where = model_files.get(_ADDED_TOKENS)
     for name, token in read_settings(where).items():
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
             raise UserError(f"{where}: {name!r} has the id {token!r}; write a whole number of 0 or more")

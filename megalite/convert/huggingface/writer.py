@@ -15,7 +15,7 @@ from megalite.convert.huggingface.folder import INDEX, SINGLE
 from megalite.convert.huggingface.tensor_map import Tensor
 from megalite.convert.huggingface.tokenizer_files import TokenizerFiles
 from megalite.errors import UserError
-from megalite.files import write_whole
+from megalite.files import write_atomically
 from megalite.model.weights import Weights
 from megalite.parallel.regions import Region
 
@@ -56,11 +56,11 @@ def write_folder(
     if len(shards) > 1:
         weight_map = {one.name: name for name, shard in zip(names, shards, strict=True) for one in shard}
         metadata = {"total_parameters": sum(map(_elements, tensors)), "total_size": total}
-        write_whole(folder / INDEX, _json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}))
-    write_whole(folder / CONFIG, _json(config))
+        write_atomically(folder / INDEX, _json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}))
+    write_atomically(folder / CONFIG, _json(config))
     files = {GENERATION_CONFIG: _json(tokenizer.token_ids), **tokenizer.files}
     for name, content in files.items():
-        write_whole(folder / name, content)
+        write_atomically(folder / name, content)
 
 
 def assemble(tensor: Tensor, weights: Weights) -> np.ndarray:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalite.checkpoint.mismatch_table import difference_table
-from megalite.checkpoint.model_files import companions_among
+from megalite.checkpoint.mismatch_table import mismatch_table
+from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.safetensors_file import ENCODINGS
 from megalite.config import ModelConfig
 from megalite.convert.megatron.model_args import MODEL_FILE, build_model, model_section, read_section
@@ -52,8 +52,8 @@ class MegatronWeights:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     @property
-    def companions(self) -> Mapping[str, Path]:
-        return companions_among(self.origin, sorted(path.name for path in self.origin.iterdir() if path.is_file()))
+    def model_files(self) -> Mapping[str, Path]:
+        return model_files_among(self.origin, sorted(path.name for path in self.origin.iterdir() if path.is_file()))
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
         if name not in self._tensors:
@@ -117,7 +117,7 @@ def _divide(collection: Collection, model: ModelConfig) -> dict[str, Divided]:
     if rows:
         raise UserError(
             f"{collection.folder}: holds other tensors than its model has:\n"
-            f"{difference_table(rows, 'the model has', 'the files hold')}"
+            f"{mismatch_table(rows, 'the model has', 'the files hold')}"
             f"correct what is wrong of the model in {collection.folder / MODEL_FILE}"
         )
     return tensors

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megalite.config.text_file import read_text
 from megalite.config.yaml12 import Loader
 from megalite.data.chat.conversations import (
     ASSISTANT,
     FUNCTION_CALL,
+    OTHER_ROLES,
     SYSTEM,
     Conversation,
     Message,
@@ -28,10 +30,7 @@ from megalite.data.chat.conversations import (
 )
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.inner_text import InnerText
-from megalite.errors import UserError, nearest
-
-_OTHER_NAMES = {"observation": "tool", "function": "tool", FUNCTION_CALL: ASSISTANT}
-"""Roles of public datasets that are written as another where a template does not have them itself."""
+from megalite.errors import UserError, if_near, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class ChatTemplate:
         """Yield the conversation's texts in order."""
         turns = dict(self.roles)
         messages, tools = conversation.messages, list(self._tools(conversation))
-        if tools and messages[0].role != SYSTEM:
+        if tools and self._role(messages[0].role, turns) != SYSTEM:
             messages = (Message(SYSTEM, ""), *messages)
         learnt = told = False
         yield _Part(self.start)
@@ -102,6 +101,7 @@ class ChatTemplate:
             if role not in turns:
                 raise ValueError(
                     f"message {number}: the template has no role {role[:40]!r}, but {', '.join(sorted(turns))}"
+                    f"{if_near(role.lower(), turns)}; rename the role, or give a template file that has it"
                 )
             told |= role == ASSISTANT
             counts = role == ASSISTANT and message.counts
@@ -125,7 +125,7 @@ class ChatTemplate:
     @staticmethod
     def _role(role: str, turns: Mapping[str, Turn]) -> str:
         """Return the role of the template by which a message of another name is written."""
-        return _OTHER_NAMES.get(role, role) if role not in turns else role
+        return role if role in turns else OTHER_ROLES.get(role, role)
 
     def _said(self, number: int, message: Message, counts: bool) -> Iterator["_Part"]:
         """Yield what the assistant thinks, says and calls."""
@@ -140,10 +140,17 @@ class ChatTemplate:
             yield _Part(message.reasoning.strip("\n"), counts, is_content=True)
             yield _Part(self.reasoning.suffix, counts)
             content = content.lstrip("\n")
+        if counts and not (content.strip() or calls or message.reasoning.strip()):
+            raise ValueError(
+                f"message {number}: the {message.role} says nothing, and would be learnt to; write its words, or give "
+                "the message a weight of 0"
+            )
         yield _Part(content, counts, is_content=True)
         if calls and self.tool_call is None:
             raise self._no_place(
-                f"message {number}: ", message.calls_key if message.role == ASSISTANT else FUNCTION_CALL, "tool_call"
+                f"message {number}: ",
+                FUNCTION_CALL if message.role == FUNCTION_CALL else message.calls_key,
+                "tool_call",
             )
         for at, call in enumerate(calls):
             assert self.tool_call is not None
@@ -277,8 +284,8 @@ def load_chat_template(name_or_path: str | Path) -> ChatTemplate:
             f"{nearest(str(name_or_path), BUILT_IN)}; name a built-in template, or a YAML or JSON file"
         )
     try:
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        content = yaml.load(read_text(path), Loader)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(
             f"{path}: not YAML or JSON ({' '.join(str(error).split())}); write `roles:` and so on"
         ) from error

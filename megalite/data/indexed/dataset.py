@@ -9,7 +9,7 @@ import numpy as np
 
 from megalite.data.indexed.format import BLOCK, DatasetSidecar, with_suffix
 from megalite.data.indexed.index import MappedIndex, map_file
-from megalite.errors import UserError, if_near
+from megalite.errors import UserError, did_you_mean
 
 
 class IndexedDataset:
@@ -292,6 +292,6 @@ def _fix_for_missing(prefix: Path) -> str:
                 "text again"
             )
     datasets = [path.with_suffix("").name for path in prefix.parent.glob("*.idx")]
-    if prefix.name not in datasets and (near := if_near(prefix.name, datasets)):
+    if prefix.name not in datasets and (near := did_you_mean(prefix.name, datasets)):
         return near
     return f"; make the dataset with `megalite preprocess INPUT --output {prefix}`"

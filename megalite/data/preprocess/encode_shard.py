@@ -19,7 +19,7 @@ from megalite.data.preprocess.readers import Batch, Extract, read
 from megalite.data.preprocess.source_location import Malformed, Place
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.control_tokens import TextRefused
-from megalite.files import write_whole
+from megalite.files import write_atomically
 
 if TYPE_CHECKING:
     from megalite.data.chat.chat_template import ChatTemplate
@@ -73,6 +73,8 @@ class ShardReport:
     """The first malformed or empty ones: segment of the shard, line or row in it, byte, reason."""
     ignored: dict[str, int] = field(default_factory=dict)
     """Keys of conversations that were passed over, and in how many conversations."""
+    records: list[int] = field(default_factory=list)
+    """How many documents each segment of the shard had, malformed and empty ones with them."""
 
 
 class MalformedDocument(Exception):
@@ -135,11 +137,13 @@ def encode_shard(
     """
     with _ShardWriter(files, recipe, coder) as writer:
         for number, segment in enumerate(shard):
+            writer.report.records.append(0)
             for batch in read(segment, recipe.extract):
+                writer.report.records[number] += len(batch.documents) + len(batch.malformed)
                 before = writer.report.tokens
                 writer.add(number, batch)
                 tell(batch.disk_bytes, writer.report.tokens - before)
-    write_whole(files.report, json.dumps({"source": source, **asdict(writer.report)}).encode())
+    write_atomically(files.report, json.dumps({"source": source, **asdict(writer.report)}).encode())
     return writer.report
 
 

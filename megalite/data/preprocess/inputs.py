@@ -19,7 +19,8 @@ from pathlib import Path
 from megalite.data.preprocess import arrow_tables
 from megalite.data.preprocess.json_arrays import elements, holds_array
 from megalite.data.preprocess.zstd import ZstdError, ZstdReader
-from megalite.errors import UserError, if_near
+from megalite.errors import UserError, did_you_mean
+from megalite.text_encoding import HEAD_BYTES, require_utf8
 
 SUFFIXES = (
     *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt", ".txt.gz", ".txt.zst"),
@@ -78,7 +79,7 @@ def find_inputs(inputs: Sequence[Path]) -> list[Path]:
             files += [_readable(Path(match)) for match in matches if not Path(match).is_dir()]
         else:
             neighbours = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(f"{path}: no such file or folder{if_near(path.name, neighbours)}")
+            raise UserError(f"{path}: no such file or folder{did_you_mean(path.name, neighbours)}")
     return files
 
 
@@ -149,6 +150,8 @@ def segments(path: Path, size: int, *, split_lines: bool) -> Iterator[Segment]:
     identity = identity_of(path)
     form = form_of(path)
     with reading(path):
+        if form not in arrow_tables.FORMS:
+            _require_utf8(path)
         if form in arrow_tables.FORMS:
             for start, stop, taken, rows in arrow_tables.cut(path, size):
                 yield Segment(path, start, stop, taken, identity, rows)
@@ -167,6 +170,11 @@ def segments(path: Path, size: int, *, split_lines: bool) -> Iterator[Segment]:
 def disk_bytes(files: Sequence[Path]) -> int:
     """Return what the files take up together, in bytes."""
     return sum(identity_of(path)[0] for path in files)
+
+
+def _require_utf8(path: Path) -> None:
+    with open_text(path) as stream:
+        require_utf8(path, stream.read(HEAD_BYTES))
 
 
 def _is_array(path: Path) -> bool:

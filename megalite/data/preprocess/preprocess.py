@@ -56,8 +56,9 @@ if TYPE_CHECKING:
 
 ON_ERROR = ("fail", "skip")
 _BYTES_FOR_A_WORKER = 1 << 22
+_SHOWN_FILES = 3
 # Shards of an earlier version are made anew where this is raised.
-_SHARD_VERSION = 2
+_SHARD_VERSION = 3
 
 Progress = Callable[[int, int, int], None]
 """Is told the bytes read so far, the bytes there are, and the tokens made so far."""
@@ -168,7 +169,7 @@ def preprocess(
             # Closed also when something fails, so that no worker stays behind.
             with closing(done):
                 made.collect(done)
-            sidecar, counts = _write(made, loaded, output_prefix, document_shuffle, check)
+            sidecar, counts = _write(made, files, loaded, output_prefix, document_shuffle, check)
         except UserError as error:
             if work.keep:
                 raise UserError(f"{error}; {work.how_to_resume()}") from error
@@ -177,7 +178,11 @@ def preprocess(
             stop.fix = work.how_to_resume()
             raise
         work.done = True
-    notes = (*_notes_of(loaded, tokenizer), *_notes_on(loaded, tokenizer, recipe, counts))
+    notes = (
+        *_notes_on_files(made.without_records(files)),
+        *_notes_of(loaded, tokenizer),
+        *_notes_on(loaded, tokenizer, recipe, counts),
+    )
     return made.report(sidecar, workers, time.perf_counter() - started, notes)
 
 
@@ -206,6 +211,7 @@ class _Shards:
         self._failures: list[tuple[int, str]] = []
         self._problems: dict[int, list[str]] = {}
         self._locator = Locator()
+        self._records: Counter[Path] = Counter()
 
     def tasks(self, planned: Iterable[tuple[Segment, ...]]) -> Iterator[Task]:
         """Yield what is still to be done, until something has failed."""
@@ -258,6 +264,10 @@ class _Shards:
         """Return the keys of conversations that were passed over, and in how many conversations."""
         return dict(sorted(sum((Counter(report.ignored) for report in self._reports.values()), Counter()).items()))
 
+    def without_records(self, files: Iterable[Path]) -> list[Path]:
+        """Return those of the files that hold no document, not even a malformed one."""
+        return [path for path in files if not self._records[path]]
+
     def report(self, sidecar: DatasetSidecar, workers: int, seconds: float, notes: tuple[str, ...]) -> PreprocessReport:
         """Return what was written."""
         return PreprocessReport(
@@ -281,6 +291,8 @@ class _Shards:
 
     def _take(self, number: int, shard: tuple[Segment, ...], report: ShardReport) -> None:
         self._reports[number] = report
+        for segment, records in zip(shard, report.records, strict=True):
+            self._records[segment.path] += records
         earlier = sum(len(problems) for other, problems in self._problems.items() if other < number)
         if report.problems and earlier < SHOWN_PROBLEMS:
             self._problems[number] = [
@@ -295,7 +307,12 @@ class _Shards:
 
 
 def _write(
-    made: _Shards, tokenizer: Tokenizer, prefix: Path, document_shuffle: int | None, check: Callable[[], None]
+    made: _Shards,
+    inputs: Sequence[Path],
+    tokenizer: Tokenizer,
+    prefix: Path,
+    document_shuffle: int | None,
+    check: Callable[[], None],
 ) -> tuple[DatasetSidecar, np.ndarray]:
     """Write the dataset; return its sidecar, and how often each token id occurs."""
     files, recipe = made.files(), made.recipe
@@ -305,14 +322,7 @@ def _write(
     counts = count_tokens(files, left_out, tokenizer.vocab_size, recipe.dtype)
     if not counts.any():
         made.work.done = True
-        short, empty = made.sum_of(lambda report: report.short), made.sum_of(lambda report: report.empty)
-        malformed = made.sum_of(lambda report: report.malformed)
-        fix = "mend the malformed ones" if malformed else "lower --min-tokens" if short else "give input with text"
-        first = f"; the first: {made.problems()[0]}" if made.problems() else ""
-        raise UserError(
-            f"{prefix}: not one document is left to write: {malformed:,} malformed, {short:,} shorter than "
-            f"--min-tokens, {empty:,} empty{first}; {fix}"
-        )
+        raise _nothing_left(made, inputs, prefix)
     with IndexedDatasetWriter(prefix, recipe.dtype, with_loss_mask=recipe.extract.structured) as writer:
         stretches = runs(files, left_out)
         if document_shuffle is None:
@@ -340,6 +350,22 @@ def _write(
         )
         writer.finalize(sidecar)
     return sidecar, counts
+
+
+def _nothing_left(made: _Shards, inputs: Sequence[Path], prefix: Path) -> UserError:
+    """Return the error of input without a document that could be written."""
+    without = made.without_records(inputs)
+    if len(without) == len(inputs):
+        (told,) = _notes_on_files(without)
+        return UserError(f"{told}, so there is nothing to write; give input with documents")
+    short, empty = made.sum_of(lambda report: report.short), made.sum_of(lambda report: report.empty)
+    malformed = made.sum_of(lambda report: report.malformed)
+    fix = "mend the malformed ones" if malformed else "lower --min-tokens" if short else "give input with text"
+    first = f"; the first: {made.problems()[0]}" if made.problems() else ""
+    return UserError(
+        f"{prefix}: not one document is left to write: {malformed:,} malformed, {short:,} shorter than "
+        f"--min-tokens, {empty:,} empty{first}; {fix}"
+    )
 
 
 def entropy(counts: np.ndarray) -> float:
@@ -410,6 +436,15 @@ def _require_one_beginning(template: "ChatTemplate", tokenizer: Tokenizer, bos: 
         raise UserError(
             f"--prepend-bos: the chat template {template.name} begins with {name!r} already; leave the option out"
         )
+
+
+def _notes_on_files(without_records: Sequence[Path]) -> list[str]:
+    """Return what should be known of files without a record."""
+    if not without_records:
+        return []
+    shown = [str(path) if path.stat().st_size else f"{path} (0 bytes)" for path in without_records[:_SHOWN_FILES]]
+    more = f" and {len(without_records) - len(shown):,} more" if len(without_records) > len(shown) else ""
+    return [f"{', '.join(shown)}{more}: {'holds' if len(without_records) == 1 else 'hold'} no record"]
 
 
 def _notes_of(tokenizer: Tokenizer, path: Path) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT
 from megalite.data.tokenizers.tokenizer_config import read_object
 from megalite.errors import UserError
+from megalite.text_encoding import read_utf8
 
 NAMES = ("vocab.json", "merges.txt")
 _VERSION_LINE = "#version"
@@ -79,7 +80,7 @@ def _vocabulary(path: Path) -> dict[str, int]:
 
 def _merges(path: Path, vocabulary: dict[str, int]) -> list[list[str]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_utf8(path).split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is no UTF-8; give GPT-2's merges.txt") from error
     merges = []

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megalite.config.hub_names import hub_hint
 from megalite.data.tokenizers import gpt2_files, tiktoken_tokenizer
 from megalite.data.tokenizers.added_tokens import (
     ADDED_TOKENS,
@@ -14,6 +15,7 @@ from megalite.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 from megalite.data.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from megalite.data.tokenizers.tiktoken_tokenizer import TiktokenTokenizer
 from megalite.errors import UserError
+from megalite.text_encoding import require_utf8
 
 _FORMS = {".json": "a Hugging Face tokenizer.json", tiktoken_tokenizer.SUFFIX: "a file of tiktoken's ranks"}
 
@@ -32,6 +34,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
             return HuggingFaceTokenizer(gpt2_files.as_tokenizer_json(file))
         data = file.read_bytes()
         if file.suffix == ".json":
+            require_utf8(file, data)
             return HuggingFaceTokenizer(data)
         if file.suffix == tiktoken_tokenizer.SUFFIX:
             return TiktokenTokenizer(data, file.stem)
@@ -109,6 +112,8 @@ def _no_tokenizer(path: Path) -> str:
         return f"no such tokenizer; make one with `megalite tokenizer train INPUT --output {path}`, or give another"
     if path.suffix in (".json", ".txt", tiktoken_tokenizer.SUFFIX):
         return f"no such tokenizer; give another, which may be {forms}, or a folder with one of them"
+    if hint := hub_hint(path):
+        return f"no such tokenizer, neither a file nor a folder; {hint}"
     return (
         f"no such tokenizer, neither a file nor a folder; nothing is fetched by its name: give {forms}, or a folder "
         f"with one of them; or make one with `megalite tokenizer train INPUT --output {path.name or 'tok'}.model`"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megalite.errors import UserError
+from megalite.text_encoding import read_utf8
 
 NAME = "tokenizer_config.json"
 
@@ -16,7 +17,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(read_utf8(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON: {error}; mend or remove it") from error
     if not isinstance(content, dict):

@@ -14,7 +14,7 @@ from megalite.data.preprocess.inputs import find_inputs
 from megalite.data.preprocess.readers import documents
 from megalite.data.tokenizers.control_tokens import END_OF_DOCUMENT
 from megalite.errors import UserError
-from megalite.files import write_whole
+from megalite.files import write_atomically
 
 _SAMPLE_BYTES = 100_000_000
 
@@ -74,7 +74,7 @@ def train_sentencepiece(
     started = time.perf_counter()
     model = _train(texts, vocab_size, control_tokens)
     seconds = time.perf_counter() - started
-    write_whole(output, model)
+    write_atomically(output, model)
     return TrainingReport(counted.count, len(texts), sum(len(text.encode()) for text in texts), seconds)
 
 

@@ -1,5 +1,5 @@
-"""When each rank computes which instruction: simulated, measured, drawn; no part of running a schedule. No torch.
+"""Timelines of a pipeline: when each rank runs which instruction, simulated or measured. No torch.
 
-`spans` is the common form; `simulator` makes one from a schedule, `plot` draws one, `chrome_trace` writes one as a
-trace file.
+`spans` holds the data structure; `simulator` simulates a timeline from a schedule, `plot` draws a timeline, and
+`chrome_trace` writes one as a trace file.
 """

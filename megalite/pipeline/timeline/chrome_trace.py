@@ -1,4 +1,4 @@
-"""Timelines as a trace that Perfetto (ui.perfetto.dev) and Chrome (chrome://tracing) open."""
+"""Export of timelines in the Trace Event Format, for Perfetto (ui.perfetto.dev) and Chrome (chrome://tracing)."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from megalite.pipeline.instructions import Backward, BackwardInput, BackwardWeig
 from megalite.pipeline.timeline.spans import Span, Timeline
 
 _FORWARD = 1000.0
-"""Microseconds that stand for one forward where a timeline counts in forwards: a trace knows no other unit."""
+"""Microseconds per forward for timelines whose unit is a forward, since a trace has no other unit of time."""
 
 _CATEGORIES: dict[type[Instruction], str] = {
     Forward: "forward",
@@ -19,19 +19,19 @@ _CATEGORIES: dict[type[Instruction], str] = {
 
 
 def chrome_trace(timelines: Mapping[str, Timeline]) -> str:
-    """Return the timelines as JSON in the Trace Event Format: a process for each, in it a thread for each rank.
+    """Return the timelines as JSON in the Trace Event Format: a process per timeline, with a thread per rank.
 
-    Every span is a complete event (``"ph": "X"``) named like its instruction (``2F0``), with the stage and the
-    microbatch in its ``args``; times are microseconds from the first span on, and a forward of a timeline that counts
-    in forwards is drawn as a millisecond. Sends and receives overlap what the rank computes and each other, which the
-    format allows no thread to do: they stand on further threads of their rank, as many as it takes.
+    Every span is a complete event (``"ph": "X"``) with the name of its instruction (``2F0``), and the stage and the
+    microbatch in its ``args``. Times are microseconds since the first span; in a timeline whose unit is a forward, a
+    forward takes a millisecond. Sends and receives overlap with compute and with each other, which the format does not
+    allow within a thread, so they are on additional threads of their rank.
     """
     events = [event for at, (name, it) in enumerate(timelines.items(), start=1) for event in _process(at, name, it)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
 class _Thread(NamedTuple):
-    """Lane 0 of a rank is what it computes, the others its messages."""
+    """A thread of a rank: lane 0 holds its compute, the other lanes its messages."""
 
     rank: int
     lane: int
@@ -55,7 +55,7 @@ def _process(pid: int, name: str, timeline: Timeline) -> Iterator[dict[str, Any]
 
 
 def _event(span: Span, origin: float, scale: float) -> dict[str, Any]:
-    """Return a span in whole nanoseconds, so that what ends where the next begins does not overlap it by rounding."""
+    """Return the event of a span, in whole nanoseconds, so that rounding makes no adjacent spans overlap."""
     start, end = (round((time - origin) * scale, 3) for time in (span.start, span.end))
     instruction = span.instruction
     return {
@@ -69,7 +69,7 @@ def _event(span: Span, origin: float, scale: float) -> dict[str, Any]:
 
 
 def _threads(timeline: Timeline) -> dict[Span, _Thread]:
-    """Give every span a thread on which nothing overlaps it: of its rank's, the first that is free."""
+    """Assign every span to the first thread of its rank on which no span overlaps it."""
     free_at: dict[_Thread, float] = {}
     placed: dict[Span, _Thread] = {}
     for span in sorted(timeline.spans, key=lambda span: (span.start, span.end)):

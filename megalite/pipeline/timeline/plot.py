@@ -1,11 +1,11 @@
-"""Draw what a pipeline did: a row for each rank, a box for each forward and backward, white where the rank idles.
+"""Plots of timelines: a row for each rank, a box for each forward and backward, white where the rank idles.
 
-Where a rank runs several stages, its first has the full colours and each further one paler ones.
+Where a rank runs several stages, its first stage has the full colours and each further stage has paler colours.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megalite.pipeline.instructions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megalite.pipeline.timeline.spans import Span, Timeline
@@ -15,32 +15,33 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class _Look(NamedTuple):
+class _Style(NamedTuple):
     name: str
     box: str
 
 
-_LOOKS: dict[type[Compute], _Look] = {
-    Forward: _Look("forward", "#2f6db5"),
-    Backward: _Look("backward", "#f2b04c"),
-    BackwardInput: _Look("backward, input", "#d9623b"),
-    BackwardWeight: _Look("backward, weights", "#3f9a5f"),
+_STYLES: dict[type[Compute], _Style] = {
+    Forward: _Style("forward", "#2f6db5"),
+    Backward: _Style("backward", "#f2b04c"),
+    BackwardInput: _Style("backward, input", "#d9623b"),
+    BackwardWeight: _Style("backward, weights", "#3f9a5f"),
 }
 _PALEST = 0.62
-"""How far towards white the colours of a rank's last stage are, where its first has them full."""
-_INK, _RULE = "#262626", "#b9bec4"
+"""The share of white in the colours of a rank's last stage; the first stage has full colours."""
+_DARK, _GREY = "#262626", "#b9bec4"
 _WIDTH, _ROW, _BOX = 14.0, 0.46, 0.84
-"""The figure's width and a row's height, in inches, and the share of the row that its boxes fill."""
+"""The figure's width and a row's height, in inches, and the share of the row's height that boxes take."""
 _LARGEST, _SMALLEST, _DIGIT = 9.5, 4.5, 0.66
-"""Sizes of a microbatch number in points, where one that needs to be smaller is left out; a digit's width in sizes."""
+"""The largest and smallest font size of microbatch numbers, in points (smaller numbers are left out), and the width
+of a digit in multiples of the font size."""
 
 
 def plot_timelines(timelines: Mapping[str, Timeline], path: Path, title: str) -> None:
     """Write a PNG with one panel for each named timeline, its bubble fraction and its length above it.
 
-    Times in seconds are drawn in milliseconds from the first compute on, and panels that share a unit share their
-    axis, so that a measured step and its simulation can be compared by eye. Folders on the way to `path` are made.
-    Raises ValueError where there is no timeline, or one without a forward or backward that takes some time.
+    Times in seconds are drawn in milliseconds since the first compute. Panels with the same unit have the same axis, so
+    that a measured step and its simulation can be compared by eye. The parent folders of `path` are created. Raises
+    ValueError where there is no timeline, or a timeline without a forward or backward that takes some time.
     """
     figure = timeline_figure(timelines, title)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,19 +58,27 @@ def timeline_figure(timelines: Mapping[str, Timeline], title: str) -> "Figure":
     rows = [timeline.num_ranks for timeline in timelines.values()]
     figure = Figure(figsize=(_WIDTH, 0.7 + sum(_ROW * count + 0.95 for count in rows)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1, hspace=0.04)  # pyright: ignore
-    figure.suptitle(title, x=0.011, ha="left", fontsize=14, fontweight="bold", color=_INK)
+    figure.suptitle(title, x=0.011, ha="left", fontsize=14, fontweight="bold", color=_DARK)
     panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
     for axes, (name, timeline) in zip(panels, timelines.items(), strict=True):
         longest = max(other.makespan for other in timelines.values() if other.unit == timeline.unit)
         _draw(axes, name, timeline, longest)
     drawn = {type(span.instruction) for timeline in timelines.values() for span in timeline.compute}
-    keys = [Patch(color=look.box, label=look.name) for kind, look in _LOOKS.items() if kind in drawn]
+    keys = [Patch(color=style.box, label=style.name) for kind, style in _STYLES.items() if kind in drawn]
     most = max(len(stages) for timeline in timelines.values() for stages in timeline.stages)
     if most > 1:
-        keys += [Patch(color=_paler(_INK, way, most), label=f"{_ordinal(way)} stage of a rank") for way in range(most)]
-    look = {"frameon": False, "fontsize": 11, "handlelength": 1.1, "handleheight": 1.1, "labelcolor": _INK}
-    where = "upper right" if len(keys) <= 2 else "outside lower right"  # more leave the title no room
-    figure.legend(handles=keys, loc=where, ncols=len(keys), borderaxespad=0.35, **look)
+        keys += [
+            Patch(color=_paler(_DARK, index, most), label=f"{_ordinal(index)} stage of a rank") for index in range(most)
+        ]
+    options: dict[str, Any] = {
+        "frameon": False,
+        "fontsize": 11,
+        "handlelength": 1.1,
+        "handleheight": 1.1,
+        "labelcolor": _DARK,
+    }
+    where = "upper right" if len(keys) <= 2 else "outside lower right"  # three or more would cover the title
+    figure.legend(handles=keys, loc=where, ncols=len(keys), borderaxespad=0.35, **options)
     return figure
 
 
@@ -78,31 +87,31 @@ def _draw(axes: "Axes", name: str, timeline: Timeline, longest: float) -> None:
     points = 0.9 * 72 * _WIDTH / longest
     stages = timeline.stages
     most = max(len(of_rank) for of_rank in stages)
-    for kind, look in _LOOKS.items():
-        for way in range(most):
+    for kind, style in _STYLES.items():
+        for index in range(most):
             spans = [
                 span
                 for span in timeline.compute
-                if isinstance(span.instruction, kind) and stages[span.rank].index(span.instruction.stage) == way
+                if isinstance(span.instruction, kind) and stages[span.rank].index(span.instruction.stage) == index
             ]
-            _draw_boxes(axes, _paler(look.box, way, most), spans, timeline.start, scale, points=points)
+            _draw_boxes(axes, _paler(style.box, index, most), spans, timeline.start, scale, points=points)
     axes.set_xlim(0, longest * scale)
     axes.set_ylim(timeline.num_ranks - 0.5, -0.5)
     axes.set_yticks(range(timeline.num_ranks), [_row(rank, of_rank) for rank, of_rank in enumerate(stages)])
-    axes.set_xlabel("time, ms" if unit == "ms" else "time, in forwards of one microbatch", color=_INK)
-    axes.set_title(name, loc="left", fontsize=12, color=_INK)
+    axes.set_xlabel("time, ms" if unit == "ms" else "time, in forwards of one microbatch", color=_DARK)
+    axes.set_title(name, loc="left", fontsize=12, color=_DARK)
     total = f"{timeline.makespan * scale:,.4g} {unit} in all"
-    axes.set_title(f"bubble {timeline.bubble_fraction:.1%}, {total}", loc="right", fontsize=12, color=_INK)
-    axes.tick_params(axis="y", length=0, labelsize=11, labelcolor=_INK)
-    axes.tick_params(axis="x", color=_RULE, labelsize=10, labelcolor=_INK)
+    axes.set_title(f"bubble {timeline.bubble_fraction:.1%}, {total}", loc="right", fontsize=12, color=_DARK)
+    axes.tick_params(axis="y", length=0, labelsize=11, labelcolor=_DARK)
+    axes.tick_params(axis="x", color=_GREY, labelsize=10, labelcolor=_DARK)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(_RULE)
+    axes.spines["bottom"].set_color(_GREY)
 
 
 def _draw_boxes(
     axes: "Axes", colour: str, spans: Sequence[Span], origin: float, scale: float, *, points: float
 ) -> None:
-    """Draw the boxes of one colour, a unit of time being `points` wide on paper, with their numbers."""
+    """Draw the boxes of one colour with their numbers; a unit of time is `points` wide."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -131,8 +140,8 @@ def _row(rank: int, stages: Sequence[int]) -> str:
     return f"rank {rank}: stages {', '.join(str(stage) for stage in stages)}" if stages else f"rank {rank}"
 
 
-def _ordinal(way: int) -> str:
-    return ("1st", "2nd", "3rd")[way] if way < 3 else f"{way + 1}th"
+def _ordinal(index: int) -> str:
+    return ("1st", "2nd", "3rd")[index] if index < 3 else f"{index + 1}th"
 
 
 def _channels(colour: str) -> tuple[int, int, int]:
@@ -140,13 +149,13 @@ def _channels(colour: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _paler(colour: str, way: int, most: int) -> str:
-    """Return the colour of a rank's stage, `way` being its place among the `most` stages of a rank."""
-    share = _PALEST * way / max(most - 1, 1)
+def _paler(colour: str, index: int, most: int) -> str:
+    """Return the colour of a rank's stage, which is number `index` of at most `most` stages per rank."""
+    share = _PALEST * index / max(most - 1, 1)
     return "#" + bytes(round(channel + (255 - channel) * share) for channel in _channels(colour)).hex()
 
 
 def _ink_on(colour: str) -> str:
-    """Return the colour in which a number can be read on a box: white on a dark one, else nearly black."""
+    """Return a legible colour for a number on a box: white on a dark box, else nearly black."""
     red, green, blue = _channels(colour)
-    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else _INK
+    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else _DARK

@@ -1,9 +1,8 @@
-"""Time a schedule without running it, and find out whether it could run at all.
+"""A discrete-event simulator of pipeline schedules: their timeline and their bubble, and whether they deadlock.
 
-`simulate` plays the streams of all ranks against each other under NCCL's rule, which is the strictest that megalite
-runs on: every communicator executes the operations posted on it first in, first out, and a send completes only
-together with its receive. Whether the streams get through depends on their order alone, never on the durations, so one
-simulation at any cost is a proof for all.
+`simulate` runs the streams of all ranks under the rules of NCCL, the strictest backend that megalite uses: every
+communicator executes its operations first in, first out, and a send completes only together with its receive. Whether
+the streams deadlock depends on their order alone and not on durations, so one simulation proves it for all costs.
 """
 
 from collections import Counter, defaultdict, deque
@@ -26,22 +25,22 @@ from megalite.pipeline.timeline.spans import Span, Timeline, Unit
 
 
 class ScheduleError(Exception):
-    """The streams are no schedule: they cannot all run to their end as they are written."""
+    """The streams are not a valid schedule: they cannot all run to their end."""
 
 
 class ScheduleDeadlock(ScheduleError):
-    """Ranks wait for each other, or for something that never comes; the message says who waits for what."""
+    """Ranks wait for each other, or for an instruction that never runs; the message says which."""
 
 
 class CrossedMessages(ScheduleError):
-    """A send meets the receive of another message: the tensors would be swapped without a sound."""
+    """A send is matched with the receive of another message: tensors would be swapped without an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """How long things take, in `unit`: one number for all stages, or a tuple with one for each.
+    """The duration of each kind of instruction, in `unit`: one number for all stages, or a tuple with one per stage.
 
-    The default is the textbook's: a forward takes 1, a backward 2, each of its halves 1, messages nothing.
+    By default a forward takes 1, a backward 2, each half of a split backward 1, and a message 0.
     """
 
     forward: float | tuple[float, ...] = 1.0
@@ -52,7 +51,7 @@ class Cost:
     unit: Unit = "forward"
 
     def of(self, instruction: Instruction) -> float:
-        """Return how long an instruction takes; a receive takes no time of its own."""
+        """Return the duration of an instruction; a receive takes no time."""
         match instruction:
             case Forward():
                 cost = self.forward
@@ -70,14 +69,14 @@ class Cost:
 
 
 def measured_cost(timeline: Timeline) -> Cost:
-    """Return the median time of each kind of compute on each stage of a measured timeline, and of its messages.
+    """Return the median duration of each kind of compute on each stage of a measured timeline, and of its messages.
 
-    Where a stage ran its backwards only whole, or only in halves, the other is filled in: a whole is the sum of its
-    halves, and a half, which nothing tells apart, half of the whole. A message's time is that from the end of what
-    made it to the start of what was waiting for it; messages that nobody waited for say nothing about it.
+    Where a stage ran only full backwards or only split backwards, the other durations are derived: a full backward is
+    the sum of its halves, and a half is half of the full backward. The duration of a message is the time from the end
+    of the compute that sends it to the start of the compute that waited for it; other messages are not counted.
 
-    Simulated with it, the same schedule shows what its order and the uneven stages cost; whatever the measured step
-    idles beyond that, it lost because no two computes or messages take the same time.
+    A simulation of the same schedule with these costs shows the idle time that is due to its order and to uneven
+    stages. Further idle time of the measured step is due to the variation of durations.
     """
     durations: dict[tuple[type[Instruction], int], list[float]] = defaultdict(list)
     for span in timeline.compute:
@@ -98,26 +97,26 @@ def measured_cost(timeline: Timeline) -> Cost:
 
 
 def _waits(timeline: Timeline, num_stages: int) -> Iterator[float]:
-    """Yield how long each message took that found its rank waiting."""
-    made = {span.instruction: span for span in timeline.compute}
+    """Yield the duration of each message that its receiver waited for."""
+    span_of: dict[Instruction, Span] = {span.instruction: span for span in timeline.compute}
     free_at: dict[int, float] = {}
     for span in sorted(timeline.compute, key=lambda span: span.start):
         free_since = free_at.get(span.rank, timeline.start)
         free_at[span.rank] = span.end
         assert isinstance(span.instruction, Compute)
-        taken = span.instruction.takes(num_stages)
-        sources = taken.counterpart.sources if taken is not None else ()
-        for source in (made[one] for one in sources if one in made):
+        receive = span.instruction.required_receive(num_stages)
+        sources = receive.counterpart.sources if receive is not None else ()
+        for source in (span_of[compute] for compute in sources if compute in span_of):
             if source.rank != span.rank and free_since <= source.end <= span.start:
                 yield span.start - source.end
 
 
 Communicator = Callable[[int, int, MessageKind], Hashable]
-"""Names the communicator of a message from one rank to another: what shares a name, shares a queue."""
+"""Returns the key of the communicator of a message between two ranks; messages with one key share a queue."""
 
 
 def one_per_link_and_kind(source: int, destination: int, kind: MessageKind) -> Hashable:
-    """Give each directed link one communicator for activations and one for gradients, as megalite's p2p does."""
+    """Return a communicator per directed link and kind of message, as megalite's p2p has them."""
     return source, destination, kind
 
 
@@ -128,22 +127,22 @@ def simulate(
     rendezvous: bool = False,
     communicator: Communicator = one_per_link_and_kind,
 ) -> Timeline:
-    """Run the streams, one for each rank, and return when each forward and backward ran.
+    """Simulate the streams, one per rank, and return the timeline of their forwards and backwards.
 
-    A send starts once its instruction is reached, moves when both ends are posted and at the head of their
-    communicator, and takes ``cost.send``. The rank goes on meanwhile, unless `rendezvous` is set: then every send
-    blocks it until the message is across, which is the most that a backend may do. A forward or backward waits for
-    the receive that its stage needs, or for the compute itself where the neighbouring stage is on the same rank.
+    A send is posted when its instruction is reached. It is transferred, in time ``cost.send``, when send and receive
+    are both posted and at the head of their communicator. The rank continues meanwhile, unless `rendezvous` is set:
+    then every send blocks its rank until the transfer has ended, as a backend may do. A forward or backward waits for
+    the receive of its input, or for the compute that makes it where the neighbouring stage is on the same rank.
 
-    Raises ScheduleDeadlock where ranks wait for ever or a posted operation stays without its other end,
-    CrossedMessages where a send meets the receive of another message, ScheduleError where the streams run an
-    instruction twice or talk to a stage that no rank has.
+    Raises ScheduleDeadlock where ranks wait for ever or a posted operation stays without its counterpart,
+    CrossedMessages where a send is matched with the receive of another message, ScheduleError where the streams contain
+    an instruction twice or a message to a stage that no rank runs.
     """
     return _Simulation(streams, cost or Cost(), rendezvous, communicator).run()
 
 
 _Choice = tuple[Instruction, ...]
-"""Instructions of which any one will do."""
+"""Alternative instructions, one of which must have run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,10 +170,10 @@ class _Simulation:
 
     def run(self) -> Timeline:
         ranks = range(len(self.streams))
-        while sum(self._advance(rank) for rank in ranks):  # a sum, so that every rank has its turn
+        while sum(self._advance(rank) for rank in ranks):  # a sum, so that every rank advances
             pass
-        if any(self._current(rank) for rank in ranks) or self._standing():
-            raise ScheduleDeadlock(self._who_waits_for_what())
+        if any(self._current(rank) for rank in ranks) or self._unmatched_posts():
+            raise ScheduleDeadlock(self._describe_deadlock())
         return Timeline(tuple(self.spans), self.cost.unit)
 
     def _current(self, rank: int) -> Instruction | None:
@@ -182,15 +181,15 @@ class _Simulation:
         return stream[position] if position < len(stream) else None
 
     def _advance(self, rank: int) -> bool:
-        """Run a rank until it has to wait; return whether it got anywhere."""
+        """Run a rank until it has to wait; return whether it made progress."""
         before = self.position[rank], len(self.posted)
         while (instruction := self._current(rank)) is not None and self._finish(rank, instruction):
             self.position[rank] += 1
         return (self.position[rank], len(self.posted)) != before
 
     def _finish(self, rank: int, instruction: Instruction) -> bool:
-        """Do what an instruction asks for and return True, or return False where the rank has to wait."""
-        if self._awaited(instruction):
+        """Simulate an instruction; return whether it ended, False where the rank has to wait."""
+        if self._unmet_need(instruction):
             return False
         match instruction:
             case Compute():
@@ -205,7 +204,7 @@ class _Simulation:
         return True
 
     def _needs(self, instruction: Instruction) -> list[_Choice]:
-        """Return what must be done before an instruction; of each choice, any one."""
+        """Return the dependencies of an instruction; of each tuple, one instruction must have run."""
         needs: list[_Choice] = []
         match instruction:
             case Send():
@@ -214,16 +213,16 @@ class _Simulation:
                 needs.append((Forward(stage, microbatch),))
             case BackwardWeight(stage, microbatch):
                 needs.append((BackwardInput(stage, microbatch),))
-        if isinstance(instruction, Compute) and (taken := instruction.takes(self.num_stages)) is not None:
-            here, there = self._ends(taken)
-            needs.append((taken,) if here != there else taken.counterpart.sources)
+        if isinstance(instruction, Compute) and (receive := instruction.required_receive(self.num_stages)) is not None:
+            here, there = self._ends(receive)
+            needs.append((receive,) if here != there else receive.counterpart.sources)
         return needs
 
     def _when(self, choice: _Choice) -> float:
-        return min(self.done[one] for one in choice if one in self.done)
+        return min(self.done[needed] for needed in choice if needed in self.done)
 
-    def _awaited(self, instruction: Instruction) -> _Choice:
-        """Return the first thing that an instruction needs and that has not been done; empty where nothing is."""
+    def _unmet_need(self, instruction: Instruction) -> _Choice:
+        """Return the first dependency of an instruction that has not run; empty where all have."""
         return next((choice for choice in self._needs(instruction) if not self.done.keys() & set(choice)), ())
 
     def _post(self, rank: int, operation: Send | Receive) -> None:
@@ -247,7 +246,7 @@ class _Simulation:
         return self.rank_of_stage[operation.stage], self.rank_of_stage[peer]
 
     def _transfer(self, key: Hashable) -> bool:
-        """Move one message whose two ends are both at the head of a communicator; return whether there was one."""
+        """Transfer a message whose send and receive are at the head of a communicator; return whether there is one."""
         queues = self.queues[key]
         for rank, queue in queues.items():
             if not queue or not isinstance(send := queue[0].operation, Send):
@@ -262,32 +261,32 @@ class _Simulation:
             return True
         return False
 
-    def _standing(self) -> list[Instruction]:
+    def _unmatched_posts(self) -> list[Instruction]:
         return [posted.operation for ends in self.queues.values() for queue in ends.values() for posted in queue]
 
-    def _who_waits_for_what(self) -> str:
+    def _describe_deadlock(self) -> str:
         waits = [
             f"rank {rank} stands at {instruction}, waiting for {self._missing(instruction)}"
             for rank in range(len(self.streams))
             if (instruction := self._current(rank)) is not None
         ]
-        standing = self._standing()
+        standing = self._unmatched_posts()
         if standing:
             waits.append("posted and not met: " + ", ".join(str(operation) for operation in standing))
         return "; ".join(waits)
 
     def _missing(self, instruction: Instruction) -> str:
-        awaited = self._awaited(instruction)
+        awaited = self._unmet_need(instruction)
         if isinstance(instruction, Send) and instruction in self.posted:
             awaited = (instruction.counterpart,)
-        names = " or ".join(str(one) for one in awaited)
+        names = " or ".join(str(needed) for needed in awaited)
         if self.posted.intersection(awaited):
             return names
         return f"{names}, which has not been {'posted' if isinstance(awaited[0], Receive) else 'run'}"
 
 
 def _rank_of_stage(streams: Sequence[Sequence[Instruction]]) -> dict[int, int]:
-    """Return which rank runs each stage, having checked that one does, and does nothing twice."""
+    """Return the rank of each stage; raise ScheduleError for a stage on two ranks or a repeated instruction."""
     repeated = [instruction for stream in streams for instruction, count in Counter(stream).items() if count > 1]
     if repeated:
         raise ScheduleError(f"{repeated[0]} stands in its stream more than once")

@@ -1,4 +1,4 @@
-"""What every pipeline rank did when: simulated by `simulate`, measured by the executor, drawn by `plot`."""
+"""The timeline of a pipeline step: which rank ran which instruction when, simulated or measured."""
 
 import json
 from collections.abc import Iterable
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megalite.pipeline.instructions import Backward, BackwardWeight, Compute, Forward, Instruction, parse
+from megalite.pipeline.instructions import Backward, BackwardWeight, Compute, Forward, Instruction
 
 Unit = Literal["forward", "seconds"]
-"""What a time is counted in: the duration of one forward, or seconds."""
+"""The unit of times: the duration of one forward, or seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What one pipeline rank did from `start` to `end`."""
+    """An instruction that one pipeline rank ran from `start` to `end`."""
 
     rank: int
     instruction: Instruction
@@ -26,7 +26,7 @@ class Span:
 class Timeline:
     """The spans of one step over all pipeline ranks.
 
-    Spans of sends and receives may stand among those of forwards and backwards; time spent on them counts as idle.
+    The spans may include sends and receives; their time counts as idle.
     """
 
     spans: tuple[Span, ...]
@@ -34,17 +34,17 @@ class Timeline:
 
     @cached_property
     def compute(self) -> tuple[Span, ...]:
-        """The spans of forwards and backwards alone."""
+        """The spans of forwards and backwards, without messages."""
         return tuple(span for span in self.spans if isinstance(span.instruction, Compute))
 
     @property
     def num_ranks(self) -> int:
-        """Number of pipeline ranks, counted up to the highest that has a span."""
+        """Number of pipeline ranks, up to the highest rank that has a span."""
         return 1 + max((span.rank for span in self.spans), default=-1)
 
     @cached_property
     def stages(self) -> tuple[tuple[int, ...], ...]:
-        """The stages of each rank, ascending, as far as they compute."""
+        """The stages that each rank computes, ascending."""
         stages: list[set[int]] = [set() for _ in range(self.num_ranks)]
         for span in self.compute:
             stages[span.rank].add(span.instruction.stage)
@@ -62,16 +62,16 @@ class Timeline:
 
     @property
     def bubble_fraction(self) -> float:
-        """Share of the ranks' time, over the makespan, in which they compute nothing."""
+        """The bubble: the share of the ranks' time, over the makespan, in which they do not compute."""
         available = self.num_ranks * self.makespan
         busy = sum(span.end - span.start for span in self.compute)
         return (available - busy) / available if available else 0.0
 
     @property
     def peak_in_flight(self) -> tuple[int, ...]:
-        """For each rank, the most activations of one microbatch on one stage that it holds at once.
+        """For each rank, the largest number of microbatch-stages whose activations it holds at once.
 
-        They are held from the start of their forward to the end of their backward, of its weights' half where it is
+        Activations are held from the start of the forward to the end of the backward, of the weight half if it is
         split.
         """
         kept = {_microbatch(span) for span in self.compute if isinstance(span.instruction, Backward | BackwardWeight)}
@@ -85,7 +85,7 @@ class Timeline:
 
     @property
     def peak_microbatches(self) -> tuple[float, ...]:
-        """`peak_in_flight` in microbatches through all of a rank's layers, its stages being of one size."""
+        """`peak_in_flight` in microbatches over all of a rank's layers, if its stages are equally large."""
         peaks = zip(self.peak_in_flight, self.stages, strict=True)
         return tuple(peak / max(len(stages), 1) for peak, stages in peaks)
 
@@ -93,21 +93,6 @@ class Timeline:
         """Return the timeline as one line of JSON: ``{"unit": ..., "spans": [[rank, "2F0", start, end], ...]}``."""
         spans = [[span.rank, str(span.instruction), span.start, span.end] for span in self.spans]
         return json.dumps({"unit": self.unit, "spans": spans})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Timeline":
-        """Read what `to_json` wrote; raise ValueError where it is anything else."""
-        try:
-            content = json.loads(text)
-            spans = tuple(
-                Span(int(rank), parse(code), float(start), float(end)) for rank, code, start, end in content["spans"]
-            )
-            unit = content["unit"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a timeline: {error!r}") from error
-        if unit not in ("forward", "seconds"):
-            raise ValueError(f"not a timeline: its unit is {unit!r}, neither 'forward' nor 'seconds'")
-        return cls(spans, unit)
 
 
 def _microbatch(span: Span) -> tuple[int, int]:

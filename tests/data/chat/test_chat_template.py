@@ -126,6 +126,19 @@ def test_a_role_or_prefix_that_meets_a_message_makes_no_control_token(tokenizer:
         {"conversations": [{"from": "user", "value": "who?"}, {"from": "assistant", "value": "the fox"}], "id": 1},
         {"instruction": "who?", "input": "", "output": "the fox"},
         {"instruction": "who?", "output": "the fox"},
+        {"instruction": "who?", "response": "the fox"},
+        {"question": "who?", "answer": "the fox", "id": 1},
+        {"query": "who?", "response": "the fox"},
+        {"prompt": "who?", "output": "the fox", "answer": None},
+        {"input": "who?", "output": "the fox"},
+        {"prompt": "who?", "chosen": "the fox"},
+        {"prompt": "who?", "chosen": [{"role": "bot", "content": "the fox"}], "rejected": None},
+        {"prompt": "who?", "chosen": [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "the fox"}]},
+        *(
+            [{"role": asks, "content": "who?"}, {"role": answers, "content": "the fox"}]
+            for asks in ("human", "user")
+            for answers in ("gpt", "chatgpt", "ai", "bot", "model")
+        ),
     ],
 )
 def test_other_forms_of_record_say_the_same(other: object, tokenizer: Tokenizer) -> None:
@@ -155,15 +168,15 @@ MALFORMED: list[tuple[object, str]] = [
     ([], "no messages"),
     ({"messages": {}}, "messages are no list but a record"),
     ({"messages": 3}, "messages are no list but a number"),
-    ({"text": "a"}, "the record has neither messages nor conversations, nor an instruction and its output"),
-    ({"instruction": 3, "output": "a"}, "instruction or input is no text"),
-    ({"instruction": "a", "output": 3}, "message 2: content is no text but a number"),
+    ({"instruction": 3, "output": "a"}, "instruction is neither a text nor a list of messages but a number"),
+    ({"instruction": "a", "input": 3, "output": "a"}, "input is no text but a number"),
+    ({"instruction": "a", "output": 3}, "output is neither a text nor a list of messages but a number"),
     ([ANSWER, "hello"], "message 2 is no record but a text"),
     ([ANSWER, {"content": "hello"}], "message 2 has no role"),
     ([ANSWER, {"role": "user"}], "message 2 has no content"),
     ([ANSWER, {"from": "human"}], "message 2 has no value"),
     ([ANSWER, {"role": "user", "content": None}], "message 2: content is no text but null"),
-    ([ANSWER, {"role": "user", "content": ["a"]}], "message 2: content is no text but a list"),
+    ([ANSWER, {"role": "user", "content": []}], "message 2: content is no text but a list"),
     ([ANSWER, {"role": ["user"], "content": "a"}], "message 2: role is no text but a list"),
     ([ANSWER, {"role": "wizard", "content": "a"}], "message 2: the template has no role 'wizard', but assistant, sy"),
     ([{"role": "user", "content": "a"}], "no message of the assistant's, so nothing to learn"),
@@ -245,8 +258,8 @@ def test_a_malformed_file_is_refused(content: str, message: str, tmp_path: Path)
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "template.yaml"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not YAML or JSON"):
+    path.write_bytes(b"roles: \xff")
+    with pytest.raises(UserError, match="not UTF-8 text"):
         load_chat_template(path)
 
 
@@ -342,6 +355,39 @@ CASES: dict[str, tuple[object, str, tuple[str, ...]]] = {
         '<|im_start|>assistant\n«yo\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>\n»',
         ("tool_calls.id", "tool_call_id"),
     ),
+    "an instruction and what stands behind it, of Dolly's form": (
+        {"instruction": "i", "context": "c", "response": "o", "category": "qa"},
+        "<|im_start|>user\ni\n\nc<|im_end|>\n<|im_start|>assistant\n«o<|im_end|>\n»",
+        ("category",),
+    ),
+    "a question with a system text, of OpenOrca's form": (
+        {"system_prompt": "s", "question": "q", "response": "o"},
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n«o<|im_end|>\n»",
+        (),
+    ),
+    "a prompt with a history, of ChatGLM's form": (
+        {"prompt": "i", "response": "o", "history": [["a", "b"]]},
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n«b<|im_end|>\n»"
+        "<|im_start|>user\ni<|im_end|>\n<|im_start|>assistant\n«o<|im_end|>\n»",
+        (),
+    ),
+    "a developer, who is the system, before tools": (
+        {"tools": [{"name": "f"}], "messages": [{"role": "developer", "content": "s"}, ANSWER]},
+        '<|im_start|>system\ns\n\nTOOLS{"name": "f"}SLOOT<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>\n»',
+        (),
+    ),
+    "an assistant that says nothing where it calls, thinks or does not count": (
+        [
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]},
+            {"role": "assistant", "content": [], "function_call": {"name": "f", "arguments": {}}},
+            {"role": "assistant", "content": "", "reasoning": "r"},
+            {"role": "assistant", "content": "", "weight": 0},
+        ],
+        '<|im_start|>assistant\n«<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>\n»'
+        '<|im_start|>assistant\n«<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>\n»'
+        "<|im_start|>assistant\n«<think>\nr\n</think>\n\n<|im_end|>\n»<|im_start|>assistant\n<|im_end|>\n",
+        (),
+    ),
     "tools and their calls in ShareGPT's form": (
         {
             "system": "s",
@@ -380,6 +426,43 @@ def test_every_key_of_a_record_is_written_or_told_as_ignored(name: str, byte_lev
     assert conversation.ignored == ignored
 
 
+SHAPES: list[tuple[object, tuple[str, ...]]] = [
+    ({"text": "a"}, ("'text'", "messages or conversations", "leave --chat out")),
+    ({"a": 1, "b": 2}, ("'a', 'b'", "question", "answer", "--text-key")),
+    ({}, ("no key",)),
+    ({"dialog": [{"role": "user", "content": "a"}, ANSWER]}, ("'dialog'", "--text-key dialog")),
+    ({"role": "user", "content": "a"}, ("single message", "'messages'")),
+    ({"question": "a", "reply": "b"}, ("'question'", "'reply'", "output, completion, response or answer")),
+    ({"answer": "a", "title": "b"}, ("'answer'", "'title'", "instruction, prompt, question, query or input")),
+    ({"question": "a", "answer": "b", "response": "c"}, ("'response' and 'answer'", "--ignore-key answer")),
+    ({"question": "a", "context": "c", "answer": "b"}, ("'context'", "'question'", "--ignore-key context")),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("'chosen'", "'rejected'", "--ignore-key rejected")),
+    ({"chosen": [ANSWER], "rejected": [ANSWER]}, ("'chosen'", "'rejected'", "--ignore-key rejected")),
+    ({"chosen": "b"}, ("'chosen'", "no question", "prompt")),
+    ([{"role": "user", "value": "a"}, ANSWER], ("message 1", "'role', 'value'", "rename value to content")),
+    ([{"from": "human", "content": "a"}, ANSWER], ("message 1", "'from', 'content'", "rename content to value")),
+    ([{"speaker": "user", "text": "a"}], ("message 1", "'speaker', 'text'", "role and content")),
+    ([{"role": "user", "text": "a"}], ("message 1", "'role', 'text'", "write content")),
+    ([{"role": "user", "content": [{"text": "a"}, "b"]}], ("message 1: part 2 of content is a text", '"type": "text"')),
+    ([{"role": "user", "content": [3]}], ("message 1: part 1 of content is a number", '"type": "text"')),
+    ([{"role": "User", "content": "a"}, ANSWER], ("message 1", "'User'", "did you mean 'user'?")),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}], ("message 2", "assistant", "weight")),
+    ([{"role": "user", "content": "a"}, {"role": "bot", "content": " \n"}], ("message 2", "bot", "weight")),
+    ({"prompt": "a", "completion": ""}, ("message 2", "assistant", "weight")),
+    ({"instruction": "a", "input": "b", "output": ""}, ("message 2", "assistant", "weight")),
+]
+
+
+@pytest.mark.parametrize(("record", "told"), SHAPES)
+def test_other_shapes_are_named_with_a_way_to_have_them_read(
+    record: object, told: tuple[str, ...], byte_level: Tokenizer
+) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        load_chat_template("chatml").encode(record, byte_level)
+    assert all(words in str(error.value) for words in told), error.value
+    assert "\n" not in str(error.value)
+
+
 REFUSED: list[tuple[object, str]] = [
     ({"messages": [ANSWER], "images": ["a.png"]}, "key 'images' holds what no text says; .* --ignore-key images"),
     ([{**ANSWER, "audio": {"id": "1"}}], "message 1: key 'audio' holds what no text says"),
@@ -394,7 +477,7 @@ REFUSED: list[tuple[object, str]] = [
     ({"system": 3, "messages": [ANSWER]}, "system is no text but a number"),
     (
         {"system": "a", "messages": [{"role": "system", "content": "b"}, ANSWER]},
-        "the record has a system text, and its",
+        "the record has a text under 'system', and its first message is another",
     ),
     ({"instruction": "i", "output": "o", "history": ["a"]}, "history is no list of pairs of a question and its answer"),
     ({"instruction": "i", "output": "o", "history": [["a", "b", "c"]]}, "history is no list of pairs"),
@@ -414,7 +497,7 @@ REFUSED: list[tuple[object, str]] = [
     ([{**ANSWER, "weight": "1"}], "message 1: weight is '1'; 0 and 1 are allowed"),
     ([{"role": "user", "content": "a", "weight": 1}, ANSWER], "message 1: weight counts words of 'user'"),
     ([{**ANSWER, "weight": 0}], "no message of the assistant's counts, so nothing to learn"),
-    ({"prompt": "a", "completion": 3}, "messages are no list but a number"),
+    ({"prompt": "a", "completion": 3}, "completion is neither a text nor a list of messages but a number"),
     ({"prompt": [], "completion": "a"}, "no messages"),
 ]
 
@@ -448,6 +531,28 @@ def test_what_a_template_has_no_place_for_is_refused_unless_ignored(
         ids, mask = template.encode_conversation(conversation, byte_level)
         expected = template.encode([ANSWER], byte_level)
         assert (ids.tolist(), mask.tolist()) == (expected[0].tolist(), expected[1].tolist())
+
+
+def test_a_role_that_a_template_has_itself_is_written_as_it_says(tmp_path: Path, byte_level: Tokenizer) -> None:
+    path = tmp_path / "template.yaml"
+    path.write_text("roles: {assistant: {prefix: 'A:'}, developer: {prefix: 'D:'}, bot: {prefix: 'B:'}}\n")
+    messages = [{"role": role, "content": "x"} for role in ("developer", "bot", "model")]
+    ids, mask = load_chat_template(path).encode(messages, byte_level)
+    assert readable(byte_level, ids, mask) == "D:xB:xA:«x»"
+
+
+def test_an_answer_is_learnt_when_the_other_is_passed_over(byte_level: Tokenizer) -> None:
+    template = load_chat_template("chatml")
+    wanted = template.encode({"prompt": "a", "completion": "b"}, byte_level)[0].tolist()
+    for key, record in (
+        ("rejected", {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        ("answer", {"question": "a", "response": "b", "answer": "c"}),
+        ("context", {"question": "a", "answer": "b", "context": "c"}),
+        ("messages", {"question": "a", "answer": "b", "messages": [ANSWER]}),
+    ):
+        conversation = read_conversation(record, [key])
+        assert conversation.ignored == (key,)
+        assert template.encode_conversation(conversation, byte_level)[0].tolist() == wanted
 
 
 def test_roles_and_parts_of_a_template_of_ones_own_are_written_as_it_says(

@@ -436,6 +436,30 @@ def test_input_without_a_document_is_refused(tmp_path, tokenizer_path, write_jso
     assert not list(tmp_path.glob("data*"))
 
 
+def test_files_without_a_record_are_named(tmp_path, tokenizer_path, write_jsonl):
+    names = {"a.jsonl": b"", "b.jsonl": b"\n \n", "c.json": b"[ ]", "d.jsonl.gz": gzip.compress(b"")}
+    for name, content in names.items():
+        (tmp_path / name).write_bytes(content)
+    files = [tmp_path / name for name in names]
+    for file in files:
+        with pytest.raises(UserError) as raised:
+            preprocess([file], tokenizer_path, tmp_path / "data")
+        assert str(raised.value).startswith(str(file))
+        assert "no record" in str(raised.value)
+        assert "give input" in str(raised.value)
+    with pytest.raises(UserError, match=r"a\.jsonl \(0 bytes\), .*b\.jsonl, .*c\.json and 1 more: hold no record"):
+        preprocess(files, tokenizer_path, tmp_path / "data")
+    assert not list(tmp_path.glob("data*"))
+
+    long = write_jsonl(tmp_path / "long.jsonl", ["the fox jumps\n" * 90_000, "fox"])  # more than a segment
+    for run in ("once", "again"):
+        report = preprocess([long, *files[:2]], tokenizer_path, tmp_path / run)
+        assert report.documents == 2
+        assert [note for note in report.notes if "no record" in note] == [
+            f"{files[0]} (0 bytes), {files[1]}: hold no record"
+        ]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_reaches_the_total(corpus, tokenizer_path, tmp_path, many_shards, workers):
     told = []

@@ -704,8 +704,9 @@ def test_what_begins_a_text_is_found(tmp_path, sentences, hugging_face_path):
 @pytest.mark.parametrize(
     ("name", "fix"),
     [
-        ("gpt2", "nothing is fetched by its name: give a tokenizer.json.*--output gpt2.model`$"),
-        ("meta-llama/Llama-2-7b", "nothing is fetched by its name: .*--output Llama-2-7b.model`$"),
+        ("tok", "nothing is fetched by its name: give a tokenizer.json.*--output tok.model`$"),
+        ("gpt2", "nothing from a network: .*`hf download gpt2 --local-dir models/gpt2`"),
+        ("meta-llama/Llama-2-7b", "`hf download meta-llama/Llama-2-7b --local-dir .*, and write models/Llama-2-7b$"),
         ("tok.model", "make one with `megalite tokenizer train INPUT --output tok.model`, or give another$"),
         ("x/tokenizer.json", "no such tokenizer; give another, which may be a tokenizer.json"),
     ],

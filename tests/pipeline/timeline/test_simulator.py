@@ -196,7 +196,7 @@ def test_times_are_those_of_the_recurrence(data: st.DataObject, case: Case) -> N
     def end(compute: Compute) -> float:
         rank, index = place[compute]
         ready = [end(ranks[rank][index - 1])] if index else [0.0]
-        taken = compute.takes(case.placement.num_stages)
+        taken = compute.required_receive(case.placement.num_stages)
         ready += [end(source) for source in taken.counterpart.sources if source in place] if taken is not None else []
         return max(ready) + cost.of(compute)
 
@@ -219,7 +219,7 @@ def test_times_respect_cause_and_effect(data: st.DataObject, case: Case) -> None
     for computes in case.computes:
         free = 0.0
         for compute in computes:
-            span, taken = span_of[compute], compute.takes(case.placement.num_stages)
+            span, taken = span_of[compute], compute.required_receive(case.placement.num_stages)
             assert span.start >= free
             assert span.end == span.start + cost.of(compute)
             if taken is not None:
