@@ -47,10 +47,10 @@ def main() -> None:
 
 def table(documents: int, dtype: torch.dtype) -> list[str]:
     """Time every way over one row of so many documents."""
-    spans = random_spans(documents)
-    mask = block_diagonal(spans)
+    document_lengths = random_spans(documents)
+    mask = block_diagonal(document_lengths)
     ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "document by document": lambda query, key, value: causal_attention(query, key, value, spans),
+        "document by document": lambda query, key, value: causal_attention(query, key, value, document_lengths),
         "dense mask": lambda query, key, value: under_mask(query, key, value, mask),
         "whole row": causal_attention,
     }
@@ -74,9 +74,9 @@ def random_spans(documents: int) -> list[int]:
     return [end - start for start, end in pairwise([0, *sorted(cuts.tolist()), length])]
 
 
-def block_diagonal(spans: list[int]) -> Tensor:
+def block_diagonal(document_lengths: list[int]) -> Tensor:
     """The mask of a whole row, bool ``[S, S]``."""
-    numbers = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor(spans))
+    numbers = torch.repeat_interleave(torch.arange(len(document_lengths)), torch.tensor(document_lengths))
     return (numbers[:, None] == numbers) & (torch.arange(len(numbers))[:, None] >= torch.arange(len(numbers)))
 
 

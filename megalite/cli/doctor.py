@@ -72,9 +72,9 @@ def _be_a_rank(
     die_with_parent()
     faulthandler.enable()
     os.environ.update(environment.variables())
-    from megalite.doctor.checks import examine
+    from megalite.doctor.checks import run_checks
 
-    report = examine(environment, _prepare(run, overrides, environment.world_size))
+    report = run_checks(environment, _prepare(run, overrides, environment.world_size))
     if report_into is not None:
         if environment.rank == 0:
             report.write(report_into / _REPORT)

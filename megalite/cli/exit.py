@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
 from megalite.errors import USER_ERROR_STATUS
-from megalite.launch import USER_ERROR_PREFIX, LaunchEnvironment, clear_for_stderr
+from megalite.launch import USER_ERROR_PREFIX, LaunchEnvironment, clear_announcement_before_stderr
 
 USER_ERRORS = "MEGALITE_USER_ERRORS"
 """Names a file that ranks say errors of the user's in too: torchrun and others do not hand on the status of a rank."""
@@ -34,7 +34,7 @@ def say_user_error(message: str, rank: LaunchEnvironment | None, *, common: bool
     shares_console = rank is not None and rank.launcher != "megalite"
     if rank is None or rank.rank == 0 or not shares_console or not _rank_zero_speaks(rank, common):
         lines = "".join(f"{USER_ERROR_PREFIX}{line}\n" for line in message.splitlines())
-        clear_for_stderr()  # of what a start was doing
+        clear_announcement_before_stderr()  # of what a start was doing
         sys.stderr.write(lines)
         if rank is not None and USER_ERRORS in os.environ:
             with suppress(OSError), Path(os.environ[USER_ERRORS]).open("a", encoding="utf-8") as file:

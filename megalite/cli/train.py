@@ -73,13 +73,13 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
         typer.echo("megalite: this is an interactive shell of Slurm: the ranks are started on this machine", err=True)
     announce(f"checking {run.name or run}")  # before the imports, which may take a second
     from megalite.files import folder_lock
-    from megalite.training.finished import step_of_a_finished_run
+    from megalite.training.finished import finished_step
     from megalite.training.plan import prepare
 
     plan = prepare(run, overrides, None)
     folder, world_size = plan.config.run.dir, plan.layout.world_size
     plan.check_start()
-    if (step := step_of_a_finished_run(plan)) is not None:
+    if (step := finished_step(plan)) is not None:
         clear_announcement()
         typer.echo(f"nothing is left to train: step {step:,} of {plan.config.train.steps:,} is done")
         typer.echo(f"run: {folder}")
@@ -151,13 +151,13 @@ def _dry_run(run: Path, overrides: list[str], world_size: int | None) -> None:
     plan = prepare(run, overrides, world_size, tokenizer_may_be_absent=True)
     folder = plan.config.run.dir
     plan.check_start()
-    datasets, absent = plan.check_data_that_is_there()
+    datasets, absent = plan.check_present_data()
     # Only now, since it imports torch, which takes seconds.
     from rich.console import Console
 
-    from megalite.training.resume import foresee_start
+    from megalite.training.resume import preview_start
 
-    start = foresee_start(plan)
+    start = preview_start(plan)
     require_unlocked(folder, f"run.dir={folder}")
     description = plan.describe()
     clear_announcement()

@@ -18,7 +18,7 @@ from megalite.paths import escape
 if TYPE_CHECKING:
     from megalite.parallel.layout import ParallelLayout
     from megalite.training.plan import Plan
-    from megalite.verify.table import Outcome
+    from megalite.verify.table import LayoutResult
 
 _STOPPED = 128
 _FEW_RANKS = 4
@@ -155,11 +155,11 @@ def _run_cases(
     environment: LaunchEnvironment | None,
     *,
     speaks: bool,
-) -> "list[Outcome]":
+) -> "list[LayoutResult]":
     """Compare one layout after the other, each in fresh processes: DeepSpeed's engine is one a process."""
     from megalite.verify.layouts import write_layout
-    from megalite.verify.parity_report import Finding
-    from megalite.verify.table import Outcome
+    from megalite.verify.parity_report import ParityReport
+    from megalite.verify.table import LayoutResult
 
     outcomes = []
     folder = Path(tempfile.mkdtemp(prefix="megalite-verify-"))
@@ -177,19 +177,19 @@ def _run_cases(
             status = launch_local(argv, layout.world_size, here / "logs")
         else:
             status = run_rank_subprocess(argv, environment, world_size=layout.world_size, number=number)
-        finding = Finding.read(here / "finding.json") if status == 0 else None
-        outcome = Outcome(layout, finding, time.perf_counter() - started)
+        report = ParityReport.read(here / "report.json") if status == 0 else None
+        outcome = LayoutResult(layout, report, time.perf_counter() - started)
         if speaks:
             typer.echo(f"{outcome.verdict}, {outcome.seconds:.1f} s")
         if status == USER_ERROR_STATUS or status >= _STOPPED or (status != 0 and environment is not None):
             raise typer.Exit(status if status > 0 else _STOPPED - status)
         outcomes.append(outcome)
-    if all(outcome.finding is not None for outcome in outcomes) or not speaks:  # else the lines above name the logs
+    if all(outcome.report is not None for outcome in outcomes) or not speaks:  # else the lines above name the logs
         shutil.rmtree(folder, ignore_errors=True)
     return outcomes
 
 
-def _conclude(outcomes: "Sequence[Outcome]") -> int:
+def _conclude(outcomes: "Sequence[LayoutResult]") -> int:
     """Show the table and what differs; return the exit status."""
     from rich.console import Console
 
@@ -216,6 +216,6 @@ def _be_a_rank(
 
     target, _ = _prepare(run, overrides, scale, None)
     (size,) = read_layouts(layout)
-    finding = verify_layout(case_plan(target, size, folder / "run"), environment)
+    report = verify_layout(case_plan(target, size, folder / "run"), environment)
     if environment.rank == 0:
-        finding.write(folder / "finding.json")
+        report.write(folder / "report.json")

@@ -1,10 +1,10 @@
-"""What can be told of a launcher, its hosts and their network before training, in under a minute.
+"""Checks of the launcher, the hosts, their network, devices and disk before training, in under a minute.
 
-- `report`: what was found, a row each, and the table on the console. No torch.
-- `hosts`: who the ranks are, on which hosts and devices.
-- `connectivity`: whether every rank can connect to every other, by plain sockets: a group that cannot form tells too
-  little.
-- `bandwidth`: messages along each axis of the layout, and matrix products.
-- `disk`: room and rate in the run's folder.
-- `checks`: one rank's part in all of them, in that order.
+- `report`: the result, a row per check, and its table on the console. It does not import torch.
+- `hosts`: the ranks with their hosts and devices.
+- `connectivity`: whether the ranks can connect to each other, tested with plain sockets: a process group that cannot
+  form does not say which connection failed.
+- `bandwidth`: message rates along each axis of the layout, and the rate of matrix products.
+- `disk`: free space and write rate in the run's folder.
+- `checks`: all checks of one rank, in order.
 """

@@ -1,6 +1,6 @@
-"""How fast messages go along each axis of a layout, and how fast each rank multiplies matrices.
+"""Measure the bandwidth along each axis of a layout, and each rank's rate of matrix products.
 
-All groups of an axis talk at the same time, as they do in training.
+All groups of an axis communicate at the same time, as in training.
 """
 
 import time
@@ -19,37 +19,37 @@ from megalite.parallel.layout import name_ranks
 from megalite.parallel.mesh import Mesh
 
 TOLERATED = 1.3
-"""What is slower than the median by more than this factor is named."""
+"""The factor below the median at which a rate is reported as slow."""
 _BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 _REPEATS = 4
 _SHOWN = 8
 
 
 def axis_rows(mesh: Mesh) -> list[Row]:
-    """Measure each axis of several ranks. Collective."""
+    """Measure the bandwidth of each axis with several ranks. Collective."""
     several = [axis for axis in mesh.layout.names if mesh.axes[axis].size > 1]
     return [_pipeline_row(mesh) if axis == "pipeline" else _all_reduce_row(axis, mesh) for axis in several]
 
 
 def matrix_row(mesh: Mesh, dtype: torch.dtype, hosts: Sequence[str]) -> Row:
-    """Measure every rank's matrix products, all at the same time. Collective.
+    """Measure every rank's rate of matrix products, all at the same time. Collective.
 
-    Warns where the ranks compute the products of this precision more slowly than those of fp32.
+    The row has a warning if ranks compute products of this precision in fp32 because it is faster there.
     """
     dist.barrier()
-    ways = gather_json(choose_products(mesh.device, dtype), mesh)
-    rates = gather_json(matrix_rate(mesh.device, dtype, Kernels(ways[mesh.rank]), seconds=0.5), mesh)
+    products = gather_json(choose_products(mesh.device, dtype), mesh)
+    rates = gather_json(matrix_rate(mesh.device, dtype, Kernels(products[mesh.rank]), seconds=0.5), mesh)
     unit, size = ("TFLOP/s", 1e12) if median(rates) >= 1e12 else ("GFLOP/s", 1e9)
     found = {f"rank {rank} on {hosts[rank]}": rate / size for rank, rate in enumerate(rates)}
     name = str(dtype).removeprefix("torch.")
     row = rate_row("matrix products", f"{unit} per rank in {name}", found)
-    slow = [f"rank {rank} on {hosts[rank]}" for rank, way in enumerate(ways) if way == "fp32"]
+    slow = [f"rank {rank} on {hosts[rank]}" for rank, computed_in in enumerate(products) if computed_in == "fp32"]
     return with_slow_precision(row, name, slow, len(hosts))
 
 
 def with_slow_precision(row: Row, precision: str, slow: Sequence[str], world_size: int) -> Row:
-    """Return the row with a warning where some ranks, named in `slow`, multiply matrices of a precision by way of
-    float32, since their CPU has no units for it."""
+    """Return the row, with a warning if some ranks, named in `slow`, multiply matrices of this precision in float32,
+    since their CPU has no instructions for it."""
     if not slow:
         return row
     more = f" and {len(slow) - _SHOWN} more" if len(slow) > _SHOWN else ""
@@ -62,7 +62,7 @@ def with_slow_precision(row: Row, precision: str, slow: Sequence[str], world_siz
 
 
 def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:
-    """Return the median of some rates, and by name each that is slower than it by more than `TOLERATED`."""
+    """Return a row with the median rate, and each rate, by name, that is slower by more than the factor `TOLERATED`."""
     middle, (slowest, least) = median(rates.values()), min(rates.items(), key=lambda item: item[1])
     slow = sorted((rate, name) for name, rate in rates.items() if rate * TOLERATED < middle)
     if not slow:
@@ -74,7 +74,7 @@ def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:
 
 
 def _all_reduce_row(axis: str, mesh: Mesh) -> Row:
-    """Measure all-reduces; GB/s on each rank's wire, 2 (n - 1) / n bytes for each byte, as nccl-tests count."""
+    """Measure all-reduces in bus bandwidth as defined by nccl-tests: 2 (n - 1) / n bytes sent per byte, in GB/s."""
     size, group = mesh.axes[axis].size, mesh.axes[axis].process_group
     message = torch.ones(_BYTES[mesh.device.type] // 4, device=mesh.device)
     dist.all_reduce(message, group=group)
@@ -86,13 +86,13 @@ def _all_reduce_row(axis: str, mesh: Mesh) -> Row:
     wait_for(mesh.device)
     seconds = time.perf_counter() - started
     sent = _REPEATS * message.nbytes * 2 * (size - 1) / size
-    told = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], mesh)
-    rates = {name_ranks(ranks): min(rate for others, rate in told if others == ranks) for ranks, _ in told}
+    measured = gather_json([dist.get_process_group_ranks(group), sent / seconds / 1e9], mesh)
+    rates = {name_ranks(ranks): min(rate for others, rate in measured if others == ranks) for ranks, _ in measured}
     return rate_row(f"{axis} axis", f"GB/s all-reduced over {size} ranks", rates)
 
 
 def _pipeline_row(mesh: Mesh) -> Row:
-    """Measure the activations' links, one pair of pipeline ranks after the other."""
+    """Measure the links that carry activations, one pair of pipeline ranks after the other."""
     here, found = mesh.pipeline.rank, []
     message = torch.ones(_BYTES[mesh.device.type] // 4, device=mesh.device)
     for source in range(mesh.pipeline.size):
@@ -112,7 +112,7 @@ def _pipeline_row(mesh: Mesh) -> Row:
                 wait_for(mesh.device)
                 seconds = time.perf_counter() - started
                 found.append([link.peer, mesh.rank, _REPEATS * message.nbytes / seconds / 1e9])
-    hops = [hop for told in gather_json(found, mesh) for hop in told]
+    hops = [hop for of_rank in gather_json(found, mesh) for hop in of_rank]
     rates = {f"rank {source} to {target}": rate for source, target, rate in hops}
     return rate_row("pipeline axis", "GB/s sent to the next stage", rates)
 

@@ -1,7 +1,7 @@
-"""Whether each rank can connect to the others, over plain sockets and at the addresses that their groups will use.
+"""Connectivity test: each rank connects to the others with plain sockets, at the addresses of their process groups.
 
-A gloo or NCCL group that cannot form waits, and says neither who nor why: a firewall between two hosts, or a host name
-that leads to the loopback device, as Debian's /etc/hosts has it.
+A gloo or NCCL group that cannot form waits, and names neither the ranks nor the cause: a firewall between two hosts, or
+a host name that resolves to the loopback device, as in Debian's /etc/hosts.
 """
 
 import os
@@ -20,13 +20,13 @@ import torch
 
 CONNECT_SECONDS = 5.0
 ALL_PAIRS = 64
-"""Up to so many ranks every pair is tried; beyond, each rank tries those 1, 2, 4, 8, ... further."""
+"""The largest number of ranks for which every pair is tested; with more ranks, each tests the ranks 1, 2, 4, ... on."""
 _SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where a rank listens; it answers with `token`, so that nobody else is taken for it."""
+    """The address at which a rank listens; it answers with `token`, so that no other program is taken for the rank."""
 
     rank: int
     host: str
@@ -35,20 +35,20 @@ class Listener:
     token: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `Listener(**)` takes."""
+        """Return the keyword arguments of `Listener`."""
         return asdict(self)
 
 
 @contextmanager
 def listening(rank: int, address: str) -> Iterator[Listener]:
-    """Answer whoever connects, for as long as the body runs."""
+    """Listen at `address`, and send the token to every client, in a thread while the body runs."""
     token = uuid.uuid4().hex
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.create_server((address, 0), family=family, backlog=1024) as server:
         thread = threading.Thread(target=_answer, args=(server, token), name="answer-ranks", daemon=True)
         thread.start()
         yield Listener(rank, socket.gethostname(), address, server.getsockname()[1], token)
-        with suppress(OSError):  # wakes the thread from its wait
+        with suppress(OSError):  # ends the thread's wait in accept
             server.shutdown(socket.SHUT_RDWR)
         thread.join(CONNECT_SECONDS)
 
@@ -63,15 +63,15 @@ def _answer(server: socket.socket, token: str) -> None:
             connection.sendall(token.encode())
 
 
-def unreached(here: Listener, listeners: Sequence[Listener]) -> list[str]:
-    """Connect to other ranks, and say of each that does not answer why."""
+def failed_connections(here: Listener, listeners: Sequence[Listener]) -> list[str]:
+    """Connect to this rank's peers; return a message with the reason and a fix for each failure."""
     chosen = [listeners[rank] for rank in peers(here.rank, len(listeners))]
     with ThreadPoolExecutor(16, thread_name_prefix="connect") as pool:
-        return [failure for failure in pool.map(lambda there: _try(here, there), chosen) if failure]
+        return [failure for failure in pool.map(lambda there: _connect(here, there), chosen) if failure]
 
 
 def peers(rank: int, world_size: int) -> list[int]:
-    """Return the ranks that a rank connects to.
+    """Return the ranks to which a rank connects.
 
     >>> peers(1, 4)
     [0, 2, 3]
@@ -82,9 +82,9 @@ def peers(rank: int, world_size: int) -> list[int]:
     return sorted({(rank + distance) % world_size for distance in distances} - {rank})
 
 
-def _try(here: Listener, there: Listener) -> str | None:
-    place = f"{there.address}:{there.port}"
-    who = f"rank {here.rank} on {here.host} does not reach rank {there.rank} on {there.host} at {place}"
+def _connect(here: Listener, there: Listener) -> str | None:
+    address = f"{there.address}:{there.port}"
+    failure = f"rank {here.rank} on {here.host} does not reach rank {there.rank} on {there.host} at {address}"
     try:
         with socket.create_connection((there.address, there.port), timeout=CONNECT_SECONDS) as connection:
             if connection.recv(64).decode(errors="replace") == there.token:
@@ -92,23 +92,24 @@ def _try(here: Listener, there: Listener) -> str | None:
             reason = "another program answers"
     except OSError as error:
         reason = error.strerror or str(error)
-    return f"{who}: {reason}; {_fix(here, there)}"
+    return f"{failure}: {reason}; {_fix(here, there)}"
 
 
 def _fix(here: Listener, there: Listener) -> str:
     if here.host != there.host and there.address.startswith(("127.", "::1")):
         return (
-            f"that is the loopback device of {there.host}: set GLOO_SOCKET_IFNAME to its network's, or give its name "
-            "the network's address in /etc/hosts"
+            f"that is the loopback device of {there.host}: set GLOO_SOCKET_IFNAME to its network interface, or give "
+            "its name the network's address in /etc/hosts"
         )
-    return "see the firewall and the routes between them, and that GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME is right"
+    return "check the firewall and the routes between them, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
 
 
 def own_address(device: torch.device, master_address: str) -> str:
-    """Return the address at which this rank's groups will listen.
+    """Return the address at which this rank's process groups will listen.
 
-    gloo takes the interface of GLOO_SOCKET_IFNAME, else the address of the host's name, else the loopback device. NCCL
-    is taken to use NCCL_SOCKET_IFNAME's where that is one interface's name, else that which leads to the master.
+    gloo uses the interface GLOO_SOCKET_IFNAME, else the address of the host's name, else the loopback device. For NCCL
+    this function assumes NCCL_SOCKET_IFNAME if that is the name of an interface, else the interface of the route to the
+    master.
     """
     variable = "NCCL_SOCKET_IFNAME" if device.type == "cuda" else "GLOO_SOCKET_IFNAME"
     if address := _address_of_interface(os.environ.get(variable, "")):
@@ -117,13 +118,13 @@ def own_address(device: torch.device, master_address: str) -> str:
 
 
 def unknown_interfaces(here: Listener) -> Iterator[str]:
-    """Say which interfaces of GLOO_SOCKET_IFNAME this host does not have; gloo would say it in its own words, later."""
+    """Yield a message for each interface of GLOO_SOCKET_IFNAME that this host lacks; gloo's own error comes later."""
     known = [name for _, name in socket.if_nameindex()]
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         if name not in known:
             yield (
-                f"rank {here.rank} on {here.host}: GLOO_SOCKET_IFNAME={name} is none of its interfaces; it has "
-                f"{', '.join(known)}"
+                f"rank {here.rank} on {here.host}: GLOO_SOCKET_IFNAME={name} is not an interface of this host; use one "
+                f"of {', '.join(known)}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Room and rate where a run writes its checkpoints, and whether all ranks write in the same folder."""
+"""Measure free space and write rate of the run's folder, and check that all ranks share the folder."""
 
 import os
 import shutil
@@ -17,12 +17,12 @@ from megalite.parallel.mesh import Mesh
 from megalite.training.plan import Plan
 
 _SEEN_SECONDS = 5.0
-"""How long a rank looks for what rank 0 made: network file systems keep old listings for a while."""
+"""How long a rank waits for the folder that rank 0 made: network file systems cache old listings for a while."""
 _PROBE_BYTES = 32 << 20
 
 
 def disk_row(plan: Plan, mesh: Mesh, hosts: list[str]) -> Row:
-    """Look at the run's folder; what is written there for it is removed again. Collective."""
+    """Check the run's folder with test files, which are removed afterwards. Collective."""
     checkpoint = plan.checkpoint_bytes
     with _probe_folder(plan.config.run.dir, mesh) as (folder, refusal):
         if refusal is not None:
@@ -34,14 +34,14 @@ def disk_row(plan: Plan, mesh: Mesh, hosts: list[str]) -> Row:
         room, room_is_bad = _room(plan, checkpoint, free)
         share = min(_PROBE_BYTES, max(1 << 16, checkpoint // mesh.layout.world_size))
         if share * mesh.layout.world_size > free // 2:
-            return Row("disk", "bad" if room_is_bad else "ok", (room, "too little room to measure the rate"))
+            return Row("disk", "bad" if room_is_bad else "ok", (room, "too little free space to measure the rate"))
         dist.barrier()
-        told = gather_json(_write(folder / f"rank_{mesh.rank}", share), mesh)
-    failed = [f"rank {rank} on {hosts[rank]}: {found}" for rank, found in enumerate(told) if isinstance(found, str)]
+        times = gather_json(_write(folder / f"rank_{mesh.rank}", share), mesh)
+    failed = [f"rank {rank} on {hosts[rank]}: {found}" for rank, found in enumerate(times) if isinstance(found, str)]
     if failed:
         return Row("disk", "bad", (room, *failed))
-    rate = share * len(told) / max(told)
-    ranks = "1 rank" if len(told) == 1 else f"{len(told)} ranks together"
+    rate = share * len(times) / max(times)
+    ranks = "1 rank" if len(times) == 1 else f"{len(times)} ranks together"
     written = f"{size(rate)}/s written and flushed by {ranks}"
     if plan.config.checkpoint.keeps:
         written += f": a checkpoint in {checkpoint / rate:.2g} s"
@@ -49,12 +49,12 @@ def disk_row(plan: Plan, mesh: Mesh, hosts: list[str]) -> Row:
 
 
 def _room(plan: Plan, checkpoint: int, free: int) -> tuple[str, bool]:
-    """Return a line on what there is room for, and whether that is too little."""
+    """Return a line on the free space and the checkpoints' size, and whether the space is too small."""
     where = f"{size(free)} free in {plan.config.run.dir}"
     expected = forecast(plan.config, checkpoint, free)
     if not expected.steps:
         return f"{where}; checkpoint.every={plan.config.checkpoint.every}, last=false: none is written", False
-    line = f"{where}; a checkpoint takes {size(checkpoint)}, {expected.peak_count} at most are there at a time"
+    line = f"{where}; a checkpoint takes {size(checkpoint)}, at most {expected.peak_count} exist at a time"
     if expected.fits:
         return line, False
     return f"{line}, {size(expected.peak_bytes)}; {MAKE_ROOM}", True
@@ -62,7 +62,10 @@ def _room(plan: Plan, checkpoint: int, free: int) -> tuple[str, bool]:
 
 @contextmanager
 def _probe_folder(run: Path, mesh: Mesh) -> Iterator[tuple[Path, str | None]]:
-    """Make a folder in the run's, or where that will be; yields its path, and on every rank why there is none."""
+    """Create a test folder in the run's folder or its nearest existing parent. Collective.
+
+    Yields the path, and an error message if the folder cannot be created, the same on every rank.
+    """
     missing = 0
     while not _above(run, missing).exists():
         missing += 1
@@ -72,11 +75,11 @@ def _probe_folder(run: Path, mesh: Mesh) -> Iterator[tuple[Path, str | None]]:
         try:
             made = tempfile.mkdtemp(prefix=".doctor-", dir=parent), missing, None
         except OSError as error:
-            refusal = f"run.dir={run}: {parent} cannot be written in: {error.strerror}; set another run.dir"
+            refusal = f"run.dir={run}: {parent} is not writable: {error.strerror}; set another run.dir"
             made = "", missing, refusal
     name, missing, refusal = broadcast_json(made, mesh)
     try:
-        # Where this rank has the run's folder: hosts may reach it by other paths.
+        # Relative to this rank's path of the run's folder, which may differ between hosts.
         yield _above(run, missing) / Path(name).name, refusal
         dist.barrier()
     finally:
@@ -100,13 +103,13 @@ def _sees(folder: Path) -> bool:
 def _not_shared(plan: Plan, blind: list[int], hosts: list[str]) -> str:
     names = ", ".join(dict.fromkeys(hosts[rank] for rank in blind))
     return (
-        f"run.dir={plan.config.run.dir}: what rank 0 on {hosts[0]} writes there is not seen on {names}; set run.dir to "
-        "a folder that all hosts share"
+        f"run.dir={plan.config.run.dir}: files that rank 0 on {hosts[0]} writes there are not visible on {names}; set "
+        "run.dir to a folder that all hosts share"
     )
 
 
 def _write(path: Path, size: int) -> float | str:
-    """Write and flush a file that no file system can shrink; return the seconds, or why it cannot be written."""
+    """Write random, hence incompressible, bytes and flush them; return the seconds, or an error message."""
     content = os.urandom(size)
     started = time.perf_counter()
     try:

@@ -1,4 +1,4 @@
-"""What an examination found: a row for each thing that was looked at, and the table on the console."""
+"""The report of `megalite doctor`: a row per check, and the table on the console."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,14 +9,14 @@ from pydantic import TypeAdapter
 from rich.table import Table
 
 Verdict = Literal["ok", "warn", "bad"]
-"""``warn`` trains, though slower than it might, or by luck; ``bad`` does not train, or not to the end."""
+"""With ``warn`` training runs, but slowly or unreliably; with ``bad`` training does not start, or not finish."""
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing that was looked at, and what was found, a line each."""
+    """A check, its verdict, and the findings, a line each."""
 
     check: str
     verdict: Verdict
@@ -25,7 +25,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All that an examination found, in the order in which it looked, and the seconds that it took."""
+    """The results of all checks, in the order in which they ran, and the seconds they took."""
 
     title: str
     rows: tuple[Row, ...]
@@ -33,12 +33,12 @@ class Report:
 
     @property
     def status(self) -> int:
-        """The exit status: 1 where something is bad."""
+        """The exit status: 1 if a check is bad, otherwise 0."""
         return int(bool(self._with("bad")))
 
     @property
     def conclusion(self) -> str:
-        """One line on the whole."""
+        """A line that summarises the report."""
         bad, warned = self._with("bad"), self._with("warn")
         if bad:
             found = f"bad: {', '.join(bad)}"
@@ -47,7 +47,7 @@ class Report:
         return f"{found} ({self.seconds:.1f} s)"
 
     def table(self) -> Table:
-        """Return a row for each thing that was looked at."""
+        """Return the table for the console, a row per check."""
         shown = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
         shown.add_column(no_wrap=True)
         shown.add_column(no_wrap=True)
@@ -59,12 +59,12 @@ class Report:
         return shown
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the report as JSON."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "Report":
-        """Read what `write` wrote."""
+        """Read a report that `write` wrote."""
         return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
 
     def _with(self, verdict: Verdict) -> list[str]:
@@ -72,5 +72,5 @@ class Report:
 
 
 def _plain(text: str) -> str:
-    """Keep rich from reading square brackets as its own."""
+    """Escape square brackets, which rich would read as markup."""
     return text.replace("[", r"\[")

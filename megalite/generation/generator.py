@@ -11,7 +11,7 @@ from megalite.generation.request import Job, Sampling
 from megalite.generation.sampling import choose
 from megalite.generation.sequence import Continuation
 from megalite.model.kernel_choice import choose_kernels
-from megalite.model.kv_cache import KeyValueCache
+from megalite.model.kv_cache import KVCache
 from megalite.model.load import load_stage
 from megalite.model.precision import DTYPES
 from megalite.model.stage import Stage
@@ -34,9 +34,7 @@ class Generator:
         """
         started = time.perf_counter()
         rows = list(batch)
-        cache = KeyValueCache(
-            [len(row.prompt_ids) for row in rows], num_layers=len(self.stage.layers), device=self._device
-        )
+        cache = KVCache([len(row.prompt_ids) for row in rows], num_layers=len(self.stage.layers), device=self._device)
         ids_BS = self._filled_up([row.prompt_ids for row in rows])
         while rows:
             logits_BV = self.stage.next_logits(ids_BS, cache)
@@ -47,7 +45,7 @@ class Generator:
                 hear(row, piece)
             going = [at for at, row in enumerate(rows) if row.reason is None]
             if 0 < len(going) < len(rows):
-                cache.keep(going)
+                cache.select_rows(going)
             rows = [rows[at] for at in going]
             ids_BS = self._filled_up([[tokens[at]] for at in going])
 

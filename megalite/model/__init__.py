@@ -1,5 +1,6 @@
-"""The Transformer: `transformer` holds its blocks, read top to bottom like the papers; `stage` cuts it in stages.
+"""The Transformer: `transformer` holds its blocks, `stage` the part of the model that a pipeline stage holds.
 
-`shapes` and `flops` follow from the configuration alone. `load` fills a stage from `weights`; `kv_cache` and `packing`
-go with attention; `activation_checkpointing` computes activations anew; `kernel_choice` measures attention's kernels.
+`shapes` and `flops` need the configuration alone. `load` loads `weights` into a stage; attention uses `kv_cache` and
+`packing`; `activation_checkpointing` recomputes activations in the backward; `kernel_choice` benchmarks the kernels of
+attention.
 """

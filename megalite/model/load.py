@@ -1,4 +1,4 @@
-"""Weights into a stage, by their global names."""
+"""Loading of weights into a stage, by their global names."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from megalite.model.weights import Weights
 
 @torch.no_grad()
 def load_stage(stage: Stage, weights: Weights, progress: Callable[[int, int], None] | None = None) -> None:
-    """Fill every parameter of a stage, and padding with 0; `progress` is told the bytes read and the bytes in all.
+    """Load every parameter of a stage, and set padding to 0. Raises UserError where a weight cannot be read.
 
-    Raises UserError where a weight cannot be read.
+    `progress` is called with the number of bytes read so far and the number of bytes in all.
     """
     done, total = 0, 4 * stage.num_parameters()
     for placed in stage.placed_parameters:

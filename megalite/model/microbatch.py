@@ -1,4 +1,4 @@
-"""One microbatch on the device of a rank: what a stage of the model reads beside its inputs."""
+"""One microbatch on the device of a rank: tokens, targets, loss weights, packing and dropout."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from megalite.model.packing import PackedDocuments
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Token ids and targets ``[B, S]``, int64; each is needed at one end of the pipeline only, and None elsewhere.
+    """Token ids ``[B, S]``, int64, on the first stage and targets ``[B, S]`` on the last; None on other stages.
 
-    With `loss_weights` ``[B, S]``, fp32, the losses of a step are the sum over its tokens, each times its weight;
-    without, the mean. `packing` says on every stage where documents begin, and `dropout` what is dropped.
+    With `loss_weights` ``[B, S]``, fp32, the loss of a step is the weighted sum over its tokens; without them it is the
+    mean. `packing` has the boundaries of documents, and `dropout` the dropout masks; every stage needs both.
     """
 
     ids: Tensor | None

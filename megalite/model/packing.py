@@ -1,4 +1,4 @@
-"""Several documents in one row of a microbatch: where each ends, for attention and for positions.
+"""Packed documents: the lengths and positions of several documents in one row, for attention within documents.
 
 Legend for shapes: B microbatch, S sequence.
 """
@@ -17,8 +17,8 @@ class PackedDocuments:
     """
 
     lengths: tuple[tuple[int, ...], ...] | None
-    """For each row the tokens of its documents in turn, which sum to S; attention stays within each. None: within each
-    row."""
+    """For each row, the lengths of its documents in order, which sum to S; attention is limited to a document. None:
+    each row is one document."""
     positions_BS: Tensor | None
     """The position of each token in its document, int64; None: 0..S-1 in every row."""
 
@@ -28,11 +28,11 @@ class PackedDocuments:
         if min(chain(*self.lengths), default=0) < 1:
             raise ValueError(f"a document has at least one token: {self.lengths}")
         if len({sum(row) for row in self.lengths}) > 1:
-            raise ValueError(f"rows hold {[sum(row) for row in self.lengths]} tokens; all must hold as many")
+            raise ValueError(f"rows have {[sum(row) for row in self.lengths]} tokens; all must have the same number")
 
     @property
-    def spans(self) -> list[int] | None:
-        """The lengths of all documents, over the rows in turn; None where attention runs over whole rows."""
+    def document_lengths(self) -> list[int] | None:
+        """The lengths of all documents, row by row; None where each row is one document."""
         if self.lengths is None or all(len(row) == 1 for row in self.lengths):
             return None
         return list(chain(*self.lengths))

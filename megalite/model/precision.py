@@ -1,4 +1,4 @@
-"""What the names of precisions are in torch."""
+"""The torch dtypes of the precisions of a run file."""
 
 from collections.abc import Mapping
 

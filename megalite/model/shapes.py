@@ -1,4 +1,4 @@
-"""The global shape of every weight of a model, from its configuration alone: no torch, no memory."""
+"""The global shape of every weight of a model, from its configuration alone, without torch."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def _weights(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, inner, is_llama = model.hidden_size, model.intermediate_size, model.architecture == "llama"
     width, kv_width = (heads * model.head_dim for heads in (model.num_attention_heads, model.num_key_value_heads))
-    attention_bias = getattr(model, "attention_bias", True)  # GPT-2 has one and no setting for it
+    attention_bias = getattr(model, "attention_bias", True)  # GPT-2 always has biases
     yield from _norm("attention_norm", hidden, bias=not is_llama)
     yield from _linear("attention.query", width, hidden, bias=attention_bias)
     yield from _linear("attention.key", kv_width, hidden, bias=attention_bias)
@@ -39,7 +39,7 @@ def _layer(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     output_bias = getattr(model, "attention_output_bias", attention_bias)
     yield from _linear("attention.output", hidden, width, bias=output_bias)
     yield from _norm("mlp_norm", hidden, bias=not is_llama)
-    mlp_bias = getattr(model, "mlp_bias", True)  # of llama alone a setting
+    mlp_bias = getattr(model, "mlp_bias", True)  # only Llama has the setting
     if is_llama:
         yield from _linear("mlp.gate", inner, hidden, bias=mlp_bias)
     yield from _linear("mlp.up", inner, hidden, bias=mlp_bias)

@@ -1,6 +1,6 @@
-"""What one pipeline stage holds: some blocks, the embedding on the first stage, norm, head and loss on the last.
+"""A pipeline stage of the model: its blocks, the embedding on the first stage, norm, head and loss on the last.
 
-The whole model is the stage that is both first and last: there is no second class for training without a pipeline.
+The whole model is a stage that is both first and last. There is no second class for training without a pipeline.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalite.config import GPT2Config, ModelConfig, Recompute, RotaryConfig
 from megalite.model.activation_checkpointing import run_layers
 from megalite.model.dropout import DropoutStreams
-from megalite.model.kv_cache import KeyValueCache
+from megalite.model.kv_cache import KVCache
 from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
 from megalite.parallel.tensor_group import TensorGroup
@@ -29,9 +29,9 @@ TOKEN_TABLE = "embedding.tokens.weight"
 
 
 class Embedding(nn.Module):
-    """Token ids ``[B, S]`` to the residual stream ``[B, S, H]``; adds learned positions in the GPT-2 family.
+    """Embedding of token ids ``[B, S]`` into the residual stream ``[B, S, H]``; GPT-2 adds learned positions.
 
-    Where the group divides tokens, the stream is this rank's share ``[1, B*S / size, H]``.
+    With sequence parallelism, the residual stream is this rank's share, ``[1, B*S / size, H]``.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
@@ -54,11 +54,11 @@ class Embedding(nn.Module):
 
 
 class Head(ShardedModule):
-    """The residual stream ``[B, S, H]`` and targets ``[B, S]`` to the loss of the microbatch, fp32, in nats.
+    """Projection to logits and cross-entropy: from ``[B, S, H]`` and targets ``[B, S]`` to the loss, fp32, in nats.
 
-    The loss is the mean over the tokens, or with weights ``[B, S]`` the sum over them, each times its weight. The
-    vocabulary is divided over the group, as the embedding's is, and the logits never leave their rank. With `tied` its
-    weight carries the embedding's name; where both are on one rank they are one parameter.
+    The loss is the mean over the tokens, or with weights ``[B, S]`` the weighted sum. The vocabulary is divided over
+    the group as in the embedding, and each rank keeps its logits. `tied` is the embedding's table where this rank holds
+    both, which then share the parameter.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup, *, tied: nn.Parameter | None) -> None:
@@ -77,7 +77,7 @@ class Head(ShardedModule):
         return losses_BS.mean() if weights_BS is None else (losses_BS * weights_BS).sum()
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits ``[..., V]`` of hidden states ``[..., H]``, fp32, of the whole vocabulary on every rank."""
+        """Return the logits ``[..., V]`` of hidden states ``[..., H]``, fp32, all-gathered over the vocabulary."""
         return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
 
     def _local_logits(self, x: Tensor) -> Tensor:
@@ -88,20 +88,20 @@ class Head(ShardedModule):
 
 
 class Stage(nn.Module):
-    """The part of the model that stage `index` of `num_stages` holds: the blocks of `layers`, and the ends' extras.
+    """Stage `index` of `num_stages`: the blocks of `layers`, and the embedding (first stage) or the head (last stage).
 
-    ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``;
-    on the last it takes the targets too and returns the mean loss, or with `loss_weights` ``[B, S]``, fp32, the sum of
-    the losses, each times its weight. `packing` and `dropout` go to every stage; without `dropout` nothing is dropped.
-    `recompute` says which activations a backward computes anew.
+    ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``. On
+    the last stage it also takes the targets and returns the mean loss, or with `loss_weights` ``[B, S]``, fp32, the
+    weighted sum of the losses. Every stage takes `packing` and `dropout`; without `dropout` nothing is dropped.
+    `recompute` says which activations the backward recomputes.
 
-    Where one rank holds the first stage and the last, `table` is the first one's `tied_table`, for the last to share;
-    it stays a parameter of the first.
+    Where one rank holds the first stage and the last, `table` is the `tied_table` of the first stage, which the last
+    stage shares; it remains a parameter of the first stage.
 
-    Where `group` divides tokens, a stage takes and returns ``[1, B*S / size, H]``, this rank's share of the tokens in
-    their order, and `rows` says what B is; raises ValueError where it is missing.
+    With sequence parallelism a stage takes and returns ``[1, B*S / size, H]``, this rank's share of the tokens in their
+    order, and `rows` is B; raises ValueError where `rows` is missing.
 
-    A backward inside ``weight_grad_deferral.enabled()`` leaves the gradients of the linear layers' weights for later.
+    A backward inside ``weight_grad_deferral.enabled()`` defers the weight gradients of the linear layers.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Stage(nn.Module):
     ) -> None:
         super().__init__()
         if group.sequence_parallel and rows is None:
-            raise ValueError("a stage that holds a share of the tokens must know how many rows they come from")
+            raise ValueError("with sequence parallelism a stage needs `rows`, the number of rows of a microbatch")
         rows = rows if group.sequence_parallel else None
         self.index, self.num_stages, self.group, self.recompute = index, num_stages, group, recompute
         first, last = index == 0, index == num_stages - 1
@@ -138,8 +138,9 @@ class Stage(nn.Module):
             if isinstance(module, ShardedModule):
                 module.weight_grad_deferral = self.weight_grad_deferral
         self._std = config.initializer_range
-        # The sum of 2 * layers residual branches keeps the variance of one (GPT-2).
+        # The sum of 2 * layers residual branches then has the variance of one branch (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+        # Placed here, while parameters have their shapes: ZeRO-3 partitions them later.
         self.placed_parameters = tuple(
             self._under_shared_name(placed) for placed in placed_parameters(self) if placed.parameter is not table
         )
@@ -155,12 +156,12 @@ class Stage(nn.Module):
         dropout: DropoutStreams | None = None,
     ) -> Tensor:
         if dropout is not None and self.group.sequence_parallel:
-            dropout = replace(dropout, share=(self.group.rank, self.group.size))
+            dropout = replace(dropout, token_share=(self.group.rank, self.group.size))
         if self.embedding is not None:
             x = self.embedding(x, packing.positions_BS if packing else None)
             x = dropout.hidden(x, "embedding") if dropout else x
         layers = {
-            int(number): partial(block, packing=packing, dropout=dropout and dropout.under(f"layers.{number}"))
+            int(number): partial(block, packing=packing, dropout=dropout and dropout.for_layer(f"layers.{number}"))
             for number, block in self.layers.items()
         }
         x = run_layers(layers, x, self.recompute, self.group)
@@ -169,10 +170,10 @@ class Stage(nn.Module):
         assert targets is not None
         return self.head(self.final_norm(x), targets, loss_weights)
 
-    def next_logits(self, ids_BS: Tensor, cache: KeyValueCache) -> Tensor:
-        """Read tokens ``[B, S]`` after those in the cache; return the logits ``[B, V]`` of each row's next, fp32.
+    def next_logits(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
+        """Append tokens ``[B, S]`` to the KV cache; return the logits ``[B, V]`` of each row's next token, fp32.
 
-        For the stage that is the whole model.
+        Only for the stage that is the whole model.
         """
         assert self.embedding is not None
         assert self.head is not None
@@ -187,20 +188,20 @@ class Stage(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """Precision of the parameters, and so of the activations that leave the stage."""
+        """Dtype of the parameters, and of the activations that the stage returns."""
         return next(self.parameters()).dtype
 
     def activation_shape(self, rows: int, sequence_length: int) -> tuple[int, int, int]:
-        """Shape of what a microbatch ``[B, S]`` sends to the next stage, and of the gradient that comes back."""
+        """Return the shape of the activation, and of its gradient, between stages for a microbatch ``[B, S]``."""
         if self.group.sequence_parallel:
             return 1, rows * sequence_length // self.group.size, self._hidden_size
         return rows, sequence_length, self._hidden_size
 
-    def partial_parameters(self) -> list[nn.Parameter]:
-        """Parameters that are whole on every tensor rank, and whose gradient there is that of its own tokens alone.
+    def sequence_parallel_parameters(self) -> list[nn.Parameter]:
+        """Replicated parameters whose gradient comes from this rank's tokens alone, because of sequence parallelism.
 
-        Norms, biases of row-parallel layers and learned positions, where the group divides tokens: what works on the
-        residual stream, and so is no layer's to divide. Their gradients are summed over the group once a step.
+        These are norms, biases of row-parallel layers and learned positions, which apply to the residual stream. Their
+        gradients are all-reduced over the group once per step. Empty without sequence parallelism.
         """
         if not self.group.sequence_parallel:
             return []
@@ -210,12 +211,12 @@ class Stage(nn.Module):
 
     @property
     def tied_table(self) -> nn.Parameter | None:
-        """The embedding's token table where a head shares it."""
+        """The embedding's token table if the head shares it; None on stages without the embedding."""
         return self.embedding.tokens.weight if self.embedding is not None and self.tied else None
 
     @property
     def tied_copy(self) -> nn.Parameter | None:
-        """The token table that another stage holds too; None where there is none, or only one."""
+        """This stage's copy of a tied token table that another stage holds too; else None."""
         if not self.tied or self.num_stages == 1:
             return None
         return self.head.weight if self.head is not None else self.tied_table
@@ -228,14 +229,14 @@ class Stage(nn.Module):
         return replace(placed, shards=(replace(shard, spec=replace(shard.spec, name=TOKEN_TABLE)),))
 
     def initialise(self, seed: int) -> None:
-        """Fill every parameter from the seed and its global name: the same weights under every layout."""
+        """Initialise every parameter from the seed and its global name: the same weights under every layout."""
         for placed in self.placed_parameters:
             residual = placed.shards[0].spec.name.endswith(("attention.output.weight", "mlp.down.weight"))
             std = self._residual_std if residual else self._std
             initialise_parameter(placed.parameter, placed.shards, seed=seed, std=std)
 
     def num_parameters(self) -> int:
-        """Number of parameters that this rank holds, padding left out."""
+        """Return the number of parameters that this rank holds, without padding."""
         return sum(shard.source.numel for placed in self.placed_parameters for shard in placed.shards)
 
 

@@ -1,17 +1,18 @@
-"""A decoder-only Transformer block: that of Llama (arXiv:2307.09288), of GPT-2 or of GPT-NeoX (arXiv:2204.06745).
+"""The decoder-only Transformer block of Llama (arXiv:2307.09288), GPT-2 and GPT-NeoX (arXiv:2204.06745).
 
 |             | llama                            | gpt2                      | gpt_neox                        |
 |-------------|----------------------------------|---------------------------|---------------------------------|
 | norm        | RMSNorm (arXiv:1910.07467)       | LayerNorm                 | LayerNorm                       |
-| positions   | rotary (arXiv:2104.09864)        | learned, at the embedding | rotary, on a part of each head  |
+| positions   | rotary (arXiv:2104.09864)        | learned, in the embedding | rotary, on a part of each head  |
 | heads       | grouped-query (arXiv:2305.13245) | multi-head                | multi-head                      |
 | q and k     | plain, or normed (Qwen3)         | plain                     | plain                           |
 | MLP         | SwiGLU (arXiv:2002.05202)        | GELU, tanh form           | GELU, exact or tanh form        |
-| biases      | none, or where they are asked for | everywhere               | everywhere, or not in attention |
-| MLP reads   | what attention leaves            | what attention leaves     | the same as attention, or that  |
+| biases      | none, or as configured           | everywhere                | everywhere, or not in attention |
+| MLP input   | stream after attention           | stream after attention    | attention's input, or after it  |
 
-Query, key and value are one product, gate and up another, whatever their names in checkpoints. Legend for shapes:
-B microbatch, S sequence, H hidden, N local query heads, K local key-value heads, D head dim, R dims of it that turn.
+Query, key and value are one matrix product, and so are gate and up; checkpoints store them as separate tensors. Legend
+for shapes: B microbatch, S sequence, H hidden, N local query heads, K local key-value heads, D head dim, R rotary dims
+of a head.
 """
 
 from collections.abc import Sequence
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 
 from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig, ModelConfig, RopeScaling, RotaryConfig
 from megalite.kernels.choice import NATIVE, AttentionKernel, Kernels
-from megalite.model.activation_checkpointing import recomputed
-from megalite.model.dropout import DropoutStreams, ScoreDropout
-from megalite.model.kv_cache import LayerCache
+from megalite.model.activation_checkpointing import checkpointed
+from megalite.model.dropout import AttentionDropout, DropoutStreams
+from megalite.model.kv_cache import LayerKVCache
 from megalite.model.packing import PackedDocuments
 from megalite.parallel.sharding import ShardSpec
 from megalite.parallel.tensor_group import TensorGroup
@@ -34,13 +35,8 @@ from megalite.tensor_parallel.collectives import copy_to_group, enter_parallel_r
 from megalite.tensor_parallel.layers import ColumnParallelLinear, ReplicatedKVLinear, RowParallelLinear, ShardedModule
 
 
-def head_dim(config: ModelConfig) -> int:
-    """Width of one attention head."""
-    return config.head_dim or config.hidden_size // config.num_attention_heads
-
-
 def make_norm(config: ModelConfig) -> nn.Module:
-    """Return the family's norm over the hidden dim: whole, the same on every tensor rank."""
+    """Return the family's norm over the hidden dim, replicated on every tensor rank."""
     if isinstance(config, LlamaConfig):
         return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     assert isinstance(config, GPT2Config | GPTNeoXConfig)
@@ -49,17 +45,17 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 class Rotary:
-    """Rotary position embedding: head dims (i, i + R/2) turn together by ``position * theta ** (-2i / R)``.
+    """Rotary position embedding (RoPE): rotates head dims (i, i + R/2) by ``position * theta ** (-2i / R)`` radians.
 
-    R is D, or less where only a head's first R dims turn; with scaling the angles are smaller.
+    R is D, or less where only the first R dims of a head are rotated. RoPE scaling makes the angles smaller.
 
-    The tables are no buffers: a module cast to bf16 would cast its buffers, and angles of thousands need fp32. They
-    are made in fp32 and only cosine and sine are rounded, once for each device and precision.
+    The tables of cosine and sine are not buffers: a module cast to bf16 would cast its buffers, and angles of thousands
+    of radians need fp32. They are computed from fp64 angles and rounded once for each device and dtype.
     """
 
     def __init__(self, config: RotaryConfig) -> None:
-        dim, still = config.rotary_dim, config.head_dim - config.rotary_dim
-        self._parts = [dim // 2, dim // 2] + [still] * (still > 0)
+        dim, unrotated = config.rotary_dim, config.head_dim - config.rotary_dim
+        self._parts = [dim // 2, dim // 2] + [unrotated] * (unrotated > 0)
         rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         if isinstance(config, LlamaConfig) and config.rope_scaling is not None:
             rates = scaled_rates(rates, config.rope_scaling)
@@ -68,40 +64,40 @@ class Rotary:
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def __call__(self, x_BSND: Tensor, positions_BS: Tensor | None = None) -> Tensor:
-        """Turn queries or keys ``[B, S, heads, D]`` at their positions, or at 0..S-1."""
+        """Rotate queries or keys ``[B, S, heads, D]`` by their positions, 0..S-1 by default."""
         key = (x_BSND.device, x_BSND.dtype)
         if key not in self._cache:
             cos, sin = self._tables
             self._cache[key] = (cos.to(*key).unsqueeze(1), sin.to(*key).unsqueeze(1))
-        places = slice(x_BSND.shape[1]) if positions_BS is None else positions_BS
-        cos, sin = (table[places] for table in self._cache[key])
-        first, second, *still = x_BSND.split(self._parts, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin, *still), dim=-1)
+        index = slice(x_BSND.shape[1]) if positions_BS is None else positions_BS
+        cos, sin = (table[index] for table in self._cache[key])
+        first, second, *unrotated = x_BSND.split(self._parts, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, *unrotated), dim=-1)
 
 
 def scaled_rates(rates: Tensor, scaling: RopeScaling) -> Tensor:
-    """Return rotary rates, in radians a position, that are slowed for longer sequences.
+    """RoPE scaling: return rotary frequencies, in radians per position, that are lowered for longer sequences.
 
-    By one factor (arXiv:2306.15595), or with Llama 3.1 (arXiv:2407.21783) by how often each turns over the positions of
-    the first training: the slow by the factor, the fast not at all, those between in proportion.
+    Linear scaling divides all by one factor (arXiv:2306.15595). Llama 3.1 (arXiv:2407.21783) divides by it the
+    frequencies with few turns over the original context length, leaves those with many turns, and interpolates between.
     """
-    slowed = rates / scaling.factor
+    scaled = rates / scaling.factor
     if scaling.rope_type == "linear":
-        return slowed
+        return scaled
     low, high, positions = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
     assert low is not None
     assert high is not None
     assert positions is not None
     turns = rates * positions / (2 * pi)
-    return slowed.lerp(rates, ((turns - low) / (high - low)).clamp(0, 1))
+    return scaled.lerp(rates, ((turns - low) / (high - low)).clamp(0, 1))
 
 
 class QueryKeyNorm(ShardedModule):
     """RMSNorm over each head of queries and keys, as in Qwen3: a weight ``[D]`` for all query heads, one for all keys.
 
-    Takes and returns ``[B, S, N + K, D]``. The weights are whole on every rank, and each rank sees its own heads only:
-    the gradients are summed over the group. That is right for a key head that several ranks compute, too, since each
-    has the gradient of its own queries alone.
+    Takes and returns ``[B, S, N + K, D]``. The weights are replicated, and each rank has only its heads, so their
+    gradients are all-reduced over the group. This is also right for a key head that several ranks compute, since each
+    rank has the gradient from its queries alone.
     """
 
     def __init__(self, heads: int, kv_heads: int, width: int, *, eps: float, group: TensorGroup) -> None:
@@ -117,22 +113,22 @@ class QueryKeyNorm(ShardedModule):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, within documents where they are packed, with its heads divided over the tensor group.
+    """Causal self-attention, within packed documents if there are any, with heads divided over the tensor group.
 
-    Takes and returns ``[B, S, H]``, the same on every rank; with a `cache` the tokens follow those in it. Where there
-    are fewer key-value heads than ranks, the ranks that share a head each compute it, from a weight that all hold
-    whole. With `rows`, which is B, this rank's share of the tokens comes and goes.
+    Takes and returns ``[B, S, H]``, the same on every rank; with a `cache` the tokens follow those in the KV cache.
+    With fewer key-value heads than ranks, the key and value projections are replicated, and each rank computes the head
+    that it needs. With `rows`, which is B, takes and returns this rank's share of the tokens (sequence parallelism).
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None, rows: int | None = None) -> None:
         super().__init__()
         self.group, self.rows = group, rows
-        hidden, self.head_dim = config.hidden_size, head_dim(config)
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         bias, output_bias = _attention_biases(config)
         self.rotary = rotary
         self.recompute_core = False
-        """Recompute scores, softmax and dropout in the backward, and keep queries, keys and values alone."""
+        """Selective activation checkpointing: recompute scores, softmax and dropout, save queries, keys and values."""
         self.heads = heads // group.size
         self.first_head = group.rank * self.heads
         self.kv_heads = max(1, kv_heads // group.size)
@@ -158,33 +154,35 @@ class Attention(nn.Module):
         self,
         x_BSH: Tensor,
         packing: PackedDocuments | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerKVCache | None = None,
         dropout: DropoutStreams | None = None,
     ) -> Tensor:
-        qkv = self._projected(x_BSH).unflatten(-1, (-1, self.head_dim))
-        # Queries and keys turn together, as one tensor.
-        turned, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
+        qkv = self._project_qkv(x_BSH).unflatten(-1, (-1, self.head_dim))
+        # Queries and keys are normalised and rotated as one tensor.
+        query_key, value = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=2)
         if self.query_key_norm is not None:
-            turned = self.query_key_norm(turned)
+            query_key = self.query_key_norm(query_key)
         if self.rotary is not None:
-            places = packing or cache
-            turned = self.rotary(turned, places.positions_BS if places else None)
-        query, key = turned.split((self.heads, self.kv_heads), dim=2)
+            positions = packing or cache
+            query_key = self.rotary(query_key, positions.positions_BS if positions else None)
+        query, key = query_key.split((self.heads, self.kv_heads), dim=2)
         if cache is not None:
             cache.append(key, value)
-        if cache is None or cache.first_read:
-            spans = packing.spans if packing else None
+        if cache is None or cache.is_prefill:
+            document_lengths = packing.document_lengths if packing else None
             scores = dropout.scores(range(self.first_head, self.first_head + self.heads)) if dropout else None
             if self.recompute_core:
-                attended = recomputed(causal_attention, query, key, value, spans, scores, self.group.kernels)
+                attended = checkpointed(
+                    causal_attention, query, key, value, document_lengths, scores, self.group.kernels
+                )
             else:
-                attended = causal_attention(query, key, value, spans, scores, self.group.kernels)
+                attended = causal_attention(query, key, value, document_lengths, scores, self.group.kernels)
         else:
             attended = cache.attend(query, self.group.kernels)
         return self.output(attended.flatten(2))
 
-    def _projected(self, x_BSH: Tensor) -> Tensor:
-        """Return queries, keys and values of this rank's heads, side by side, of all tokens ``[B, S, ...]``."""
+    def _project_qkv(self, x_BSH: Tensor) -> Tensor:
+        """Return queries, keys and values of this rank's heads, concatenated, for all tokens ``[B, S, ...]``."""
         if self.key_value is None:
             qkv = self.qkv(x_BSH)
         else:
@@ -194,50 +192,50 @@ class Attention(nn.Module):
 
 
 def _attention_biases(config: ModelConfig) -> tuple[bool, bool]:
-    """Whether query, key and value have biases, and whether the output projection has one."""
+    """Return whether query, key and value have biases, and whether the output projection has a bias."""
     if isinstance(config, LlamaConfig):
         return config.attention_bias, config.attention_output_bias
-    on = not isinstance(config, GPTNeoXConfig) or config.attention_bias
-    return on, on
+    bias = not isinstance(config, GPTNeoXConfig) or config.attention_bias
+    return bias, bias
 
 
 def causal_attention(
     query_BSND: Tensor,
     key_BSKD: Tensor,
     value_BSKD: Tensor,
-    spans: list[int] | None = None,
-    dropout: ScoreDropout | None = None,
+    document_lengths: list[int] | None = None,
+    dropout: AttentionDropout | None = None,
     kernels: Kernels = NATIVE,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v under the causal mask, ``[B, S, N, D]``; query head i reads head i*K//N.
 
-    With `spans`, lengths that sum to B*S, the rows are one stretch of tokens cut into these: none sees another. With
-    `dropout` of the probabilities, all of them are held, on any device, with a byte each for the mask. Where `kernels`
-    widen 16-bit products, all of attention is computed in fp32, and rounded at its end.
+    `document_lengths`, which sum to B*S, cut the flattened rows into documents; attention is limited to a document.
+    `dropout` of the probabilities needs memory for all of them, and a byte each for the mask, on any device. Where
+    `kernels` upcast 16-bit products, all of attention is computed in fp32 and rounded at the end.
     """
     dtype = query_BSND.dtype
     query_BSND, key_BSKD, value_BSKD = kernels.upcast(query_BSND, key_BSKD, value_BSKD)
-    return _causal_attention(query_BSND, key_BSKD, value_BSKD, spans, dropout, kernels.attention).to(dtype)
+    return _causal_attention(query_BSND, key_BSKD, value_BSKD, document_lengths, dropout, kernels.attention).to(dtype)
 
 
 def _causal_attention(
     query_BSND: Tensor,
     key_BSKD: Tensor,
     value_BSKD: Tensor,
-    spans: list[int] | None,
-    dropout: ScoreDropout | None,
+    document_lengths: list[int] | None,
+    dropout: AttentionDropout | None,
     kernel: AttentionKernel,
 ) -> Tensor:
     rows, length = query_BSND.shape[:2]
     tokens = rows * length
-    if spans is None:
+    if document_lengths is None:
         whole = [(row, 0) for row in range(rows)]
         return _attention(query_BSND, key_BSKD, value_BSKD, tokens, dropout, whole, kernel)
-    # Document by document no score across two of them is ever computed, and no mask is held.
+    # One document at a time: no scores between documents are computed, and no mask is needed.
     queries, keys, values = (
-        x.flatten(0, 1).unsqueeze(0).split(spans, dim=1) for x in (query_BSND, key_BSKD, value_BSKD)
+        x.flatten(0, 1).unsqueeze(0).split(document_lengths, dim=1) for x in (query_BSND, key_BSKD, value_BSKD)
     )
-    starts = accumulate(spans[:-1], initial=0)
+    starts = accumulate(document_lengths[:-1], initial=0)
     attended = [
         _attention(query, key, value, tokens, dropout, [divmod(start, length)], kernel)
         for query, key, value, start in zip(queries, keys, values, starts, strict=True)
@@ -250,37 +248,37 @@ def _attention(
     key_BSKD: Tensor,
     value_BSKD: Tensor,
     microbatch_tokens: int,
-    dropout: ScoreDropout | None,
+    dropout: AttentionDropout | None,
     documents: Sequence[tuple[int, int]],
     kernel: AttentionKernel,
 ) -> Tensor:
-    """Attend within each of B documents, whose (row, first token) in the microbatch are `documents`."""
+    """Attention within each of B documents, whose (row, first token) in the microbatch are `documents`."""
     query, key, value = (x.transpose(1, 2) for x in (query_BSND, key_BSKD, value_BSKD))
     heads, length = query.shape[1:3]
     if key.shape[1] != heads:
-        # Expanded here, since not every kernel behind torch's own flag for grouped queries is a fused one.
+        # Expanded here, since with torch's flag for grouped queries not every kernel is fused.
         key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
     if dropout is not None:
-        kept = dropout.kept(documents, length, query.device)
-        return _written_out_attention(query, key, value, kept, dropout.scale).transpose(1, 2)
+        keep_mask = dropout.keep_mask(documents, length, query.device)
+        return _written_out_attention(query, key, value, keep_mask, dropout.scale).transpose(1, 2)
     fits = query.device.type == "cpu" and heads * length * microbatch_tokens <= WRITTEN_OUT_SCORES
     if kernel == "written_out" and fits:
         return _written_out_attention(query, key, value).transpose(1, 2)
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
-# On a CPU with bf16 units, plain matrix products take half the time of torch's fused kernel (benchmarks/attention.py).
-# On others they take as long. They keep the scores for the backward, so this many of them at the most: 16 MiB of bf16
-# per layer and microbatch. Each document may keep its tokens' share of that.
+# On a CPU with bf16 units, plain matrix products take half the time of torch's fused kernel (benchmarks/attention.py);
+# on other CPUs they take as long. They save the scores for the backward, so their number is limited: 16 MiB of bf16 per
+# layer and microbatch, of which each document may use the share of its tokens.
 WRITTEN_OUT_SCORES = 1 << 23
 
 
 def _written_out_attention(
-    query_BNSD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, kept: Tensor | None = None, scale: float = 1.0
+    query_BNSD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, keep_mask: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """The same as one product after the other, in strips of queries that leave out the keys after them.
+    """Causal attention as plain matrix products, in strips of queries that skip the keys after the strip.
 
-    Of the probabilities those stay, times `scale`, where `kept` ``[B*N, S, S]`` is true.
+    With dropout, probabilities are multiplied by `scale` where `keep_mask` ``[B*N, S, S]`` is True, else set to 0.
     """
     batch, heads, length, width = query_BNSD.shape
     query, key, value = (x.reshape(batch * heads, length, width) for x in (query_BNSD, key_BNSD, value_BNSD))
@@ -293,18 +291,18 @@ def _written_out_attention(
             mask[start:end, :end], query[:, start:end], key[:, :end].transpose(1, 2), alpha=width**-0.5
         )
         probabilities = scores.softmax(-1)
-        if kept is not None:
-            probabilities = probabilities * kept[:, start:end, :end] * scale
+        if keep_mask is not None:
+            probabilities = probabilities * keep_mask[:, start:end, :end] * scale
         outputs.append(probabilities @ value[:, :end])
     return torch.cat(outputs, dim=1).view(batch, heads, length, width)
 
 
 class SwiGLU(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, its inner width divided over the group; ``[B, S, H]`` in and out."""
+    """SwiGLU MLP, ``down(silu(gate(x)) * up(x))``, with its inner width divided over the group; takes ``[B, S, H]``."""
 
     def __init__(self, config: LlamaConfig, group: TensorGroup) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, _inner_size(config), config.mlp_bias
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = ColumnParallelLinear(
             hidden, 2 * inner, group=group, bias=bias, parts={"gate": inner, "up": inner}
         )
@@ -316,14 +314,14 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """``down(gelu(up(x)))`` with biases, its inner width divided over the group; ``[B, S, H]`` in and out.
+    """GELU MLP, ``down(gelu(up(x)))`` with biases, with its inner width divided over the group; takes ``[B, S, H]``.
 
-    GELU has its exact form or that with tanh (arXiv:1606.08415).
+    GELU is exact or the tanh approximation (arXiv:1606.08415).
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
         super().__init__()
-        hidden, inner = config.hidden_size, _inner_size(config)
+        hidden, inner = config.hidden_size, config.intermediate_size
         exact = isinstance(config, GPTNeoXConfig) and config.hidden_act == "gelu"
         self.approximate = "none" if exact else "tanh"
         self.up = ColumnParallelLinear(hidden, inner, group=group, bias=True)
@@ -334,13 +332,13 @@ class GeluMLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: attention and MLP, each added to the residual stream ``[B, S, H]``.
+    """A pre-norm Transformer layer: attention and MLP, each added to the residual stream ``[B, S, H]``.
 
-    The MLP reads the stream after attention or, in GPT-NeoX's parallel form, beside it. With `rows`, which is
-    B, the stream is this rank's share of the tokens ``[1, B*S / size, H]``.
+    The input of the MLP is the stream after attention or, in GPT-NeoX's parallel form, the stream before it. With
+    `rows`, which is B, the stream is this rank's share of the tokens, ``[1, B*S / size, H]`` (sequence parallelism).
 
-    `rotary` is shared by the blocks of a stage; None where positions are learned. `dropout` has the streams of this
-    layer.
+    The blocks of a stage share `rotary`, which is None where positions are learned. `dropout` holds the dropout masks
+    of this layer.
     """
 
     def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None, rows: int | None = None) -> None:
@@ -355,15 +353,10 @@ class Block(nn.Module):
         self,
         x_BSH: Tensor,
         packing: PackedDocuments | None = None,
-        cache: LayerCache | None = None,
+        cache: LayerKVCache | None = None,
         dropout: DropoutStreams | None = None,
     ) -> Tensor:
         branch_BSH = self.attention(self.attention_norm(x_BSH), packing, cache, dropout)
         attended_BSH = x_BSH + (dropout.hidden(branch_BSH, "attention") if dropout else branch_BSH)
         branch_BSH = self.mlp(self.mlp_norm(x_BSH if self.parallel else attended_BSH))
         return attended_BSH + (dropout.hidden(branch_BSH, "mlp") if dropout else branch_BSH)
-
-
-def _inner_size(config: ModelConfig) -> int:
-    assert config.intermediate_size is not None  # the configuration fills it in
-    return config.intermediate_size

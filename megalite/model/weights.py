@@ -1,4 +1,4 @@
-"""The protocol of a model's weights by their global names, wherever they lie: what a model is filled from."""
+"""The protocol of sources of weights: a model's weights by their global names, in any file format."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,21 +11,21 @@ from megalite.parallel.regions import Region
 
 
 class Weights(Protocol):
-    """The weights of one model; each box of each is read when it is asked for."""
+    """The weights of one model; regions of weights are read on demand."""
 
     @property
     def origin(self) -> Path:
-        """The folder or file, for messages."""
+        """The folder or file of the weights, for messages."""
         ...
 
     @property
     def model(self) -> ModelConfig:
-        """The model, its vocabulary size among the rest."""
+        """The configuration of the model, with its vocabulary size."""
         ...
 
     @property
     def precision(self) -> str:
-        """What the weights were trained or stored in: fp32, bf16 or fp16."""
+        """The precision in which the weights were trained or stored: fp32, bf16 or fp16."""
         ...
 
     @property
@@ -35,9 +35,9 @@ class Weights(Protocol):
 
     @property
     def model_files(self) -> Mapping[str, Path]:
-        """The files beside the weights that go with them, by their names."""
+        """The files beside the weights, such as those of the tokenizer, by their names."""
         ...
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
-        """Fill `out`, fp32 of the box's shape, with a box of a weight; raise UserError where that cannot be read."""
+        """Read a region of a weight into `out`, fp32 of the region's shape; raise UserError where it cannot be read."""
         ...

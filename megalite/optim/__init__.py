@@ -1,1 +1,1 @@
-"""AdamW over a rank's parameters, the learning-rate schedules, and what an optimizer step did."""
+"""Optimization: AdamW over a rank's parameters, learning-rate schedules, and the outcome of an optimizer step."""

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the rate of a step as a function of its number alone, so that a resumed run agrees."""
+"""Learning-rate schedules: the rate of a step is a function of its number alone, also in a resumed run."""
 
 import math
 
@@ -6,17 +6,17 @@ from megalite.config import OptimizerSection, ScheduleSection
 
 
 def learning_rate(step: int, total_steps: int, schedule: ScheduleSection, optimizer: OptimizerSection) -> float:
-    """Return the rate of `step` (1 to `total_steps`): linear warm-up to the peak, then down to `min_lr`.
+    """Return the learning rate of `step` (1 to `total_steps`): linear warm-up to the peak, then decay to `min_lr`.
 
-    The first step of a warm-up has a share of the peak already, and `min_lr` is a tenth of the peak unless given: every
-    step changes the weights, also the only step of a run.
+    No rate is 0, so that every step changes the weights: the first step of a warm-up has a share of the peak, and
+    `min_lr` is a tenth of the peak by default.
 
     | schedule | after the warm-up |
     |---|---|
-    | constant | stays at the peak |
-    | linear   | falls evenly to `min_lr` at the last step |
-    | cosine   | falls along half a cosine (arXiv:1608.03983) |
-    | wsd      | stays, then falls evenly over the last `decay_steps` (warm-up, stable, decay; arXiv:2404.06395) |
+    | constant | the peak |
+    | linear   | linear decay to `min_lr` at the last step |
+    | cosine   | cosine decay (arXiv:1608.03983) |
+    | wsd      | the peak, then linear decay over the last `decay_steps` (warm-up, stable, decay; arXiv:2404.06395) |
     """
     peak, low = optimizer.lr, schedule.lowest(optimizer.lr)
     if step <= schedule.warmup_steps:

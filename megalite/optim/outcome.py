@@ -1,13 +1,15 @@
-"""What one optimizer step did, whatever the engine."""
+"""The outcome of an optimizer step, for any engine."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
-    """What one optimizer step did: the gradient's global norm before clipping, whether the step was skipped because
-    that is not finite, and the loss scale it ran with (None without fp16)."""
+    """The outcome of one optimizer step."""
 
     grad_norm: float
+    """The global norm of the gradients, before clipping."""
     skipped: bool
+    """Whether the update was skipped because the norm is not finite."""
     loss_scale: float | None
+    """The loss scale of the step; None without fp16."""

@@ -147,7 +147,7 @@ def device_index(local_rank: int, devices: int, launcher: str | None = None) -> 
         return 0
     raise UserError(
         f"rank {local_rank} (counted from 0) of {socket.gethostname()} has no device of its own: {devices} are visible "
-        f"there; start at most {devices} ranks a host, or make more devices visible (CUDA_VISIBLE_DEVICES)"
+        f"there; start at most {devices} ranks per host, or make more devices visible (CUDA_VISIBLE_DEVICES)"
     )
 
 

@@ -20,11 +20,11 @@ class ShardSpec:
     """A global tensor, and for each axis that divides it the dim along which it does.
 
     Along an axis that is not in `sharding` every rank holds all. Where several axes divide one dim, the first of them
-    cuts it coarsest. `padded_shape` is the global shape with the padding that makes it divide evenly, as for a
+    cuts it coarsest. `padded_rows` is the size of dim 0 with the padding that makes it divide evenly, as for a
     vocabulary. Padding is no part of the global tensor. It lies on the last ranks, which hold fewer real rows than
-    their share.
+    their share. Other dims have none: what a rank holds of a tensor would be scattered over its flat elements.
 
-    >>> ShardSpec("head.weight", (10, 4), {"tensor": 0}, padded_shape=(12, 4)).region({"tensor": (1, 2)})
+    >>> ShardSpec("head.weight", (10, 4), {"tensor": 0}, padded_rows=12).region({"tensor": (1, 2)})
     Region(offset=(6, 0), shape=(4, 4))
     >>> ShardSpec("experts.up", (8, 6), {"expert": 0, "tensor": 1}).region({"expert": (1, 2), "tensor": (2, 3)})
     Region(offset=(4, 4), shape=(4, 2))
@@ -33,11 +33,11 @@ class ShardSpec:
     name: str
     global_shape: tuple[int, ...]
     sharding: Mapping[str, int] = field(default_factory=dict)
-    padded_shape: tuple[int, ...] | None = None
+    padded_rows: int | None = None
 
     def local_shape(self, position: Position) -> tuple[int, ...]:
         """Return the shape that every rank allocates, with padding; raise ValueError where a dim does not divide."""
-        shape = list(self.padded_shape or self.global_shape)
+        shape = [self.padded_rows or size if dim == 0 else size for dim, size in enumerate(self.global_shape)]
         for dim in {*self.sharding.values()}:
             _, size = self._cut(dim, position)
             if shape[dim] % size:

@@ -160,10 +160,10 @@ class VocabParallelEmbedding(ShardedModule):
     def __init__(self, vocab_size: int, hidden_size: int, *, group: TensorGroup) -> None:
         super().__init__()
         self.group = group
-        padded = padded_vocabulary(vocab_size, group.size), hidden_size
+        padded = padded_vocabulary(vocab_size, group.size)
         spec = ShardSpec("weight", (vocab_size, hidden_size), _ROWS, padded)
         self.shard_specs = {"weight": (spec,)}
-        self.first_id = group.rank * padded[0] // group.size
+        self.first_id = group.rank * padded // group.size
         self.weight = nn.Parameter(torch.empty(spec.local_shape(group.position)))
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Build the stages of the model that a rank holds."""
+"""Construction of the pipeline stages that a rank holds."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from megalite.training.plan import Plan
 
 
 def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels: Kernels = NATIVE) -> dict[int, Stage]:
-    """Build this rank's stages with the given weights, or with those that (seed, name) give them."""
+    """Build this rank's stages; load `weights`, or initialise parameters from the seed and their names."""
     parallel = plan.config.parallel
     group = replace(
         mesh.tensor, sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap, kernels=kernels

@@ -1,4 +1,4 @@
-"""Jumps of the loss: which step has one, by the losses before it."""
+"""Loss spike detection: a loss far above the median of the losses before it."""
 
 import math
 from collections import deque
@@ -11,44 +11,44 @@ from megalite.config.sections import SpikeSection
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """A loss that is too high, in nats a token, beside the `usual` one."""
+    """A loss spike: the `loss` of a step and the `baseline`, the median of the losses before, in nats per token."""
 
     loss: float
-    usual: float
+    baseline: float
     rule: SpikeSection
 
     @property
     def drops_update(self) -> bool:
-        """Whether the step is to leave the weights as they are."""
+        """Whether the update of the step is skipped."""
         return self.rule.action != "warn"
 
     @property
     def rolls_back(self) -> bool:
-        """Whether the run is to go on from a checkpoint before it."""
+        """Whether the run rolls back to a checkpoint before the spike."""
         return self.rule.action == "rollback"
 
 
-class SpikeWatch:
-    """Tells a jump of the loss from its noise: a loss above `factor` times the median of the `window` before it.
+class LossSpikeDetector:
+    """Detects loss spikes: a loss above `factor` times the baseline, the median of the `window` losses before it.
 
-    Jumps count among the losses that later ones are held against: a loss that stays high is usual after half a window.
-    Every rank sees the same losses and so comes to the same.
+    Spikes are part of the window as well, so that a loss that stays high becomes the baseline after half a window.
+    Every rank has the same losses, and therefore the same result.
     """
 
     def __init__(self, rule: SpikeSection | None, losses: Sequence[float] = ()) -> None:
-        """Watch by `rule`, by which nothing is a jump where it is None, with the `losses` of the steps before."""
+        """Start with the `losses` of the steps before; with `rule` None no loss is a spike."""
         self._rule = rule
         self._losses = deque(losses, maxlen=rule.window if rule is not None else 0)
 
     @property
     def losses(self) -> list[float]:
-        """The losses that the next one is held against, the oldest first."""
+        """The losses of the window, the oldest first."""
         return list(self._losses)
 
-    def look(self, loss: float) -> Spike | None:
-        """Take note of a step's loss; return it where it is a jump. One that is no number is not."""
+    def update(self, loss: float) -> Spike | None:
+        """Add the loss of a step to the window; return a `Spike` if it is one. A loss that is not finite is ignored."""
         if self._rule is None or not math.isfinite(loss):
             return None
-        usual = median(self._losses) if len(self._losses) == self._rule.window else math.inf
+        baseline = median(self._losses) if len(self._losses) == self._rule.window else math.inf
         self._losses.append(loss)
-        return Spike(loss, usual, self._rule) if loss > self._rule.factor * usual else None
+        return Spike(loss, baseline, self._rule) if loss > self._rule.factor * baseline else None

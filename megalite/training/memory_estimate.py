@@ -1,7 +1,7 @@
-"""Bytes that a rank holds for its parameters, by what they are: arithmetic over the settings, nothing measured.
+"""Memory estimate of a rank's model state, from the settings alone.
 
-Counted are weights, gradients, the reduction of the gradients, and the optimizer's state. Activations, the layers that
-ZeRO-3 gathers to use them, and what the device's libraries take are not.
+It includes weights, gradients, the reduction buffers of gradients, and the optimizer's state. It excludes activations,
+the layers that ZeRO-3 gathers for use, and the memory of the device's libraries.
 """
 
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from megalite.config import RunConfig
 
 _BUCKET = 500_000_000
-"""Elements of a reduction's buffer, at most, where the DeepSpeed JSON states none."""
+"""The largest number of elements of a reduction buffer, if the DeepSpeed JSON has no `reduce_bucket_size`."""
 _FP32 = 4
 
 
 @dataclass(frozen=True, slots=True)
 class RankBytes:
-    """What one rank holds on its device, and in host memory or on NVMe, in bytes."""
+    """The model state of one rank, in bytes: on its device, and offloaded."""
 
     weights: int
     gradients: int
-    """Whole at every ZeRO stage until the end of a step."""
+    """Not partitioned at any ZeRO stage until the end of a step."""
     reduction: int
-    """The buffer that gradients are reduced in, and from ZeRO stage 1 on the share that is left of them."""
+    """The reduction buffers, and from ZeRO stage 1 on this rank's partition of the reduced gradients."""
     optimizer: int
-    """AdamW's two moments, and from ZeRO stage 1 on the fp32 master weights; all in fp32."""
+    """AdamW's two moments, and from ZeRO stage 1 on the master weights; all in fp32."""
     offloaded: int = 0
-    """What of the above is not on the device, and not counted there."""
+    """State in host memory or on NVMe, which is not included in the other fields."""
 
     @property
     def total(self) -> int:
@@ -34,7 +34,7 @@ class RankBytes:
 
 
 def rank_bytes(config: RunConfig, parameters: int) -> RankBytes:
-    """Return the bytes of a rank with so many parameters, before ZeRO divides them."""
+    """Return the estimate for a rank with `parameters` parameters, before ZeRO partitions them."""
     stage = config.zero_stage
     weight = _FP32 if config.precision == "fp32" else 2
     accumulated = config.deepspeed.gradient_precision if config.precision != "fp32" else "fp32"
@@ -59,7 +59,7 @@ def _off_device(section: dict[str, object] | None) -> bool:
 
 
 def unit_for(number: int) -> tuple[str, int]:
-    """Return the unit in which a number of bytes is readable, and its size in bytes.
+    """Return a readable unit for a number of bytes, and the size of the unit in bytes.
 
     >>> unit_for(3 << 30), unit_for(5 << 20)
     (('GiB', 1073741824), ('MiB', 1048576))

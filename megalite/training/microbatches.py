@@ -1,4 +1,4 @@
-"""From samples to what the pipeline takes: the microbatches of a global batch, on the device of this rank."""
+"""Microbatch loader: reads the microbatches of a global batch and copies them to the device of this rank."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,11 @@ from megalite.model.packing import PackedDocuments
 from megalite.parallel.mesh import Mesh
 
 
-class Feed:
-    """One set of samples, as this rank's pipeline takes it: of every global batch the part of its batch rank."""
+class MicrobatchLoader:
+    """Loads this rank's microbatches of each global batch of a set of samples."""
 
     def __init__(self, samples: Samples, rules: SampleRules, config: RunConfig, mesh: Mesh, *, trains: bool) -> None:
-        """Read `samples` by `rules`; dropout is drawn where it `trains`."""
+        """Read `samples` and collate them by `rules`; microbatches have dropout if `trains`."""
         self._config, self._mesh, self._trains = config, mesh, trains
         self._reader = BatchReader(
             samples,
@@ -31,15 +31,18 @@ class Feed:
         )
 
     def read(self, samples: range) -> list[SampleMicrobatch]:
-        """Read this rank's part of a global batch, in any thread."""
+        """Read this rank's microbatches of a global batch to host memory; safe in any thread."""
         return self._reader.microbatches(samples)
 
     def read_padded(self, samples: range) -> list[SampleMicrobatch]:
-        """Read this rank's part of any number of samples; rows that fill up a microbatch do not count."""
+        """Read this rank's microbatches of any number of samples; padding rows are excluded from the loss."""
         return self._reader.padded_microbatches(samples)
 
-    def counted(self, batch: Sequence[SampleMicrobatch]) -> float | None:
-        """Return how many targets of the global batch count; None where all do. Collective over the loss group."""
+    def num_loss_tokens(self, batch: Sequence[SampleMicrobatch]) -> float | None:
+        """Return the number of tokens of the global batch that the loss includes; None without a loss mask.
+
+        Collective over the loss group.
+        """
         if batch[0].counts is None:
             return None
         mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
@@ -47,18 +50,18 @@ class Feed:
         dist.all_reduce(total, group=self._mesh.loss.process_group)
         return float(total)
 
-    def microbatches(self, batch: Sequence[SampleMicrobatch], counted: float | None) -> list[Microbatch]:
-        """Put a batch onto the device, each part on the stages that take it; `counted` as `counted` returns it."""
-        return [self._microbatch(microbatch, counted) for microbatch in batch]
+    def microbatches(self, batch: Sequence[SampleMicrobatch], num_loss_tokens: float | None) -> list[Microbatch]:
+        """Copy a batch to the device, each tensor on the stages that need it; `num_loss_tokens` of the global batch."""
+        return [self._microbatch(microbatch, num_loss_tokens) for microbatch in batch]
 
-    def _microbatch(self, read: SampleMicrobatch, counted: float | None) -> Microbatch:
+    def _microbatch(self, read: SampleMicrobatch, num_loss_tokens: float | None) -> Microbatch:
         packing = weights = None
         if read.document_lengths is not None or read.positions is not None:
             positions = None if read.positions is None else self._to_device(read.positions)
             packing = PackedDocuments(read.document_lengths, positions)
-        if read.counts is not None and counted is not None and self._mesh.has_last_stage:
-            # Losses, and gradients with them, are averaged over ranks, and a mean over all that counts is asked for.
-            weight = self._mesh.loss.size / max(counted, 1.0)
+        if read.counts is not None and num_loss_tokens is not None and self._mesh.has_last_stage:
+            # Losses and gradients are averaged over ranks, but the loss is a mean over all tokens of its mask.
+            weight = self._mesh.loss.size / max(num_loss_tokens, 1.0)
             weights = self._to_device(read.counts).to(torch.float32) * weight
         model, seed = self._config.model, self._config.run.seed
         return Microbatch(

@@ -1,7 +1,7 @@
-"""All that can be known of a run before a rank starts: its configuration, layout and data, checked against each other.
+"""The plan of a run, before any rank starts: its configuration, layout, data and start, checked against each other.
 
-`prepare` is what every launcher goes through first, and all that ``megalite train --dry-run`` does. It forms no
-process group and needs no accelerator, so that mistakes end a run in a second.
+Every launcher calls `prepare` first, and ``megalite train --dry-run`` does nothing else. It forms no process group and
+needs no accelerator, so that configuration errors are reported within a second.
 """
 
 from collections.abc import Sequence
@@ -57,12 +57,12 @@ CONFIG = "config.yaml"
 
 
 _LISTED = 4
-"""Pipeline ranks that the rank map lists one by one; of more, those that are alike stand in one row."""
+"""The rank map lists up to this many pipeline ranks one by one; of more, equal ranks share a row."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Ranks that hold alike."""
+    """A row of the rank map: ranks with the same number of layers and parameters."""
 
     ranks: tuple[int, ...]
     layers: str
@@ -80,19 +80,22 @@ class Plan:
     """The layers of every stage."""
     tokenizer_digest: str | None = None
     unchecked: tuple[str, ...] = ()
-    """What a dry run could not look at, since it is not there; a line each."""
+    """Files that a dry run could not check, since they do not exist yet; a line each."""
     _counted: dict[tuple[int, bool, bool, int], int] = field(default_factory=dict, repr=False, compare=False)
 
     def check_data(self, *, keep_index: bool = True) -> Datasets:
-        """Open the data as the ranks will; raise UserError where it is missing, broken, too little or of another
-        vocabulary, or where nothing can be written in `run.dir`."""
+        """Open the data as the ranks will.
+
+        Raises UserError where data is missing, damaged, not enough or of another vocabulary, or where `run.dir` is not
+        writable.
+        """
         self.check_machine()
         for source in (*self.config.data.train, *self.config.data.valid):
             self.check_source(source.prefix)
         return open_datasets(self.config, keep_index=keep_index)
 
     def check_source(self, prefix: Path) -> None:
-        """Raise UserError where a dataset is missing, broken, or of another vocabulary."""
+        """Raise UserError where a dataset is missing, damaged, or of another vocabulary."""
         vocab_size, path, digest = self.config.model.vocab_size, self.config.data.tokenizer, self.tokenizer_digest
         assert vocab_size is not None
         indexed = IndexedDataset(prefix)
@@ -105,15 +108,15 @@ class Plan:
             )
 
     @property
-    def data_is_there(self) -> bool:
-        """Whether something is there of every source to train on."""
+    def data_is_present(self) -> bool:
+        """Whether every training source has at least one of its files."""
         return not any(_is_absent(source.prefix) for source in self.config.data.train)
 
-    def check_data_that_is_there(self) -> tuple[Datasets | None, list[str]]:
-        """Check what there is of the data as `check_data` does, and write no index.
+    def check_present_data(self) -> tuple[Datasets | None, list[str]]:
+        """Check the data that exists, as `check_data` does, without writing an index, for a dry run.
 
-        Returns the datasets, None where a source to train on is not there, and a line for each source that is not. A
-        source of which only a part is there is damaged, not absent. Raises UserError as `check_data` does.
+        Returns the datasets, None where a training source is absent, and a line for each absent source. A source with
+        only some of its files is damaged, not absent. Raises UserError as `check_data` does.
         """
         data = self.config.data
         absent = {source.prefix for source in (*data.train, *data.valid) if _is_absent(source.prefix)}
@@ -121,7 +124,7 @@ class Plan:
             update={
                 "train": tuple(source for source in data.train if source.prefix not in absent),
                 "valid": tuple(source for source in data.valid if source.prefix not in absent),
-                # Without its tokenizer nothing says which tokens to fill the middle in with.
+                # Without a tokenizer the special tokens of fill-in-the-middle are unknown.
                 **({"fim_rate": 0.0} if self.unchecked else {}),
             }
         )
@@ -136,21 +139,21 @@ class Plan:
 
     @cached_property
     def requirements(self) -> CheckpointRequirements:
-        """What a checkpoint must hold for this run."""
+        """The requirements of this run on a checkpoint."""
         return CheckpointRequirements(self.config.model, weight_shapes(self.config.model), self.tokenizer_digest)
 
     @cached_property
     def order_digest(self) -> str:
-        """SHA-256 of all that the order of samples follows from; raises UserError where the data are not there."""
+        """SHA-256 of everything that determines the sample order; raises UserError where the data is missing."""
         return order_digest(self.config)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint's tensors: of every weight its master and two moments, in fp32."""
+        """Bytes of a checkpoint's tensors: for every weight the master weight and two moments, in fp32."""
         return 12 * sum(map(prod, self.requirements.shapes.values()))
 
     def describe_checkpoints(self) -> str:
-        """Return a line on what the run will keep, and the room that this takes."""
+        """Return a line on the checkpoints that the run will keep, and their size."""
         return forecast.describe(self.config, self.checkpoint_bytes)
 
     @property
@@ -159,7 +162,7 @@ class Plan:
         return self.config.run.dir / CHECKPOINTS
 
     def manifest(self, step: int) -> Manifest:
-        """Return what a checkpoint of this run says of itself."""
+        """Return the manifest of a checkpoint of this run, without its tensors and files."""
         return Manifest(
             step,
             {},
@@ -174,8 +177,8 @@ class Plan:
         )
 
     def companion_files(self) -> dict[str, bytes]:
-        """Return the small files that a checkpoint has with it: the resolved run file, the tokenizer's files, and how
-        to generate, from `data.tokenizer` and `init_from`, byte for byte."""
+        """Return the small files of every checkpoint: the resolved run file, and byte for byte the files of the
+        tokenizer and the generation settings, from `data.tokenizer` and `init_from`."""
         weights, of_weights = self._first_weights, {}
         if weights is not None:
             from megalite.convert.generation_config import model_file_contents  # with the readers of foreign formats
@@ -187,14 +190,16 @@ class Plan:
             standard = standard_files(self.config.data.tokenizer)
             tokenizer = tokenizer_model_files(file, next(iter(standard)))
         elif (name := tokenizer_name(of_weights)) and (digests := {one.tokenizer_sha256 for one in self._sidecars}):
-            # The weights' own tokenizer is that of the run, unless the data were made with another.
+            # The tokenizer of the weights is that of the run, unless the data was made with another tokenizer.
             of_weights = of_weights if digests == {sha256(of_weights[name]).hexdigest()} else {}
         return run_model_files(tokenizer, of_weights) | standard | {CONFIG: self.config.to_yaml().encode()}
 
     @cached_property
     def documents(self) -> DocumentTokens:
-        """What stands around the documents of the training data; weights to begin with may have seen more ends, and a
-        token before every text, which they still know."""
+        """The end and beginning tokens of documents, from the training data and the weights of `init_from`.
+
+        The weights may have been trained with further end tokens, and with a token before every text.
+        """
         ends = [one.eod_id for one in self._sidecars if one.eod_id is not None]
         begins = [one for one in (getattr(sidecar, "bos_id", None) for sidecar in self._sidecars) if one is not None]
         before = document_tokens(self._first_weights) if self._first_weights else None
@@ -210,7 +215,7 @@ class Plan:
 
     @cached_property
     def _first_weights(self) -> Weights | None:
-        """The weights of `init_from`; raises UserError where there are none, even where a checkpoint is before them."""
+        """The weights of `init_from`; raises UserError where it has none, even if a checkpoint takes precedence."""
         if self.config.init_from is None:
             return None
         from megalite.convert.open import open_weights  # with the readers of foreign formats
@@ -222,18 +227,20 @@ class Plan:
 
     @cached_property
     def _sidecars(self) -> list[DatasetSidecar]:
-        """What is told of the training data, as far as anything is."""
+        """The sidecar files of the training data, of those sources that have one."""
         found = [IndexedDataset(source.prefix).sidecar for source in self.config.data.train]
         return [sidecar for sidecar in found if sidecar is not None]
 
     def check_machine(self) -> None:
-        """Raise UserError where this host lacks what the run takes: a run.dir to write in, libraries. Every host's own
-        matter, and quickly seen; `check_start` and `check_data` begin with it."""
+        """Raise UserError where this host lacks a requirement of the run: a writable run.dir, or a library.
+
+        A quick check for every host; `check_start` and `check_data` begin with it.
+        """
         require_run_folder(self.config.run.dir)
         if (sections := self.config.deepspeed.on_nvme) and find_library("aio") is None:
             raise UserError(
-                f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine has not; "
-                "install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
+                f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine does not "
+                "have; install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
             )
 
     def check_start(self) -> str:
@@ -257,7 +264,7 @@ class Plan:
                     raise
                 continue
             self.requirements.require_resumable(reader)
-            passed_over = f"; {self.init_from_passed_over}" if weights is not None else ""
+            passed_over = f"; {self.init_from_ignored}" if weights is not None else ""
             return f"start: from {folder}, step {reader.manifest.step:,}, if it is whole{passed_over}"
         if weights is None:
             return "start: anew"
@@ -289,15 +296,15 @@ class Plan:
         return {other: path for other, path in found.items() if other != name}
 
     @property
-    def init_from_passed_over(self) -> str:
-        """What is said where a run has checkpoints and names weights to begin with too."""
+    def init_from_ignored(self) -> str:
+        """The line about `init_from` where the run resumes from a checkpoint instead."""
         return (
-            f"init_from={self.config.init_from} is passed over, since the run goes on; to begin with those weights, "
-            "set another run.dir, or resume=never"
+            f"init_from={self.config.init_from} is ignored, since the run resumes from a checkpoint; to start from "
+            "those weights, set another run.dir, or resume=never"
         )
 
     def describe(self) -> RenderableType:
-        """Return the rank map, the parameters of every rank and the simulated pipeline, for the console."""
+        """Return the summary, the rank map with parameters and memory, and the simulated pipeline, for the console."""
         return Group(self._summary(), self._rank_map(), self._pipeline())
 
     def _summary(self) -> str:
@@ -339,11 +346,11 @@ class Plan:
 
     @property
     def _one_copy(self) -> tuple[int, ...]:
-        """Ranks that hold one copy of the model together."""
+        """The ranks that together hold one copy of the model."""
         return self.layout.groups_by("model")[0]
 
     def _rows(self) -> list["_Row"]:
-        """Ranks that hold as many parameters, together: those of a pipeline rank, and in a long pipeline neighbours."""
+        """Group ranks with the same layers and number of parameters into rows of the rank map."""
         rows: list[_Row] = []
         copies = {ranks[0]: ranks for ranks in self.layout.groups_by("gradient")}
         for first in self._one_copy:
@@ -364,7 +371,7 @@ class Plan:
         return rows
 
     def parameters_of_rank(self, rank: int) -> int:
-        """Number of parameters of all stages of a rank, before ZeRO divides them."""
+        """Return the number of parameters of all stages of a rank, before ZeRO partitions them."""
         tensor = self.layout.index(rank, "tensor")
         return sum(self.parameters(stage, tensor) for stage in self._stages_of(rank))
 
@@ -372,9 +379,9 @@ class Plan:
         return self.placement.stages_of(self.layout.index(rank, "pipeline"))
 
     def parameters(self, stage: int, tensor: int) -> int:
-        """Number of parameters that one rank holds of a stage, before ZeRO divides them."""
+        """Return the number of parameters that one rank holds of a stage, before ZeRO partitions them."""
         layers, last = self.stage_layers[stage], self.placement.num_stages - 1
-        # A stage between the first and the last is as large as any other of as many layers.
+        # All middle stages with the same number of layers are equally large, so the count is cached.
         kind = (len(layers), stage == 0, stage == last, tensor)
         if kind not in self._counted:
             shares = stage == last > 0 and self.placement.rank_of(0) == self.placement.rank_of(stage)
@@ -390,7 +397,7 @@ class Plan:
         timeline = simulate(all_streams(SCHEDULES[schedule], self.placement, microbatches))
         stages = f"{self.placement.num_stages} stages"
         if self.placement.virtual_stages > 1:
-            stages += f", {self.placement.virtual_stages} a rank"
+            stages += f", {self.placement.virtual_stages} per rank"
         return (
             f"pipeline {schedule}: {stages}, {microbatches} microbatches, simulated bubble "
             f"{timeline.bubble_fraction:.1%}, at most {max(timeline.peak_microbatches):g} microbatches in flight"
@@ -410,7 +417,7 @@ def _num_parameters(
     *,
     shares_rank: bool = False,
 ) -> int:
-    """Number of parameters of a stage on a rank; of the last stage without a tied table that its rank has already."""
+    """Return the number of parameters of a stage on a rank; with `shares_rank` without a tied table that it shares."""
     import torch
 
     from megalite.model.stage import Stage
@@ -433,7 +440,7 @@ def prepare(
     """Read a run file and resolve it; raise UserError for what cannot work. `Plan.check_data` looks at the data.
 
     `world_size` is the number of ranks that a launcher started, None where megalite will start them itself. With
-    `tokenizer_may_be_absent` a tokenizer that is not there is told in `Plan.unchecked`, where `model.vocab_size` is
+    `tokenizer_may_be_absent` a missing tokenizer is listed in `Plan.unchecked`, where `model.vocab_size` is
     given beside it.
     """
     config = load_run_config(path, overrides, _section_of_weights)
@@ -467,7 +474,7 @@ def _section_of_weights(path: Path) -> dict[str, Any]:
 
 
 def plan_of(config: RunConfig, tokenizer_digest: str | None) -> Plan:
-    """Return the plan of a configuration that `RunConfig.resolve` has completed and checked."""
+    """Return the plan of a configuration that `RunConfig.resolve` has resolved and checked."""
     stages = config.placement
     return Plan(
         config=config,

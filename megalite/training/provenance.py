@@ -1,4 +1,4 @@
-"""Which documents a step of a run trains on, from the run's configuration alone."""
+"""Data provenance: the documents that a step of a run trains on, from the run's configuration and metrics."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -21,36 +21,38 @@ from megalite.training.plan import Plan, prepare
 
 
 def passed_over(metrics: Path) -> list[PassedOver]:
-    """Return the samples that a run has passed over so far, as its metrics tell; none where there are no metrics."""
+    """Return the samples that a run has skipped so far, from its metrics file; empty without a metrics file."""
     gaps: list[PassedOver] = []
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
         if "passed_over_samples" not in line:
             continue
         with suppress(ValueError, KeyError, TypeError):
-            told = json.loads(line)
-            gap = PassedOver(int(told["step"]) - 1, int(told["passed_over_samples"]))
-            # What was passed over from an earlier step on includes what was from a later one.
+            record = json.loads(line)
+            gap = PassedOver(int(record["step"]) - 1, int(record["passed_over_samples"]))
+            # A rollback to an earlier step includes the samples skipped by later ones.
             gaps = [*(before for before in gaps if before.after < gap.after), gap]
     return gaps
 
 
 def consumed_by_step(metrics: Path, sequence_length: int) -> dict[int, int]:
-    """Return how many samples a run had consumed after each step that it did, as its metrics tell; none where they do
-    not. Its batches need not always have been of the size that the run file has now."""
-    found: dict[int, int] = {}
+    """Return how many samples a run had consumed after each of its steps, from its metrics file; empty where unknown.
+
+    The batches of earlier steps may have had another size than the run file has now.
+    """
+    consumed: dict[int, int] = {}
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
         with suppress(ValueError, KeyError, TypeError):
-            told = json.loads(line)
-            samples, rest = divmod(int(told["tokens"]), sequence_length)
+            record = json.loads(line)
+            samples, rest = divmod(int(record["tokens"]), sequence_length)
             if rest:
                 return {}
-            found[int(told["step"])] = samples
-    return found
+            consumed[int(record["step"])] = samples
+    return consumed
 
 
 @dataclass(frozen=True, slots=True)
 class SeenSample:
-    """One sample of a step: its number in the run's order, who trains on it, and what it is made of."""
+    """One sample of a step: its number in the run's order, its data rank and microbatch, its pieces of documents."""
 
     sample: int
     data_rank: int
@@ -59,9 +61,9 @@ class SeenSample:
 
 
 class Provenance:
-    """Answers for one run: a run's folder, or a run file that has not been run yet.
+    """Data provenance of one run, given by the run's folder or by a run file that has not been started.
 
-    Raises UserError where the path is neither, or where the data is gone.
+    Raises UserError where the path is neither, or where the data is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,7 +105,7 @@ class Provenance:
                     yield SeenSample(sample, data_rank, microbatch, tuple(self._samples.pieces(sample)))
 
     def samples(self, step: int) -> range:
-        """Return the numbers of the samples of a step: as many as it consumed, else as many as its batch will have."""
+        """Return the numbers of the samples of a step, of a finished step from the metrics, else from the schedule."""
         after = max(done for done in self._consumed if done < step)
         schedule = BatchSchedule(self.config.train, self._passed_over, after=after, consumed=self._consumed[after])
         samples = schedule.samples(step)
@@ -112,7 +114,7 @@ class Provenance:
         return samples
 
     def text(self, piece: Piece) -> str | None:
-        """Return what a piece reads as (`readable`), None without a tokenizer."""
+        """Return the readable text of a piece (`readable`); None without a tokenizer."""
         if self._tokenizer is None:
             return None
         dataset = self._dataset(piece.prefix)

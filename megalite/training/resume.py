@@ -1,4 +1,4 @@
-"""Where training begins: with a checkpoint of this run, with other weights, or anew. The ranks decide together."""
+"""The start of training: from a checkpoint, from other weights, or from scratch. All ranks choose the same start."""
 
 import socket
 import time
@@ -25,14 +25,16 @@ from megalite.parallel.json_collectives import broadcast_json, gather_json, on_r
 from megalite.parallel.mesh import Mesh
 from megalite.training.plan import Plan
 
-SEEN_SECONDS = 60.0
-"""How long a rank looks for a checkpoint that rank 0 sees: network file systems show old listings for so long."""
+VISIBILITY_SECONDS = 60.0
+"""How long a rank waits for a checkpoint that rank 0 sees: network file systems may show an old state for so long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The beginning of a run: after step `step`, with `weights`, None where they are drawn; `reader` has the rest of
-    the state. `notes` are what the user should hear of it."""
+    """The start of training: after step `step`, with `weights` (None: initialised) and the other state in `reader`.
+
+    `notes` are lines about the start for the console.
+    """
 
     step: int = 0
     weights: Weights | None = None
@@ -40,49 +42,50 @@ class Start:
     notes: tuple[str, ...] = ()
     passed_over: tuple[PassedOver, ...] = ()
     recent_losses: tuple[float, ...] = ()
-    """Of the steps before, as `SpikeWatch` keeps them."""
+    """The losses of the steps before, for `LossSpikeDetector`."""
     kernels: Kernels | None = None
-    """What the checkpoint was trained with; None where training begins anew."""
+    """The kernels of the checkpoint; None without a checkpoint."""
     consumed_samples: int = 0
-    """Of the steps up to `step` and with it."""
+    """Samples consumed up to and including `step`."""
 
     def batches(self, train: TrainSection) -> BatchSchedule:
-        """Return the samples of the steps from here on."""
+        """Return the batch schedule of the steps from this start on."""
         return BatchSchedule(train, self.passed_over, after=self.step, consumed=self.consumed_samples)
 
     def continues(self, checkpoints: Path) -> bool:
-        """Whether a run goes on whose checkpoints are in that folder."""
+        """Return whether this start resumes from a checkpoint in that folder."""
         if self.reader is None:
             return False
-        # A checkpoint there may be a link to another disk, and the one that was named a link to one there.
+        # A checkpoint in the folder may be a link to another disk, and `resume` may name a link to a checkpoint there.
         folder = self.reader.folder
         return checkpoints.resolve() in (folder.parent.resolve(), folder.resolve().parent)
 
 
-Found = tuple[CheckpointReader | None, Sequence[str]]
-"""A checkpoint that could be opened, and what is wrong with it."""
+OpenedCheckpoint = tuple[CheckpointReader | None, Sequence[str]]
+"""A checkpoint, None where it cannot be opened, and its problems."""
 
 
 def find_start(plan: Plan, mesh: Mesh) -> Start:
-    """Return where the run file's `resume` and `init_from` let training begin. Collective.
+    """Return the start of training by the run file's `resume` and `init_from`. Collective.
 
-    Raises UserError where a checkpoint that is named is not whole, where none of several is, or where it does not fit.
+    Raises UserError where the checkpoint of `resume` is damaged, where with ``auto`` all checkpoints are damaged, or
+    where the checkpoint does not fit the run.
     """
-    patience = min(SEEN_SECONDS, plan.config.train.timeout_seconds / 2)
-    together = _Look(
+    patience = min(VISIBILITY_SECONDS, plan.config.train.timeout_seconds / 2)
+    together = _Probe(
         candidates=lambda: _candidates(plan.config, mesh),
-        checked=lambda folder: _checked(folder, mesh, patience),
+        open_checkpoint=lambda folder: _open_on_all_ranks(folder, mesh, patience),
         faults=lambda reader: _faults(reader, mesh),
         weights=lambda: _opened_weights(plan, mesh),
     )
-    return _find(plan, together)
+    return _choose_start(plan, together)
 
 
-def foresee_start(plan: Plan) -> list[str]:
-    """Return what a start of the run would say of where it begins: `find_start`, by one process alone.
+def preview_start(plan: Plan) -> list[str]:
+    """Return the lines that a start of the run would print about its start, for a dry run by one process.
 
-    The digests of a checkpoint's files are compared where they are no more than `DIGESTED_BYTES`; of larger ones the
-    sizes are, and a line says so. Raises UserError as `find_start` does.
+    The digests of a checkpoint's files are verified if the files have at most `DIGESTED_BYTES` in all; of larger
+    checkpoints only the sizes are compared, and a line says so. Raises UserError as `find_start` does.
     """
     undigested: list[Path] = []
 
@@ -92,7 +95,7 @@ def foresee_start(plan: Plan) -> list[str]:
         undigested.append(reader.folder)
         return reader.problems(digests=False)
 
-    def checked(folder: Path) -> Found:
+    def open_checkpoint(folder: Path) -> OpenedCheckpoint:
         try:
             reader = CheckpointReader(folder)
             found = faults(reader)
@@ -110,14 +113,14 @@ def foresee_start(plan: Plan) -> list[str]:
         plan.requirements.require_weights(opened)
         return opened
 
-    alone = _Look(lambda: resume_candidates(plan.config), checked, faults, weights)
-    start = _find(plan, alone, data_is_there=plan.data_is_there)
+    alone = _Probe(lambda: resume_candidates(plan.config), open_checkpoint, faults, weights)
+    start = _choose_start(plan, alone, data_is_present=plan.data_is_present)
     lines = [f"start: from {start.reader.folder}, step {start.step:,}" if start.reader else "start: anew"]
     if start.reader is None and start.weights is not None:
         lines = [f"start: with the weights of {plan.config.init_from}"]
     if undigested:
         lines[0] += ", if it is whole: its files have the right sizes, their digests are compared at the start"
-    told = (
+    shown = (
         lines[0],
         *(
             note
@@ -127,29 +130,29 @@ def foresee_start(plan: Plan) -> list[str]:
     )
     last = plan.config.train.stop_after or plan.config.train.steps
     nothing_left = [f"nothing is left to train: step {start.step:,} is done"] if start.step >= last else []
-    return [*told, *nothing_left]
+    return [*shown, *nothing_left]
 
 
 DIGESTED_BYTES = 4 << 30
-"""How much of a checkpoint's files a dry run reads for their digests: some ten seconds."""
+"""The largest checkpoint whose digests a dry run verifies, in bytes: about ten seconds of reading."""
 
 
 @dataclass(frozen=True)
-class _Look:
-    """How a start looks at the disk: all ranks together, or one process alone."""
+class _Probe:
+    """The disk accesses of a start, by all ranks together or by one process."""
 
     candidates: Callable[[], Sequence[Path]]
-    checked: Callable[[Path], Found]
+    open_checkpoint: Callable[[Path], OpenedCheckpoint]
     faults: Callable[[CheckpointReader], Sequence[str]]
     weights: Callable[[], Weights]
 
 
-def _find(plan: Plan, look: _Look, *, data_is_there: bool = True) -> Start:
+def _choose_start(plan: Plan, probe: _Probe, *, data_is_present: bool = True) -> Start:
     passed_over: list[str] = []
-    for folder in look.candidates():
-        reader, faults = look.checked(folder)
+    for folder in probe.candidates():
+        reader, faults = probe.open_checkpoint(folder)
         if reader is not None and not faults:
-            return _resumed(plan, reader, passed_over, data_is_there=data_is_there)
+            return _resume_from(plan, reader, passed_over, data_is_present=data_is_present)
         passed_over.append(f"{folder}: {'; '.join(fault.removeprefix(f'{folder}: ') for fault in faults)}")
         if plan.config.resume != "auto":
             raise UserError(f"resume={passed_over[0]}; the checkpoint is damaged, name another")
@@ -159,8 +162,8 @@ def _find(plan: Plan, look: _Look, *, data_is_there: bool = True) -> Start:
         )
     if plan.config.init_from is None:
         return Start()
-    weights = look.weights()
-    if isinstance(weights, CheckpointWeights) and (faults := look.faults(weights.reader)):
+    weights = probe.weights()
+    if isinstance(weights, CheckpointWeights) and (faults := probe.faults(weights.reader)):
         raise UserError(f"init_from={weights.origin}: {'; '.join(faults)}; the checkpoint is damaged, name another")
     notes = (
         f"weights: {weights.origin}",
@@ -171,10 +174,10 @@ def _find(plan: Plan, look: _Look, *, data_is_there: bool = True) -> Start:
 
 
 def _candidates(config: RunConfig, mesh: Mesh) -> list[Path]:
-    """Return the folders that rank 0 finds, where this host has them. Collective.
+    """Return the checkpoint folders that rank 0 lists, with this host's paths. Collective.
 
-    No other rank lists the run's folder: a network file system may show a host an old listing for a minute, and ranks
-    with different lists would go on from different checkpoints.
+    No other rank lists the folder: a network file system may show a host an old listing for a minute, and ranks with
+    different lists would resume from different checkpoints.
     """
     names = on_rank_zero(lambda: [folder.name for folder in resume_candidates(config)], mesh)
     if config.resume != "auto":
@@ -183,7 +186,7 @@ def _candidates(config: RunConfig, mesh: Mesh) -> list[Path]:
 
 
 def _opened_weights(plan: Plan, mesh: Mesh) -> Weights:
-    """Open the weights of `init_from`; raise CommonError on every rank where one cannot use them. Collective."""
+    """Open the weights of `init_from`; raise CommonError on every rank if any rank cannot use them. Collective."""
     from megalite.convert.open import open_weights  # with the readers of foreign formats
 
     assert plan.config.init_from is not None
@@ -193,31 +196,31 @@ def _opened_weights(plan: Plan, mesh: Mesh) -> Weights:
         plan.requirements.require_weights(weights)
     except UserError as error:
         found = [str(error)]
-    if told := _together(found, mesh):
-        raise CommonError("\n".join(told))
+    if problems := _gather_problems(found, mesh):
+        raise CommonError("\n".join(problems))
     assert weights is not None
     return weights
 
 
-def _checked(folder: Path, mesh: Mesh, patience: float) -> tuple[CheckpointReader | None, Sequence[str]]:
-    """Open a checkpoint, and say what is wrong with it, the same on every rank; no reader where it cannot be opened.
+def _open_on_all_ranks(folder: Path, mesh: Mesh, patience: float) -> tuple[CheckpointReader | None, Sequence[str]]:
+    """Open a checkpoint on all ranks; return the reader, None if any rank cannot open it, and the problems. Collective.
 
-    A rank that does not see rank 0's manifest looks for it again for `patience` seconds.
+    A rank that does not see rank 0's manifest waits up to `patience` seconds for it.
     """
-    reader, found = None, _unlike_rank_zero(folder, mesh, patience)
+    reader, found = None, _manifest_mismatch(folder, mesh, patience)
     if not found:
         try:
             reader = CheckpointReader(folder)
         except UserError as error:
             found = [str(error)]
-    if told := _together(found, mesh):
-        return None, told
+    if problems := _gather_problems(found, mesh):
+        return None, problems
     assert reader is not None
     return reader, _faults(reader, mesh)
 
 
-def _unlike_rank_zero(folder: Path, mesh: Mesh, patience: float) -> list[str]:
-    """Return a line where this rank does not see the manifest that rank 0 sees, or sees an older one. Collective."""
+def _manifest_mismatch(folder: Path, mesh: Mesh, patience: float) -> list[str]:
+    """Return a problem if this rank sees no manifest, or another manifest than rank 0. Collective."""
     wanted = broadcast_json(_manifest_digest(folder) if mesh.rank == 0 else None, mesh)
     deadline = time.monotonic() + patience
     while wanted is not None and _manifest_digest(folder) != wanted:
@@ -236,8 +239,10 @@ def _manifest_digest(folder: Path) -> str | None:
 
 
 def _faults(reader: CheckpointReader, mesh: Mesh) -> Sequence[str]:
-    """What is wrong with a checkpoint, the same on every rank: each reads its share of the files for their digests,
-    and the state, which it goes on with itself."""
+    """Return the problems of a checkpoint, the same on every rank. Collective.
+
+    Each rank verifies the digests of its share of the files, and of the state file, which every rank reads.
+    """
     try:
         mine = dict.fromkeys([*sorted(reader.manifest.files)[mesh.rank :: mesh.layout.world_size], STATE])
         found = reader.problems(mine)
@@ -245,38 +250,41 @@ def _faults(reader: CheckpointReader, mesh: Mesh) -> Sequence[str]:
             _ = reader.state
     except UserError as error:
         found = [str(error)]
-    return _together(found, mesh)
+    return _gather_problems(found, mesh)
 
 
-def _together(found: Sequence[str], mesh: Mesh) -> Sequence[str]:
+def _gather_problems(found: Sequence[str], mesh: Mesh) -> Sequence[str]:
+    """Return the distinct problems of all ranks. Collective."""
     return list(dict.fromkeys(fault for faults in gather_json(list(found), mesh) for fault in faults))
 
 
-def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *, data_is_there: bool = True) -> Start:
+def _resume_from(
+    plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *, data_is_present: bool = True
+) -> Start:
     plan.requirements.require_resumable(reader)
     state = _progress(reader)
     step, consumed = state.step, state.consumed_samples
     train, here = plan.config.train, BatchSchedule(plan.config.train).consumed(step)
     if here != consumed and plan.config.data.order == "megatron":
         raise UserError(
-            f"{reader.folder}: stands at sample {consumed:,} after step {step:,}, where this run file's batches would "
-            f"stand at {here:,}, and data.order=megatron shuffles as many samples as all steps take: of another number "
-            "the order is another; keep train.global_batch_size and its ramp-up, or take the weights alone with "
-            "init_from"
+            f"{reader.folder}: is at sample {consumed:,} after step {step:,}, but would be at {here:,} with this run "
+            "file's batches; data.order=megatron shuffles as many samples as all steps take, so another number of "
+            "samples has another order; keep train.global_batch_size and its ramp-up, or take the weights alone "
+            "with init_from"
         )
     if state.passed_over and plan.config.data.order != "streaming":
         samples = sum(gap.samples for gap in state.passed_over)
         raise UserError(
-            f"{reader.folder}: its run passed {samples:,} samples over after a jump of the loss, and "
-            f"data.order={plan.config.data.order!r} has no more than it needs; write data.order=streaming, or take the "
+            f"{reader.folder}: its run skipped {samples:,} samples after a loss spike, and "
+            f"data.order={plan.config.data.order!r} has no further samples; write data.order=streaming, or take the "
             "weights alone with init_from"
         )
-    notes = [f"warning: passed over {line}" for line in passed_over]
+    notes = [f"warning: skipped {line}" for line in passed_over]
     notes.append(
         f"resumed: {reader.folder}, step {step:,}, {consumed:,} samples; it was saved at {reader.manifest.layout}"
     )
     if plan.config.init_from is not None:
-        notes.append(plan.init_from_passed_over)
+        notes.append(plan.init_from_ignored)
     if here != consumed:
         next_size = len(BatchSchedule(train, after=step, consumed=consumed).samples(step + 1))
         grows = f", growing to {train.global_batch_size:,}" if next_size < train.global_batch_size else ""
@@ -287,13 +295,13 @@ def _resumed(plan: Plan, reader: CheckpointReader, passed_over: Sequence[str], *
         )
     last = train.stop_after or train.steps
     if step > last:
-        notes.append(f"warning: the checkpoint is past the last step that is asked for, {last:,}")
-    if not data_is_there:
+        notes.append(f"warning: the checkpoint is past the last step of this run, {last:,}")
+    if not data_is_present:
         notes.append("not checked: whether the data and their order are those of the checkpoint")
     elif state.data.order_sha256 not in (plan.order_digest, order_digest_of_before(plan.config)):
         notes.append(
-            "warning: the data, their order or the seed are other than the checkpoint's: what follows is the new "
-            "order from its sample of that number on, and some text may be seen twice"
+            "warning: the data, their order or the seed differ from the checkpoint's: training continues in the new "
+            "order at the same sample number, and may repeat some text"
         )
     return Start(
         step,
@@ -321,7 +329,7 @@ class _Optimizer:
 
 @dataclass(frozen=True)
 class _Progress:
-    """What of a checkpoint's state the run goes on with."""
+    """The part of a checkpoint's state that a resumed run uses, validated."""
 
     step: Annotated[int, Field(ge=0)]
     consumed_samples: Annotated[int, Field(ge=0)]
@@ -329,15 +337,15 @@ class _Progress:
     optimizer: _Optimizer
     passed_over: Sequence[PassedOver] = ()
     recent_losses: Sequence[float] = ()
-    kernels: Kernels = NATIVE  # as all checkpoints were trained before they told
+    kernels: Kernels = NATIVE  # older checkpoints, without the key, were trained with these
 
 
 def _progress(reader: CheckpointReader) -> _Progress:
     try:
         progress = TypeAdapter(_Progress).validate_python(reader.state)
     except ValidationError as error:
-        told = validation_lines(error)[0]
-        raise UserError(f"{reader.folder}: state.json: {told}; use another checkpoint") from error
+        line = validation_lines(error)[0]
+        raise UserError(f"{reader.folder}: state.json: {line}; use another checkpoint") from error
     if progress.step != reader.manifest.step:
         raise UserError(
             f"{reader.folder}: state.json is of step {progress.step:,}, the manifest of step {reader.manifest.step:,}; "

@@ -1,4 +1,4 @@
-"""The facts of a run that its ranks compare before any group forms: settings, code, data, checkpoints."""
+"""Consistency check of a run: settings, code, data and checkpoints that its ranks compare before they form groups."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,11 +12,11 @@ from megalite.training.plan import Plan
 
 _PLACES = frozenset({"run.dir", "data.tokenizer", "data.index_cache"})
 _PLACES_ANYWHERE = frozenset({"prefix", "nvme_path"})
-"""Settings that say where something is. Hosts may have it in different places: what is there is compared instead."""
+"""Settings that are paths, which may differ between hosts; the contents of the paths are compared instead."""
 
 
 def run_facts(plan: Plan, world_size: int) -> Facts:
-    """Return what the ranks of a run have in common. Paths are not compared, but what they lead to is.
+    """Return the facts that must be equal on all ranks of a run; of paths, the contents are compared.
 
     Raises UserError where the data cannot be opened.
     """
@@ -42,7 +42,7 @@ def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _flat(node: Any, key: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Take a tree of settings apart: every leaf, written as JSON, under its dotted key."""
+    """Flatten a tree of settings: yield the dotted key and the JSON text of every leaf."""
     if isinstance(node, list | tuple) and any(isinstance(item, Mapping) for item in node):
         node = {str(number): item for number, item in enumerate(node)}
     if isinstance(node, Mapping):

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: configuration, metrics, pictures, and DONE.json at the end."""
+"""Run logger: writes configuration, metrics, plots and the final state of a run to its folder."""
 
 import itertools
 import json
@@ -36,10 +36,11 @@ from megalite.training.step_report import StepReport
 from megalite.training.stop_requests import StopRequests
 
 _SHOWN_DOCUMENTS = 8
+"""Number of documents that the line about a loss spike names."""
 
 
-class RunRecorder:
-    """Leaves in `run.dir` what a run leaves there. Rank 0 writes; what needs every rank is collective."""
+class RunLogger:
+    """Writes the files of `run.dir` and console lines, on rank 0; all ranks call it, for its collective methods."""
 
     def __init__(
         self,
@@ -62,10 +63,10 @@ class RunRecorder:
         self.samples = datasets.train
         self.unigram_entropy = datasets.unigram_entropy
         self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
-        said: list[str] = []
+        messages: list[str] = []
         if mesh.rank == 0:
             with writing(self.directory, "make it writable, or set another run.dir"):
-                said = self._start_directory(start)
+                messages = self._start_directory(start)
                 self.log = MetricsLog(
                     self.directory,
                     total_steps=config.train.steps,
@@ -90,7 +91,7 @@ class RunRecorder:
                 *config.deepspeed.notes,
                 *datasets.describe(),
                 *start.notes,
-                *said,
+                *messages,
                 *forecast.warnings(config, plan.checkpoint_bytes),
             ):
                 self.log.info(line)
@@ -100,17 +101,21 @@ class RunRecorder:
                 self.log.info(f"nothing is left to train: step {start.step:,} of {config.train.steps:,} is done")
 
     def restarted(self, step: int, count: int) -> None:
-        """Record that the ranks were started again, the `count`-th time, and go on after `step`."""
+        """Log that the ranks were restarted for the `count`-th time and resume after `step`."""
         if self.log is not None:
             self.log.restart(step, count)
 
     def step(self, report: StepReport) -> None:
-        """Record a training step."""
+        """Log a training step. Collective."""
         tokens = report.samples * self.config.data.sequence_length
         self.tokens = report.consumed_samples * self.config.data.sequence_length
         share = report.data_seconds / report.seconds
-        own = [report.own_seconds if rank == self.mesh.rank else 0.0 for rank in range(self.plan.layout.world_size)]
-        mine = torch.tensor([peak_memory(self.mesh.device), share, *own], dtype=torch.float64, device=self.mesh.device)
+        compute = [
+            report.compute_seconds if rank == self.mesh.rank else 0.0 for rank in range(self.plan.layout.world_size)
+        ]
+        mine = torch.tensor(
+            [peak_memory(self.mesh.device), share, *compute], dtype=torch.float64, device=self.mesh.device
+        )
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         if self.log is None:
             return
@@ -136,19 +141,19 @@ class RunRecorder:
             self.log.straggler(report.step, found, self.hosts[found.rank])
 
     def evaluation(self, step: int, name: str, loss: float) -> None:
-        """Record an evaluation on the validation set `name`."""
+        """Log an evaluation on the validation set `name`."""
         self.valid_losses[name] = loss
         if self.log is not None:
             self.log.evaluation(step, name, loss)
 
     def checkpoints(self, reports: Sequence[SaveReport]) -> None:
-        """Record saves that have ended."""
+        """Log saves that have ended."""
         if self.log is not None:
             for report in reports:
                 self.log.checkpoint(report)
 
     def spike(self, report: StepReport, samples: range) -> None:
-        """Record a jump of the loss, and the documents that its step trained on."""
+        """Log a loss spike, and write the documents of its step to ``spikes/step_N.json``."""
         spike = report.spike
         if self.log is None or spike is None:
             return
@@ -156,7 +161,7 @@ class RunRecorder:
         record = {
             "step": report.step,
             "loss": spike.loss,
-            "usual_loss": spike.usual,
+            "usual_loss": spike.baseline,
             "action": spike.rule.action,
             "pieces": [{"sample": sample, **piece.as_json()} for sample, piece in pieces],
         }
@@ -165,21 +170,21 @@ class RunRecorder:
         documents = dict.fromkeys(f"{piece.prefix.name} {piece.document}" for _, piece in pieces)
         shown = ", ".join(list(documents)[:_SHOWN_DOCUMENTS])
         more = f" and {len(documents) - _SHOWN_DOCUMENTS:,} more" if len(documents) > _SHOWN_DOCUMENTS else ""
-        dropped = "; its update is dropped" if spike.drops_update else ""
+        skipped = "; the update is skipped" if spike.drops_update else ""
         self.log.info(
-            f"step {report.step}: loss {spike.loss:.4f} is {spike.loss / spike.usual:.2f} times the usual "
-            f"{spike.usual:.4f}{dropped}; it read documents {shown}{more}: {file}"
+            f"step {report.step}: loss spike: {spike.loss:.4f} is {spike.loss / spike.baseline:.2f} times the median "
+            f"{spike.baseline:.4f} of the losses before{skipped}; the step read documents {shown}{more}: {file}"
         )
 
     def rollback(self, step: int, back: int, passed_over: int) -> None:
-        """Record that the run goes on from an earlier step, after a jump of the loss at `step`."""
+        """Log the rollback to step `back` after a loss spike at `step`."""
         if self.log is not None:
             self.log.rollback(step, back, passed_over)
 
     def timeline(self, step: int, spans: Sequence[Span]) -> None:
-        """Gather the measured spans of all stages, keep them as JSON, and draw them beside the simulation."""
-        speaks = self.mesh.rank in self.plan.layout.groups("pipeline")[0]
-        mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if speaks else []
+        """Gather the measured spans of all stages, write them as JSON, and plot them with a simulation. Collective."""
+        measures = self.mesh.rank in self.plan.layout.groups("pipeline")[0]
+        mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if measures else []
         gathered = gather_json(mine, self.mesh)
         if self.log is None:
             return
@@ -188,7 +193,7 @@ class RunRecorder:
         measured = Timeline(
             tuple(Span(rank, parse(code), start, end) for part in gathered for rank, code, start, end in part)
         )
-        # Counted, since the batch may still be growing.
+        # Counted from the spans, since the batch size may still be ramping up.
         microbatches = 1 + max(span.instruction.microbatch for span in measured.spans)
         streams = all_streams(SCHEDULES[self.config.parallel.schedule], self.plan.placement, microbatches)
         simulated = simulate(streams, measured_cost(measured))
@@ -205,7 +210,7 @@ class RunRecorder:
         )
 
     def stopped(self, step: int, reason: str | None) -> None:
-        """Leave STOPPED.json of a run that ends after `step` since it was asked to, and remove the file that asked."""
+        """Write STOPPED.json of a run that ends after `step` on request, and remove the stop file."""
         if self.log is None:
             return
         checkpoint, folder = self._checkpoint_of(step), self.plan.checkpoints / f"step_{step}"
@@ -226,8 +231,10 @@ class RunRecorder:
         return str(folder) if folder.is_dir() else None
 
     def finish(self, step: int, *, complete: bool, stopped: bool) -> None:
-        """Draw the curves after `step`; leave DONE.json where the run went to its last step. Where it did not and was
-        not `stopped` either, train.stop_after has ended it."""
+        """Plot the loss curve after `step`; write DONE.json where the run is `complete`.
+
+        A run that is neither `complete` nor `stopped` has reached train.stop_after.
+        """
         if self.log is None:
             return
         from megalite.monitoring.plots import loss_curve
@@ -261,24 +268,24 @@ class RunRecorder:
             self.log.close()
 
     def _start_directory(self, start: Start) -> list[str]:
-        """Make the run's folder ready; return what to say of it."""
+        """Prepare the run's folder; return lines about it for the console."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        said = []
-        if self.stop is not None and (request := self.stop.discard_stale()) is not None:
-            said.append(f"removed {request}, which was there before this start")
+        messages = []
+        if self.stop is not None and (request := self.stop.discard_stale_file()) is not None:
+            messages.append(f"removed {request}, which was there before this start")
         if start.continues(self.plan.checkpoints):
-            said += [f"warning: {line}" for line in clean(self.plan.checkpoints)]
-            for name in (DONE, STOPPED):  # which tell how the run ended before
+            messages += [f"warning: {line}" for line in clean(self.plan.checkpoints)]
+            for name in (DONE, STOPPED):  # they are about the end of the earlier start
                 (self.directory / name).unlink(missing_ok=True)
             aside = next_earlier_folder(self.directory) / "checkpoints"
             moved, place = set_aside_later(self.plan.checkpoints, start.step, aside)
             if moved:
-                said.append(f"set aside: {', '.join(moved)}, to {place}")
+                messages.append(f"set aside: {', '.join(moved)}, to {place}")
             truncate_metrics(self.directory / "metrics.jsonl", start.step)
         else:
             set_aside_earlier_run(self.directory)
         write_atomically(self.directory / "config.yaml", self.config.to_yaml().encode())
-        return said
+        return messages
 
     def _measure_peak(self, dtype: torch.dtype) -> Peak:
         dist.barrier()
@@ -289,7 +296,7 @@ class RunRecorder:
 
 
 def _flat(node: Any, key: str = "") -> Iterator[tuple[str, str | int | float | bool]]:
-    """Every setting under its dotted key; a list as the text of its JSON, and those without a value left out."""
+    """Flatten settings: yield dotted key and value; lists as JSON text, and without keys whose value is None."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             yield from _flat(value, f"{key}.{name}" if key else str(name))
@@ -300,6 +307,6 @@ def _flat(node: Any, key: str = "") -> Iterator[tuple[str, str | int | float | b
 
 
 def _next_free(file: Path) -> Path:
-    """The first of file.json, file_2.json, file_3.json that is not there: after a rollback a step may jump again."""
+    """Return the first of file.json, file_2.json, ... that does not exist: after a rollback a step may spike again."""
     names = (file if number == 1 else file.with_stem(f"{file.stem}_{number}") for number in itertools.count(1))
     return next(name for name in names if not name.exists())

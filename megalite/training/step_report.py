@@ -1,4 +1,4 @@
-"""What one finished training step came to."""
+"""The report of a finished training step."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from megalite.training.loss_spikes import Spike
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One finished training step: the mean loss of the global batch, the same on every rank, and the step's outcome."""
+    """The result of one training step; `loss` is the mean over the global batch, the same on every rank."""
 
     step: int
     loss: float
@@ -16,11 +16,11 @@ class StepReport:
     learning_rate: float
     samples: int
     consumed_samples: int
-    """Up to this step and with it."""
+    """Samples consumed up to and including this step."""
     seconds: float
-    own_seconds: float
-    """Of these, what this rank was at work itself on forwards and backwards."""
+    compute_seconds: float
+    """The part of `seconds` in which this rank computed forwards and backwards."""
     data_seconds: float
-    """Of these, what this rank waited for its batch."""
+    """The part of `seconds` in which this rank waited for its batch."""
     spike: Spike | None = None
-    """What its loss is, where that is a jump."""
+    """The loss spike, if the step has one."""

@@ -1,4 +1,4 @@
-"""Requests to stop a run: where they come from, and how its ranks agree on one without a message of its own."""
+"""Stop requests by signal, file or time limit; all ranks agree on a request in an all-reduce that a step has anyway."""
 
 import signal
 import stat
@@ -13,30 +13,30 @@ MAX_MINUTES = "train.max_minutes"
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REASONS = (*(number.name for number in _SIGNALS), STOP, MAX_MINUTES)
-"""What may ask a run to stop."""
+"""The sources of stop requests."""
 
 
 class StopRequests:
-    """What this rank was asked, and what all ranks have agreed on.
+    """The stop requests that this rank received, and the request on which all ranks agreed.
 
-    A rank sends `asked` along in a sum over all ranks that a step has anyway, and hands that sum to `agree`: thus
-    every rank stops after the same step, whichever was asked.
+    Each step all-reduces the `local_flags` of all ranks together with the loss, and passes the sum to `synchronize`. So
+    every rank stops after the same step, whichever rank received the request.
     """
 
     def __init__(self, file: Path | None = None, minutes: float | None = None, *, since: float = 0.0) -> None:
-        """Heed `file`, which is given to one rank alone, and a time of so many minutes from now.
+        """Stop at the existence of `file`, which only one rank watches, or after `minutes` from now.
 
-        A file from before the time `since`, in seconds since 1970, was meant for an earlier start.
+        A file that is older than `since`, in seconds since 1970, is a request to an earlier start and is ignored.
         """
         self.agreed: str | None = None
-        """The one of `REASONS` for which every rank stops after this step; None as long as nobody was asked."""
+        """The request, one of `REASONS`, for which all ranks stop after this step; None without a request."""
         self._file, self._since = file, since
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._received: set[str] = set()
 
     @contextmanager
-    def heeding_signals(self) -> Iterator[None]:
-        """Take signals that ask to stop for requests; to be entered in the main thread."""
+    def signal_handlers(self) -> Iterator[None]:
+        """Handle signals as stop requests inside the context; must be entered in the main thread."""
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield
@@ -44,26 +44,26 @@ class StopRequests:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def asked(self) -> list[float]:
-        """Return a number for each of `REASONS`: 1 where this rank was asked to stop for it, 0 elsewhere."""
+    def local_flags(self) -> list[float]:
+        """Return a flag for each of `REASONS`: 1 where this rank received the request, else 0."""
         if self._file is not None and (made := _made(self._file)) is not None and made >= self._since:
             self._received.add(STOP)
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._received.add(MAX_MINUTES)
         return [float(reason in self._received) for reason in REASONS]
 
-    def agree(self, counts: Sequence[float]) -> None:
-        """Take note of the sum of all ranks' `asked`."""
+    def synchronize(self, counts: Sequence[float]) -> None:
+        """Set `agreed` from the sum of all ranks' `local_flags`."""
         if self.agreed is None:
             self.agreed = next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
 
     def discard(self) -> None:
-        """Remove the file that asked, if there is one."""
+        """Remove the stop file, if there is one."""
         if self._file is not None and _made(self._file) is not None:
             self._file.unlink()
 
-    def discard_stale(self) -> Path | None:
-        """Remove and return the file where it was meant for an earlier start."""
+    def discard_stale_file(self) -> Path | None:
+        """Remove and return the stop file if it is a request to an earlier start."""
         if self._file is None or (made := _made(self._file)) is None or made >= self._since:
             return None
         self._file.unlink()
@@ -74,7 +74,7 @@ class StopRequests:
 
 
 def _made(file: Path) -> float | None:
-    """When a file was last touched; None where there is none, or a folder has its name."""
+    """Return the modification time of a file; None where it does not exist or is a folder."""
     try:
         status = file.lstat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Train one rank's part of a plan: meet the other ranks, claim the run's folder, run."""
+"""The training process of one rank: rendezvous, lock of the run's folder, heartbeat, and the trainer."""
 
 import datetime
 import os
@@ -22,15 +22,15 @@ from megalite.training.trainer import Trainer
 
 
 def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter | None = None) -> int:
-    """Train one rank's part of `plan`; the other ranks of its layout run the same beside it.
+    """Train as one rank of `plan`; all ranks of the layout call this.
 
-    `marker` hears on rank 0 what the start is doing, that training begins, and how it ended.
+    On rank 0 `marker` records the phases of the start, that training runs, and how it ended.
 
-    Returns the exit status: `STOPPED_STATUS` where the run was asked to stop before its end and megalite launched it,
-    else 0, since other launchers take anything else for a failure.
+    Returns the exit status: `STOPPED_STATUS` where a request stopped the run before its end and megalite launched it,
+    else 0, since other launchers treat any other status as a failure.
 
-    Raises UserError for what the user can mend, a rank of another run, code or data among it, and where
-    `train.max_bad_steps` steps in a row had to be skipped; RanksMissing where some do not come.
+    Raises UserError for errors that the user can fix, such as ranks with different run files, code or data, and for
+    `train.max_bad_steps` skipped steps in a row; RanksMissing where some ranks do not arrive.
     """
     config = plan.config
     progress = Progress()
@@ -39,17 +39,17 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter 
     file = config.run.dir / STOP if environment.rank == 0 else None
     since = to_filesystem_time(config.run.dir, start_time(os.environ)) if file is not None else 0.0
     stop = StopRequests(file, config.train.max_minutes, since=since)
-    # A rank's heartbeat_thread is to see a hang first: it can say who is behind, a collective that gives up cannot.
+    # The heartbeat must detect a hang before the collectives time out: it names the ranks that are behind.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + GROUP_EXTRA_SECONDS)
     device = local_device(environment.local_rank, environment.launcher)
-    # DeepSpeed reads it from the environment, where not every launcher has put it.
+    # DeepSpeed reads it from the environment, where not every launcher sets it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     plan.check_machine()
     if environment.world_size > 1:
         others = environment.world_size - 1
         doing(f"waiting for the other {others:,} ranks" if others > 1 else "waiting for the other rank")
     store = rendezvous(environment, run_facts(plan, environment.world_size), timeout)
-    if environment.launcher != "megalite":  # which has looked already
+    if environment.launcher != "megalite":  # megalite's launcher has checked already
         doing("checking the checkpoints and the data")
         run_on_rank_zero(store, environment, "check of start and data", lambda: _check(plan))
     with (
@@ -58,7 +58,7 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter 
             plan.layout, environment.rank, device=device, timeout=timeout, placement=plan.placement, store=store
         ) as mesh,
     ):
-        claim_folder(config.run.dir, mesh, stack)
+        lock_run_folder(config.run.dir, mesh, stack)
         heartbeat_thread = HeartbeatThread(
             config.run.dir, mesh.rank, plan.layout.world_size, progress, config.train.timeout_seconds
         )
@@ -68,19 +68,21 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter 
         datasets = open_datasets(config)
         doing("building the model")
         trainer = Trainer(plan, mesh, datasets, stop=stop, progress=progress, restarts=restarts, marker=marker)
-        with stop.heeding_signals():
+        with stop.signal_handlers():
             stopped = trainer.run()
         trainer.close()
     return STOPPED_STATUS if stopped and environment.launcher == "megalite" else 0
 
 
 def _check(plan: Plan) -> None:
-    """Check start and data; raise UserError for what the user can mend. It reads whole files, so one rank does it:
-    that the other hosts have the same files, the ranks' facts have told."""
+    """Check start and data on one rank, since this reads whole files; raise UserError for errors that the user can fix.
+
+    The comparison of the run's facts has already ensured that the other hosts have the same files.
+    """
     plan.check_start()
     plan.check_data()
 
 
-def claim_folder(folder: Path, mesh: Mesh, until: ExitStack) -> None:
-    """Keep other runs out of a run's folder; raise UserError on every rank where one is in. Collective."""
+def lock_run_folder(folder: Path, mesh: Mesh, until: ExitStack) -> None:
+    """Lock the run's folder on rank 0; raise UserError on every rank where another run has the lock. Collective."""
     on_rank_zero(lambda: until.enter_context(folder_lock(folder, f"run.dir={folder}")), mesh)

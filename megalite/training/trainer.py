@@ -1,4 +1,4 @@
-"""The training loop of one rank, and the parts of a run that it drives."""
+"""The training loop of one rank, with evaluation, checkpoints and loss spike rollback."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -31,12 +31,12 @@ from megalite.pipeline.schedules import SCHEDULES, forward_only
 from megalite.pipeline.timeline.spans import Span
 from megalite.training.build import build_stages
 from megalite.training.checkpointing import Checkpointer
-from megalite.training.loss_spikes import SpikeWatch
-from megalite.training.microbatches import Feed
-from megalite.training.nonfinite import BadSteps
+from megalite.training.loss_spikes import LossSpikeDetector
+from megalite.training.microbatches import MicrobatchLoader
+from megalite.training.nonfinite import NonFiniteGuard
 from megalite.training.plan import Plan
 from megalite.training.resume import find_start
-from megalite.training.run_logger import RunRecorder
+from megalite.training.run_logger import RunLogger
 from megalite.training.step_report import StepReport
 from megalite.training.stop_requests import StopRequests
 from megalite.zero.engine import ZeroEngine
@@ -44,7 +44,7 @@ from megalite.zero.optimizer_state import ZeroState
 
 
 class Trainer:
-    """One rank of a run: its stage, engine, executor and data. Collective: every rank builds and calls it alike."""
+    """The trainer of one rank, with its stages, engine, executor and data. All methods are collective."""
 
     def __init__(
         self,
@@ -58,23 +58,25 @@ class Trainer:
         marker: RunStateWriter | None = None,
         on_save_point: Callable[[str], None] = lambda point: None,
     ) -> None:
-        """Build this rank's part; `on_save_point` hears of the points of every save, as `Checkpointer` says.
+        """Build the parts of this rank; `on_save_point` is called as `Checkpointer` describes.
 
-        `stop` is what may end its training early, `progress` hears where it is, `restarts` says how often the ranks
-        were started again, and `marker` hears on rank 0 that training begins and how it ended.
+        `stop` holds the stop requests, `progress` receives the current phase and step, `restarts` is the number of
+        restarts of the ranks, and on rank 0 `marker` records that training runs and how it ended.
         """
         self.plan, self.config, self.mesh = plan, plan.config, mesh
         self.stop, self.progress, self.restarts = stop or StopRequests(), progress or Progress(), restarts
         self.marker = marker
         self.start = find_start(plan, mesh)
-        self.kernels = _agreed_kernels(self.config, mesh, self.start.kernels)
+        self.kernels = _choose_kernels_on_rank_zero(self.config, mesh, self.start.kernels)
         self.engine = ZeroEngine(build_stages(plan, mesh, self.start.weights, self.kernels), self.config, mesh)
         self.state = ZeroState(self.engine)
         self._restore()
-        _ = plan.documents  # read at the start: at the first save the folder of `init_from` may be gone
-        self.spikes = SpikeWatch(self.config.train.spike, self.start.recent_losses)
+        _ = plan.documents  # read now, since the folder of `init_from` may be gone at the first save
+        self.spike_detector = LossSpikeDetector(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
-        self.bad_steps = BadSteps(self.config.train.max_bad_steps, self.engine.stages, mesh, self.config.run.dir)
+        self.nonfinite_guard = NonFiniteGuard(
+            self.config.train.max_bad_steps, self.engine.stages, mesh, self.config.run.dir
+        )
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
             plan.checkpoints,
@@ -83,10 +85,10 @@ class Trainer:
             tensor_bytes=plan.checkpoint_bytes,
             files=plan.companion_files() if mesh.rank == 0 else {},
             on_save_point=on_save_point,
-            moved=self.progress.touch,
+            on_progress=self.progress.touch,
         )
         for hook in (self.engine.optimizer.register_step_pre_hook, self.engine.optimizer.register_step_post_hook):
-            hook(lambda *_: self.progress.touch())  # of several groups, or parts that are on the host, each is a move
+            hook(lambda *_: self.progress.touch())  # a step may take long with several groups or on the host
         train = self.config.train
         self.executor = PipelineExecutor(
             self.engine,
@@ -103,71 +105,71 @@ class Trainer:
         self.datasets = datasets
         self.schedule = self.start.batches(train)
         rules = SampleRules.of(self.config, datasets.fim)
-        self.feed = Feed(datasets.train, rules, self.config, mesh, trains=True)
-        self.batches = self._read_ahead()
-        as_it_stands = replace(rules, fim=None)
-        self.valid_feeds = {
-            name: Feed(samples, as_it_stands, self.config, mesh, trains=False)
+        self.loader = MicrobatchLoader(datasets.train, rules, self.config, mesh, trains=True)
+        self.batches = self._prefetch()
+        without_fim = replace(rules, fim=None)
+        self.valid_loaders = {
+            name: MicrobatchLoader(samples, without_fim, self.config, mesh, trains=False)
             for name, samples in datasets.valid.items()
         }
 
     def run(self) -> bool:
-        """Train to the last step, or to `train.stop_after`, with evaluations, checkpoints and records on the way.
+        """Train to the last step, or to `train.stop_after`, with evaluations, checkpoints and logs.
 
-        Returns whether the ranks were asked to stop, and agreed to, before that step; they have saved a checkpoint
-        then, where there are any.
+        Returns whether a stop request ended the training before that step; then a checkpoint was saved, unless the
+        configuration has none.
         """
         train = self.config.train
         last = train.stop_after or train.steps
-        recorder = RunRecorder(
+        logger = RunLogger(
             *(self.plan, self.mesh, self.engine.dtype, self.datasets, self.start, self.stop),
             kernels=self.kernels,
             marker=self.marker,
         )
         if self.restarts:
-            recorder.restarted(self.start.step, self.restarts)
+            logger.restarted(self.start.step, self.restarts)
         stopped, step = False, self.start.step
-        with closing(recorder), self._settled_when_failed():
+        with closing(logger), self._settle_on_error():
             while step < last:
                 step += 1
                 record = step in train.trace_steps
                 report, spans = self._timed_step(step, record=record)
-                recorder.step(report)
+                logger.step(report)
                 if report.spike is not None:
-                    recorder.spike(report, self.schedule.samples(step))
+                    logger.spike(report, self.schedule.samples(step))
                     if report.spike.rolls_back and (back := self.roll_back(step, report.spike.rule)) is not None:
-                        recorder.rollback(step, back, self.schedule.passed_over[-1].samples)
+                        logger.rollback(step, back, self.schedule.passed_over[-1].samples)
                         step = back
                         if stopped := self.stop.agreed is not None:
                             break
                         continue
                 skipped = report.outcome.skipped and report.spike is None
-                self.bad_steps.count(step, skipped=skipped, loss_scale=report.outcome.loss_scale)
+                self.nonfinite_guard.update(step, skipped=skipped, loss_scale=report.outcome.loss_scale)
                 if record:
-                    recorder.timeline(step, spans)
+                    logger.timeline(step, spans)
                 if train.eval_every and (step % train.eval_every == 0 or step == last):
-                    self._evaluate(step, recorder)
+                    self._evaluate(step, logger)
                 stopped = self.stop.agreed is not None and step < last
                 if self.checkpointer.due(step, last=step if stopped else last):
                     self.save(step)
-                recorder.checkpoints(self.checkpointer.take_reports())
+                logger.checkpoints(self.checkpointer.take_reports())
                 if stopped:
                     break
             self.checkpointer.wait()
-            recorder.checkpoints(self.checkpointer.take_reports())
+            logger.checkpoints(self.checkpointer.take_reports())
             if stopped:
-                recorder.stopped(step, self.stop.agreed)
+                logger.stopped(step, self.stop.agreed)
             complete = not stopped and max(last, self.start.step) == train.steps
-            recorder.finish(step, complete=complete, stopped=stopped)
+            logger.finish(step, complete=complete, stopped=stopped)
         return stopped
 
-    def _evaluate(self, step: int, recorder: RunRecorder) -> None:
-        """Evaluate on every validation set, as long as nobody asks to stop."""
+    def _evaluate(self, step: int, logger: RunLogger) -> None:
+        """Evaluate on every validation set, until a stop request."""
         self.progress.enter("evaluate", step)
-        for name in self.valid_feeds:
+        for name in self.valid_loaders:
             loss = self.evaluate(name)
             if self.stop.agreed is None:
-                recorder.evaluation(step, name, loss)
+                logger.evaluation(step, name, loss)
 
     def save(self, step: int) -> None:
         """Save a checkpoint of the state after `step`; raise UserError where that fails."""
@@ -192,9 +194,9 @@ class Trainer:
                 ],
             },
             "passed_over": [asdict(gap) for gap in self.schedule.passed_over],
-            "recent_losses": self.spikes.losses,
+            "recent_losses": self.spike_detector.losses,
             "kernels": asdict(self.kernels),
-            "optimizer": self.state.numbers(),
+            "optimizer": self.state.scalar_state(),
         }
 
     def _restore(self) -> None:
@@ -205,10 +207,10 @@ class Trainer:
             self.state.restore_weights(WeightSource(start.weights))
 
     def roll_back(self, step: int, rule: SpikeSection) -> int | None:
-        """Go back to the newest whole checkpoint, pass over the samples from there to the end of `step`, and return
-        the step it is of; None where there is none yet. Collective.
+        """Roll back to the newest intact checkpoint and skip the samples from there to the end of `step`.
 
-        Raises UserError where this was done `train.spike.max_rollbacks` times already.
+        Returns the step of the checkpoint, None where there is no checkpoint yet. Raises UserError after
+        `train.spike.max_rollbacks` rollbacks.
         """
         self.checkpointer.wait()
         self.progress.enter("start", step)  # a checkpoint is read as at a start, which may take long
@@ -217,23 +219,24 @@ class Trainer:
             return None
         if self.rollbacks == rule.max_rollbacks:
             raise UserError(
-                f"train.spike.max_rollbacks={rule.max_rollbacks} times the run went back, and the loss jumped again at "
-                f"step {step}; lower train.optimizer.lr or gradient_clipping, or resume with train.spike.action=skip"
+                f"the run rolled back train.spike.max_rollbacks={rule.max_rollbacks} times, and step {step} has "
+                "another loss spike; lower train.optimizer.lr or gradient_clipping, or resume with "
+                "train.spike.action=skip"
             )
         self.rollbacks += 1
         begin = start.batches(self.config.train).position(start.step)
         gap = PassedOver(start.step, self.schedule.position(step) - begin)
         self.schedule = replace(start, passed_over=(*start.passed_over, gap)).batches(self.config.train)
-        self.spikes = SpikeWatch(rule, start.recent_losses)
+        self.spike_detector = LossSpikeDetector(rule, start.recent_losses)
         self.state.restore(start.reader, start.reader.state["optimizer"])
-        self.engine.publish_weights()
+        self.engine.sync_model_params_from_master()
         self.batches.close()
-        self.batches = self._read_ahead()
+        self.batches = self._prefetch()
         return start.step
 
     @contextmanager
-    def _settled_when_failed(self) -> Iterator[None]:
-        """A rank that has to end leaves no checkpoint half written that it could finish."""
+    def _settle_on_error(self) -> Iterator[None]:
+        """On an error, let this rank finish its part of the current save before it ends."""
         try:
             yield
         except UserError:
@@ -241,9 +244,9 @@ class Trainer:
             raise
 
     def step(self, step: int, *, before_update: Callable[[], None] = lambda: None) -> StepReport:
-        """Run training step number `step`, from 1, and return what came of it.
+        """Run training step number `step`, counted from 1, and return its report.
 
-        `before_update` is called once the gradients are whole, before they are clipped and applied.
+        `before_update` is called after the gradients were reduced, before they are clipped and applied.
         """
         return self._timed_step(step, record=False, before_update=before_update)[0]
 
@@ -254,25 +257,25 @@ class Trainer:
         self.progress.enter("data", step)
         batch = self.batches.take(step)
         self.progress.enter("compute", step)
-        self.executor.compute_timer.take()  # that of an evaluation before
+        self.executor.compute_timer.take()  # drop the time of an evaluation
         with self.engine.accumulate():
-            with self.bad_steps.watched():
-                microbatches = self.feed.microbatches(batch, self.feed.counted(batch))
+            with self.nonfinite_guard.watching():
+                microbatches = self.loader.microbatches(batch, self.loader.num_loss_tokens(batch))
                 if record:
-                    dist.barrier()  # one zero of time for all ranks, however long each waited for its batch
+                    dist.barrier()  # a common start time of the timeline on all ranks
                 result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
-            loss = self._mean_loss(result)
-            spike = self.spikes.look(loss)
+            loss = self._reduce_loss_and_stop_flags(result)
+            spike = self.spike_detector.update(loss)
             if drops := spike is not None and spike.drops_update:
-                self.engine.spoil()
-        own_rate = self._learning_rate(step)
-        # DeepSpeed's scheduler sets the next step's rate within the step: it is read before.
-        rate = self.engine.learning_rate if own_rate is None else own_rate
+                self.engine.poison_gradients()
+        scheduled_rate = self._learning_rate(step)
+        # DeepSpeed's scheduler sets the next step's rate within the step, so the rate is read before.
+        rate = self.engine.learning_rate if scheduled_rate is None else scheduled_rate
         self.progress.enter("update", step)
         self.checkpointer.before_update()
         before_update()
-        with self.state.keeping_loss_scale() if drops else nullcontext():
-            outcome = self.engine.step(own_rate)
+        with self.state.preserve_loss_scale() if drops else nullcontext():
+            outcome = self.engine.step(scheduled_rate)
         report = StepReport(
             step=step,
             loss=loss,
@@ -281,30 +284,34 @@ class Trainer:
             samples=len(self.schedule.samples(step)),
             consumed_samples=self.schedule.consumed(step),
             seconds=time.perf_counter() - started,
-            own_seconds=self.executor.compute_timer.take(),
+            compute_seconds=self.executor.compute_timer.take(),
             data_seconds=self.batches.waited,
             spike=spike,
         )
         return report, result.spans
 
     def evaluate(self, name: str) -> float:
-        """Return the mean loss over the targets of a validation set that count: of the samples in its first
-        `eval_batches` global batches, or of all where it has no more, whether or not these fill a batch.
+        """Return the mean loss over the unmasked targets of a validation set.
 
-        Once the ranks have agreed to stop, it is of the batches so far, and worth nothing.
+        It is over the first `eval_batches` global batches, or over all samples if there are fewer; the last batch may
+        be partial.
+
+        After a stop request it returns the mean over the batches so far, which must not be used.
         """
-        size, feed = self.config.train.global_batch_size, self.valid_feeds[name]
+        size, loader = self.config.train.global_batch_size, self.valid_loaders[name]
         end = self.datasets.num_evaluated(name)
         total, tokens = 0.0, 0.0
         for first in range(0, end, size):
             if self.stop.agreed is not None:
                 break
             samples = range(first, min(first + size, end))
-            batch = feed.read_padded(samples)
-            counted = feed.counted(batch)
-            microbatches = feed.microbatches(batch, counted)
-            loss = self._mean_loss(self.executor.run(self._eval_stream(len(batch)), microbatches))
-            weight = float(len(samples) * self.config.data.sequence_length if counted is None else counted)
+            batch = loader.read_padded(samples)
+            num_loss_tokens = loader.num_loss_tokens(batch)
+            microbatches = loader.microbatches(batch, num_loss_tokens)
+            loss = self._reduce_loss_and_stop_flags(self.executor.run(self._eval_stream(len(batch)), microbatches))
+            weight = float(
+                len(samples) * self.config.data.sequence_length if num_loss_tokens is None else num_loss_tokens
+            )
             total, tokens = total + loss * weight, tokens + weight
         return total / max(tokens, 1.0)
 
@@ -313,10 +320,10 @@ class Trainer:
         self.checkpointer.close()
         self.engine.close()
 
-    def _read_ahead(self) -> ReadAhead[list[SampleMicrobatch]]:
+    def _prefetch(self) -> ReadAhead[list[SampleMicrobatch]]:
         train, schedule = self.config.train, self.schedule
         return ReadAhead(
-            lambda step: self.feed.read(schedule.samples(step)),
+            lambda step: self.loader.read(schedule.samples(step)),
             depth=self.config.data.prefetch,
             last=train.stop_after or train.steps,
         )
@@ -333,22 +340,23 @@ class Trainer:
             return None
         return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
 
-    def _mean_loss(self, result: StepResult) -> float:
-        """Average over the ranks whose losses differ, and tell every rank.
+    def _reduce_loss_and_stop_flags(self, result: StepResult) -> float:
+        """All-reduce the mean loss over the loss group, together with the stop flags of all ranks.
 
-        What the ranks were asked goes with it: after it they agree on whether to stop.
+        Of the ranks that compute the same loss, one contributes it. Every rank gets the mean loss, and all ranks agree
+        on whether to stop (`StopRequests.synchronize`).
         """
-        total = torch.tensor([0.0, *self.stop.asked()], dtype=torch.float64, device=self.mesh.device)
+        total = torch.tensor([0.0, *self.stop.local_flags()], dtype=torch.float64, device=self.mesh.device)
         if result.loss is not None and self.mesh.counts_loss:
             total[0] = result.loss
         dist.all_reduce(total)
-        loss, *asked = total.tolist()
-        self.stop.agree(asked)
+        loss, *local_flags = total.tolist()
+        self.stop.synchronize(local_flags)
         return loss / self.mesh.loss.size
 
 
-def _agreed_kernels(config: RunConfig, mesh: Mesh, saved: Kernels | None) -> Kernels:
-    """Measure on rank 0 how the device computes fastest, and let all ranks compute so. Collective."""
+def _choose_kernels_on_rank_zero(config: RunConfig, mesh: Mesh, saved: Kernels | None) -> Kernels:
+    """Benchmark the kernels on rank 0, and return its choice on every rank. Collective."""
     products, attention, dtype = config.train.cpu_products, config.train.cpu_attention, DTYPES[config.precision]
 
     def choose() -> dict[str, Any]:

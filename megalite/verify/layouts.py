@@ -1,4 +1,4 @@
-"""Which layouts of a run are held against one process, and the run that each of them is for one step."""
+"""The layouts that a verification compares, and the one-step run of each layout."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,42 +18,42 @@ _OF_A_PIPELINE = ("schedule", "virtual_stages", "stage_layers")
 _OF_A_TENSOR_AXIS = ("sequence_parallel",)
 
 _LEFT_OUT = (
-    # Precision: the comparison is in fp32.
+    # Precisions: the comparison is in fp32.
     *("bf16", "fp16", "data_types", "communication_data_type"),
-    # The full learning rate: at the start of a warm-up an update is lost in the rounding of a weight of 1.
+    # Warm-up: at a small learning rate the update of a weight near 1 is lost in rounding.
     "scheduler",
 )
 
 
 def layouts_of(target: ParallelLayout) -> tuple[ParallelLayout, ...]:
-    """Return what a verification compares: each axis of several ranks by itself, then the whole layout."""
+    """Return the layouts to compare: each axis of several ranks alone, then the whole layout."""
     alone = [target.resized(**{axis: target.size(axis)}) for axis in target.names if target.size(axis) > 1]
     return tuple(dict.fromkeys([*alone, target]))
 
 
 def read_layouts(text: str) -> tuple[ParallelLayout, ...]:
-    """Read ``2x1x1,2x2x2``: tensor, pipeline and data of each layout; raise UserError for what is none."""
+    """Parse ``2x1x1,2x2x2``: tensor, pipeline and data of each layout; raise UserError for an invalid layout."""
     found, one_rank = [], ParallelLayout()
     axes = one_rank.names
     for word in text.split(","):
         sizes = word.strip().lower().split("x")
         if len(sizes) != len(axes) or not all(size.isdecimal() and int(size) for size in sizes):
             example = write_layout(one_rank.resized(**{axes[0]: 2}))
-            raise UserError(f"--layouts: {word.strip()!r} is no layout; write {' x '.join(axes)}, such as {example}")
+            raise UserError(f"--layouts: {word.strip()!r} is not a layout; write {' x '.join(axes)}, such as {example}")
         found.append(one_rank.resized(**dict(zip(axes, map(int, sizes), strict=True))))
     return tuple(dict.fromkeys(found))
 
 
 def write_layout(layout: ParallelLayout) -> str:
-    """Return the form that `read_layouts` reads."""
+    """Format a layout as `read_layouts` parses it."""
     return "x".join(str(layout.size(axis)) for axis in layout.names)
 
 
 def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
-    """Return the first step of `target` at `layout`, in fp32, at the full learning rate and into `folder`.
+    """Return a plan for the first step of `target` with `layout`, in fp32, at the full learning rate, in `folder`.
 
-    Model, data, batch, ZeRO stage and offloading are the target's; what a layout without a pipeline or a tensor axis
-    cannot have is left out. Raises UserError where the model or the batch does not fit the layout.
+    Model, data, batch, ZeRO stage and offloading are the target's. Settings that need a pipeline or a tensor axis are
+    reset if the layout has none. Raises UserError if the model or the batch does not fit the layout.
     """
     config = target.config
     left_out = () if layout.size("pipeline") > 1 else _OF_A_PIPELINE
@@ -84,7 +84,7 @@ def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
 
 
 def _in_fp32(settings: DeepSpeedSettings) -> DeepSpeedSettings:
-    # A case has another batch and layout than those that the JSON may restate.
+    # The JSON may restate values derived from the target's batch and layout, which this layout does not have.
     document = {k: value for k, value in settings.without_derived().document.items() if k not in _LEFT_OUT}
     if "zero_optimization" in document:
         document["zero_optimization"] = {
@@ -95,39 +95,39 @@ def _in_fp32(settings: DeepSpeedSettings) -> DeepSpeedSettings:
 
 
 def _in_memory(offload: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is kept on NVMe is out of reach: keep it in host memory."""
+    """Replace offloading to NVMe, which the comparison cannot read, by offloading to host memory."""
     return {"device": "cpu"} if offload.get("device") == "nvme" else offload
 
 
 def require_ranks(layouts: Sequence[ParallelLayout], started: int) -> None:
-    """Raise UserError where a layout needs more ranks than a launcher started."""
+    """Raise UserError if a layout needs more ranks than a launcher started."""
     for layout in layouts:
         if layout.world_size > started:
             raise UserError(
-                f"--layouts: {write_layout(layout)} is {layout.world_size} ranks, but {started} were started; "
-                f"start {max(each.world_size for each in layouts)}, or leave it out"
+                f"--layouts: {write_layout(layout)} needs {layout.world_size} ranks, but {started} were started; "
+                f"start {max(each.world_size for each in layouts)} ranks, or leave the layout out"
             )
 
 
 def require_cores(plan: Plan, layouts: Sequence[ParallelLayout], limit: int, cores: int) -> None:
-    """Raise UserError, naming layouts that would do, where one has more ranks than may start on this machine."""
+    """Raise UserError, with smaller layouts to use, if a layout needs more than `limit` ranks on this machine."""
     large = [layout for layout in layouts if layout.world_size > limit]
     if not large:
         return
     most = max(large, key=lambda layout: layout.world_size)
     smaller = ",".join(map(write_layout, smaller_layouts(plan, limit)))
     raise UserError(
-        f"{plan.config.source}: {most} is {most.world_size:,} ranks, each a process on this machine of "
-        f"{cores:,} cores; at most {limit:,} start unasked; "
+        f"{plan.config.source}: {most} needs {most.world_size:,} ranks, each a process on this machine of "
+        f"{cores:,} cores; the limit is {limit:,} processes; "
         + (f"compare smaller layouts with --layouts {smaller}, " if smaller else "")
-        + "use the ranks of a launcher, or start them all the same with --oversubscribe"
+        + "use the ranks of a launcher, or start more processes with --oversubscribe"
     )
 
 
 def smaller_layouts(plan: Plan, limit: int) -> tuple[ParallelLayout, ...]:
-    """Return layouts of at most `limit` ranks in which each axis of several ranks has two, alone and with the others.
+    """Return layouts of at most `limit` ranks in which axes of several ranks have two ranks, alone and combined.
 
-    Those that the run's own settings refuse are left out.
+    Layouts that the run's own settings do not allow are left out.
     """
     whole = plan.layout
     found = []

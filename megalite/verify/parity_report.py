@@ -1,4 +1,4 @@
-"""What the comparison of one layout found, within which tolerances, and what that says in words."""
+"""ParityReport, the result of comparing one layout with the reference: tolerances, differences, descriptions."""
 
 import json
 import math
@@ -9,30 +9,30 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 LOSS_TOLERANCE = 1e-5
-"""Relative difference of the loss."""
+"""The largest relative difference of the loss."""
 NORM_TOLERANCE = 1e-5
-"""Relative difference of the gradient's global norm."""
+"""The largest relative difference of the gradient's global norm."""
 START_TOLERANCE = 0.0
-"""The weights before the step follow from (seed, name), or are read: they are equal to the bit."""
+"""The weights before the step are drawn from (seed, name), or read: they must be equal to the bit."""
 GRADIENT_TOLERANCE = 1e-5
-"""Norm of a gradient's difference, relative to the norm of the parameter's whole gradient or to `NOISE_SHARE` of the
-global norm, whichever is larger."""
+"""The largest norm of a gradient's difference, relative to the norm of the parameter's gradient or to `NOISE_SHARE` of
+the global norm, whichever is larger."""
 NOISE_SHARE = 1e-2
-"""Some gradients are nothing but rounding: softmax does not see a bias on the keys."""
+"""Some gradients are only rounding errors: softmax does not depend on a bias of the keys, for example."""
 UPDATE_TOLERANCE = 1e-5
-"""Largest difference of a weight after the step, beyond its own rounding, relative to the learning rate."""
+"""The largest difference of a weight after the step, beyond its own rounding, relative to the learning rate."""
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """How far a parameter is from its reference on the rank where that is farthest.
+class ParameterDifference:
+    """The difference of a parameter from the reference, on the rank where it is largest.
 
-    `relative` is in the measure of its tolerance. `factor` is the found values projected on the reference's: 2 where
-    they are twice as large, 0 where they have nothing to do with them.
+    `relative` is relative to the same quantity as its tolerance. `factor` is the projection of the values on the
+    reference's: 2 if they are twice as large, 0 if they are unrelated.
     """
 
     index: int
-    """Place in the order of the model, from 0."""
+    """The parameter's position in the order of the model, from 0."""
     name: str
     relative: float
     factor: float
@@ -40,21 +40,24 @@ class Difference:
     rank: int
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.name} on stage {self.stage}, rank {self.rank}"
 
 
 @dataclass(frozen=True, slots=True)
-class Agreement:
-    """How one kind of value compares over the parameters and ranks: the worst, those beyond the tolerance by their
-    index, and the first of these in the order of the model."""
+class TensorComparison:
+    """The comparison of one kind of tensor over all parameters and ranks.
 
-    worst: Difference | None = None
-    first: Difference | None = None
+    `worst` is the largest difference, `differing` the indices of the parameters beyond the tolerance, and `first` the
+    first of them in the order of the model.
+    """
+
+    worst: ParameterDifference | None = None
+    first: ParameterDifference | None = None
     differing: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, differences: Sequence[Difference], tolerance: float) -> "Agreement":
+    def of(cls, differences: Sequence[ParameterDifference], tolerance: float) -> "TensorComparison":
         """Summarise the differences of one rank."""
         beyond = [difference for difference in differences if not difference.relative <= tolerance]
         return cls(
@@ -64,8 +67,8 @@ class Agreement:
         )
 
     @classmethod
-    def over_ranks(cls, agreements: Sequence["Agreement"]) -> "Agreement":
-        """Join what the ranks found."""
+    def over_ranks(cls, agreements: Sequence["TensorComparison"]) -> "TensorComparison":
+        """Merge the comparisons of all ranks."""
         return cls(
             max((found.worst for found in agreements if found.worst), key=_severity, default=None),
             min((found.first for found in agreements if found.first), key=_precedence, default=None),
@@ -73,31 +76,31 @@ class Agreement:
         )
 
 
-def _severity(difference: Difference) -> float:
+def _severity(difference: ParameterDifference) -> float:
     return math.inf if math.isnan(difference.relative) else difference.relative
 
 
-def _precedence(difference: Difference) -> tuple[int, float]:
+def _precedence(difference: ParameterDifference) -> tuple[int, float]:
     return difference.index, -_severity(difference)
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """One layout beside the reference: losses and global norms of both, and how weights and gradients agree."""
+class ParityReport:
+    """The result of one layout's comparison: losses and global norms of both, comparisons of weights and gradients."""
 
     parameters: int
-    """Tensors of the model, by their global names."""
+    """The number of global tensors in the model."""
     elements_missing: int
-    """Elements of them that no rank updates, less those that several do."""
+    """Elements updated by no rank minus elements updated by more than one (0 when every element has one owner)."""
     loss: float
     reference_loss: float
     norm: float
     reference_norm: float
-    start: Agreement
-    gradients: Agreement
-    update: Agreement
+    start: TensorComparison
+    gradients: TensorComparison
+    update: TensorComparison
     miscounted: str | None = None
-    """What the global norm leaves out or counts twice, where its difference is that of one parameter."""
+    """The parameter that the global norm leaves out or counts more than once, if one explains its difference."""
 
     @property
     def loss_difference(self) -> float:
@@ -109,10 +112,10 @@ class Finding:
 
     @property
     def agrees(self) -> bool:
-        return not list(self.faults())
+        return not list(self.differences())
 
-    def faults(self) -> Iterator[str]:
-        """Say what differs, causes before consequences."""
+    def differences(self) -> Iterator[str]:
+        """Describe each difference beyond its tolerance, causes before consequences."""
         if self.elements_missing:
             many = "more" if self.elements_missing < 0 else "fewer"
             yield f"the ranks update {abs(self.elements_missing):,} elements {many} than the model has"
@@ -126,9 +129,9 @@ class Finding:
         yield from _differing("weights after the step", self.update, self.parameters)
 
     def agreeing(self) -> list[str]:
-        """Name what agrees."""
+        """Return the names of the comparisons within their tolerances."""
         followed = not self.gradients.differing and self.norm_difference <= NORM_TOLERANCE
-        after = "weights after the step" if followed else "the update by the gradients as found"
+        after = "weights after the step" if followed else "the update by this layout's gradients"
         kinds = {
             "weights before the step": not self.start.differing,
             "loss": self.loss_difference <= LOSS_TOLERANCE,
@@ -139,31 +142,31 @@ class Finding:
         return [kind for kind, agrees in kinds.items() if agrees]
 
     def write(self, path: Path) -> None:
-        """Write it as JSON."""
+        """Write the report as JSON."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> "Finding | None":
-        """Read what `write` wrote; None where it wrote nothing."""
+    def read(cls, path: Path) -> "ParityReport | None":
+        """Read a report that `write` wrote; None if there is no file."""
         return TypeAdapter(cls).validate_python(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
 def _relative(value: float, reference: float) -> float:
     if not (math.isfinite(value) and math.isfinite(reference)):
-        return math.inf  # two infinities are equal and prove nothing
+        return math.inf  # two equal infinities are no agreement
     if value == reference:
         return 0.0
     return abs(value - reference) / abs(reference) if reference else math.inf
 
 
-def _differing(kind: str, agreement: Agreement, parameters: int) -> Iterator[str]:
-    first, worst = agreement.first, agreement.worst
+def _differing(kind: str, comparison: TensorComparison, parameters: int) -> Iterator[str]:
+    first, worst = comparison.first, comparison.worst
     if first is None or worst is None:
         return
-    text = f"{kind} of {first.place} differ by {first.relative:.1e}"
+    text = f"{kind} of {first.location} differ by {first.relative:.1e}"
     if math.isfinite(first.factor) and abs(first.factor - 1) > 5e-3:
         text += f", {first.factor:.2f} times those of one process"
-    if others := len(agreement.differing) - 1:
+    if others := len(comparison.differing) - 1:
         text += f"; so do those of {others} more of {parameters} parameters"
-        text += "" if worst.index == first.index else f", most {worst.place}, by {worst.relative:.1e}"
+        text += "" if worst.index == first.index else f", most {worst.location}, by {worst.relative:.1e}"
     yield text

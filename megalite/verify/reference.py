@@ -1,4 +1,4 @@
-"""One step in one process of plain torch: what every layout is held against. No DeepSpeed, no pipeline, no ranks."""
+"""The reference of the parity check: one step in one process of plain torch, without DeepSpeed, pipeline or ranks."""
 
 from collections.abc import Iterator
 
@@ -21,13 +21,13 @@ from megalite.training.plan import Plan
 
 
 class Reference:
-    """The first step's loss and gradients by torch's autograd over the whole model, fp32; the weights stay as they are.
+    """The first step's loss and gradients, by torch's autograd over the whole model in fp32, without an update.
 
-    `loss` is the mean over the global batch, or over what counts of it; `norm` is the gradient's global norm.
+    `loss` is the mean over the tokens of the global batch that count in the loss; `norm` is the gradient's global norm.
     """
 
     def __init__(self, plan: Plan, datasets: Datasets, device: torch.device, kernels: Kernels) -> None:
-        """Compute with the kernels of the layout that is compared, so that both round at the same places."""
+        """Compute loss and gradients, with the kernels of the compared layout, so that both round in the same way."""
         self._plan, self._device = plan, device
         model = _whole_model(plan, kernels).to(device)
         self._parameters = dict(_global_tensors(model))
@@ -38,7 +38,7 @@ class Reference:
             loss = self._loss(model, microbatch, len(batch), counted)
             loss.backward()
             self.loss += float(loss.detach().double())
-        # In double: over millions of elements fp32 on a CPU is off by 1e-4.
+        # In fp64: a sum over millions of elements in fp32 on a CPU is off by 1e-4.
         self.squares = {name: float(self.gradient(name).double().square().sum()) for name in self._parameters}
         """Square of each parameter's gradient norm, by global name."""
         self.replicated = frozenset(
@@ -47,16 +47,16 @@ class Reference:
             for shard in placed.shards
             if "tensor" not in shard.spec.sharding
         )
-        """What every rank of a tensor axis holds whole."""
+        """Names of the tensors that every tensor rank holds whole."""
         self.norm = sum(self.squares.values()) ** 0.5
 
     def weight(self, name: str) -> Tensor:
-        """Return a global tensor as it was before the step."""
+        """Return a global tensor before the step."""
         parameter, region = self._parameters[name]
         return parameter.detach()[region.slices]
 
     def gradient(self, name: str) -> Tensor:
-        """Return the gradient of a global tensor, not clipped."""
+        """Return the gradient of a global tensor, before clipping."""
         parameter, region = self._parameters[name]
         held = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return held[region.slices]
@@ -96,7 +96,7 @@ def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
 
 
 def _global_tensors(model: Stage) -> Iterator[tuple[str, tuple[nn.Parameter, Region]]]:
-    """Yield each global tensor's name, the parameter that holds it, and where in it: padding stays out."""
+    """Yield each global tensor's name, the parameter that holds it, and its region there, without padding."""
     for placed in model.placed_parameters:
         for shard in placed.shards:
             yield shard.spec.name, (placed.parameter, shard.target)

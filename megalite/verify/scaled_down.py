@@ -1,4 +1,4 @@
-"""A smaller run of the same shape: what divides what, and which stage holds more, stays; what makes it slow goes."""
+"""Scale a run down for verification: smaller widths, fewer layers and tokens, the same divisibility and stages."""
 
 from dataclasses import replace
 from math import ceil
@@ -11,13 +11,13 @@ _HEAD_DIM, _HIDDEN, _SEQUENCE, _MICRO_BATCH, _STAGE_LAYERS = 8, 256, 64, 2, 3
 
 
 def scale_down(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
-    """Return a resolved run, smaller, and a line for each setting that shrank: ``model.hidden_size=128, not 4096``.
+    """Return a smaller resolved run, and a line for each changed setting: ``model.hidden_size=128, not 4096``.
 
-    Architecture, vocabulary, tying, the ratio of query heads to key-value heads, how the tensor axis divides them,
-    layout, schedule, uneven stages and ZeRO stage stay. Widths, layers, sequence and batch shrink, as do the sizes
-    below which ZeRO treats parameters otherwise, with the widths. The weights are drawn: `init_from` is left out.
+    Unchanged are the architecture, vocabulary, tying, the ratio of query heads to key-value heads, their division over
+    the tensor axis, the layout, the schedule, uneven stages and the ZeRO stage. Widths, layers, sequence and batch
+    shrink; ZeRO's size thresholds shrink with the widths. The weights are drawn at random: `init_from` is left out.
 
-    Raises UserError where the smaller run does not fit, which the whole one then does not either.
+    Raises UserError if the smaller run does not fit the layout; the whole run does not fit it either.
     """
     layout = config.layout
     stage_layers = _stage_layers(config)
@@ -38,7 +38,7 @@ def scale_down(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
 
 def _model(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
     groups = model.num_key_value_heads
-    # Fewer key-value heads than ranks are copied; as many or more are divided, two a rank if there are that many.
+    # Fewer key-value heads than ranks are replicated; more are divided, and two per rank are enough.
     kv_heads = groups if groups < tensor else min(groups, 2 * tensor)
     heads = kv_heads * model.num_attention_heads // groups
     head_dim = _head_dim(model)
@@ -60,7 +60,7 @@ def _model(model: ModelConfig, tensor: int, layers: int) -> ModelConfig:
 
 
 def _head_dim(model: ModelConfig) -> int:
-    """The smallest width of a head that the architecture takes: rotary positions turn pairs of dims."""
+    """Return the smallest head dimension that the architecture accepts: rotary embeddings need an even one."""
     for head_dim in range(min(_HEAD_DIM, model.head_dim), model.head_dim):
         try:
             read_model(model.model_dump() | {"head_dim": head_dim})
@@ -71,27 +71,27 @@ def _head_dim(model: ModelConfig) -> int:
 
 
 def _stage_layers(config: RunConfig) -> tuple[int, ...] | None:
-    """Uneven stages stay so: the smallest has one layer."""
+    """Return smaller uneven stages, of which the smallest has one layer; None for even stages."""
     if (given := config.parallel.stage_layers) is None:
         return None
     return tuple(min(count - min(given) + 1, _STAGE_LAYERS) for count in given)
 
 
 def _layers(config: RunConfig) -> int:
-    """Two layers a stage, or one and what is left over where stages are uneven."""
+    """Return two layers per stage, or one per stage plus the remainder if the stages are uneven."""
     layers, stages = config.model.num_hidden_layers, config.placement.num_stages
     return min(layers, stages + (layers % stages or stages))
 
 
 def _sequence_length(config: RunConfig) -> int:
-    """A length whose tokens the tensor axis can share out, where it does."""
+    """Return a sequence length that the tensor axis divides, if sequence parallelism is on."""
     length, tensor = min(config.data.sequence_length, _SEQUENCE), config.parallel.tensor
     return max(tensor, length - length % tensor) if config.parallel.sequence_parallel else length
 
 
 def _train(config: RunConfig, layout: ParallelLayout) -> TrainSection:
     micro = min(config.train.micro_batch_size, _MICRO_BATCH)
-    # Schedules ask for multiples of the pipeline's stages, and show themselves where there are more than those.
+    # Schedules need multiples of the pipeline's stages; with two per stage their steady phase runs too.
     microbatches = min(config.gradient_accumulation_steps, 2 * layout.size("pipeline"))
     return config.train.model_copy(
         update={
@@ -103,7 +103,7 @@ def _train(config: RunConfig, layout: ParallelLayout) -> TrainSection:
 
 
 def _zero_sizes(settings: DeepSpeedSettings, hidden: int, from_hidden: int) -> DeepSpeedSettings:
-    """Shrink what ZeRO measures parameters by: with the widths of norms, and with those of matrices."""
+    """Shrink ZeRO's size thresholds: those for norms with the width, those for matrices with its square."""
     zero = dict(settings.document.get("zero_optimization", {}))
     ratio = hidden / from_hidden
     if zero.get("stage") == 3:
@@ -133,5 +133,5 @@ def _shrunk(before: RunConfig, after: RunConfig) -> list[str]:
     if before.train.batch_size_rampup is not None:
         lines.append("train.batch_size_rampup left out")
     if before.init_from is not None:
-        lines.append(f"init_from={before.init_from} left out: the weights are drawn")
+        lines.append(f"init_from={before.init_from} left out: the weights are drawn at random")
     return lines

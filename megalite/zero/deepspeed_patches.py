@@ -1,4 +1,4 @@
-"""Changes to DeepSpeed's modules that the engine needs, each beside the behaviour that asks for it."""
+"""Monkey patches of DeepSpeed, each with the behaviour that makes it necessary (`DeepSpeed:`)."""
 
 import logging
 import warnings
@@ -14,15 +14,16 @@ from deepspeed.runtime import compiler
 from megalite.parallel.mesh import Mesh
 
 
-def quieten_deepspeed(reports: bool) -> None:
+def set_deepspeed_log_level(reports: bool) -> None:
+    """Let DeepSpeed log errors alone, or with `reports` everything."""
     logging.getLogger("DeepSpeed").setLevel(logging.INFO if reports else logging.ERROR)
-    # torch's advice on the collectives that DeepSpeed calls is for DeepSpeed's authors.
+    # Warnings of torch about deprecated collectives concern DeepSpeed's authors, not megalite's users.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
 def _import_muon_uncompiled() -> None:
-    # DeepSpeed: ZeRO imports the Muon optimizer, whoever asks for it, and the functions there are handed to
-    # torch.compile as they are defined: two seconds of imports that nothing here uses.
+    # DeepSpeed: ZeRO always imports the Muon optimizer, whose functions are passed to torch.compile at their
+    # definition, which imports the compiler for two seconds. Nothing here uses it.
     compiled = compiler.compile
     compiler.compile = lambda *_, **__: lambda function: function  # pyright: ignore[reportAttributeAccessIssue]
     try:
@@ -31,13 +32,14 @@ def _import_muon_uncompiled() -> None:
         compiler.compile = compiled  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def adapt_deepspeed(mesh: Mesh) -> None:
+def patch_deepspeed(mesh: Mesh) -> None:
+    """Apply the patches that the engine needs, before `deepspeed.initialize`."""
     _import_muon_uncompiled()
     if mesh.device.type == "cpu":
-        # DeepSpeed: on CPU every start compiles a shared-memory all-reduce with g++, a minute long, and a build that
-        # is killed leaves a lock on which every later run hangs. gloo serves.
+        # DeepSpeed: on a CPU every start compiles a shared-memory all-reduce with g++ for a minute, and a build that is
+        # killed leaves a lock on which every later run hangs. gloo needs no build.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # pyright: ignore[reportAttributeAccessIssue]
-        # DeepSpeed: it refuses fp16 on a CPU without fp16 matrix units, where torch computes it all the same, slowly.
+        # DeepSpeed: it refuses fp16 on a CPU without fp16 matrix units, where torch computes it, but slowly.
         cast(Any, get_accelerator()).is_fp16_supported = lambda: True
 
     def assert_same_in_data_group(numbers: list[int]) -> None:
@@ -47,6 +49,6 @@ def adapt_deepspeed(mesh: Mesh) -> None:
         if not torch.equal(extremes[0], -extremes[1]):
             raise RuntimeError("the ranks of one data-parallel group use their parameters in different orders")
 
-    # DeepSpeed: at stage 3 it compares the order of parameters with rank 0 of the world, and hangs where stages
-    # hold different modules. The ranks that must agree are those of one data-parallel group.
+    # DeepSpeed: at stage 3 all ranks compare the order of their parameters with rank 0 of the world, and hang where
+    # pipeline stages hold different modules. Only the ranks of a data-parallel group must agree.
     parameter_coordinator.assert_ints_same_as_other_ranks = assert_same_in_data_group

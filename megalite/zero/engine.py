@@ -1,8 +1,8 @@
-"""The ZeRO engine (arXiv:1910.02054) on DeepSpeed, over the stages that this rank holds.
+"""The ZeRO engine (arXiv:1910.02054): gradient reduction, clipping and AdamW by DeepSpeed, for a rank's stages.
 
-DeepSpeed's engine drives one module; the pipeline drives the engine. What DeepSpeed does otherwise than a pipeline
-over tensor-parallel stages needs is answered here, each answer beside the behaviour that asks for it (`DeepSpeed:`),
-and each has a canary in tests/zero/test_canaries.py that fails once DeepSpeed no longer behaves so.
+The pipeline executor calls this engine, which calls DeepSpeed. Where DeepSpeed does not do what a pipeline of
+tensor-parallel stages needs, a workaround stands beside a comment on DeepSpeed's behaviour (`DeepSpeed:`). A canary in
+tests/zero/test_canaries.py fails as soon as DeepSpeed's behaviour has changed.
 """
 
 import math
@@ -21,22 +21,22 @@ from megalite.model.dropout import DropoutStreams
 from megalite.model.packing import PackedDocuments
 from megalite.model.precision import DTYPES
 from megalite.model.stage import Stage
-from megalite.optim.adamw import make_adamw, params_of
+from megalite.optim.adamw import make_adamw, unique_parameters
 from megalite.optim.outcome import StepOutcome
-from megalite.optim.uncompiled import leave_the_compiler_out
+from megalite.optim.uncompiled import skip_dynamo_import
 from megalite.parallel.mesh import Mesh
 from megalite.tensor_parallel.weight_grad_store import WeightGradStore
-from megalite.zero.deepspeed_patches import adapt_deepspeed, quieten_deepspeed
-from megalite.zero.grad_norm import counts_in_norm, is_tied, mark_for_norm
+from megalite.zero.deepspeed_patches import patch_deepspeed, set_deepspeed_log_level
+from megalite.zero.grad_norm import is_counted_in_norm, is_tied, mark_counted_in_norm
 from megalite.zero.mpu import ModelParallelUnit
 
-leave_the_compiler_out()
+skip_dynamo_import()
 
-NEVER = 10**12
+_STEPS_NEVER_REACHED = 10**12
 
 
 class _Stages(nn.Module):
-    """The stages of one rank as the one module that a DeepSpeed engine takes, called with the stage's index."""
+    """The stages of one rank as a single module, as DeepSpeed requires; `forward` takes the index of the stage."""
 
     def __init__(self, stages: Mapping[int, Stage]) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _Stages(nn.Module):
 
 
 class ZeroEngine:
-    """Gradients, their reduction over the data axis, clipping and AdamW, at ZeRO stage 0 to 3.
+    """Gradient accumulation, reduction over the data axis, clipping and AdamW, at ZeRO stage 0 to 3.
 
     One optimizer step is ``with engine.accumulate(): <forwards and backwards>`` and then ``engine.step()``.
     """
@@ -67,12 +67,12 @@ class ZeroEngine:
         self._clip = config.gradient_clipping
         self.stages = dict(stages)
         for stage in stages.values():
-            mark_for_norm(stage, mesh)
-        quieten_deepspeed(config.deepspeed.asks_deepspeed_to_report)
-        adapt_deepspeed(mesh)
-        apart = config.model.tie_word_embeddings and mesh.tied_copies_may_differ
-        self.optimizer = make_adamw(stages, config.optimizer, device=mesh.device, table_apart=apart)
-        local_elements = sum(parameter.numel() for parameter in params_of(stages))
+            mark_counted_in_norm(stage, mesh)
+        set_deepspeed_log_level(config.deepspeed.asks_deepspeed_to_report)
+        patch_deepspeed(mesh)
+        separate = config.model.tie_word_embeddings and mesh.tied_copies_may_differ
+        self.optimizer = make_adamw(stages, config.optimizer, device=mesh.device, separate_tied_table=separate)
+        local_elements = sum(parameter.numel() for parameter in unique_parameters(stages))
         engine, *_ = deepspeed.initialize(
             model=_Stages(stages),
             optimizer=self.optimizer,
@@ -81,84 +81,84 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self.engine = cast(DeepSpeedEngine, engine)
-        # The pipeline says when a step is complete; DeepSpeed's own counting of backwards must not.
+        # The pipeline decides when the accumulation is complete, not DeepSpeed's count of backwards.
         self.engine.set_gradient_accumulation_boundary(False)
         if self.zero_stage == 0:
             self.engine.enable_backward_allreduce = False
         if self.zero_stage == 3:
-            self._sum_norms_with_every_stage()
+            self._match_norm_all_reduces()
         if self.dtype == torch.float16:
-            # DeepSpeed: an overflow at the smallest loss scale raises. Bad steps in a row are counted anyway.
+            # DeepSpeed: an overflow at the smallest loss scale raises. `NonFiniteGuard` counts such steps instead.
             self.zero_optimizer.loss_scaler.raise_error_at_min_scale = False
         if self.gradient_dtype != self.dtype:
-            self._widen_gradients()
+            self._set_gradient_dtype()
 
-    def _widen_gradients(self) -> None:
-        """Have autograd, and DeepSpeed's reduction after it, add gradients up in `gradient_dtype`."""
+    def _set_gradient_dtype(self) -> None:
+        """Make autograd and DeepSpeed's reduction accumulate gradients in `gradient_dtype`."""
         for stage in self.stages.values():
             for parameter in stage.parameters():
                 parameter.grad_dtype = self.gradient_dtype  # pyright: ignore[reportAttributeAccessIssue]
         if self.zero_stage < 3:
-            # DeepSpeed: ZeRO-2 rounds the gradients to the parameters' precision on their way into its bucket,
-            # whatever they are accumulated and reduced in.
+            # DeepSpeed: ZeRO-2 rounds gradients to the parameters' dtype when it copies them into its bucket, even
+            # where they are accumulated and reduced in another dtype.
             self.zero_optimizer._gradient_reduction_buffer_dtype = lambda: self.gradient_dtype
 
-    def _sum_norms_with_every_stage(self) -> None:
-        """Take part in the norm's sums of stages that have more sub-groups of parameters than this rank.
+    def _match_norm_all_reduces(self) -> None:
+        """Add all-reduces of zero to the gradient norm, up to the largest number of sub-groups of any rank.
 
-        DeepSpeed: at stage 3 the norm is summed over the stages once for each sub-group of ``sub_group_size``, as if
-        all had the same number.
+        DeepSpeed: at stage 3 the norm is all-reduced over the model-parallel ranks once per sub-group of
+        ``sub_group_size``, although ranks may have different numbers of sub-groups, and then hang.
         """
         zero, group = self.zero_optimizer, self.mesh.model.process_group
-        most = torch.tensor(len(zero.fp16_groups), device=self.mesh.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-        missing, norms_of_own = int(most) - len(zero.fp16_groups), zero._get_norm_groups
+        largest = torch.tensor(len(zero.fp16_groups), device=self.mesh.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        missing, local_norms = int(largest) - len(zero.fp16_groups), zero._get_norm_groups
 
-        def norms() -> list[Tensor]:
-            found: list[Tensor] = norms_of_own()
+        def padded_norms() -> list[Tensor]:
+            norms: list[Tensor] = local_norms()
             for _ in range(missing):
-                squares = torch.zeros((), dtype=found[0].dtype, device=self.mesh.device)
+                squares = torch.zeros((), dtype=norms[0].dtype, device=self.mesh.device)
                 dist.all_reduce(squares, group=group)
-                found.append(squares.sqrt().to(found[0].device))
-            return found
+                norms.append(squares.sqrt().to(norms[0].device))
+            return norms
 
         if missing:
-            zero._get_norm_groups = norms
+            zero._get_norm_groups = padded_norms
 
     def _engine_config(self, config: RunConfig, local_elements: int) -> dict[str, Any]:
         settings = config.deepspeed.engine_config(
             micro_batch_size=config.train.micro_batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         )
-        settings.setdefault("steps_per_print", NEVER)
-        # DeepSpeed: with CPU offload it insists on its own CPUAdam, which is compiled at the first use.
+        settings.setdefault("steps_per_print", _STEPS_NEVER_REACHED)
+        # DeepSpeed: with CPU offload it requires its own CPUAdam by default, which is compiled at the first use.
         settings["zero_force_ds_cpu_optimizer"] = False
         settings["zero_allow_untested_optimizer"] = True
         zero = settings.setdefault("zero_optimization", {})
-        # DeepSpeed: the buffer that gradients are reduced in is as large as the bucket, not as the gradients, and is
-        # allocated anew every step; at the default it is 2 GB for a model of any size.
+        # DeepSpeed: the reduction buffer has the size of the bucket, even if there are fewer gradients, and is
+        # allocated again in every step; by default it has 2 GB for a model of any size.
         zero.setdefault("reduce_bucket_size", min(500_000_000, max(1, local_elements)))
         if config.precision != "fp32" and config.deepspeed.gradient_precision == "fp32":
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-            # DeepSpeed: gradients travel in the parameters' precision, unless it is told so beside.
+            # DeepSpeed: gradients are communicated in the parameters' dtype, unless this setting says otherwise.
             settings.setdefault("communication_data_type", "fp32")
             if self.zero_stage == 1:
-                # DeepSpeed: with bf16 this means BF16_Optimizer at stage 1, which cannot reduce once a step and whose
-                # norm is wrong under a pipeline. Where one reduction a step is asked for, stage 2 is stage 1.
+                # DeepSpeed: with bf16 at stage 1 this selects BF16_Optimizer, which cannot reduce once per step and
+                # whose norm is wrong under a pipeline. With one reduction per step, stage 2 is equal to stage 1.
                 zero["stage"] = 2
         if self.zero_stage == 0:
-            # DeepSpeed: at stage 0 it clips without telling the norm, and takes a norm that is no number in silence.
+            # DeepSpeed: at stage 0 it clips without returning the norm, and applies gradients with a nan norm.
             settings["gradient_clipping"] = 0.0
         return settings
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of parameters and activations."""
+        """Dtype of parameters and activations."""
         return next(iter(self.stages.values())).activation_dtype
 
     @property
     def gradient_dtype(self) -> torch.dtype:
-        """Precision in which the gradients of a step are added up, over microbatches and over ranks."""
+        """Dtype in which gradients are accumulated over microbatches and reduced over ranks."""
         return DTYPES[self._gradient_precision]
 
     def forward(
@@ -170,71 +170,71 @@ class ZeroEngine:
         loss_weights: Tensor | None = None,
         dropout: DropoutStreams | None = None,
     ) -> Tensor:
-        """Run one stage on one microbatch; hidden states, or the loss on the last stage."""
+        """Run the forward of one stage on one microbatch; return hidden states, or the loss on the last stage."""
         return self.engine(stage, inputs, targets, packing, loss_weights, dropout)
 
     def backward(self, scalar: Tensor) -> None:
-        """Differentiate one microbatch's scalar, times the loss scale, into gradients that stay on this rank."""
+        """Backpropagate from one microbatch's scalar, times the loss scale; the gradients are not reduced yet."""
         if self.zero_stage > 0:
-            # DeepSpeed: ZeRO starts its count of gradient hooks anew at a forward, not at a backward; in a pipeline
-            # several backwards follow one forward.
+            # DeepSpeed: ZeRO resets its count of gradient hooks at a forward, not at a backward. In a pipeline several
+            # backwards follow a forward.
             self.zero_optimizer.clear_backward_seen_flag()
-        # DeepSpeed: where the very tensor that a forward returned is differentiated, its hook divides the gradient by
-        # the accumulation steps, whatever it is told below. A view is another tensor.
+        # DeepSpeed: the hook of a tensor that a forward returned divides its gradient by the accumulation steps, in
+        # spite of `scale_wrt_gas=False`. A view is another tensor.
         scalar = scalar.view_as(scalar)
-        # The last stage has divided by the number of microbatches already.
+        # The last stage has already divided the loss by the number of microbatches.
         self.engine.backward(scalar, scale_wrt_gas=False)
 
     def defer_weight_grads(self, stage: int) -> AbstractContextManager[WeightGradStore]:
-        """While it is open, a backward of the stage puts the products for its weights' gradients off."""
+        """Defer the weight gradients of the stage's backwards inside the context."""
         return self.stages[stage].weight_grad_deferral.enabled()
 
     def compute_weight_grads(self, store: WeightGradStore) -> None:
-        """Compute weight gradients that were put off, and add them to the others."""
+        """Compute deferred weight gradients and accumulate them."""
         store.run(self.accumulate_gradient)
 
     def accumulate_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Add `gradient`, of the parameter's whole shape on this rank, to what autograd has accumulated for it.
+        """Accumulate `gradient`, of the parameter's unpartitioned shape, for gradients outside of a backward.
 
-        For gradients that are computed outside of a backward (arXiv:2401.10241). The tensor is taken over.
+        Deferred weight gradients are such (arXiv:2401.10241). The caller must not use the tensor afterwards.
         """
         if parameter.grad is not None:
             parameter.grad.add_(gradient)
             return
         partitioned = parameter.data
-        # DeepSpeed: at stage 3 a parameter that is not in use has no elements, and torch takes a gradient of the
-        # parameter's own shape alone; one element, repeated, has that shape and costs nothing.
+        # DeepSpeed: at stage 3 a parameter that is not gathered has no elements, but torch requires that a gradient has
+        # the parameter's shape. One expanded element has that shape and takes no memory.
         parameter.data = partitioned.new_empty(1).expand(gradient.shape)
         parameter.grad = gradient.to(self.gradient_dtype)
         parameter.data = partitioned
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Gather the gradients of one step; reduce them once, at the end, over tied copies and the data axis."""
+        """Accumulate the gradients of one step; at the end all-reduce tied copies and average over ranks."""
         if self.zero_stage == 0:
             yield
-            self._sum_partial_gradients()
-            self._reduce_tied_gradient()
-            self._spread_what_no_norm_counts()
+            self._all_reduce_sequence_parallel_grads()
+            self._all_reduce_tied_gradient()
+            self._propagate_nonfinite_of_uncounted()
             self._average_over_shard_replicas()
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
             return
-        # DeepSpeed: the reductions that ZeRO starts inside a backward would cut a tied gradient up before the copy on
-        # the other stage was added, and run once a microbatch at stages 2 and 3.
+        # DeepSpeed: without this, ZeRO reduces inside a backward. That would partition a tied gradient before the copy
+        # on the other stage was added, and would run once per microbatch at stages 2 and 3.
         with self.engine.coalesce_grad_reduction():
             yield
-            self._sum_partial_gradients()
-            self._reduce_tied_gradient()
-            self._spread_what_no_norm_counts()
+            self._all_reduce_sequence_parallel_grads()
+            self._all_reduce_tied_gradient()
+            self._propagate_nonfinite_of_uncounted()
             self._average_over_shard_replicas()
         self.engine.set_gradient_accumulation_boundary(True)
 
     def step(self, learning_rate: float | None) -> StepOutcome:
-        """Clip and apply the gathered gradients; `learning_rate` None leaves it to the JSON's scheduler.
+        """Clip the gradients and run AdamW; with `learning_rate` None the DeepSpeed JSON's scheduler sets the rate.
 
-        A step whose gradient is not finite on some rank is skipped on every rank: parameters and moments stay as they
-        are, and the gradients are dropped.
+        Where any rank has a gradient that is not finite, every rank skips the update: parameters and moments do not
+        change, and the gradients are dropped.
         """
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
@@ -244,29 +244,29 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(False)
         return StepOutcome(norm, skipped, scale)
 
-    def spoil(self) -> None:
-        """Have the next `step` skip its update, on every rank. Inside of `accumulate`, after the last backward."""
-        witness = next(p.grad for stage in self.stages.values() for p in stage.parameters() if p.grad is not None)
-        witness.view(-1)[0] = math.inf
+    def poison_gradients(self) -> None:
+        """Set a gradient to inf, so that every rank skips the update. Call it in `accumulate`, after the backwards."""
+        gradient = next(p.grad for stage in self.stages.values() for p in stage.parameters() if p.grad is not None)
+        gradient.view(-1)[0] = math.inf
 
-    def publish_weights(self) -> None:
-        """Have the parameters be what the optimizer's master weights are, once these were set. Collective."""
+    def sync_model_params_from_master(self) -> None:
+        """Copy the optimizer's fp32 master weights into the parameters. Collective."""
         if self.zero_stage == 0:
             return
         if self.zero_stage < 3:
             self.zero_optimizer.update_lp_params()
             return
-        # DeepSpeed: at stage 3 its own step is what does this. What it keeps gathered is gathered anew when it is used.
+        # DeepSpeed: at stage 3 only step() copies master weights into the parameters, so re-partition and copy here.
         self.zero_optimizer._partition_all_parameters()
         for group in range(len(self.zero_optimizer.fp16_groups)):
             self.zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
     def _step_at_stage_0(self) -> tuple[float, bool]:
-        norm = self._clip_at_stage_0()
+        norm = self._clip_grad_norm_at_stage_0()
         if math.isfinite(norm):
             self.engine.step()
             return norm, False
-        # DeepSpeed: at stage 0 it would apply them.
+        # DeepSpeed: at stage 0 its step would apply gradients that are not finite.
         for stage in self.stages.values():
             stage.zero_grad()
         return norm, True
@@ -275,43 +275,45 @@ class ZeroEngine:
         self.engine.step()
         skipped = not self.engine.was_step_applied()
         if skipped and self.zero_stage < 3:
-            # DeepSpeed: under CPU offload what it has reduced in fp32 outlives a step that it skips, and is added to.
+            # DeepSpeed: with CPU offload the averaged gradients of a skipped step are not cleared and would be added to
+            # the next step's.
             self.zero_optimizer.averaged_gradients.clear()
         return float(self.engine.get_global_grad_norm() or 0.0), skipped
 
     @property
     def zero_optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer around AdamW; at stage 0 AdamW itself."""
+        """DeepSpeed's ZeRO optimizer, which wraps AdamW; at stage 0 AdamW itself."""
         return self.engine.optimizer
 
     @property
     def learning_rate(self) -> float:
-        """The rate that the next step applies, where it is given none: after a step of DeepSpeed's scheduler another
-        than the step applied."""
+        """The learning rate of the next step, if that has no argument. DeepSpeed's scheduler changes it at the end of a
+        step, so read it before `step` for the rate that the step applies."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def close(self) -> None:
-        """Take DeepSpeed's hooks off the modules."""
+        """Remove DeepSpeed's hooks from the modules."""
         self.engine.destroy()
 
-    def _sum_partial_gradients(self) -> None:
-        """Sum what sequence parallelism left in parts: one all-reduce over the tensor group, in fp32."""
-        partial = [parameter for stage in self.stages.values() for parameter in stage.partial_parameters()]
-        if not partial:
+    def _all_reduce_sequence_parallel_grads(self) -> None:
+        """All-reduce the gradients of `sequence_parallel_parameters` over the tensor group: one collective, in fp32."""
+        parameters = [parameter for stage in self.stages.values() for parameter in stage.sequence_parallel_parameters()]
+        if not parameters:
             return
-        gradients = [parameter.grad for parameter in partial if parameter.grad is not None]
-        assert len(gradients) == len(partial)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        assert len(gradients) == len(parameters)
         flat = torch.cat([gradient.flatten().float() for gradient in gradients])
         dist.all_reduce(flat, group=self.mesh.tensor.process_group)
-        for gradient, whole in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(whole.view_as(gradient))
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
-    def _reduce_tied_gradient(self) -> None:
-        """Sum the gradient over the copies of a tied table, such that the copies stay equal to the last bit.
+    def _all_reduce_tied_gradient(self) -> None:
+        """All-reduce the gradient over the copies of a tied table, so that the copies stay bit-equal.
 
-        The reductions over the data axis that follow are one for each stage, in an order that depends on what else is
-        in the bucket: of three summands or more, the last bit does. So with three data ranks the whole sum is taken
-        here, in one all-reduce that ends alike on all ranks, and the reductions add zeros to it, which is exact.
+        Afterwards each stage reduces over the data axis separately, and adds in an order that depends on the other
+        contents of the bucket. With three summands or more, the rounding depends on the order. So with three data ranks
+        or more, one all-reduce here sums over copies and data ranks, and all data ranks but the first contribute zeros
+        to the later reduction, which is then exact.
         """
         if self.mesh.embedding is None:
             return
@@ -323,18 +325,21 @@ class ZeroEngine:
                 if self.mesh.embedding_replicas is not None and self.mesh.gradient.rank > 0:
                     copy.grad.zero_()
 
-    def _spread_what_no_norm_counts(self) -> None:
-        """Make the norm infinite where a gradient is not finite that only another rank's copy stands for in it."""
-        held = [(p, p.grad) for stage in self.stages.values() for p in stage.parameters() if p.grad is not None]
-        uncounted = [torch.isfinite(gradient).all() for p, gradient in held if not counts_in_norm(p) and not is_tied(p)]
+    def _propagate_nonfinite_of_uncounted(self) -> None:
+        """Set a counted gradient to inf where a gradient that this rank does not count in the norm is not finite.
+
+        Another rank counts the same replicated parameter. With this, every rank skips the step.
+        """
+        grads = [(p, p.grad) for stage in self.stages.values() for p in stage.parameters() if p.grad is not None]
+        uncounted = [torch.isfinite(grad).all() for p, grad in grads if not is_counted_in_norm(p) and not is_tied(p)]
         if uncounted and not bool(torch.stack(uncounted).all()):
-            witness = next(gradient for p, gradient in held if counts_in_norm(p))
-            witness.view(-1)[0] = math.inf
+            counted = next(grad for p, grad in grads if is_counted_in_norm(p))
+            counted.view(-1)[0] = math.inf
 
     def _average_over_shard_replicas(self) -> None:
-        """Average the gradients over the ranks that hold the same share of what ZeRO divides.
+        """Average the gradients over the ranks that hold the same partition of the optimizer's state.
 
-        DeepSpeed knows one data-parallel group: it divides over it, and averages over no more.
+        DeepSpeed has one data-parallel group: it partitions over that group, and averages over no other rank.
         """
         group = self.mesh.shard_replicas
         if group is None:
@@ -344,12 +349,15 @@ class ZeroEngine:
                 if parameter.grad is not None:
                     dist.all_reduce(parameter.grad.div_(group.size), group=group.process_group)
 
-    def _clip_at_stage_0(self) -> float:
-        gradients = {parameter: parameter.grad for parameter in params_of(self.stages) if parameter.grad is not None}
-        counted = [gradient for parameter, gradient in gradients.items() if counts_in_norm(parameter)]
+    def _clip_grad_norm_at_stage_0(self) -> float:
+        """Clip the gradients to the global norm of `gradient_clipping`; return the norm before clipping."""
+        gradients = {
+            parameter: parameter.grad for parameter in unique_parameters(self.stages) if parameter.grad is not None
+        }
+        counted = [gradient for parameter, gradient in gradients.items() if is_counted_in_norm(parameter)]
         square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for gradient in counted:
-            # Row by row, then in double: over millions of elements at once, fp32 on a CPU is off by 1e-4.
+            # By rows, then in fp64: one fp32 norm over millions of elements has an error of 1e-4 on a CPU.
             square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
         dist.all_reduce(square, group=self.mesh.model.process_group)
         norm = float(square.sqrt())

@@ -1,4 +1,4 @@
-"""Which rank counts each parameter in the gradient's norm, so that every element counts once."""
+"""Marks of which rank counts a parameter in the gradient norm, so that every element is counted once."""
 
 from torch import nn
 
@@ -6,11 +6,11 @@ from megalite.model.stage import Stage
 from megalite.parallel.mesh import Mesh
 
 
-def mark_for_norm(stage: Stage, mesh: Mesh) -> None:
-    """Mark which ranks count each parameter in the gradient's norm: exactly one for every element of the model.
+def mark_counted_in_norm(stage: Stage, mesh: Mesh) -> None:
+    """Mark the parameters that this rank counts in the gradient norm: each element of the model is counted on one rank.
 
-    DeepSpeed: without a mark, only model-parallel rank 0 counts what is whole on every rank, and so the norms and
-    biases of every stage but the first are lost.
+    DeepSpeed: without marks, only model-parallel rank 0 counts replicated parameters, so that the norms and biases of
+    all stages but the first are missing in the gradient norm.
     """
     copy = None if mesh.has_first_stage else stage.tied_copy
     for placed in stage.placed_parameters:
@@ -21,9 +21,11 @@ def mark_for_norm(stage: Stage, mesh: Mesh) -> None:
         parameter.model_parallel = counts  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def counts_in_norm(parameter: nn.Parameter) -> bool:
+def is_counted_in_norm(parameter: nn.Parameter) -> bool:
+    """Return whether this rank counts the parameter in the gradient norm."""
     return bool(parameter.model_parallel)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_tied(parameter: nn.Parameter) -> bool:
+    """Return whether the parameter is the copy of a tied table that is not counted."""
     return bool(parameter.ds_pipe_replicated)  # pyright: ignore[reportAttributeAccessIssue]

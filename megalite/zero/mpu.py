@@ -1,4 +1,4 @@
-"""The groups, ranks and sizes of a mesh under the names by which DeepSpeed asks for them."""
+"""The model-parallel unit (mpu): process groups, ranks and sizes of a mesh, in DeepSpeed's interface."""
 
 import torch.distributed as dist
 
@@ -6,7 +6,7 @@ from megalite.parallel.mesh import Mesh
 
 
 class ModelParallelUnit:
-    """What DeepSpeed calls an *mpu*: the groups, ranks and sizes of a mesh, under the names that it asks for.
+    """The *mpu* argument of `deepspeed.initialize`: process groups, ranks and sizes of a mesh.
 
     Its data-parallel group is the one that ZeRO divides over.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalite.config import read_model
 from megalite.model import kv_cache as cache_module
-from megalite.model.kv_cache import KeyValueCache
+from megalite.model.kv_cache import KVCache
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def read_on(stage: Stage, rows: list[list[int]], steps: int) -> tuple[list[list[int]], Tensor]:
     """Continue rows greedily; return them whole, and the logits ``[steps, B, V]``."""
     rows, width = [list(row) for row in rows], max(map(len, rows))
-    cache = KeyValueCache([len(row) for row in rows], num_layers=len(stage.layers), device=CPU)
+    cache = KVCache([len(row) for row in rows], num_layers=len(stage.layers), device=CPU)
     ids = torch.tensor([row + [9] * (width - len(row)) for row in rows])
     logits = []
     for _ in range(steps):
@@ -49,7 +49,7 @@ def test_rows_of_any_length_read_together_as_alone(family: str, block: int, monk
 def test_rows_that_stay_are_not_moved_by_those_that_leave() -> None:
     stage = whole_stage(read_model(FAMILIES["llama"]))
     alone = [read_on(stage, [prompt], steps=8)[1][:, 0] for prompt in PROMPTS]
-    cache = KeyValueCache([len(prompt) for prompt in PROMPTS], num_layers=2, device=CPU)
+    cache = KVCache([len(prompt) for prompt in PROMPTS], num_layers=2, device=CPU)
     ids = torch.tensor([prompt + [0] * (11 - len(prompt)) for prompt in PROMPTS])
     stays = [0, 1, 2]
     for step in range(8):
@@ -58,7 +58,7 @@ def test_rows_that_stay_are_not_moved_by_those_that_leave() -> None:
             torch.testing.assert_close(logits[row], alone[of][step], rtol=1e-4, atol=1e-4)
         ids = logits.argmax(-1, keepdim=True)
         if step in (2, 5):  # the longest leaves first
-            cache.keep([0, 1] if step == 2 else [1])
+            cache.select_rows([0, 1] if step == 2 else [1])
             ids, stays = (ids[:2], [0, 1]) if step == 2 else (ids[1:], [1])
     assert cache.columns == 1 + 8
 

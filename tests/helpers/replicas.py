@@ -1,6 +1,6 @@
 """A fourth axis that only the tests declare: replicas of the model, which ZeRO divides over or does not."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from megalite.config.sections import ParallelSection
 from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis
@@ -31,6 +31,7 @@ def divided_replicas(plan: Plan) -> Plan:
 
 
 def _replan(plan: Plan, section: type[_WholeReplicas]) -> Plan:
-    parallel = section(**dict(plan.config.parallel) | {"data": plan.layout.size("data") // 2})
+    settings: dict[str, Any] = dict(plan.config.parallel) | {"data": plan.layout.size("data") // 2}
+    parallel = section(**settings)
     config = plan.config.model_copy(update={"parallel": parallel})
     return plan_of(config.resolve(world_size=plan.layout.world_size, vocab_size=None), plan.tokenizer_digest)

@@ -71,10 +71,10 @@ def test_what_is_recomputed_drops_the_same(mode: Any) -> None:
 def test_shares_of_the_tokens_drop_what_the_whole_does() -> None:
     x = torch.ones(3, 100, 8)
     whole = DropoutStreams(1, (5, 6, 9), hidden_dropout=0.5)
-    expected = whole.under("layers.2").hidden(x, "mlp").view(1, 300, 8)
+    expected = whole.for_layer("layers.2").hidden(x, "mlp").view(1, 300, 8)
     for size in (2, 3, 4, 10):
         for rank in range(size):
-            mine = DropoutStreams(1, (5, 6, 9), hidden_dropout=0.5, share=(rank, size)).under("layers.2")
+            mine = DropoutStreams(1, (5, 6, 9), hidden_dropout=0.5, token_share=(rank, size)).for_layer("layers.2")
             share = x.view(1, 300, 8).chunk(size, dim=1)[rank]
             assert torch.equal(mine.hidden(share, "mlp"), expected.chunk(size, dim=1)[rank])
 
@@ -85,19 +85,19 @@ def test_as_many_are_dropped_as_asked_and_the_mean_stays(share: float) -> None:
     dropped = streams.hidden(torch.ones(8, 256, 256), "embedding")
     scores = streams.scores(range(4))
     assert scores is not None
-    kept = scores.kept([(row, 0) for row in range(8)], 128, torch.device("cpu"))
-    assert kept.shape == (32, 128, 128)
+    keep_mask = scores.keep_mask([(row, 0) for row in range(8)], 128, torch.device("cpu"))
+    assert keep_mask.shape == (32, 128, 128)
     # Five deviations of a mean over half a million draws and more.
     within = 5 * (share * (1 - share) / 2**19) ** 0.5
     assert abs(float((dropped == 0).double().mean()) - share) < within
-    assert abs(float(kept.double().mean()) - (1 - share)) < within
+    assert abs(float(keep_mask.double().mean()) - (1 - share)) < within
     torch.testing.assert_close(dropped[dropped != 0].unique(), torch.tensor([1 / (1 - share)]))
     torch.testing.assert_close(scores.scale, 1 / (1 - share))
 
 
 def test_no_two_places_drop_alike() -> None:
     def mask(seed: int = 1, sample: int = 2, layer: str = "layers.0", site: str = "mlp") -> Tensor:
-        streams = DropoutStreams(seed, (sample,), hidden_dropout=0.5).under(layer)
+        streams = DropoutStreams(seed, (sample,), hidden_dropout=0.5).for_layer(layer)
         return streams.hidden(torch.ones(1, 128, 16), site) != 0
 
     masks = [mask(), mask(seed=2), mask(sample=3), mask(layer="layers.1"), mask(site="attention")]

@@ -96,12 +96,12 @@ def test_no_16_bit_product_is_left_in_a_step(
         )
 
 
-@pytest.mark.parametrize("spans", [None, [5, 11, 8, 8]])
+@pytest.mark.parametrize("document_lengths", [None, [5, 11, 8, 8]])
 @pytest.mark.parametrize("attention", ["written_out", "fused"])
-def test_upcast_attention_is_that_of_fp32(spans: list[int] | None, attention: AttentionKernel) -> None:
+def test_upcast_attention_is_that_of_fp32(document_lengths: list[int] | None, attention: AttentionKernel) -> None:
     query, key, value = (torch.randn(2, 16, heads, 8).bfloat16() for heads in (4, 2, 2))
-    found = causal_attention(query, key, value, spans, kernels=Kernels("fp32", attention))
-    exact = causal_attention(query.float(), key.float(), value.float(), spans)
+    found = causal_attention(query, key, value, document_lengths, kernels=Kernels("fp32", attention))
+    exact = causal_attention(query.float(), key.float(), value.float(), document_lengths)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=1e-5)
 

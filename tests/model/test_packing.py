@@ -144,9 +144,9 @@ def test_one_document_a_row_is_the_unpacked_row(fields: dict[str, Any]) -> None:
 
 
 def test_one_document_a_row_takes_the_whole_row_at_once() -> None:
-    assert PackedDocuments(((20,), (20,)), None).spans is None
-    assert PackedDocuments(None, None).spans is None
-    assert PackedDocuments(((20,), (4, 16)), None).spans == [20, 4, 16]
+    assert PackedDocuments(((20,), (20,)), None).document_lengths is None
+    assert PackedDocuments(None, None).document_lengths is None
+    assert PackedDocuments(((20,), (4, 16)), None).document_lengths == [20, 4, 16]
 
 
 def test_equal_weights_give_the_mean_and_weights_of_0_nothing() -> None:
@@ -171,7 +171,7 @@ def test_attention_agrees_with_a_dense_mask(kv_heads: int, written_out: bool, mo
     query, key, value = (
         torch.randn(3, 400, heads, 16, generator=generator).requires_grad_() for heads in (4, kv_heads, kv_heads)
     )
-    output = causal_attention(query, key, value, PackedDocuments(lengths, None).spans)
+    output = causal_attention(query, key, value, PackedDocuments(lengths, None).document_lengths)
     output.square().sum().backward()
 
     exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
@@ -211,5 +211,5 @@ def test_a_document_without_tokens_is_refused(lengths: tuple[tuple[int, ...], ..
 
 
 def test_rows_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="same number"):
         PackedDocuments(((2, 3), (4,)), None)

@@ -59,7 +59,7 @@ def run(stages: list[Stage], packing: PackedDocuments | None) -> Tensor:
     loss = stages[-1](x, targets, packing=packing, loss_weights=weights)
     loss.backward()
     for stage in stages:
-        for parameter in stage.partial_parameters():
+        for parameter in stage.sequence_parallel_parameters():
             torch.distributed.all_reduce(parameter.grad)
     return loss
 
@@ -161,7 +161,7 @@ def test_less_is_kept_for_the_backward() -> None:
 def test_what_stands_on_the_stream_is_partial() -> None:
     def names(fields: dict[str, Any], group: TensorGroup) -> set[str]:
         stage = Stage(model_config(fields), range(1), index=0, num_stages=1, group=group, rows=2)
-        partial = {id(parameter) for parameter in stage.partial_parameters()}
+        partial = {id(parameter) for parameter in stage.sequence_parallel_parameters()}
         return {p.name.removeprefix("layers.0.") for p in stage.placed_parameters if id(p.parameter) in partial}
 
     group = TensorGroup(1, 4, sequence_parallel=True)
@@ -175,6 +175,6 @@ def test_what_stands_on_the_stream_is_partial() -> None:
 
 
 def test_a_stage_of_shares_must_know_its_rows() -> None:
-    with pytest.raises(ValueError, match="how many rows"):
+    with pytest.raises(ValueError, match="needs `rows`"):
         Stage(model_config(LLAMA), range(1), index=1, num_stages=3, group=TensorGroup(0, 2, sequence_parallel=True))
     Stage(model_config(LLAMA), range(1), index=1, num_stages=3, group=TensorGroup(sequence_parallel=True))

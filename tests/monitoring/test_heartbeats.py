@@ -301,7 +301,7 @@ def save_while_watched(path: str, overrides: Sequence[str], rank: int, naps: Seq
     still in it at most."""
     from megalite.training import checkpointing
 
-    checkpointing.TELL_SECONDS = 0.1
+    checkpointing.PROGRESS_INTERVAL_SECONDS = 0.1
     trainer = build_trainer(path, overrides)
     trainer.step(1)
     if trainer.mesh.rank == rank:

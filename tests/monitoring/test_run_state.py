@@ -18,7 +18,7 @@ from megalite.launch import announce, clear_announcement, clear_announcement_bef
 from megalite.launch.announce import CLEAR
 from megalite.monitoring.run_state import STATE, RunState, RunStateWriter, read_state
 from megalite.monitoring.run_status import run_status
-from megalite.training.finished import step_of_a_finished_run
+from megalite.training.finished import finished_step
 
 SILENT = 20.0
 
@@ -307,9 +307,9 @@ def test_a_run_tells_what_it_does_and_a_finished_one_starts_no_rank(run_file: Pa
     assert told(folder).state == "done"
     assert megalite("status", str(run_file)).stdout.startswith(f"{folder}: done\n")
     plan = prepare(run_file, given[1:], None)
-    assert step_of_a_finished_run(plan) == 4
+    assert finished_step(plan) == 4
     for other in ("train.steps=6", "resume=never", f"resume={folder}/checkpoints/step_2"):
-        assert step_of_a_finished_run(prepare(run_file, [*given[1:], other], None)) is None, other
+        assert finished_step(prepare(run_file, [*given[1:], other], None)) is None, other
     # In doubt the ranks look: nothing was said of the end, it was killed there, or the newest checkpoint is not whole.
     done, state = (folder / "DONE.json").read_bytes(), (folder / STATE).read_bytes()
     for content in (None, b"", b"[]", b'{"step": 3}'):
@@ -318,15 +318,15 @@ def test_a_run_tells_what_it_does_and_a_finished_one_starts_no_rank(run_file: Pa
             (folder / "DONE.json").write_bytes(content)
         else:
             (folder / "DONE.json").touch()
-        assert step_of_a_finished_run(plan) is None
+        assert finished_step(plan) is None
     (folder / "DONE.json").write_bytes(done)
     (folder / STATE).write_bytes(state.replace(b'"done"', b'"running"'))
-    assert step_of_a_finished_run(plan) is None
+    assert finished_step(plan) is None
     (folder / STATE).unlink()  # as a run of before this file left it
-    assert step_of_a_finished_run(plan) == 4
+    assert finished_step(plan) == 4
     weights = next((folder / "checkpoints/step_4").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert step_of_a_finished_run(plan) is None
+    assert finished_step(plan) is None
 
 
 @pytest.mark.processes

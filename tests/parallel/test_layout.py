@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalite.parallel import layout as module
-from megalite.parallel.layout import AXES, DATA, PIPELINE, TENSOR, Axis, ParallelLayout
+from megalite.parallel.layout import AXES, DATA, PIPELINE, TENSOR, Axis, Meaning, ParallelLayout
 
 REPLICA = Axis("replica", frozenset({"batch", "gradient", "loss"}))
 CONTEXT = Axis("context", frozenset({"gradient", "shard", "loss"}))
@@ -71,9 +71,9 @@ def test_groups_by_meaning_follow_from_what_the_axes_declare() -> None:
         ({"gradient", "batch"}, "read different samples: give it 'loss' too"),
     ],
 )
-def test_an_axis_whose_meanings_do_not_fit_is_refused(meanings: set[str], reason: str) -> None:
+def test_an_axis_whose_meanings_do_not_fit_is_refused(meanings: set[Meaning], reason: str) -> None:
     with pytest.raises(ValueError, match=f"the new axis .*{reason}|along the new axis {reason}"):
-        Axis("new", frozenset(meanings))  # pyright: ignore[reportArgumentType]
+        Axis("new", frozenset(meanings))
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

@@ -1,6 +1,7 @@
 """Process groups of a mesh against the layout's arithmetic, and messages over its links."""
 
 from datetime import timedelta
+from typing import get_args
 
 import pytest
 import torch
@@ -9,14 +10,14 @@ from harness import run_distributed
 
 from megalite.errors import CommonError, UserError
 from megalite.parallel.json_collectives import broadcast_json, gather_json, on_rank_zero
-from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis, ParallelLayout
+from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis, Meaning, ParallelLayout
 from megalite.parallel.mesh import Link, build_mesh, device_index
 from megalite.parallel.placement import Placement
 from megalite.pipeline.p2p import Channel
 from megalite.zero.mpu import ModelParallelUnit
 
 CPU = torch.device("cpu")
-MEANINGS = ("batch", "gradient", "shard", "loss", "model")
+MEANINGS: tuple[Meaning, ...] = get_args(Meaning)
 REPLICA = Axis("replica", frozenset({"batch", "gradient", "loss"}))
 
 

@@ -118,7 +118,7 @@ REFUSED: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
         "global batch",
         nothing,
         ["train.global_batch_size=8", "data.order=megatron"],
-        ["step_4: stands at sample 16 after step 4", "at 32", "keep train.global_batch_size"],
+        ["sample 16 after step 4", "at 32", "keep train.global_batch_size"],
     ),
     ("other model", nothing, ["model.num_hidden_layers=2"], ["step_4: ", "num_hidden_layers", "resume=never"]),
     ("named, cut", lambda folder: cut(folder, 4), ["resume=RUN/checkpoints/step_4"], ["bytes, not", "is damaged"]),
@@ -129,7 +129,7 @@ REFUSED: list[tuple[str, Callable[[Path], None], list[str], list[str]]] = [
         "passed over",
         passed_over,
         ["data.order=megatron"],
-        ["8 samples", "data.order='megatron' has no more", "streaming"],
+        ["8 samples", "data.order='megatron' has no further", "streaming"],
     ),
     ("weights of another size", nothing, ["init_from=RUN", "resume=never", "model.hidden_size=64"], ["another model"]),
     ("no weights", nothing, ["init_from=RUN/nowhere", "resume=never"], ["there is no such folder"]),
@@ -158,10 +158,10 @@ def other_corpus(folder: Path) -> None:
 
 WARNED: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("as it was", nothing, [], ""),
-    ("newest cut", lambda folder: cut(folder, 4), [], "warning: passed over RUN/checkpoints/step_4: "),
-    ("seed", nothing, ["run.seed=6"], "warning: the data, their order or the seed are other than the checkpoint's"),
-    ("text", other_corpus, [], "warning: the data, their order or the seed are other than the checkpoint's"),
-    ("order", nothing, ["data.order=megatron"], "warning: the data, their order or the seed are other than the check"),
+    ("newest cut", lambda folder: cut(folder, 4), [], "warning: skipped RUN/checkpoints/step_4: "),
+    ("seed", nothing, ["run.seed=6"], "warning: the data, their order or the seed differ from the checkpoint's"),
+    ("text", other_corpus, [], "warning: the data, their order or the seed differ from the checkpoint's"),
+    ("order", nothing, ["data.order=megatron"], "warning: the data, their order or the seed differ from the check"),
     ("past the end", nothing, ["train.stop_after=3"], "warning: the checkpoint is past the last step"),
     ("done", nothing, [], "nothing is left to train: step 4 is done"),
     ("to go on", nothing, ["train.stop_after=null"], ""),
@@ -204,7 +204,7 @@ def test_a_large_checkpoint_is_not_read(here: Path, capsys: Capture, monkeypatch
     assert status == 0
     assert "step 4, if it is whole: its files have the right sizes, their digests are compared at the start" in out
     cut(here, 4)
-    assert "warning: passed over" in dry_run(here, capsys)[1]
+    assert "warning: skipped" in dry_run(here, capsys)[1]
 
 
 ABSENT: list[tuple[list[str], list[str], list[str]]] = [

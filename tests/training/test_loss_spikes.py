@@ -15,7 +15,7 @@ from training import NARROW, build_trainer
 from megalite.config import TrainSection
 from megalite.config.sections import SpikeSection
 from megalite.data.batch_schedule import BatchSchedule, PassedOver
-from megalite.training.loss_spikes import SpikeWatch
+from megalite.training.loss_spikes import LossSpikeDetector
 from megalite.training.provenance import Provenance
 
 if TYPE_CHECKING:
@@ -29,31 +29,31 @@ WATCH = "train.spike.window=2"
 
 
 def test_a_jump_is_a_loss_above_the_usual_one() -> None:
-    watch = SpikeWatch(SpikeSection(factor=2.0, window=3))
-    found = [watch.look(loss) for loss in (9.0, 4.0, 4.0, 8.0, 8.1, 8.0)]
+    watch = LossSpikeDetector(SpikeSection(factor=2.0, window=3))
+    found = [watch.update(loss) for loss in (9.0, 4.0, 4.0, 8.0, 8.1, 8.0)]
     assert [spike is not None for spike in found] == [False, False, False, False, True, False]
     assert found[4] is not None
-    assert (found[4].loss, found[4].usual) == (8.1, 4.0)
+    assert (found[4].loss, found[4].baseline) == (8.1, 4.0)
     assert watch.losses == [8.0, 8.1, 8.0]
 
 
 def test_a_watch_goes_on_with_the_losses_that_it_kept() -> None:
-    first = SpikeWatch(SpikeSection(factor=2.0, window=2))
-    first.look(1.0)
-    first.look(1.5)
-    assert SpikeWatch(SpikeSection(factor=2.0, window=2), first.losses).look(3.0) is not None
+    first = LossSpikeDetector(SpikeSection(factor=2.0, window=2))
+    first.update(1.0)
+    first.update(1.5)
+    assert LossSpikeDetector(SpikeSection(factor=2.0, window=2), first.losses).update(3.0) is not None
 
 
 def test_what_is_no_number_is_no_jump_and_is_not_kept() -> None:
-    watch = SpikeWatch(SpikeSection(factor=2.0, window=1), [1.0])
-    assert watch.look(math.nan) is None
-    assert watch.look(math.inf) is None
+    watch = LossSpikeDetector(SpikeSection(factor=2.0, window=1), [1.0])
+    assert watch.update(math.nan) is None
+    assert watch.update(math.inf) is None
     assert watch.losses == [1.0]
 
 
 def test_without_a_rule_nothing_is_a_jump() -> None:
-    watch = SpikeWatch(None, [1.0])
-    assert watch.look(1e9) is None
+    watch = LossSpikeDetector(None, [1.0])
+    assert watch.update(1e9) is None
     assert watch.losses == []
 
 
@@ -68,8 +68,8 @@ def test_samples_that_are_passed_over_belong_to_no_step() -> None:
 
 def jump_at(trainer: "Trainer", *steps: int) -> None:
     """Have the loss of the step that comes `step`th be ten times what it is, for each of `steps`."""
-    mean, calls = trainer._mean_loss, iter(range(1, 1000))
-    trainer._mean_loss = lambda result: mean(result) * (10 if next(calls) in steps else 1)  # type: ignore[method-assign]
+    mean, calls = trainer._reduce_loss_and_stop_flags, iter(range(1, 1000))
+    trainer._reduce_loss_and_stop_flags = lambda result: mean(result) * (10 if next(calls) in steps else 1)  # type: ignore[method-assign]
 
 
 def run_with_a_jump(path: str, overrides: Sequence[str], *jumps: int) -> None:
@@ -82,7 +82,7 @@ def run_with_a_jump(path: str, overrides: Sequence[str], *jumps: int) -> None:
 def run_over_a_gap(path: str, overrides: Sequence[str], after: int, samples: int) -> None:
     trainer = build_trainer(path, overrides)
     trainer.schedule = BatchSchedule(trainer.config.train, [PassedOver(after, samples)])
-    trainer.batches = trainer._read_ahead()
+    trainer.batches = trainer._prefetch()
     trainer.run()
     trainer.close()
 
@@ -183,7 +183,7 @@ def forget_everything(path: str, overrides: Sequence[str]) -> float:
     trainer.step(1)
     for fragment in trainer.state.fragments():
         fragment.tensors["weight"].zero_()
-    trainer.engine.publish_weights()
+    trainer.engine.sync_model_params_from_master()
     loss = trainer.step(2).loss
     trainer.close()
     return loss
@@ -205,11 +205,11 @@ def skip_a_step(path: str, overrides: Sequence[str]) -> None:
     def state() -> list[torch.Tensor]:
         return [t.clone() for fragment in trainer.state.fragments() for t in fragment.tensors.values()]
 
-    before, numbers = state(), trainer.state.numbers()
+    before, numbers = state(), trainer.state.scalar_state()
     report = trainer.step(3)
     assert report.spike is not None
     assert report.outcome.skipped
-    assert trainer.state.numbers() == numbers, "the loss scale and the count of updates stay"
+    assert trainer.state.scalar_state() == numbers, "the loss scale and the count of updates stay"
     assert all(torch.equal(one, other) for one, other in zip(state(), before, strict=True))
     report = trainer.step(4)
     assert not report.outcome.skipped
@@ -257,14 +257,14 @@ def test_before_the_first_checkpoint_the_update_alone_is_dropped(run_file: Path,
 
 def jump_always(path: str, overrides: Sequence[str]) -> None:
     trainer = build_trainer(path, overrides)
-    mean, calls = trainer._mean_loss, iter(range(1000))
-    trainer._mean_loss = lambda result: mean(result) * 2 ** next(calls)  # type: ignore[method-assign]
+    mean, calls = trainer._reduce_loss_and_stop_flags, iter(range(1000))
+    trainer._reduce_loss_and_stop_flags = lambda result: mean(result) * 2 ** next(calls)  # type: ignore[method-assign]
     trainer.run()
 
 
 def test_a_run_goes_back_so_often_and_not_more(run_file: Path, tmp_path: Path) -> None:
     rule = "train.spike={window: 2, action: rollback, max_rollbacks: 2}"
-    with pytest.raises(RankError, match=r"train\.spike\.max_rollbacks=2 times the run went back") as error:
+    with pytest.raises(RankError, match=r"train\.spike\.max_rollbacks=2 times") as error:
         run_distributed(jump_always, 1, str(run_file), [*SMALL, rule, f"run.dir={tmp_path / 'run'}"])
     assert "train.spike.action=skip" in str(error.value)
     jumps = sorted(path.name for path in (tmp_path / "run/spikes").iterdir())

@@ -72,13 +72,13 @@ def held_in_training(path: str, overrides: list[str]) -> dict[str, int]:
         kept = [p.grad for s in trainer.engine.stages.values() for p in s.parameters() if p.grad is not None]
         gradients = sum(gradient.nbytes for gradient in kept)
 
-    reduce = trainer.engine._sum_partial_gradients
+    reduce = trainer.engine._all_reduce_sequence_parallel_grads
 
     def before_reduction() -> None:
         count()
         reduce()
 
-    trainer.engine._sum_partial_gradients = before_reduction  # pyright: ignore[reportAttributeAccessIssue]
+    trainer.engine._all_reduce_sequence_parallel_grads = before_reduction  # pyright: ignore[reportAttributeAccessIssue]
     trainer.step(1)
     engine: Any = trainer.engine
     weights = sum(p.data.nbytes for stage in engine.stages.values() for p in stage.parameters())

@@ -197,7 +197,7 @@ def scales_of_hopeless_steps(path: str, overrides: tuple[str, ...]) -> tuple[lis
         outcome = trainer.step(step).outcome
         scales.append(outcome.loss_scale)
         try:
-            trainer.bad_steps.count(step, skipped=outcome.skipped, loss_scale=outcome.loss_scale)
+            trainer.nonfinite_guard.update(step, skipped=outcome.skipped, loss_scale=outcome.loss_scale)
         except UserError as error:
             return scales, str(error)
     return scales, ""

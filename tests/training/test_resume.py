@@ -399,7 +399,7 @@ def test_damage_is_passed_over_by_auto_and_refused_by_path(
     assert step == 2
     assert not (folder / "checkpoints/step_9.tmp").exists()
     assert fault in notes[0]
-    assert notes[0].startswith("warning: passed over ")
+    assert notes[0].startswith("warning: skipped ")
     assert (folder / "earlier/1/checkpoints/step_4").is_dir()
     assert CheckpointReader(folder / "checkpoints/step_4").problems() == []
 
@@ -515,7 +515,7 @@ def test_retention(keep_last: int | None, keep_every: int | None, stay: set[int]
 def begin_on_rank(path: str, overrides: Sequence[str], checkpoint: str) -> None:
     trainer = build_trainer(path, overrides)
     assert_holds(trainer, Path(checkpoint), ("weight",))
-    assert ZeroState(trainer.engine).numbers()["updates"] == 0
+    assert ZeroState(trainer.engine).scalar_state()["updates"] == 0
     trainer.close()
 
 

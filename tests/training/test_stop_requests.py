@@ -76,29 +76,29 @@ def rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
 
 def test_nobody_asks_and_nobody_stops(tmp_path: Path) -> None:
     requests = StopRequests(tmp_path / STOP, minutes=1)
-    assert requests.asked() == [0.0] * len(REASONS)
-    requests.agree([0.0] * len(REASONS))
+    assert requests.local_flags() == [0.0] * len(REASONS)
+    requests.synchronize([0.0] * len(REASONS))
     assert requests.agreed is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_a_request_and_its_handler_goes(number: signal.Signals) -> None:
     before, requests = signal.getsignal(number), StopRequests()
-    with requests.heeding_signals():
+    with requests.signal_handlers():
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # as a launcher and its terminal both send it
     assert signal.getsignal(number) == before
-    requests.agree(requests.asked())
+    requests.synchronize(requests.local_flags())
     assert requests.agreed == number.name
 
 
 def test_a_file_and_the_time_are_requests(tmp_path: Path) -> None:
     by_file, by_time = StopRequests(tmp_path / STOP), StopRequests(minutes=1e-9)
     (tmp_path / STOP).touch()
-    assert (sum(by_file.asked()), sum(by_time.asked())) == (1, 1)
-    by_time.agree([a + b for a, b in zip(by_file.asked(), by_time.asked(), strict=True)])
+    assert (sum(by_file.local_flags()), sum(by_time.local_flags())) == (1, 1)
+    by_time.synchronize([a + b for a, b in zip(by_file.local_flags(), by_time.local_flags(), strict=True)])
     assert by_time.agreed == STOP
-    by_time.agree([0.0] * len(REASONS))
+    by_time.synchronize([0.0] * len(REASONS))
     assert by_time.agreed == STOP, "an agreement is not taken back"
 
 
@@ -106,17 +106,17 @@ def test_a_file_of_an_earlier_start_is_none_and_a_folder_neither(tmp_path: Path)
     file = tmp_path / STOP
     requests = StopRequests(file, since=time.time() - 10)
     file.mkdir()
-    assert sum(requests.asked()) == 0
+    assert sum(requests.local_flags()) == 0
     requests.discard()
     file.rmdir()
     file.touch()
     os.utime(file, (0, time.time() - 60))
-    assert sum(requests.asked()) == 0
-    assert requests.discard_stale() == file
+    assert sum(requests.local_flags()) == 0
+    assert requests.discard_stale_file() == file
     assert not file.exists()
     file.symlink_to("nowhere")
-    assert requests.discard_stale() is None
-    assert sum(requests.asked()) == 1
+    assert requests.discard_stale_file() is None
+    assert sum(requests.local_flags()) == 1
     requests.discard()
     assert not file.is_symlink()
 
@@ -130,7 +130,7 @@ def steps_until_agreed(path: str, overrides: Sequence[str], asked: int) -> tuple
 
     trainer = build_trainer(path, overrides)
     step = 0
-    with trainer.stop.heeding_signals():
+    with trainer.stop.signal_handlers():
         while trainer.stop.agreed is None and step < 6:
             step += 1
             if step == 3 and trainer.mesh.rank == asked:
@@ -161,7 +161,7 @@ def run_until_signal(path: str, overrides: Sequence[str], step: int | None) -> b
             os.kill(os.getpid(), signal.SIGTERM)
 
     next(iter(trainer.engine.stages.values())).register_forward_pre_hook(count)
-    with trainer.stop.heeding_signals():
+    with trainer.stop.signal_handlers():
         stopped = trainer.run()
     trainer.close()
     return stopped

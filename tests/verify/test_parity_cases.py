@@ -1,5 +1,6 @@
 """Which layouts `megalite verify` compares, what a case changes of the run, and what `--scale` keeps of its shape."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megalite.verify.layouts import (
     smaller_layouts,
     write_layout,
 )
-from megalite.verify.parity_report import Agreement, Difference, Finding
+from megalite.verify.parity_report import ParameterDifference, ParityReport, TensorComparison
 from megalite.verify.scaled_down import scale_down
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -40,12 +41,12 @@ def test_layouts_are_read_as_they_are_written() -> None:
 
 @pytest.mark.parametrize("text", ["", "2x2", "2x0x1", "2x-1x1", "axbxc", "2x2x2x2"])
 def test_what_is_no_layout_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is no layout; write tensor x pipeline x data, such as 2x1x1"):
+    with pytest.raises(UserError, match="is not a layout; write "):
         read_layouts(text)
 
 
 def test_a_layout_of_more_ranks_than_were_started_is_refused() -> None:
-    with pytest.raises(UserError, match="2x2x1 is 4 ranks, but 2 were started; start 4, or leave it out"):
+    with pytest.raises(UserError, match="2x2x1 .* 4 ranks, but 2 .*; start 4 ranks, or"):
         require_ranks([ParallelLayout(1, 2, 1), ParallelLayout(2, 2, 1)], 2)
 
 
@@ -74,10 +75,9 @@ def test_more_ranks_than_a_machine_is_good_for_are_refused(
     with pytest.raises(UserError) as refused:
         require_cores(plan, layouts_of(layout), limit, cores=2)
     message = str(refused.value)
-    assert (
-        f"{layout} is {layout.world_size} ranks, each a process on this machine of 2 cores; at most {limit} " in message
-    )
-    assert message.endswith("start them all the same with --oversubscribe")
+    numbers = f"{layout} needs {layout.world_size} ranks, .* 2 cores; the limit is {limit} "
+    assert re.search(numbers, message), message
+    assert message.endswith(" with --oversubscribe")
     assert (f"with --layouts {','.join(smaller)}, use" in message) == bool(smaller)
     # What is named as smaller is taken.
     require_cores(plan, smaller_layouts(plan, limit), limit, cores=2)
@@ -218,53 +218,53 @@ def test_a_small_run_is_left_as_it_is(run_file: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- findings
 
 
-def difference(index: int, relative: float, *, factor: float = 1.0, rank: int = 0) -> Difference:
-    return Difference(index, f"layers.{index}.mlp.up.weight", relative, factor, 0, rank)
+def difference(index: int, relative: float, *, factor: float = 1.0, rank: int = 0) -> ParameterDifference:
+    return ParameterDifference(index, f"layers.{index}.mlp.up.weight", relative, factor, 0, rank)
 
 
 def test_ranks_agree_on_the_worst_and_on_the_first_beyond_the_tolerance() -> None:
     ranks = [
-        Agreement.of([difference(0, 1e-7), difference(2, 0.5, rank=0)], 1e-5),
-        Agreement.of([difference(1, 2e-5, rank=1), difference(3, float("nan"), rank=1)], 1e-5),
-        Agreement.of([difference(1, 3e-5, rank=2)], 1e-5),
-        Agreement.of([], 1e-5),
+        TensorComparison.of([difference(0, 1e-7), difference(2, 0.5, rank=0)], 1e-5),
+        TensorComparison.of([difference(1, 2e-5, rank=1), difference(3, float("nan"), rank=1)], 1e-5),
+        TensorComparison.of([difference(1, 3e-5, rank=2)], 1e-5),
+        TensorComparison.of([], 1e-5),
     ]
-    joined = Agreement.over_ranks(ranks)
+    joined = TensorComparison.over_ranks(ranks)
     assert joined.first == difference(1, 3e-5, rank=2)
     assert joined.worst is not None
     assert joined.worst.index == 3, "what is no number is worse than any"
     assert joined.differing == (1, 2, 3)
 
 
-def finding(**changes: Any) -> Finding:
-    fine = Agreement.of([difference(0, 0.0)], 0.0)
+def finding(**changes: Any) -> ParityReport:
+    fine = TensorComparison.of([difference(0, 0.0)], 0.0)
     settings: dict[str, Any] = {"parameters": 9, "elements_missing": 0, "loss": 2.0, "reference_loss": 2.0}
     settings |= {"norm": 1.0, "reference_norm": 1.0, "start": fine, "gradients": fine, "update": fine}
-    return Finding(**(settings | changes))
+    return ParityReport(**(settings | changes))
 
 
 def test_a_finding_goes_through_its_file(tmp_path: Path) -> None:
-    written = finding(loss=float("inf"), gradients=Agreement.of([difference(0, float("inf"), factor=0.0)], 1e-5))
+    written = finding(loss=float("inf"), gradients=TensorComparison.of([difference(0, float("inf"), factor=0.0)], 1e-5))
     written.write(tmp_path / "finding.json")
-    assert Finding.read(tmp_path / "finding.json") == written
-    assert Finding.read(tmp_path / "nothing.json") is None
-    assert set(asdict(written)) == set(Finding.__slots__)
+    assert ParityReport.read(tmp_path / "finding.json") == written
+    assert ParityReport.read(tmp_path / "nothing.json") is None
+    assert set(asdict(written)) == set(ParityReport.__slots__)
 
 
 def test_words_say_causes_first_and_what_agrees() -> None:
     assert finding().agrees
-    assert list(finding(elements_missing=32).faults()) == ["the ranks update 32 elements fewer than the model has"]
-    assert list(finding(loss=2.1).faults()) == ["loss differs: 2.1, in one process 2"]
+    assert list(finding(elements_missing=32).differences()) == ["the ranks update 32 elements fewer than the model has"]
+    assert list(finding(loss=2.1).differences()) == ["loss differs: 2.1, in one process 2"]
     assert not finding(loss=float("nan")).agrees
     for value in (float("nan"), float("inf")):  # equal in both, and no proof
         assert not finding(loss=value, reference_loss=value).agrees
         assert not finding(norm=value, reference_norm=value).agrees
     doubled = [difference(2, 1.0, factor=2.0), difference(4, 3.0, rank=1)]
-    both = finding(gradients=Agreement.of(doubled, 1e-5), norm=1.5)
-    assert list(both.faults()) == [
+    both = finding(gradients=TensorComparison.of(doubled, 1e-5), norm=1.5)
+    assert list(both.differences()) == [
         "gradients of layers.2.mlp.up.weight on stage 0, rank 0 differ by 1.0e+00, 2.00 times those of one process; "
         "so do those of 1 more of 9 parameters, most layers.4.mlp.up.weight on stage 0, rank 1, by 3.0e+00",
         "global norm differs: 1.5, in one process 1",
     ]
-    assert both.agreeing() == ["weights before the step", "loss", "the update by the gradients as found"]
+    assert both.agreeing() == ["weights before the step", "loss", "the update by this layout's gradients"]
     assert finding(loss=2.1).agreeing()[-1] == "weights after the step"

@@ -19,7 +19,7 @@ from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.mesh import Mesh, build_mesh
 from megalite.parallel.sharding import local_shards
 from megalite.tensor_parallel.init import initialise_parameter
-from megalite.verify.parity_report import GRADIENT_TOLERANCE, UPDATE_TOLERANCE, Finding
+from megalite.verify.parity_report import GRADIENT_TOLERANCE, UPDATE_TOLERANCE, ParityReport
 
 TINY = (
     "model.vocab_size=256",
@@ -114,7 +114,7 @@ def verified(
     overrides: tuple[str, ...],
     sabotage: Callable[[Mesh, Any], None] | None = None,
     initialise: Callable[[Stage, int], None] | None = None,
-) -> Finding:
+) -> ParityReport:
     """Compare one layout, as `verify_layout` does, over ranks whose code may have been broken."""
     from megalite.data.datasets import open_datasets
     from megalite.training.plan import prepare
@@ -142,7 +142,7 @@ def verified(
 
 def verify(
     run_file: Path, layout: tuple[int, int, int], *overrides: str, stage: int, tied: bool = True, **broken: Any
-) -> Finding:
+) -> ParityReport:
     """Return what every rank found alike."""
     settings = (
         *TINY,
@@ -156,8 +156,8 @@ def verify(
     return found[0]
 
 
-def assert_agrees(finding: Finding) -> None:
-    assert list(finding.faults()) == []
+def assert_agrees(finding: ParityReport) -> None:
+    assert list(finding.differences()) == []
     # A fifth of the tolerance: what rounding makes of right code stays well away from it.
     assert finding.gradients.worst is not None
     assert finding.update.worst is not None
@@ -241,7 +241,10 @@ LARGE_SHARE = "model.initializer_range=0.1"
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @pytest.mark.parametrize(
     ("sabotage", "name"),
-    [(count_a_norm_twice, "final_norm.weight"), (count_every_norm_twice, "what every tensor rank holds whole")],
+    [
+        (count_a_norm_twice, "final_norm.weight"),
+        (count_every_norm_twice, "parameters replicated over the tensor ranks"),
+    ],
 )
 def test_norms_counted_twice_are_named(run_file: Path, stage: int, sabotage: Any, name: str) -> None:
     found = verify(run_file, (2, 1, 1), LARGE_SHARE, stage=stage, sabotage=sabotage)
@@ -252,7 +255,7 @@ def test_norms_counted_twice_are_named(run_file: Path, stage: int, sabotage: Any
 
 def test_a_wrong_send_is_caught(run_file: Path) -> None:
     found = verify(run_file, (1, 2, 1), stage=1, sabotage=send_another_microbatch)
-    assert found.agreeing() == ["weights before the step", "the update by the gradients as found"]
+    assert found.agreeing() == ["weights before the step", "the update by this layout's gradients"]
 
 
 def test_a_shard_from_another_slice_is_named(run_file: Path) -> None:
@@ -260,7 +263,7 @@ def test_a_shard_from_another_slice_is_named(run_file: Path) -> None:
     assert found.start.first is not None
     assert (found.start.first.name, found.start.first.rank) == ("layers.2.mlp.down.weight", 1)
     assert len(found.start.differing) == 1
-    assert next(found.faults()).startswith(
+    assert next(found.differences()).startswith(
         "weights before the step of layers.2.mlp.down.weight on stage 0, rank 1 differ by "
     )
 
@@ -281,7 +284,7 @@ def test_an_optimizer_of_another_kind_is_caught(run_file: Path) -> None:
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_parameter_that_nobody_updates_is_missed(run_file: Path, stage: int) -> None:
     found = verify(run_file, (1, 2, 1), stage=stage, sabotage=lose_a_parameter)
-    assert list(found.faults()) == ["the ranks update 32 elements fewer than the model has"]
+    assert list(found.differences()) == ["the ranks update 32 elements fewer than the model has"]
 
 
 def save_at_once(path: str, overrides: tuple[str, ...]) -> None:

@@ -103,7 +103,7 @@ def test_a_broken_build_is_told_from_a_right_one(run_file: Path, tmp_path: Path)
     assert (done.returncode, done.stderr) == (1, "")
     fault = next(line for line in done.stdout.splitlines() if line.startswith("  gradients"))
     assert fault.startswith("  gradients of embedding.tokens.weight on stage 1, rank 1 differ by ")
-    assert "  what agrees: weights before the step, loss, the update by the gradients as found" in done.stdout
+    assert "  what agrees: weights before the step, loss, the update by this layout's gradients" in done.stdout
     assert done.stdout.splitlines()[-1] == "not verified"
 
 
@@ -144,13 +144,13 @@ def test_a_layout_that_fails_is_no_reason_not_to_compare_the_next(run_file: Path
     ("words", "message"),
     [
         (("parallel.tensor=3",), "parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8"),
-        (("--layouts=2x2",), "--layouts: '2x2' is no layout; write tensor x pipeline x data, such as 2x1x1"),
+        (("--layouts=2x2",), "--layouts: '2x2' is not a layout; write "),
         (("--scale", "init_from=nowhere"), "nowhere"),
         (("--layouts=1x1x3",), "does not divide train.global_batch_size=4"),
         (("data.train=[{prefix: /nowhere/corpus}]",), "/nowhere/corpus"),
         (
             ("parallel.data=4096", "train.global_batch_size=4096", "data.train=[{prefix: /nowhere/corpus}]"),
-            "cores; at most ",
+            "with --oversubscribe",
         ),
     ],
 )

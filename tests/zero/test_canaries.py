@@ -178,8 +178,8 @@ def norm(path: str, marked: bool) -> float:
     from megalite.zero import engine
 
     if not marked:
-        engine.mark_for_norm = lambda stage, mesh: None
-        engine.ZeroEngine._spread_what_no_norm_counts = lambda self: None  # type: ignore[method-assign]
+        engine.mark_counted_in_norm = lambda stage, mesh: None
+        engine.ZeroEngine._propagate_nonfinite_of_uncounted = lambda self: None  # type: ignore[method-assign]
     overrides = ["parallel.pipeline=2", "model.tie_word_embeddings=false", "deepspeed.zero_optimization.stage=3"]
     return build_trainer(path, overrides).step(1).outcome.grad_norm
 
