@@ -282,10 +282,11 @@ class Plan:
             settings, where = generation_settings(weights, of_weights)
             declared_end_ids(settings, vocab_size, where)
         beside = self._files_beside_the_tokenizer()
-        for name, path in {**of_weights, **beside}.items():
-            require_readable(name, path)
         if GENERATION_CONFIG not in of_weights and (path := beside.get(GENERATION_CONFIG)) is not None:
             declared_end_ids(read_settings(path), vocab_size, str(path))
+        for name, path in {**of_weights, **beside}.items():
+            if name != GENERATION_CONFIG:  # which was read
+                require_readable(name, path)
 
     def _files_beside_the_tokenizer(self) -> dict[str, Path]:
         """Return the files that belong to `data.tokenizer`, without the tokenizer's own file, which was opened."""

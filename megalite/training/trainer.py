@@ -100,7 +100,7 @@ class Trainer:
             ),
             dtype=self.engine.dtype,
             device=mesh.device,
-            moved=self.progress.touch,
+            on_progress=self.progress.touch,
         )
         self.datasets = datasets
         self.schedule = self.start.batches(train)

@@ -30,7 +30,7 @@ class LayoutResult:
 
 
 def table(results: Sequence[LayoutResult]) -> Table:
-    """Return a table with a row per layout, tensor x pipeline x data; docs/verify.md defines the differences."""
+    """Return a table with a row per layout, tensor x pipeline x data; docs/howto/verify.md defines the differences."""
     shown = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("layout", "loss", "norm", "worst gradient", "weights", "verdict", "s"):
         shown.add_column(column, justify="right" if column == "s" else "left", no_wrap=column != "worst gradient")

@@ -140,3 +140,15 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
         adamw.step()
         losses.append(float(loss.detach()))
     return Trace(losses, norms)
+
+
+def after_the_backwards(trainer: "Trainer", act: Callable[[], None]) -> None:
+    """Have `act` called in every step when its gradients are whole and not reduced yet."""
+    run = trainer.executor.run
+
+    def and_act(*args: Any, **settings: Any) -> Any:
+        result = run(*args, **settings)
+        act()
+        return result
+
+    trainer.executor.run = and_act  # type: ignore[method-assign]

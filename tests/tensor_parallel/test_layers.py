@@ -1,11 +1,10 @@
 """Each tensor-parallel layer against torch.nn: output and every gradient, on real ranks."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_distributed
+from sharded_modules import assert_close, check_gradients, draw, fill, world_group
 from torch import Tensor, nn
 
 from megalite.parallel.tensor_group import TensorGroup
@@ -20,32 +19,6 @@ from megalite.tensor_parallel.layers import (
 )
 
 IN, OUT, SEED = 12, 24, 7
-assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
-
-
-def world_group() -> TensorGroup:
-    dist = torch.distributed
-    return TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def fill(module: nn.Module, group: TensorGroup, whole: dict[str, Tensor]) -> None:
-    """Give every parameter its slices of the named global tensors."""
-    with torch.no_grad():
-        for placed in placed_parameters(module):
-            placed.parameter.zero_()
-            for shard in placed.shards:
-                placed.parameter[shard.target.slices] = whole[shard.spec.name][shard.source.slices]
-
-
-def check_gradients(module: nn.Module, group: TensorGroup, expected: dict[str, Tensor]) -> None:
-    for placed in placed_parameters(module):
-        assert placed.parameter.grad is not None
-        for shard in placed.shards:
-            assert_close(placed.parameter.grad[shard.target.slices], expected[shard.spec.name][shard.source.slices])
 
 
 def column(bias: bool, gather: bool) -> None:
@@ -54,7 +27,7 @@ def column(bias: bool, gather: bool) -> None:
     whole = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(reference.named_parameters())}
     reference.load_state_dict(whole)
     layer = ColumnParallelLinear(IN, OUT, group=group, bias=bias)
-    fill(layer, group, whole)
+    fill(layer, whole)
     x, x_ref = (draw(3, 5, IN, seed=9).requires_grad_() for _ in range(2))
     y, y_ref = gather_from_group(layer(x), group) if gather else layer(x), reference(x_ref)
     weight = draw(*y_ref.shape, seed=11)
@@ -63,7 +36,7 @@ def column(bias: bool, gather: bool) -> None:
     (y * weight[..., own]).sum().backward()
     (y_ref * weight).sum().backward()
     assert_close(x.grad, x_ref.grad)
-    check_gradients(layer, group, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
+    check_gradients(layer, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -78,7 +51,7 @@ def row(bias: bool) -> None:
     whole = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(reference.named_parameters())}
     reference.load_state_dict(whole)
     layer = RowParallelLinear(OUT, IN, group=group, bias=bias)
-    fill(layer, group, whole)
+    fill(layer, whole)
     own = slice(group.rank * OUT // group.size, (group.rank + 1) * OUT // group.size)
     x_ref = draw(3, 5, OUT, seed=9).requires_grad_()
     x = x_ref.detach()[..., own].clone().requires_grad_()
@@ -89,7 +62,7 @@ def row(bias: bool) -> None:
     (y_ref * weight).sum().backward()
     assert x_ref.grad is not None
     assert_close(x.grad, x_ref.grad[..., own])
-    check_gradients(layer, group, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
+    check_gradients(layer, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -110,7 +83,7 @@ def fused() -> None:
         for name in names
     }
     whole = {name: tensor.requires_grad_() for name, tensor in whole.items()}
-    fill(holder, group, {name: tensor.detach() for name, tensor in whole.items()})
+    fill(holder, {name: tensor.detach() for name, tensor in whole.items()})
     x, x_ref = (draw(3, IN, seed=9).requires_grad_() for _ in range(2))
     y = holder.qkv(x).split(holder.qkv.local_sizes, dim=-1)
     for index, (part, size) in enumerate(parts.items()):
@@ -121,7 +94,7 @@ def fused() -> None:
         (y[index] * weight[:, own]).sum().backward(retain_graph=True)
         (expected * weight).sum().backward()
     assert_close(x.grad, x_ref.grad)
-    check_gradients(holder, group, {n: t.grad for n, t in whole.items() if t.grad is not None})
+    check_gradients(holder, {n: t.grad for n, t in whole.items() if t.grad is not None})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -139,7 +112,7 @@ def head_slice(bias: bool) -> None:
     whole = {f"{part}.weight": draw(8, IN, seed=i).requires_grad_() for i, part in enumerate(parts)}
     if bias:
         whole |= {f"{part}.bias": draw(8, seed=i).requires_grad_() for i, part in enumerate(parts)}
-    fill(holder, group, {name: tensor.detach() for name, tensor in whole.items()})
+    fill(holder, {name: tensor.detach() for name, tensor in whole.items()})
     x, x_ref = (draw(3, IN, seed=9).requires_grad_() for _ in range(2))
     weights = [[draw(3, 4, seed=10 * r + i) for i in range(2)] for r in range(group.size)]
     for output, weight in zip(holder.kv(x).chunk(2, dim=-1), weights[group.rank], strict=True):
@@ -150,7 +123,7 @@ def head_slice(bias: bool) -> None:
             expected = F.linear(x_ref, whole[f"{part}.weight"], whole.get(f"{part}.bias"))
             (expected[:, 4 * head : 4 * head + 4] * weight).sum().backward()
     assert_close(x.grad, x_ref.grad)
-    check_gradients(holder, group, {n: t.grad for n, t in whole.items() if t.grad is not None})
+    check_gradients(holder, {n: t.grad for n, t in whole.items() if t.grad is not None})
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -162,7 +135,7 @@ def embedding(vocab_size: int) -> None:
     group = world_group()
     reference = nn.Embedding(vocab_size, IN)
     layer = VocabParallelEmbedding(vocab_size, IN, group=group)
-    fill(layer, group, {"weight": reference.weight.detach()})
+    fill(layer, {"weight": reference.weight.detach()})
     ids = torch.randint(0, vocab_size, (3, 17), generator=torch.Generator().manual_seed(3))
     ids[0, :3] = torch.tensor([0, vocab_size - 1, vocab_size // 2])
     y, y_ref = layer(ids), reference(ids)
@@ -172,7 +145,7 @@ def embedding(vocab_size: int) -> None:
     (y_ref * weight).sum().backward()
     assert reference.weight.grad is not None
     assert layer.weight.grad is not None
-    check_gradients(layer, group, {"weight": reference.weight.grad})
+    check_gradients(layer, {"weight": reference.weight.grad})
     real = layer.shard_specs["weight"][0].region(group.position)
     assert not layer.weight.grad[real.shape[0] :].any(), "padding rows have a gradient"
 

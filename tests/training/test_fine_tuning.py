@@ -13,7 +13,7 @@ import pytest
 import yaml
 from generating import GREEDY, continued
 from harness import run_distributed
-from test_resume import run_on_rank
+from resuming import run_on_rank
 
 from megalite.checkpoint import store
 from megalite.checkpoint.manifest import KINDS
