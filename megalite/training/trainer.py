@@ -94,7 +94,7 @@ class Trainer:
             self.engine,
             mesh.links,
             placement=plan.placement,
-            rank=mesh.coordinate.pipeline,
+            rank=mesh.pipeline.rank,
             activation_shape=next(iter(self.engine.stages.values())).activation_shape(
                 train.micro_batch_size, self.config.data.sequence_length
             ),
@@ -330,10 +330,10 @@ class Trainer:
 
     def _train_stream(self, microbatches: int) -> tuple[Instruction, ...]:
         schedule = SCHEDULES[self.config.parallel.schedule]
-        return schedule(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
+        return schedule(self.mesh.pipeline.rank, self.plan.placement, microbatches)
 
     def _eval_stream(self, microbatches: int) -> tuple[Instruction, ...]:
-        return forward_only(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
+        return forward_only(self.mesh.pipeline.rank, self.plan.placement, microbatches)
 
     def _learning_rate(self, step: int) -> float | None:
         if self.config.deepspeed.scheduler is not None:
@@ -341,18 +341,18 @@ class Trainer:
         return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
 
     def _reduce_loss_and_stop_flags(self, result: StepResult) -> float:
-        """All-reduce the mean loss over the data axis, together with the stop flags of all ranks.
+        """All-reduce the mean loss over the loss group, together with the stop flags of all ranks.
 
-        One tensor rank of the last stage contributes the loss of its data coordinate. Every rank gets the loss, and all
-        ranks agree on whether to stop (`StopRequests.synchronize`).
+        Of the ranks that compute the same loss, one contributes it. Every rank gets the mean loss, and all ranks agree
+        on whether to stop (`StopRequests.synchronize`).
         """
         total = torch.tensor([0.0, *self.stop.local_flags()], dtype=torch.float64, device=self.mesh.device)
-        if result.loss is not None and self.mesh.coordinate.tensor == 0:
+        if result.loss is not None and self.mesh.counts_loss:
             total[0] = result.loss
         dist.all_reduce(total)
         loss, *local_flags = total.tolist()
         self.stop.synchronize(local_flags)
-        return loss / self.plan.layout.data
+        return loss / self.mesh.loss.size
 
 
 def _choose_kernels_on_rank_zero(config: RunConfig, mesh: Mesh, saved: Kernels | None) -> Kernels:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from megalite.parallel.layout import ParallelLayout
+from megalite.verify.layouts import write_layout
 from megalite.verify.parity_report import ParityReport
 
 
@@ -41,8 +42,7 @@ def table(results: Sequence[LayoutResult]) -> Table:
             gradient = "" if worst is None else f"{worst.relative:.0e} {worst.name}"
             update = "" if found.update.worst is None else f"{found.update.worst.relative:.0e}"
             cells = [f"{found.loss_difference:.0e}", f"{found.norm_difference:.0e}", gradient, update]
-        sizes = f"{layout.tensor}x{layout.pipeline}x{layout.data}"
-        shown.add_row(sizes, *cells, result.verdict, f"{result.seconds:.1f}")
+        shown.add_row(write_layout(layout), *cells, result.verdict, f"{result.seconds:.1f}")
     return shown
 
 

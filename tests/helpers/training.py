@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 if TYPE_CHECKING:
+    from megalite.training.plan import Plan
     from megalite.training.trainer import Trainer
 
 QUICKSTART_MODEL: dict[str, Any] = {
@@ -54,12 +55,19 @@ class Trace:
             assert abs(norm / norm_expected - 1) <= relative, f"step {step}: norm {norm} is not {norm_expected}"
 
 
+def unchanged(plan: "Plan") -> "Plan":
+    return plan
+
+
 def build_trainer(
-    path: str | Path, overrides: Sequence[str], on_save_point: Callable[[str], None] = lambda point: None
+    path: str | Path,
+    overrides: Sequence[str],
+    on_save_point: Callable[[str], None] = lambda point: None,
+    replan: "Callable[[Plan], Plan]" = unchanged,
 ) -> "Trainer":
     """Build this rank's trainer of a run file, inside the process group that the test formed.
 
-    `on_save_point` hears of the points that a save passes.
+    `on_save_point` hears of the points that a save passes; `replan` returns the plan to train in place of the file's.
     """
     from megalite.data.datasets import open_datasets
     from megalite.parallel.mesh import build_mesh, local_device
@@ -67,16 +75,18 @@ def build_trainer(
     from megalite.training.trainer import Trainer
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    plan = prepare(Path(path), overrides, world_size)
+    plan = replan(prepare(Path(path), overrides, world_size))
     mesh = build_mesh(
         plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60), placement=plan.placement
     )
     return Trainer(plan, mesh, open_datasets(plan.config), on_save_point=on_save_point)
 
 
-def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:
+def train_rank(
+    path: str, overrides: Sequence[str], replan: "Callable[[Plan], Plan]" = unchanged
+) -> tuple[list[float], list[float]]:
     """Run all steps of a run file on this rank."""
-    trainer = build_trainer(path, overrides)
+    trainer = build_trainer(path, overrides, replan=replan)
     reports = [trainer.step(step) for step in range(1, trainer.config.train.steps + 1)]
     trainer.close()
     return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]
