@@ -17,6 +17,7 @@ from megalite.model.stage import Stage
 from megalite.parallel.regions import Region
 from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.training.microbatches import to_device
 from megalite.training.plan import prepare
 from megalite.zero.optimizer_state import ZeroState
 
@@ -90,7 +91,7 @@ def accumulated_in_fp32(path: Path, overrides: tuple[str, ...], precision: str, 
     for sample in range(MICROBATCHES):
         batch = rules.microbatch(samples, range(sample, sample + 1))
         model.zero_grad()
-        loss = model(torch.from_numpy(batch.ids.copy()), torch.from_numpy(batch.targets.copy()))
+        loss = model({}, microbatch=to_device(batch, torch.device("cpu"))).losses["loss"]
         (loss * scale).backward()
         for _, parameter, shards in model.named_shards():
             assert parameter.grad is not None
