@@ -16,7 +16,7 @@ from training import NARROW, Trace, build_trainer, resized, train_in_plain_torch
 
 from megalite.model.stage import Stage
 
-WEIGHT = 0.02
+WEIGHT = 20.0
 SHAPE = (*NARROW, "model.tie_word_embeddings=true", "train.optimizer.lr=2.0e-3", "train.steps=5")
 TOLERANCE = 1e-5
 LAYOUTS: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {
