@@ -103,9 +103,9 @@ class Mesh:
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's loss counts in the mean: of the ranks that compute the same loss, the first alone."""
+        """Whether this rank's losses count in the mean: of the ranks that compute the same losses, the first alone."""
         others = {*self.axes} - {"pipeline", *self.layout.names_of("loss")}
-        return self.has_last_stage and self.is_first_along(*others)
+        return self.is_first_along(*others)
 
     def is_first_along(self, *axes: str) -> bool:
         """Return whether this rank's index along each of the axes is 0."""

@@ -52,25 +52,52 @@ class MicrobatchLoader:
 
     def microbatches(self, batch: Sequence[SampleMicrobatch], num_loss_tokens: float | None) -> list[Microbatch]:
         """Copy a batch to the device, each tensor on the stages that need it; `num_loss_tokens` of the global batch."""
-        return [self._microbatch(microbatch, num_loss_tokens) for microbatch in batch]
-
-    def _microbatch(self, read: SampleMicrobatch, num_loss_tokens: float | None) -> Microbatch:
-        packing = weights = None
-        if read.document_lengths is not None or read.positions is not None:
-            positions = None if read.positions is None else self._to_device(read.positions)
-            packing = PackedDocuments(read.document_lengths, positions)
-        if read.counts is not None and num_loss_tokens is not None and self._mesh.has_last_stage:
-            # Losses and gradients are averaged over ranks, but the loss is a mean over all tokens of its mask.
-            weight = self._mesh.loss.size / max(num_loss_tokens, 1.0)
-            weights = self._to_device(read.counts).to(torch.float32) * weight
+        # Losses and gradients are averaged over ranks, but the loss is a mean over all tokens of its mask.
+        weight = None if num_loss_tokens is None else self._mesh.loss.size / max(num_loss_tokens, 1.0)
         model, seed = self._config.model, self._config.run.seed
-        return Microbatch(
-            ids=self._to_device(read.ids) if self._mesh.has_first_stage else None,
-            targets=self._to_device(read.targets) if self._mesh.has_last_stage else None,
-            packing=packing,
-            loss_weights=weights,
-            dropout=DropoutStreams.of(model, seed, read.samples) if self._trains else None,
-        )
+        return [
+            to_device(
+                read,
+                self._mesh.device,
+                num_microbatches=len(batch),
+                token_weight=weight,
+                dropout=DropoutStreams.of(model, seed, read.samples) if self._trains else None,
+                first_stage=self._mesh.has_first_stage,
+                last_stage=self._mesh.has_last_stage,
+            )
+            for read in batch
+        ]
 
-    def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._mesh.device, non_blocking=True)
+
+def to_device(
+    read: SampleMicrobatch,
+    device: torch.device,
+    *,
+    num_microbatches: int = 1,
+    token_weight: float | None = None,
+    dropout: DropoutStreams | None = None,
+    first_stage: bool = True,
+    last_stage: bool = True,
+) -> Microbatch:
+    """Copy one of a step's `num_microbatches` to the device, without the tensors of stages that this rank lacks.
+
+    `token_weight` is the weight in the loss of each token of the loss mask, where there is a mask.
+    """
+
+    def copy(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    packing = weights = None
+    if read.document_lengths is not None or read.positions is not None:
+        positions = None if read.positions is None else copy(read.positions)
+        packing = PackedDocuments(read.document_lengths, positions)
+    if read.counts is not None and token_weight is not None and last_stage:
+        weights = copy(read.counts).to(torch.float32) * token_weight
+    return Microbatch(
+        ids=copy(read.ids) if first_stage else None,
+        targets=copy(read.targets) if last_stage else None,
+        packing=packing,
+        loss_weights=weights,
+        dropout=dropout,
+        num_microbatches=num_microbatches,
+    )

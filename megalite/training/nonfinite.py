@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from megalite.errors import UserError
 from megalite.model.stage import Stage
@@ -87,10 +88,11 @@ class NonFiniteGuard:
 
         def check(name: str, output: Any) -> None:
             seen["outputs"] += 1
-            if isinstance(output, Tensor) and output.is_floating_point():
-                at = seen["microbatch"]
-                text = f"the output of {name or 'the stage'} in stage {index}, microbatch {at} (counted from 0)"
-                self._record((_OUTPUT, at, index, seen["outputs"]), lambda: text, output)
+            at = seen["microbatch"]
+            text = f"the output of {name or 'the stage'} in stage {index}, microbatch {at} (counted from 0)"
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                    self._record((_OUTPUT, at, index, seen["outputs"]), lambda: text, tensor)
 
         hooks.callback(stage.register_forward_pre_hook(begin).remove)
         for name, module in stage.named_modules():

@@ -125,6 +125,7 @@ class RunLogger:
             StepMetrics(
                 step=report.step,
                 loss=report.loss,
+                other_losses=report.other_losses,
                 learning_rate=report.learning_rate,
                 grad_norm=report.outcome.grad_norm,
                 loss_scale=report.outcome.loss_scale,

@@ -6,7 +6,6 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.weights import WeightSource
@@ -19,6 +18,7 @@ from megalite.data.prefetch import ReadAhead
 from megalite.errors import UserError
 from megalite.kernels.choice import Kernels
 from megalite.model.kernel_choice import choose_kernels
+from megalite.model.loss import LOSS
 from megalite.model.precision import DTYPES
 from megalite.monitoring.heartbeat import Progress
 from megalite.monitoring.run_state import RunStateWriter
@@ -28,11 +28,13 @@ from megalite.parallel.mesh import Mesh
 from megalite.pipeline.executor import PipelineExecutor, StepResult
 from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedules import SCHEDULES, forward_only
+from megalite.pipeline.stage_io import exchange_edges
 from megalite.pipeline.timeline.spans import Span
 from megalite.training.build import build_stages
 from megalite.training.checkpointing import Checkpointer
 from megalite.training.loss_spikes import LossSpikeDetector
 from megalite.training.microbatches import MicrobatchLoader
+from megalite.training.named_losses import NamedLosses
 from megalite.training.nonfinite import NonFiniteGuard
 from megalite.training.plan import Plan
 from megalite.training.resume import find_start
@@ -90,18 +92,17 @@ class Trainer:
         for hook in (self.engine.optimizer.register_step_pre_hook, self.engine.optimizer.register_step_post_hook):
             hook(lambda *_: self.progress.touch())  # a step may take long with several groups or on the host
         train = self.config.train
+        size = train.micro_batch_size, self.config.data.sequence_length
         self.executor = PipelineExecutor(
             self.engine,
             mesh.links,
             placement=plan.placement,
             rank=mesh.pipeline.rank,
-            activation_shape=next(iter(self.engine.stages.values())).activation_shape(
-                train.micro_batch_size, self.config.data.sequence_length
-            ),
-            dtype=self.engine.dtype,
+            edges=exchange_edges({index: stage.edge(*size) for index, stage in self.engine.stages.items()}, mesh),
             device=mesh.device,
             on_progress=self.progress.touch,
         )
+        self.train_losses, self.valid_losses = NamedLosses(mesh), NamedLosses(mesh)
         self.datasets = datasets
         self.schedule = self.start.batches(train)
         rules = SampleRules.of(self.config, datasets.fim)
@@ -264,7 +265,8 @@ class Trainer:
                 if record:
                     dist.barrier()  # a common start time of the timeline on all ranks
                 result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
-            loss = self._reduce_loss_and_stop_flags(result)
+            losses = self._reduce_losses_and_stop_flags(result, self.train_losses)
+            loss = losses.pop(LOSS)
             spike = self.spike_detector.update(loss)
             if drops := spike is not None and spike.drops_update:
                 self.engine.poison_gradients()
@@ -279,6 +281,7 @@ class Trainer:
         report = StepReport(
             step=step,
             loss=loss,
+            other_losses=losses,
             outcome=outcome,
             learning_rate=rate,
             samples=len(self.schedule.samples(step)),
@@ -308,7 +311,8 @@ class Trainer:
             batch = loader.read_padded(samples)
             num_loss_tokens = loader.num_loss_tokens(batch)
             microbatches = loader.microbatches(batch, num_loss_tokens)
-            loss = self._reduce_loss_and_stop_flags(self.executor.run(self._eval_stream(len(batch)), microbatches))
+            result = self.executor.run(self._eval_stream(len(batch)), microbatches)
+            loss = self._reduce_losses_and_stop_flags(result, self.valid_losses)[LOSS]
             weight = float(
                 len(samples) * self.config.data.sequence_length if num_loss_tokens is None else num_loss_tokens
             )
@@ -340,19 +344,11 @@ class Trainer:
             return None
         return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer)
 
-    def _reduce_loss_and_stop_flags(self, result: StepResult) -> float:
-        """All-reduce the mean loss over the loss group, together with the stop flags of all ranks.
-
-        Of the ranks that compute the same loss, one contributes it. Every rank gets the mean loss, and all ranks agree
-        on whether to stop (`StopRequests.synchronize`).
-        """
-        total = torch.tensor([0.0, *self.stop.local_flags()], dtype=torch.float64, device=self.mesh.device)
-        if result.loss is not None and self.mesh.counts_loss:
-            total[0] = result.loss
-        dist.all_reduce(total)
-        loss, *local_flags = total.tolist()
+    def _reduce_losses_and_stop_flags(self, result: StepResult, losses: NamedLosses) -> dict[str, float]:
+        """Return the losses of all stages, the same on every rank; all ranks agree on whether to stop."""
+        means, local_flags = losses.reduce(result.losses, self.stop.local_flags())
         self.stop.synchronize(local_flags)
-        return loss / self.mesh.loss.size
+        return means
 
 
 def _choose_kernels_on_rank_zero(config: RunConfig, mesh: Mesh, saved: Kernels | None) -> Kernels:

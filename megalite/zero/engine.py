@@ -17,14 +17,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megalite.config import RunConfig
-from megalite.model.dropout import DropoutStreams
-from megalite.model.packing import PackedDocuments
+from megalite.model.microbatch import Microbatch
 from megalite.model.precision import DTYPES
 from megalite.model.stage import Stage
 from megalite.optim.adamw import make_adamw, unique_parameters
 from megalite.optim.outcome import StepOutcome
 from megalite.optim.uncompiled import skip_dynamo_import
 from megalite.parallel.mesh import Mesh
+from megalite.pipeline.stage_io import StageOutput
 from megalite.tensor_parallel.weight_grad_store import WeightGradStore
 from megalite.zero.deepspeed_patches import patch_deepspeed, set_deepspeed_log_level
 from megalite.zero.grad_norm import is_counted_in_norm, is_tied, mark_counted_in_norm
@@ -42,17 +42,8 @@ class _Stages(nn.Module):
         super().__init__()
         self.stages = nn.ModuleDict({str(index): stage for index, stage in stages.items()})
 
-    def forward(
-        self,
-        index: int,
-        inputs: Tensor,
-        targets: Tensor | None,
-        packing: PackedDocuments | None,
-        loss_weights: Tensor | None,
-        dropout: DropoutStreams | None,
-    ) -> Tensor:
-        stage = self.stages[str(index)]
-        return stage(inputs, targets, packing=packing, loss_weights=loss_weights, dropout=dropout)
+    def forward(self, index: int, inputs: dict[str, Tensor], *, microbatch: Microbatch) -> StageOutput:
+        return self.stages[str(index)](inputs, microbatch=microbatch)
 
 
 class ZeroEngine:
@@ -161,17 +152,10 @@ class ZeroEngine:
         """Dtype in which gradients are accumulated over microbatches and reduced over ranks."""
         return DTYPES[self._gradient_precision]
 
-    def forward(
-        self,
-        stage: int,
-        inputs: Tensor,
-        targets: Tensor | None,
-        packing: PackedDocuments | None = None,
-        loss_weights: Tensor | None = None,
-        dropout: DropoutStreams | None = None,
-    ) -> Tensor:
-        """Run the forward of one stage on one microbatch; return hidden states, or the loss on the last stage."""
-        return self.engine(stage, inputs, targets, packing, loss_weights, dropout)
+    def forward(self, stage: int, inputs: dict[str, Tensor], microbatch: Microbatch) -> StageOutput:
+        """Run the forward of one stage on one microbatch; `inputs` are the activations of the previous stage."""
+        # DeepSpeed: at stage 3 hooks replace the tensors in a dict of inputs by others, which have no `grad`.
+        return self.engine(stage, dict(inputs), microbatch=microbatch)
 
     def backward(self, scalar: Tensor) -> None:
         """Backpropagate from one microbatch's scalar, times the loss scale; the gradients are not reduced yet."""
@@ -182,7 +166,7 @@ class ZeroEngine:
         # DeepSpeed: the hook of a tensor that a forward returned divides its gradient by the accumulation steps, in
         # spite of `scale_wrt_gas=False`. A view is another tensor.
         scalar = scalar.view_as(scalar)
-        # The last stage has already divided the loss by the number of microbatches.
+        # The stages have already divided their losses by the number of microbatches.
         self.engine.backward(scalar, scale_wrt_gas=False)
 
     def defer_weight_grads(self, stage: int) -> AbstractContextManager[WeightGradStore]:

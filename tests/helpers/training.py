@@ -11,6 +11,9 @@ import yaml
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megalite.model.stage import Stage
     from megalite.training.plan import Plan
     from megalite.training.trainer import Trainer
 
@@ -92,17 +95,22 @@ def train_rank(
     return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]
 
 
-def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
-    """Run the same steps without DeepSpeed, pipeline or ranks: torch's AdamW and clipping over one module."""
+def train_in_plain_torch(
+    path: Path, overrides: Sequence[str], further_loss: "Callable[[Stage], Callable[[], Tensor]] | None" = None
+) -> Trace:
+    """Run the same steps without DeepSpeed, pipeline or ranks: torch's AdamW and clipping over one module.
+
+    `further_loss` is called with the model, and what it returns gives a loss to add after each forward.
+    """
     from megalite.data.batch_schedule import BatchSchedule
     from megalite.data.collate import SampleRules
     from megalite.data.datasets import open_datasets
     from megalite.kernels.choice import Kernels
     from megalite.model.dropout import DropoutStreams
-    from megalite.model.packing import PackedDocuments
     from megalite.model.stage import Stage
     from megalite.optim.learning_rate import learning_rate
     from megalite.parallel.tensor_group import TensorGroup
+    from megalite.training.microbatches import to_device
     from megalite.training.plan import prepare
 
     plan = prepare(path, overrides, 1)
@@ -110,6 +118,7 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     group = TensorGroup(kernels=Kernels("native", train.cpu_attention or "written_out"))
     model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=group)
     model.initialise(config.run.seed)
+    penalty = further_loss(model) if further_loss else None
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -120,17 +129,15 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     losses, norms = [], []
     for step in range(1, train.steps + 1):
         batch = rules.microbatch(datasets.train, schedule.samples(step))
-        positions = None if batch.positions is None else torch.from_numpy(batch.positions.copy())
-        packing = PackedDocuments(batch.document_lengths, positions)
-        weights = None if batch.counts is None else torch.from_numpy(batch.counts / batch.counts.sum()).float()
-        ids, targets = (torch.from_numpy(tokens.copy()) for tokens in (batch.ids, batch.targets))
+        weight = None if batch.counts is None else 1 / batch.counts.sum()
         dropout = None
         if config.model.hidden_dropout or config.model.attention_dropout:
             shares = config.model.hidden_dropout, config.model.attention_dropout
             dropout = DropoutStreams(config.run.seed, tuple(schedule.samples(step)), *shares)
-        loss = model(ids, targets, packing=packing, loss_weights=weights, dropout=dropout)
+        microbatch = to_device(batch, torch.device("cpu"), token_weight=weight, dropout=dropout)
+        loss = model({}, microbatch=microbatch).losses["loss"]
         adamw.zero_grad()
-        loss.backward()
+        (loss + penalty() if penalty else loss).backward()
         # clip_grad_norm_ with its norm in double: over millions of elements fp32 on a CPU is off by 1e-4.
         norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
         nn.utils.clip_grads_with_norm_(model.parameters(), config.gradient_clipping, norm)

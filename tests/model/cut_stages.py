@@ -9,10 +9,13 @@ from reference_model import ReferenceModel
 from torch import Tensor
 
 from megalite.config import ModelConfig, Recompute, read_model
+from megalite.model.loss import LOSS
+from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.pipeline.partition import partition
+from megalite.pipeline.stage_io import StageOutput
 
 SHAPE = {
     "vocab_size": 301,
@@ -79,6 +82,14 @@ def cut_stages(
                     placed.parameter[shard.target.slices] = weights[shard.spec.name][shard.source.slices]
         stages.append(stage)
     return stages
+
+
+def loss_of(stages: Sequence[Stage], microbatch: Microbatch) -> Tensor:
+    """Run the stages of a whole pipeline in turn on a microbatch."""
+    output = StageOutput({}, {})
+    for stage in stages:
+        output = stage(output.activations, microbatch=microbatch)
+    return output.losses[LOSS]
 
 
 def assert_gradients_agree(stages: Sequence[Stage], reference: ReferenceModel) -> None:

@@ -21,9 +21,11 @@ from harness import run_distributed
 from reference_model import ReferenceModel
 from torch import Tensor
 
+from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.pipeline.stage_io import StageOutput
 
 ROWS, LENGTH = 3, 20  # shares of 30 and 15 tokens: none ends where a row does
 BOUNDARIES = [[3, 4, 15], [], [11]]
@@ -52,11 +54,13 @@ def gradients(stages: list[Stage]) -> dict[tuple[int, str], Tensor | None]:
 
 
 def run(stages: list[Stage], packing: PackedDocuments | None) -> Tensor:
-    x, targets, weights = batch()
-    for stage in stages[:-1]:
-        x = stage(x, packing=packing)
-        assert x.shape == stage.activation_shape(ROWS, LENGTH)
-    loss = stages[-1](x, targets, packing=packing, loss_weights=weights)
+    ids, targets, weights = batch()
+    microbatch, output = Microbatch(ids, targets, packing, weights), StageOutput({}, {})
+    for stage in stages:
+        output = stage(output.activations, microbatch=microbatch)
+        shapes = {name: spec.shape for name, spec in stage.edge(ROWS, LENGTH).items()}
+        assert {name: tuple(x.shape) for name, x in output.activations.items()} == shapes
+    loss = output.losses["loss"]
     loss.backward()
     for stage in stages:
         for parameter in stage.sequence_parallel_parameters():
@@ -146,7 +150,7 @@ def kept() -> list[int]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            stage(*batch()[:2])
+            stage({}, microbatch=Microbatch(*batch()[:2]))
         sizes.append(sum(storages.values()))
     return sizes
 

@@ -13,6 +13,7 @@ from cut_stages import (
     SHAPE,
     assert_gradients_agree,
     cut_stages,
+    loss_of,
     model_config,
     whole_weights,
 )
@@ -20,6 +21,7 @@ from harness import run_distributed
 from reference_model import ReferenceModel, stage_shapes
 from torch import Tensor
 
+from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
 from megalite.parallel.sharding import ShardSpec
 from megalite.parallel.tensor_group import TensorGroup
@@ -58,10 +60,7 @@ def compare(fields: dict[str, Any], num_stages: int) -> None:
     expected.backward()
 
     stages = cut_stages(config, weights, num_stages)
-    x = ids
-    for stage in stages[:-1]:
-        x = stage(x)
-    loss = stages[-1](x, targets)
+    loss = loss_of(stages, Microbatch(ids, targets))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     loss.backward()
     assert_gradients_agree(stages, reference)

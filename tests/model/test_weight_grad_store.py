@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from cut_stages import GPT2, LLAMA, NEOX, SHAPE, cut_stages, model_config, whole_weights
+from cut_stages import GPT2, LLAMA, NEOX, SHAPE, cut_stages, loss_of, model_config, whole_weights
 from harness import run_distributed
 from torch import Tensor, nn
 
+from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -37,10 +38,7 @@ def forwards(stages: list[Stage]) -> list[Tensor]:
     """The losses of two microbatches, both under way at once."""
     losses = []
     for seed in (5, 6):
-        x, targets = microbatch(seed)
-        for stage in stages[:-1]:
-            x = stage(x)
-        losses.append(stages[-1](x, targets))
+        losses.append(loss_of(stages, Microbatch(*microbatch(seed))))
     return losses
 
 

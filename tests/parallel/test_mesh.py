@@ -11,9 +11,10 @@ from harness import run_distributed
 from megalite.errors import CommonError, UserError
 from megalite.parallel.json_collectives import broadcast_json, gather_json, on_rank_zero
 from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis, Meaning, ParallelLayout
-from megalite.parallel.mesh import Link, build_mesh, device_index
+from megalite.parallel.mesh import build_mesh, device_index
 from megalite.parallel.placement import Placement
 from megalite.pipeline.p2p import Channel
+from megalite.pipeline.stage_io import TensorSpec
 from megalite.zero.mpu import ModelParallelUnit
 
 CPU = torch.device("cpu")
@@ -102,24 +103,22 @@ def test_a_loop_links_its_ends_and_a_v_turns_on_the_last_rank() -> None:
 def exchange() -> list[float]:
     layout = ParallelLayout(tensor=1, pipeline=2, data=1)
     mesh = build_mesh(layout, dist.get_rank(), device=CPU, timeout=timedelta(seconds=60))
-    shape, links = (2, 3), mesh.links
-
-    def channel(link: Link) -> Channel:
-        return Channel(link, shape, torch.float32, CPU)
-
-    first = mesh.has_first_stage
-    incoming = channel(links.incoming["gradient" if first else "activation", 1 - mesh.rank])
-    outgoing = channel(links.outgoing["activation" if first else "gradient", 1 - mesh.rank])
-    receives = [incoming.receive() for _ in range(4)]
+    links, first = mesh.links, mesh.has_first_stage
+    edge = {"x": TensorSpec((2, 3), torch.float32), "y": TensorSpec((4,), torch.int64)}
+    incoming = Channel(links.incoming["gradient" if first else "activation", 1 - mesh.rank], CPU)
+    outgoing = Channel(links.outgoing["activation" if first else "gradient", 1 - mesh.rank], CPU)
+    receives = [incoming.receive(edge) for _ in range(4)]
     for number in range(4):
-        outgoing.send(torch.full(shape, 10.0 * mesh.rank + number))
-    found = [float(receive.wait().mean()) for receive in receives]
+        # The order of the tensors is that of the edge.
+        outgoing.send({"y": torch.full((4,), number), "x": torch.full((2, 3), 10.0 * mesh.rank + number)}, edge)
+    received = [receive.wait() for receive in receives]
+    assert [float(tensors["y"].float().mean()) for tensors in received] == [0.0, 1.0, 2.0, 3.0]
     outgoing.flush()
-    with pytest.raises(ValueError, match="the link carries"):
-        outgoing.send(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="the link carries"):
-        outgoing.send(torch.zeros(shape, dtype=torch.bfloat16))
-    return found
+    x, y = torch.zeros(2, 3), torch.zeros(4, dtype=torch.int64)
+    for wrong in ({"x": x.T, "y": y}, {"x": x.bfloat16(), "y": y}, {"x": x}, {"x": x, "z": y}):
+        with pytest.raises(ValueError, match="the link carries"):
+            outgoing.send(wrong, edge)
+    return [float(tensors["x"].mean()) for tensors in received]
 
 
 def test_messages_of_both_directions_arrive_in_order() -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_distributed
-from torch import Tensor
 from training import build_trainer
 
 from megalite.checkpoint.fragments import Fragment
@@ -64,9 +63,9 @@ def send_another_microbatch(mesh: Mesh, trainer: Any) -> None:
         (channel,) = trainer.executor.outgoing.values()
         send, before = channel.send, []
 
-        def send_the_one_before(tensor: Tensor) -> None:
-            before.append(tensor)
-            send(before[-2] if len(before) == 2 else tensor)
+        def send_the_one_before(tensors: Any, edge: Any) -> None:
+            before.append(tensors)
+            send(before[-2] if len(before) == 2 else tensors, edge)
 
         channel.send = send_the_one_before
 

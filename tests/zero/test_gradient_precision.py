@@ -16,6 +16,7 @@ from megalite.kernels.choice import Kernels
 from megalite.model.stage import Stage
 from megalite.parallel.regions import Region
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.training.microbatches import to_device
 from megalite.training.plan import prepare
 from megalite.zero.optimizer_state import ZeroState
 
@@ -89,7 +90,7 @@ def accumulated_in_fp32(path: Path, overrides: tuple[str, ...], precision: str, 
     for sample in range(MICROBATCHES):
         batch = rules.microbatch(samples, range(sample, sample + 1))
         model.zero_grad()
-        loss = model(torch.from_numpy(batch.ids.copy()), torch.from_numpy(batch.targets.copy()))
+        loss = model({}, microbatch=to_device(batch, torch.device("cpu"))).losses["loss"]
         (loss * scale).backward()
         for placed in model.placed_parameters:
             assert placed.parameter.grad is not None
