@@ -24,6 +24,7 @@ from megalite.model import transformer
 from megalite.model.stage import Embedding, Head
 from megalite.pipeline import executor
 from megalite.tensor_parallel import layers
+from megalite.tensor_parallel.cross_entropy import VocabParallelLogits
 
 RESULT = Path(__file__).parent / "results" / "profile_step.md"
 FORWARD = {
@@ -34,6 +35,7 @@ FORWARD = {
     "norms": (torch.nn.RMSNorm, "forward"),
     "embedding": (Embedding, "forward"),
     "head and loss": (Head, "forward"),
+    "head and loss ": (VocabParallelLogits, "cross_entropy"),
     "MLP: gate times up": (transformer.SwiGLU, "forward"),
     "residual sums and the rest of a block": (transformer.Block, "forward"),
 }

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from machine import describe
 
 from megalite.config import LlamaConfig
+from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
 
@@ -114,7 +115,7 @@ def one_pass(stage: Stage) -> Pass:
     dist.barrier()
     wall, cpu = time.perf_counter(), time.process_time()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = stage(tokens[:, :-1], tokens[:, 1:])
+        loss = stage({}, microbatch=Microbatch(tokens[:, :-1], tokens[:, 1:])).losses["loss"]
     loss.backward()
     return Pass(time.perf_counter() - wall, time.process_time() - cpu, sum(kept.values()))
 

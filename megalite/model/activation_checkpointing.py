@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,46 +13,55 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config import Recompute
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.pipeline.stage_io import add_losses
 
-Layer = Callable[[Tensor], Tensor]
+T = TypeVar("T")
+Losses = dict[str, Tensor]
+Layer = Callable[[Tensor], Tensor | tuple[Tensor, Losses]]
+"""From hidden states to hidden states. With gradients enabled a layer may return named scalar losses beside them, such
+as that of a router: means over the tokens, the same on every rank of the tensor group."""
 
 
-def run_layers(layers: Mapping[int, Layer], x: Tensor, recompute: Recompute | None, group: TensorGroup) -> Tensor:
+def run_layers(
+    layers: Mapping[int, Layer], x: Tensor, recompute: Recompute | None, group: TensorGroup
+) -> tuple[Tensor, Losses]:
     """Run layers, by their numbers in the model, in order; with gradients enabled, checkpoint as `recompute` says.
 
-    `x` and the result are hidden states, the same on every rank of `group`, or with sequence parallelism its share of
-    the tokens.
+    `x` and the returned hidden states are the same on every rank of `group`, or with sequence parallelism its share of
+    the tokens. Also returns the losses of the layers, summed by name.
     """
     functions = list(layers.values())
     if recompute is None or recompute.mode != "full" or not torch.is_grad_enabled():
         return _run_in_order(functions, x)
-    numbers = list(layers)
+    numbers, losses = list(layers), {}
     for first in range(0, len(functions), recompute.segment):
         segment = functions[first : first + recompute.segment]
         if numbers[first] % recompute.every:
-            x = _run_in_order(segment, x)
+            x, added = _run_in_order(segment, x)
         else:
             with _saved_input_hooks(recompute, group):
-                x = checkpointed(_run_in_order, segment, x)
-    return x
+                x, added = checkpointed(_run_in_order, segment, x)
+        losses = add_losses(losses, added)
+    return x, losses
 
 
-def checkpointed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def checkpointed(function: Callable[..., T], *arguments: Any) -> T:
     """Call a function and save its tensor arguments alone; the backward recomputes all other tensors.
 
     The function must not draw from a random generator with a state, since no state is restored for the recomputation.
     """
     if not torch.is_grad_enabled():
         return function(*arguments)
-    result = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
-    assert isinstance(result, Tensor)
-    return result
+    return cast(T, checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False))
 
 
-def _run_in_order(layers: Sequence[Layer], x: Tensor) -> Tensor:
+def _run_in_order(layers: Sequence[Layer], x: Tensor) -> tuple[Tensor, Losses]:
+    losses: Losses = {}
     for layer in layers:
-        x = layer(x)
-    return x
+        result = layer(x)
+        x, added = result if isinstance(result, tuple) else (result, {})
+        losses = add_losses(losses, added)
+    return x, losses
 
 
 def _saved_input_hooks(recompute: Recompute, group: TensorGroup) -> AbstractContextManager[object]:

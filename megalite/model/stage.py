@@ -1,9 +1,9 @@
-"""A pipeline stage of the model: its blocks, the embedding on the first stage, norm, head and loss on the last.
+"""A pipeline stage of the model: its blocks, the embedding on the first stage, norm and head on the last.
 
 The whole model is a stage that is both first and last. There is no second class for training without a pipeline.
 """
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -13,21 +13,22 @@ from torch import Tensor, nn
 
 from megalite.config import GPT2Config, ModelConfig, Recompute, RotaryConfig
 from megalite.model.activation_checkpointing import run_layers
-from megalite.model.dropout import DropoutStreams
 from megalite.model.kv_cache import KVCache
-from megalite.model.packing import PackedDocuments
+from megalite.model.loss import LossFunction, cross_entropy
+from megalite.model.microbatch import Microbatch
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.parallel.regions import Region
-from megalite.parallel.sharding import ShardSpec, local_shards
 from megalite.parallel.tensor_group import TensorGroup
-from megalite.tensor_parallel.collectives import gather_from_group, local_tokens
-from megalite.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megalite.pipeline.stage_io import Edge, StageOutput, TensorSpec, add_losses
+from megalite.tensor_parallel.collectives import local_tokens
+from megalite.tensor_parallel.cross_entropy import VocabParallelLogits
 from megalite.tensor_parallel.init import initialise_parameter
-from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
+from megalite.tensor_parallel.layers import PlacedParameter, ShardedModule, VocabParallelEmbedding, placed_parameters
 from megalite.tensor_parallel.linear import linear
 from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral
 
 TOKEN_TABLE = "embedding.tokens.weight"
+HIDDEN = "hidden"
+"""The name of the activation between stages: the residual stream."""
 
 
 class Embedding(nn.Module):
@@ -56,10 +57,9 @@ class Embedding(nn.Module):
 
 
 class Head(ShardedModule):
-    """Projection to logits and cross-entropy: from ``[B, S, H]`` and targets ``[B, S]`` to the loss, fp32, in nats.
+    """Projection of hidden states ``[..., H]`` to the logits ``[..., V]`` of this rank's ids, in their precision.
 
-    The loss is the mean over the tokens, or with weights ``[B, S]`` the weighted sum. The vocabulary is divided over
-    the group as in the embedding, and each rank keeps its logits. `tied` is the embedding's table where this rank holds
+    The vocabulary is divided over the group as in the embedding. `tied` is the embedding's table where this rank holds
     both, which then share the parameter.
     """
 
@@ -71,18 +71,7 @@ class Head(ShardedModule):
         self.shard_specs = table.shard_specs
         self.weight = table.weight if tied is None else tied
 
-    def forward(self, x_BSH: Tensor, targets_BS: Tensor, weights_BS: Tensor | None = None) -> Tensor:
-        logits_BSV = self._local_logits(x_BSH)
-        losses_BS = vocab_parallel_cross_entropy(
-            logits_BSV, targets_BS, first_id=self.first_id, vocab_size=self.vocab_size, group=self.group
-        )
-        return losses_BS.mean() if weights_BS is None else (losses_BS * weights_BS).sum()
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Return the logits ``[..., V]`` of hidden states ``[..., H]``, fp32, all-gathered over the vocabulary."""
-        return gather_from_group(self._local_logits(x), self.group)[..., : self.vocab_size].float()
-
-    def _local_logits(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         kernels, weight_grad_deferral = self.group.kernels, self.weight_grad_deferral
         return linear(
             x, self.weight, kernels=kernels, input_group=self.group, weight_grad_deferral=weight_grad_deferral
@@ -92,9 +81,9 @@ class Head(ShardedModule):
 class Stage(nn.Module):
     """Stage `index` of `num_stages`: the blocks of `layers`, and the embedding (first stage) or the head (last stage).
 
-    ``forward(ids)`` on the first stage, ``forward(hidden)`` on the others, returns the hidden states ``[B, S, H]``. On
-    the last stage it also takes the targets and returns the mean loss, or with `loss_weights` ``[B, S]``, fp32, the
-    weighted sum of the losses. Every stage takes `packing` and `dropout`; without `dropout` nothing is dropped.
+    ``forward(inputs, microbatch=...)`` takes the activations of the previous stage, none on the first stage, and
+    returns the hidden states ``[B, S, H]`` as the activation `HIDDEN`; on the last stage it returns the losses that
+    `loss` computes from the logits instead. Every stage also returns the losses of its layers, if they have any.
     `recompute` says which activations the backward recomputes.
 
     Where one rank holds the first stage and the last, `table` is the `tied_table` of the first stage, which the last
@@ -117,12 +106,14 @@ class Stage(nn.Module):
         table: nn.Parameter | None = None,
         rows: int | None = None,
         recompute: Recompute | None = None,
+        loss: LossFunction = cross_entropy,
     ) -> None:
         super().__init__()
         if group.sequence_parallel and rows is None:
             raise ValueError("with sequence parallelism a stage needs `rows`, the number of rows of a microbatch")
         rows = rows if group.sequence_parallel else None
-        self.index, self.num_stages, self.group, self.recompute = index, num_stages, group, recompute
+        self.index, self.num_stages, self.group = index, num_stages, group
+        self.recompute, self.loss = recompute, loss
         first, last = index == 0, index == num_stages - 1
         self.embedding = Embedding(config, group) if first else None
         rotary = Rotary(config) if isinstance(config, RotaryConfig) else None
@@ -142,32 +133,38 @@ class Stage(nn.Module):
         self._std = config.initializer_range
         # The sum of 2 * layers residual branches then has the variance of one branch (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
-        # Collected here, while parameters have their shapes: ZeRO-3 partitions them later.
-        self._shards = tuple(entry for entry in parameter_shards(self) if entry[1] is not table)
+        # Placed here, while parameters have their shapes: ZeRO-3 partitions them later.
+        self.placed_parameters = tuple(
+            self._under_shared_name(placed) for placed in placed_parameters(self) if placed.parameter is not table
+        )
+        """The parameters of this stage, with their shards under global names."""
 
-    def forward(
-        self,
-        x: Tensor,
-        targets: Tensor | None = None,
-        *,
-        packing: PackedDocuments | None = None,
-        loss_weights: Tensor | None = None,
-        dropout: DropoutStreams | None = None,
-    ) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor], *, microbatch: Microbatch) -> StageOutput:
+        packing, dropout = microbatch.packing, microbatch.dropout
         if dropout is not None and self.group.sequence_parallel:
             dropout = replace(dropout, token_share=(self.group.rank, self.group.size))
         if self.embedding is not None:
-            x = self.embedding(x, packing.positions_BS if packing else None)
+            assert microbatch.ids is not None
+            x = self.embedding(microbatch.ids, packing.positions_BS if packing else None)
             x = dropout.hidden(x, "embedding") if dropout else x
+        else:
+            x = inputs[HIDDEN]
         layers = {
             int(number): partial(block, packing=packing, dropout=dropout and dropout.for_layer(f"layers.{number}"))
             for number, block in self.layers.items()
         }
-        x = run_layers(layers, x, self.recompute, self.group)
-        if self.head is None or self.final_norm is None:
-            return x
-        assert targets is not None
-        return self.head(self.final_norm(x), targets, loss_weights)
+        x, losses = run_layers(layers, x, self.recompute, self.group)
+        losses = {name: loss.float() / microbatch.num_microbatches for name, loss in losses.items()}
+        if self.head is None:
+            return StageOutput({HIDDEN: x}, losses)
+        return StageOutput({}, add_losses(losses, self.loss(self.logits(x), microbatch)))
+
+    def logits(self, x: Tensor) -> VocabParallelLogits:
+        """Return the logits of the last layer's hidden states ``[..., H]``. Only for the last stage."""
+        assert self.head is not None
+        assert self.final_norm is not None
+        local = self.head(self.final_norm(x))
+        return VocabParallelLogits(local, self.head.first_id, self.head.vocab_size, self.group)
 
     def next_logits(self, ids_BS: Tensor, cache: KVCache) -> Tensor:
         """Append tokens ``[B, S]`` to the KV cache; return the logits ``[B, V]`` of each row's next token, fp32.
@@ -175,26 +172,26 @@ class Stage(nn.Module):
         Only for the stage that is the whole model.
         """
         assert self.embedding is not None
-        assert self.head is not None
-        assert self.final_norm is not None
         assert not self.group.sequence_parallel
         x_BSH = self.embedding(ids_BS, cache.positions_BS)
         for block, layer in zip(self.layers.values(), cache.layers, strict=True):
             x_BSH = block(x_BSH, cache=layer)
         last_BH = cache.last_tokens(x_BSH)
         cache.advance()
-        return self.head.logits(self.final_norm(last_BH))
+        return self.logits(last_BH).gather()
 
     @property
     def activation_dtype(self) -> torch.dtype:
         """Dtype of the parameters, and of the activations that the stage returns."""
         return next(self.parameters()).dtype
 
-    def activation_shape(self, rows: int, sequence_length: int) -> tuple[int, int, int]:
-        """Return the shape of the activation, and of its gradient, between stages for a microbatch ``[B, S]``."""
+    def edge(self, rows: int, sequence_length: int) -> Edge:
+        """Return the activations that this stage sends for a microbatch ``[B, S]``; none on the last stage."""
+        if self.head is not None:
+            return {}
         if self.group.sequence_parallel:
-            return 1, rows * sequence_length // self.group.size, self._hidden_size
-        return rows, sequence_length, self._hidden_size
+            rows, sequence_length = 1, rows * sequence_length // self.group.size
+        return {HIDDEN: TensorSpec((rows, sequence_length, self._hidden_size), self.activation_dtype)}
 
     def sequence_parallel_parameters(self) -> list[nn.Parameter]:
         """Replicated parameters whose gradient comes from this rank's tokens alone, because of sequence parallelism.
@@ -220,35 +217,30 @@ class Stage(nn.Module):
             return None
         return self.head.weight if self.head is not None else self.tied_table
 
-    def named_shards(self) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
-        """Yield (local name, parameter, shards with global names); a tied head has the token table's global name."""
-        for local, parameter, shards in self._shards:
-            if self.tied and local == "head.weight":
-                shards = (ShardSpec(TOKEN_TABLE, shards[0].global_shape, 0, shards[0].padded_size),)
-            yield local, parameter, shards
+    def _under_shared_name(self, placed: PlacedParameter) -> PlacedParameter:
+        """Return a parameter under its global name, which for a tied head is that of the embedding's table."""
+        if not self.tied or placed.name != "head.weight":
+            return placed
+        (shard,) = placed.shards
+        return replace(placed, shards=(replace(shard, spec=replace(shard.spec, name=TOKEN_TABLE)),))
 
     def initialise(self, seed: int) -> None:
         """Initialise every parameter from the seed and its global name: the same weights under every layout."""
-        for _, parameter, shards in self.named_shards():
-            residual = shards[0].name.endswith(("attention.output.weight", "mlp.down.weight"))
+        for placed in self.placed_parameters:
+            residual = placed.shards[0].spec.name.endswith(("attention.output.weight", "mlp.down.weight"))
             std = self._residual_std if residual else self._std
-            local = local_shards(shards, self.group.rank, self.group.size)
-            initialise_parameter(parameter, local, seed=seed, std=std)
+            initialise_parameter(placed.parameter, placed.shards, seed=seed, std=std)
 
     def freeze(self, names: Set[str]) -> None:
         """Make the parameters of these global names not require gradients."""
-        for _, parameter, shards in self.named_shards():
-            if shards[0].name in names:
-                parameter.requires_grad_(False)
+        for placed in self.placed_parameters:
+            if placed.shards[0].spec.name in names:
+                placed.parameter.requires_grad_(False)
 
     def num_parameters(self, without: Set[str] = frozenset()) -> int:
         """Return the number of parameters that this rank holds, without padding and without the global names given."""
-        return sum(
-            Region.of(shard.source).numel
-            for _, _, shards in self.named_shards()
-            for shard in local_shards(shards, self.group.rank, self.group.size)
-            if shard.spec.name not in without
-        )
+        shards = (shard for placed in self.placed_parameters for shard in placed.shards)
+        return sum(shard.source.numel for shard in shards if shard.spec.name not in without)
 
 
 def _vocab_size(config: ModelConfig) -> int:

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,6 +39,14 @@ class StepMetrics:
     mfu: float
     memory_bytes: int
     data_wait: float
+    other_losses: Mapping[str, float] = field(default_factory=dict)
+    """The losses that a model adds to `loss`, by name; each has its own key, ``losses.NAME``."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the values by the keys of the line."""
+        values = asdict(self)
+        other_losses = values.pop("other_losses")
+        return values | {f"losses.{name}": loss for name, loss in other_losses.items()}
 
 
 WIDTH = 100
@@ -46,7 +54,7 @@ WIDTH = 100
 _WARM_UP = 2
 """The first steps, which means of time leave out."""
 _FIX = "free disk space, and start the run again; `megalite status` shows from where it continues"
-_ON_THE_BOARD = tuple(field.name for field in fields(StepMetrics) if field.name not in ("step", "tokens", "skipped"))
+_NOT_ON_THE_BOARD = ("step", "tokens", "skipped")
 
 
 class MetricsLog:
@@ -89,10 +97,10 @@ class MetricsLog:
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one training step."""
-        self._write(asdict(metrics))
-        for name in _ON_THE_BOARD:
-            value = getattr(metrics, name)
-            if value is not None:
+        record = metrics.as_json()
+        self._write(record)
+        for name, value in record.items():
+            if name not in _NOT_ON_THE_BOARD and value is not None:
                 self._add_scalar(f"train/{name}", value, metrics.step)
         self._steps += 1
         if self._steps > _WARM_UP:

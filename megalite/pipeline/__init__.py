@@ -7,5 +7,5 @@
     holds what)   zb_h1, zb_v, forward_only)
 
 `instructions`, `schedules`, `partition` and `timeline/` are pure, as is `megalite.parallel.placement`: they use no
-torch, no processes and no clock. Only `p2p`, `executor` and `compute_timer` use tensors or devices.
+torch, no processes and no clock. Only `stage_io`, `p2p`, `executor` and `compute_timer` use tensors or devices.
 """

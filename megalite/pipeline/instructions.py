@@ -87,9 +87,9 @@ class Receive(Instruction):
 class Forward(Compute):
     """Run the stage's layers on one microbatch. Roughly::
 
-    x = tokens[microbatch] if stage == 0 else wait(ReceiveActivation(stage, microbatch))
-    y = layers(x)                              # the last stage: the loss, divided by the number of microbatches
-    keep x and y until Backward or BackwardInput(stage, microbatch)
+    x = {} if stage == 0 else wait(ReceiveActivation(stage, microbatch))
+    y, losses = stage(x, microbatch)           # named activations; named losses, which any stage may have
+    keep x, y and losses until Backward or BackwardInput(stage, microbatch)
     """
 
     code: ClassVar[str] = "F"
@@ -120,9 +120,9 @@ class _GivesInputGradient(Compute):
 class Backward(_GivesInputGradient):
     """Compute the gradients of the stage's weights and of its input. Roughly::
 
-    dy = 1 if stage is the last else wait(ReceiveGradient(stage, microbatch))
-    y.backward(dy)                             # weight gradients add up over the microbatches
-    keep x.grad for SendGradient(stage, microbatch); drop x and y
+    dy = {} if stage is the last else wait(ReceiveGradient(stage, microbatch))
+    backward of losses and of y with dy        # weight gradients add up over the microbatches
+    keep x.grad for SendGradient(stage, microbatch); drop x, y and losses
     """
 
     code: ClassVar[str] = "B"
@@ -132,9 +132,9 @@ class Backward(_GivesInputGradient):
 class BackwardInput(_GivesInputGradient):
     """Compute the gradient of the stage's input alone, which the previous stage waits for (arXiv:2401.10241). Roughly::
 
-    dy = 1 if stage is the last else wait(ReceiveGradient(stage, microbatch))
-    y.backward(dy), with the product of each weight's gradient deferred to BackwardWeight
-    keep x.grad for SendGradient(stage, microbatch); drop x and y
+    dy = {} if stage is the last else wait(ReceiveGradient(stage, microbatch))
+    backward of losses and of y with dy, with the product of each weight's gradient deferred to BackwardWeight
+    keep x.grad for SendGradient(stage, microbatch); drop x, y and losses
     """
 
     code: ClassVar[str] = "I"

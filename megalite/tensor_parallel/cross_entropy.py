@@ -4,6 +4,7 @@ The ranks exchange only three numbers per token: the maximum, the sum of exponen
 (Megatron-LM, arXiv:1909.08053, section 3). Legend: N tokens, V local columns.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.tensor_parallel.collectives import gather_from_group
 
 # On a CPU the fp32 copy of a chunk of rows fits into a core's cache; an accelerator is faster with larger chunks.
 CPU_CHUNK_ELEMENTS = 1 << 18
@@ -92,3 +94,26 @@ def vocab_parallel_cross_entropy(
         logits.flatten(0, -2), targets.flatten(), first_id, columns, group
     )
     return losses.view(targets.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class VocabParallelLogits:
+    """Logits with the vocabulary divided over a tensor group: `local` ``[..., V]`` has the ids from `first_id` on.
+
+    `local` may be in any floating precision. Columns of ids from `vocab_size` on are padding.
+    """
+
+    local: Tensor
+    first_id: int
+    vocab_size: int
+    group: TensorGroup
+
+    def cross_entropy(self, targets: Tensor) -> Tensor:
+        """Return the cross-entropy ``[...]`` of each target in nats, fp32; it *overwrites* the logits."""
+        return vocab_parallel_cross_entropy(
+            self.local, targets, first_id=self.first_id, vocab_size=self.vocab_size, group=self.group
+        )
+
+    def gather(self) -> Tensor:
+        """All-gather the logits over the vocabulary: return ``[..., vocab_size]``, fp32."""
+        return gather_from_group(self.local, self.group)[..., : self.vocab_size].float()

@@ -55,5 +55,5 @@ def first_trained_stage(stages: Mapping[int, Stage], mesh: Mesh) -> int:
     """Return the index of the first stage of the pipeline with a parameter that is not frozen. Collective."""
     trained = [index for index, stage in stages.items() if any(p.requires_grad for p in stage.parameters())]
     first = torch.tensor(min(trained, default=mesh.placement.num_stages), device=mesh.device)
-    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=mesh.pipeline)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=mesh.pipeline.process_group)
     return int(first)

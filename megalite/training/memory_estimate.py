@@ -34,17 +34,17 @@ class RankBytes:
 
 
 def rank_bytes(config: RunConfig, parameters: int, trained: int | None = None) -> RankBytes:
-    """Return the estimate for a rank with `parameters` parameters, before ZeRO partitions them over the replicas.
+    """Return the estimate for a rank with `parameters` parameters, before ZeRO partitions them.
 
     `trained` of them are not frozen; None means all.
     """
     trained = parameters if trained is None else trained
-    stage, replicas = config.zero_stage, config.layout.data
+    stage, ranks = config.zero_stage, config.layout.group_size("shard")
     weight = _FP32 if config.precision == "fp32" else 2
     accumulated = config.deepspeed.gradient_precision if config.precision != "fp32" else "fp32"
     gradient = _FP32 if accumulated == "fp32" else 2
-    weights = weight * (-(-parameters // replicas) if stage == 3 else parameters)
-    share = -(-trained // replicas)
+    weights = weight * (-(-parameters // ranks) if stage == 3 else parameters)
+    share = -(-trained // ranks)
     zero = config.deepspeed.document.get("zero_optimization", {})
     bucket = zero.get("reduce_bucket_size", min(_BUCKET, trained)) if stage else min(_BUCKET, trained)
     buffers = 2 if stage in (1, 2) and zero.get("overlap_comm") and zero.get("contiguous_gradients", True) else 1

@@ -17,7 +17,7 @@ from megalite.parallel.mesh import Mesh
 
 
 class MicrobatchLoader:
-    """Loads this data-parallel rank's microbatches of each global batch of a set of samples."""
+    """Loads this rank's microbatches of each global batch of a set of samples."""
 
     def __init__(self, samples: Samples, rules: SampleRules, config: RunConfig, mesh: Mesh, *, trains: bool) -> None:
         """Read `samples` and collate them by `rules`; microbatches have dropout if `trains`."""
@@ -26,8 +26,8 @@ class MicrobatchLoader:
             samples,
             rules,
             micro_batch_size=config.train.micro_batch_size,
-            data_rank=mesh.coordinate.data,
-            data_size=mesh.layout.data,
+            data_rank=mesh.batch.rank,
+            data_size=mesh.batch.size,
         )
 
     def read(self, samples: range) -> list[SampleMicrobatch]:
@@ -41,36 +41,63 @@ class MicrobatchLoader:
     def num_loss_tokens(self, batch: Sequence[SampleMicrobatch]) -> float | None:
         """Return the number of tokens of the global batch that the loss includes; None without a loss mask.
 
-        Collective over the data axis.
+        Collective over the loss group.
         """
         if batch[0].counts is None:
             return None
         mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
         total = torch.tensor(mine, dtype=torch.float64, device=self._mesh.device)
-        dist.all_reduce(total, group=self._mesh.data)
+        dist.all_reduce(total, group=self._mesh.loss.process_group)
         return float(total)
 
     def microbatches(self, batch: Sequence[SampleMicrobatch], num_loss_tokens: float | None) -> list[Microbatch]:
         """Copy a batch to the device, each tensor on the stages that need it; `num_loss_tokens` of the global batch."""
-        return [self._microbatch(microbatch, num_loss_tokens) for microbatch in batch]
-
-    def _microbatch(self, read: SampleMicrobatch, num_loss_tokens: float | None) -> Microbatch:
-        packing = weights = None
-        if read.document_lengths is not None or read.positions is not None:
-            positions = None if read.positions is None else self._to_device(read.positions)
-            packing = PackedDocuments(read.document_lengths, positions)
-        if read.counts is not None and num_loss_tokens is not None and self._mesh.has_last_stage:
-            # Gradients are averaged over the data axis, but the loss is a mean over all tokens of its mask.
-            weight = self._mesh.layout.data / max(num_loss_tokens, 1.0)
-            weights = self._to_device(read.counts).to(torch.float32) * weight
+        # Losses and gradients are averaged over ranks, but the loss is a mean over all tokens of its mask.
+        weight = None if num_loss_tokens is None else self._mesh.loss.size / max(num_loss_tokens, 1.0)
         model, seed = self._config.model, self._config.run.seed
-        return Microbatch(
-            ids=self._to_device(read.ids) if self._mesh.has_first_stage else None,
-            targets=self._to_device(read.targets) if self._mesh.has_last_stage else None,
-            packing=packing,
-            loss_weights=weights,
-            dropout=DropoutStreams.of(model, seed, read.samples) if self._trains else None,
-        )
+        return [
+            to_device(
+                read,
+                self._mesh.device,
+                num_microbatches=len(batch),
+                token_weight=weight,
+                dropout=DropoutStreams.of(model, seed, read.samples) if self._trains else None,
+                first_stage=self._mesh.has_first_stage,
+                last_stage=self._mesh.has_last_stage,
+            )
+            for read in batch
+        ]
 
-    def _to_device(self, tokens: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(tokens)).to(self._mesh.device, non_blocking=True)
+
+def to_device(
+    read: SampleMicrobatch,
+    device: torch.device,
+    *,
+    num_microbatches: int = 1,
+    token_weight: float | None = None,
+    dropout: DropoutStreams | None = None,
+    first_stage: bool = True,
+    last_stage: bool = True,
+) -> Microbatch:
+    """Copy one of a step's `num_microbatches` to the device, without the tensors of stages that this rank lacks.
+
+    `token_weight` is the weight in the loss of each token of the loss mask, where there is a mask.
+    """
+
+    def copy(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+    packing = weights = None
+    if read.document_lengths is not None or read.positions is not None:
+        positions = None if read.positions is None else copy(read.positions)
+        packing = PackedDocuments(read.document_lengths, positions)
+    if read.counts is not None and token_weight is not None and last_stage:
+        weights = copy(read.counts).to(torch.float32) * token_weight
+    return Microbatch(
+        ids=copy(read.ids) if first_stage else None,
+        targets=copy(read.targets) if last_stage else None,
+        packing=packing,
+        loss_weights=weights,
+        dropout=dropout,
+        num_microbatches=num_microbatches,
+    )

@@ -4,13 +4,12 @@ Every launcher calls `prepare` first, and ``megalite train --dry-run`` does noth
 needs no accelerator, so that configuration errors are reported within a second.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes.util import find_library
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
-from itertools import product
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +47,7 @@ from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
 from megalite.monitoring.run_folder import require_run_folder
 from megalite.optim.parameter_groups import ParameterSettings, parameter_settings, rule_faults, unequal_parts
-from megalite.parallel.layout import MeshCoordinate, ParallelLayout, format_ranges
+from megalite.parallel.layout import ParallelLayout, format_ranges
 from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
 from megalite.pipeline.schedules import SCHEDULES, all_streams
@@ -363,7 +362,7 @@ class Plan:
             sizes = held.weights, held.gradients, held.reduction, held.optimizer, held.total
             shown = [f"{number / size:,.2f}" for number in sizes]
             table.add_row(format_ranges(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
-        total = sum(self.parameters_of_rank(*coordinate) for coordinate in self._model_coordinates()) * self.layout.data
+        total = sum(map(self.parameters_of_rank, self._one_copy)) * self.layout.group_size("gradient")
         shapes = self.requirements.shapes
         frozen = sum(prod(shapes[name]) for name in self.frozen)
         notes = [
@@ -378,23 +377,23 @@ class Plan:
         table.caption_justify = "left"
         return table
 
-    def _model_coordinates(self) -> Iterator[tuple[int, int]]:
-        return product(range(self.layout.pipeline), range(self.layout.tensor))
+    @property
+    def _one_copy(self) -> tuple[int, ...]:
+        """The ranks that together hold one copy of the model."""
+        return self.layout.groups_by("model")[0]
 
     def _rows(self) -> list["_Row"]:
         """Group ranks with the same layers and number of parameters into rows of the rank map."""
         rows: list[_Row] = []
-        for pipeline, tensor in self._model_coordinates():
-            ranks = tuple(
-                self.layout.rank(MeshCoordinate(pipeline=pipeline, data=data, tensor=tensor))
-                for data in range(self.layout.data)
-            )
-            stages = [(stage, self.stage_layers[stage]) for stage in self.placement.stages_of(pipeline)]
+        copies = {ranks[0]: ranks for ranks in self.layout.groups_by("gradient")}
+        for first in self._one_copy:
+            ranks = copies[first]
+            stages = [(stage, self.stage_layers[stage]) for stage in self._stages_of(first)]
             numbers = ", ".join(str(stage) for stage, _ in stages)
             layers = f"{numbers}: {', '.join(f'{layers.start}-{layers.stop - 1}' for _, layers in stages)}"
-            if self.layout.pipeline > _LISTED:
+            if self.layout.size("pipeline") > _LISTED:
                 layers = f"{' + '.join(str(len(layers)) for _, layers in stages)} layers"
-            counts = [self.parameters_of_rank(pipeline, tensor, trained=trained) for trained in (False, True)]
+            counts = [self.parameters_of_rank(first, trained=trained) for trained in (False, True)]
             row = _Row(ranks, layers, *counts)
             alike = [at for at, other in enumerate(rows) if replace(other, ranks=ranks) == row]
             if alike:
@@ -403,9 +402,13 @@ class Plan:
                 rows.append(row)
         return rows
 
-    def parameters_of_rank(self, pipeline: int, tensor: int, *, trained: bool = False) -> int:
+    def parameters_of_rank(self, rank: int, *, trained: bool = False) -> int:
         """Return the number of parameters of all stages of a rank, as `parameters` counts them."""
-        return sum(self.parameters(stage, tensor, trained=trained) for stage in self.placement.stages_of(pipeline))
+        tensor = self.layout.index(rank, "tensor")
+        return sum(self.parameters(stage, tensor, trained=trained) for stage in self._stages_of(rank))
+
+    def _stages_of(self, rank: int) -> tuple[int, ...]:
+        return self.placement.stages_of(self.layout.index(rank, "pipeline"))
 
     def parameters(self, stage: int, tensor: int, *, trained: bool = False) -> int:
         """Return the number of parameters that one rank holds of a stage, before ZeRO partitions them.
@@ -417,13 +420,15 @@ class Plan:
         kind = (layers if self.frozen else len(layers), stage == 0, stage == last, tensor, trained)
         if kind not in self._counted:
             shares = stage == last > 0 and self.placement.rank_of(0) == self.placement.rank_of(stage)
-            built = _meta_stage(self.config.model, layers, stage, last + 1, (tensor, self.layout.tensor), shares)
+            built = _meta_stage(
+                self.config.model, layers, stage, last + 1, (tensor, self.layout.size("tensor")), shares
+            )
             self._counted[kind] = built.num_parameters(without=self.frozen if trained else frozenset())
         return self._counted[kind]
 
     def _pipeline(self) -> str:
         schedule, microbatches = self.config.parallel.schedule, self.config.gradient_accumulation_steps
-        if self.layout.pipeline == 1:
+        if self.layout.size("pipeline") == 1:
             return "no pipeline: every rank runs all layers"
         timeline = simulate(all_streams(SCHEDULES[schedule], self.placement, microbatches))
         stages = f"{self.placement.num_stages} stages"
@@ -471,8 +476,8 @@ def _check_parameter_groups(plan: Plan) -> None:
         for number, text in rule_faults(plan.requirements.shapes, groups)
     ]
     report([origin.line(fault) for fault in faults])
-    whole = _meta_stage(model, range(model.num_hidden_layers), 0, 1, (0, plan.layout.tensor))
-    parts = [tuple(shard.name for shard in shards) for _, _, shards in whole.named_shards()]
+    whole = _meta_stage(model, range(model.num_hidden_layers), 0, 1, (0, plan.layout.size("tensor")))
+    parts = [tuple(shard.spec.name for shard in placed.shards) for placed in whole.placed_parameters]
     if unequal := unequal_parts(parts, plan.parameter_settings):
         text = f": {unequal[0]} and {unequal[1]} are parts of one matrix in training, and have different settings; "
         report([origin.line(Fault(key, f"{text}match both of them, or none"))])

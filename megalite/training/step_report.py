@@ -1,6 +1,7 @@
 """The report of a finished training step."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from megalite.optim.outcome import StepOutcome
 from megalite.training.loss_spikes import Spike
@@ -24,3 +25,5 @@ class StepReport:
     """The part of `seconds` in which this rank waited for its batch."""
     spike: Spike | None = None
     """The loss spike, if the step has one."""
+    other_losses: Mapping[str, float] = field(default_factory=dict)
+    """The further losses of the objective by name, such as a router's."""

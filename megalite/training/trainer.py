@@ -6,7 +6,6 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.weights import WeightSource
@@ -19,6 +18,7 @@ from megalite.data.prefetch import ReadAhead
 from megalite.errors import UserError
 from megalite.kernels.choice import Kernels
 from megalite.model.kernel_choice import choose_kernels
+from megalite.model.loss import LOSS
 from megalite.model.precision import DTYPES
 from megalite.monitoring.heartbeat import Progress
 from megalite.monitoring.run_state import RunStateWriter
@@ -28,11 +28,13 @@ from megalite.parallel.mesh import Mesh
 from megalite.pipeline.executor import PipelineExecutor, StepResult
 from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedules import SCHEDULES, forward_only
+from megalite.pipeline.stage_io import exchange_edges
 from megalite.pipeline.timeline.spans import Span
 from megalite.training.build import build_engine, build_stages, first_trained_stage
 from megalite.training.checkpointing import Checkpointer
 from megalite.training.loss_spikes import LossSpikeDetector
 from megalite.training.microbatches import MicrobatchLoader
+from megalite.training.named_losses import NamedLosses
 from megalite.training.nonfinite import NonFiniteGuard
 from megalite.training.plan import Plan
 from megalite.training.resume import find_start
@@ -87,19 +89,18 @@ class Trainer:
         )
         self.engine.on_update_progress(self.progress.touch)
         train = self.config.train
+        size = train.micro_batch_size, self.config.data.sequence_length
         self.executor = PipelineExecutor(
             self.engine,
             mesh.links,
             placement=plan.placement,
-            rank=mesh.coordinate.pipeline,
-            activation_shape=next(iter(self.engine.stages.values())).activation_shape(
-                train.micro_batch_size, self.config.data.sequence_length
-            ),
-            dtype=self.engine.dtype,
+            rank=mesh.pipeline.rank,
+            edges=exchange_edges({index: stage.edge(*size) for index, stage in self.engine.stages.items()}, mesh),
             device=mesh.device,
             first_trained=first_trained_stage(self.engine.stages, mesh),
             on_progress=self.progress.touch,
         )
+        self.train_losses, self.valid_losses = NamedLosses(mesh), NamedLosses(mesh)
         self.datasets = datasets
         self.schedule = self.start.batches(train)
         rules = SampleRules.of(self.config, datasets.fim)
@@ -262,7 +263,8 @@ class Trainer:
                 if record:
                     dist.barrier()  # a common start time of the timeline on all ranks
                 result = self.executor.run(self._train_stream(len(batch)), microbatches, record=record)
-            loss = self._reduce_loss_and_stop_flags(result)
+            losses = self._reduce_losses_and_stop_flags(result, self.train_losses)
+            loss = losses.pop(LOSS)
             spike = self.spike_detector.update(loss)
             if drops := spike is not None and spike.drops_update:
                 self.engine.poison_gradients()
@@ -277,6 +279,7 @@ class Trainer:
         report = StepReport(
             step=step,
             loss=loss,
+            other_losses=losses,
             outcome=outcome,
             learning_rate=rate,
             samples=len(self.schedule.samples(step)),
@@ -306,7 +309,8 @@ class Trainer:
             batch = loader.read_padded(samples)
             num_loss_tokens = loader.num_loss_tokens(batch)
             microbatches = loader.microbatches(batch, num_loss_tokens)
-            loss = self._reduce_loss_and_stop_flags(self.executor.run(self._eval_stream(len(batch)), microbatches))
+            result = self.executor.run(self._eval_stream(len(batch)), microbatches)
+            loss = self._reduce_losses_and_stop_flags(result, self.valid_losses)[LOSS]
             weight = float(
                 len(samples) * self.config.data.sequence_length if num_loss_tokens is None else num_loss_tokens
             )
@@ -328,29 +332,21 @@ class Trainer:
 
     def _train_stream(self, microbatches: int) -> tuple[Instruction, ...]:
         schedule = SCHEDULES[self.config.parallel.schedule]
-        return schedule(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
+        return schedule(self.mesh.pipeline.rank, self.plan.placement, microbatches)
 
     def _eval_stream(self, microbatches: int) -> tuple[Instruction, ...]:
-        return forward_only(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
+        return forward_only(self.mesh.pipeline.rank, self.plan.placement, microbatches)
 
     def _learning_rate(self, step: int) -> float | None:
         if self.config.deepspeed.scheduler is not None:
             return None
         return learning_rate(step, self.config.train.steps, self.config.schedule, self.config.optimizer.lr)
 
-    def _reduce_loss_and_stop_flags(self, result: StepResult) -> float:
-        """All-reduce the mean loss over the data axis, together with the stop flags of all ranks.
-
-        One tensor rank of the last stage contributes the loss of its data coordinate. Every rank gets the loss, and all
-        ranks agree on whether to stop (`StopRequests.synchronize`).
-        """
-        total = torch.tensor([0.0, *self.stop.local_flags()], dtype=torch.float64, device=self.mesh.device)
-        if result.loss is not None and self.mesh.coordinate.tensor == 0:
-            total[0] = result.loss
-        dist.all_reduce(total)
-        loss, *local_flags = total.tolist()
+    def _reduce_losses_and_stop_flags(self, result: StepResult, losses: NamedLosses) -> dict[str, float]:
+        """Return the losses of all stages, the same on every rank; all ranks agree on whether to stop."""
+        means, local_flags = losses.reduce(result.losses, self.stop.local_flags())
         self.stop.synchronize(local_flags)
-        return loss / self.plan.layout.data
+        return means
 
 
 def _choose_kernels_on_rank_zero(config: RunConfig, mesh: Mesh, saved: Kernels | None) -> Kernels:

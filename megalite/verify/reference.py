@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +12,11 @@ from megalite.data.datasets import Datasets
 from megalite.kernels.choice import Kernels
 from megalite.model.dropout import DropoutStreams
 from megalite.model.load import load_stage
-from megalite.model.packing import PackedDocuments
+from megalite.model.loss import LOSS
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import local_shards
+from megalite.parallel.regions import Region
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.training.microbatches import to_device
 from megalite.training.plan import Plan
 
 
@@ -35,14 +35,17 @@ class Reference:
         counted = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
         self.loss = 0.0
         for microbatch in batch:
-            loss = self._loss(model, microbatch, len(batch), counted)
-            loss.backward()
-            self.loss += float(loss.detach().double())
+            losses = self._losses(model, microbatch, len(batch), counted)
+            sum(losses.values(), torch.zeros((), device=device)).backward()
+            self.loss += float(losses[LOSS].detach().double())
         # In fp64: a sum over millions of elements in fp32 on a CPU is off by 1e-4.
         self.squares = {name: float(self.gradient(name).double().square().sum()) for name in self._parameters}
         """Square of each parameter's gradient norm, by global name."""
         self.replicated = frozenset(
-            shard.name for _, _, shards in model.named_shards() for shard in shards if shard.dim is None
+            shard.spec.name
+            for placed in model.placed_parameters
+            for shard in placed.shards
+            if "tensor" not in shard.spec.sharding
         )
         """Names of the tensors that every tensor rank holds whole."""
         self.norm = sum(self.squares.values()) ** 0.5
@@ -50,12 +53,13 @@ class Reference:
     def weight(self, name: str) -> Tensor:
         """Return a global tensor before the step."""
         parameter, region = self._parameters[name]
-        return parameter.detach()[region]
+        return parameter.detach()[region.slices]
 
     def gradient(self, name: str) -> Tensor:
         """Return the gradient of a global tensor, before clipping."""
         parameter, region = self._parameters[name]
-        return torch.zeros_like(parameter[region]) if parameter.grad is None else parameter.grad[region]
+        held = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return held[region.slices]
 
     def _microbatches(self, datasets: Datasets) -> Iterator[SampleMicrobatch]:
         config = self._plan.config
@@ -64,21 +68,16 @@ class Reference:
         for start in range(samples.start, samples.stop, size):
             yield rules.microbatch(datasets.train, range(start, start + size))
 
-    def _loss(self, model: Stage, batch: SampleMicrobatch, microbatches: int, counted: int) -> Tensor:
-        positions = None if batch.positions is None else self._tensor(batch.positions)
-        packing = None
-        if batch.document_lengths is not None or positions is not None:
-            packing = PackedDocuments(batch.document_lengths, positions)
-        ids, targets = self._tensor(batch.ids), self._tensor(batch.targets)
+    def _losses(self, model: Stage, batch: SampleMicrobatch, microbatches: int, counted: int) -> dict[str, Tensor]:
         config = self._plan.config
-        dropout = DropoutStreams.of(config.model, config.run.seed, batch.samples)
-        if batch.counts is None:
-            return model(ids, targets, packing=packing, dropout=dropout) / microbatches
-        weights = self._tensor(batch.counts).float() / max(counted, 1)
-        return model(ids, targets, packing=packing, loss_weights=weights, dropout=dropout)
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.copy()).to(self._device)
+        microbatch = to_device(
+            batch,
+            self._device,
+            num_microbatches=microbatches,
+            token_weight=1 / max(counted, 1),
+            dropout=DropoutStreams.of(config.model, config.run.seed, batch.samples),
+        )
+        return model({}, microbatch=microbatch).losses
 
 
 def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
@@ -92,8 +91,8 @@ def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
     return model
 
 
-def _global_tensors(model: Stage) -> Iterator[tuple[str, tuple[nn.Parameter, tuple[slice, ...]]]]:
-    """Yield each global tensor's name, the parameter that holds it, and its slices there, without padding."""
-    for _, parameter, shards in model.named_shards():
-        for placed in local_shards(shards, 0, 1):
-            yield placed.spec.name, (parameter, placed.target)
+def _global_tensors(model: Stage) -> Iterator[tuple[str, tuple[nn.Parameter, Region]]]:
+    """Yield each global tensor's name, the parameter that holds it, and its region there, without padding."""
+    for placed in model.placed_parameters:
+        for shard in placed.shards:
+            yield shard.spec.name, (placed.parameter, shard.target)

@@ -17,14 +17,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megalite.config import RunConfig
-from megalite.model.dropout import DropoutStreams
-from megalite.model.packing import PackedDocuments
+from megalite.model.microbatch import Microbatch
 from megalite.model.precision import DTYPES
 from megalite.model.stage import TOKEN_TABLE, Stage
 from megalite.optim.outcome import StepOutcome
 from megalite.optim.parameter_groups import ParameterSettings, optimizer_groups
 from megalite.optim.torch_adamw import skip_dynamo_import
 from megalite.parallel.mesh import Mesh
+from megalite.pipeline.stage_io import StageOutput
 from megalite.tensor_parallel.weight_grad_store import WeightGradStore
 from megalite.zero.deepspeed_patches import patch_deepspeed, set_deepspeed_log_level
 from megalite.zero.grad_norm import is_counted_in_norm, is_tied, mark_counted, mark_counted_in_norm
@@ -44,17 +44,8 @@ class _Stages(nn.Module):
         self.stages = nn.ModuleDict({str(index): stage for index, stage in stages.items()})
         self.placeholders = nn.ParameterList(placeholders)
 
-    def forward(
-        self,
-        index: int,
-        inputs: Tensor,
-        targets: Tensor | None,
-        packing: PackedDocuments | None,
-        loss_weights: Tensor | None,
-        dropout: DropoutStreams | None,
-    ) -> Tensor:
-        stage = self.stages[str(index)]
-        return stage(inputs, targets, packing=packing, loss_weights=loss_weights, dropout=dropout)
+    def forward(self, index: int, inputs: dict[str, Tensor], *, microbatch: Microbatch) -> StageOutput:
+        return self.stages[str(index)](inputs, microbatch=microbatch)
 
 
 class ZeroEngine:
@@ -117,13 +108,13 @@ class ZeroEngine:
         """
 
         def placeholder() -> nn.Parameter:
-            # Elements for every data-parallel rank, since ZeRO partitions them.
-            parameter = nn.Parameter(torch.zeros(2 * self.mesh.layout.data, device=self.mesh.device))
+            parameter = nn.Parameter(torch.zeros(self._placeholder_size, device=self.mesh.device))
             mark_counted(parameter)
             self._placeholders.append(parameter)
             return parameter
 
-        names = {id(p): shards[0].name for stage in self.stages.values() for _, p, shards in stage.named_shards()}
+        stages = self.stages.values()
+        names = {id(p.parameter): p.shards[0].spec.name for stage in stages for p in stage.placed_parameters}
         separate = config.model.tie_word_embeddings and self.mesh.tied_copies_may_differ
         groups = optimizer_groups(
             ((names[id(parameter)], parameter) for parameter in self._trained_parameters()),
@@ -132,6 +123,11 @@ class ZeroEngine:
             placeholder=placeholder,
         )
         return config.optimizer.declaration.build(groups, config.optimizer.hyperparameters, self.mesh.device)
+
+    @property
+    def _placeholder_size(self) -> int:
+        """The number of elements of a placeholder: some for every rank that ZeRO partitions it over."""
+        return 2 * self.mesh.shard.size
 
     def _trained_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that are not frozen, each once: the first and the last stage may share a tied table."""
@@ -153,7 +149,7 @@ class ZeroEngine:
         DeepSpeed: at stage 3 the norm is all-reduced over the model-parallel ranks once per sub-group of
         ``sub_group_size``, although ranks may have different numbers of sub-groups, and then hang.
         """
-        zero, group = self.zero_optimizer, self.mesh.model
+        zero, group = self.zero_optimizer, self.mesh.model.process_group
         largest = torch.tensor(len(zero.fp16_groups), device=self.mesh.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         missing, local_norms = int(largest) - len(zero.fp16_groups), zero._get_norm_groups
@@ -205,17 +201,10 @@ class ZeroEngine:
         """Dtype in which gradients are accumulated over microbatches and reduced over ranks."""
         return DTYPES[self._gradient_precision]
 
-    def forward(
-        self,
-        stage: int,
-        inputs: Tensor,
-        targets: Tensor | None,
-        packing: PackedDocuments | None = None,
-        loss_weights: Tensor | None = None,
-        dropout: DropoutStreams | None = None,
-    ) -> Tensor:
-        """Run the forward of one stage on one microbatch; return hidden states, or the loss on the last stage."""
-        return self.engine(stage, inputs, targets, packing, loss_weights, dropout)
+    def forward(self, stage: int, inputs: dict[str, Tensor], microbatch: Microbatch) -> StageOutput:
+        """Run the forward of one stage on one microbatch; `inputs` are the activations of the previous stage."""
+        # DeepSpeed: at stage 3 hooks replace the tensors in a dict of inputs by others, which have no `grad`.
+        return self.engine(stage, dict(inputs), microbatch=microbatch)
 
     def backward(self, stage: int, scalar: Tensor, *, last: bool) -> None:
         """Backpropagate from one microbatch's scalar, times the loss scale.
@@ -229,7 +218,7 @@ class ZeroEngine:
         # DeepSpeed: the hook of a tensor that a forward returned divides its gradient by the accumulation steps, in
         # spite of `scale_wrt_gas=False`. A view is another tensor.
         scalar = scalar.view_as(scalar)
-        # The last stage has already divided the loss by the number of microbatches.
+        # The stages have already divided their losses by the number of microbatches.
         self.engine.backward(scalar, scale_wrt_gas=False)
 
     def defer_weight_grads(self, stage: int) -> AbstractContextManager[WeightGradStore]:
@@ -257,7 +246,7 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Accumulate the gradients of one step; at the end all-reduce tied copies and reduce over the data axis."""
+        """Accumulate the gradients of one step; at the end all-reduce tied copies and average over ranks."""
         if self.zero_stage == 0:
             yield
             self._complete_gradients()
@@ -274,10 +263,11 @@ class ZeroEngine:
     def _complete_gradients(self) -> None:
         """Add what other model-parallel ranks contribute to this rank's gradients, before the data axis is reduced."""
         for parameter in self._placeholders:
-            self.accumulate_gradient(parameter, parameter.new_zeros(2 * self.mesh.layout.data))
+            self.accumulate_gradient(parameter, parameter.new_zeros(self._placeholder_size))
         self._all_reduce_sequence_parallel_grads()
         self._all_reduce_tied_gradient()
         self._propagate_nonfinite_of_uncounted()
+        self._average_over_shard_replicas()
 
     def step(self, learning_rate: float | None) -> StepOutcome:
         """Clip the gradients and update; with `learning_rate` None the DeepSpeed JSON's scheduler sets the rate.
@@ -384,7 +374,7 @@ class ZeroEngine:
             if copy is not None and copy.requires_grad:
                 assert copy.grad is not None
                 dist.all_reduce(copy.grad, group=self.mesh.embedding_replicas or self.mesh.embedding)
-                if self.mesh.embedding_replicas is not None and self.mesh.coordinate.data > 0:
+                if self.mesh.embedding_replicas is not None and self.mesh.gradient.rank > 0:
                     copy.grad.zero_()
 
     def _propagate_nonfinite_of_uncounted(self) -> None:
@@ -399,6 +389,18 @@ class ZeroEngine:
             if counted is not None:  # else this rank contributes nothing to the norm
                 counted.view(-1)[0] = math.inf
 
+    def _average_over_shard_replicas(self) -> None:
+        """Average the gradients over the ranks that hold the same partition of the optimizer's state.
+
+        DeepSpeed has one data-parallel group: it partitions over that group, and averages over no other rank.
+        """
+        group = self.mesh.shard_replicas
+        if group is None:
+            return
+        for parameter in self._trained_parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad.div_(group.size), group=group.process_group)
+
     def _clip_grad_norm_at_stage_0(self) -> float:
         """Clip the gradients to the global norm of `gradient_clipping`; return the norm before clipping."""
         gradients = {p: p.grad for p in (*self._trained_parameters(), *self._placeholders) if p.grad is not None}
@@ -407,7 +409,7 @@ class ZeroEngine:
         for gradient in counted:
             # By rows, then in fp64: one fp32 norm over millions of elements has an error of 1e-4 on a CPU.
             square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
-        dist.all_reduce(square, group=self.mesh.model)
+        dist.all_reduce(square, group=self.mesh.model.process_group)
         norm = float(square.sqrt())
         if math.isfinite(norm) and self._clip > 0 and norm + 1e-6 > self._clip:
             scale = self._clip / (norm + 1e-6)

@@ -18,7 +18,7 @@ from megalite.checkpoint.manifest import WEIGHT_KIND
 from megalite.model.stage import Stage
 from megalite.optim.declaration import OptimizerDeclaration, StateShape
 from megalite.parallel.mesh import Mesh
-from megalite.parallel.sharding import LocalShard, ShardSpec, local_shards
+from megalite.tensor_parallel.layers import PlacedParameter
 
 _SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -64,12 +64,12 @@ class ZeroState:
     def _fragments(self, *, trained: bool) -> Iterator[tuple[nn.Parameter, Fragment]]:
         self._create_state()
         for stage in self._stages.values():
-            for _, parameter, shards in stage.named_shards():
-                if parameter.requires_grad == trained:
-                    has_copy = self._mesh.embedding is not None and parameter is stage.tied_copy
-                    window = self._saved_window(shards) if has_copy else None
-                    for fragment in self._fragment(parameter, shards):
-                        yield parameter, replace(fragment, window=window)
+            for placed in stage.placed_parameters:
+                if placed.parameter.requires_grad == trained:
+                    has_copy = self._mesh.embedding is not None and placed.parameter is stage.tied_copy
+                    window = self._saved_window(prod(placed.shape)) if has_copy else None
+                    for fragment in self._fragment(placed):
+                        yield placed.parameter, replace(fragment, window=window)
 
     def restore(self, source: TensorSource, scalar_state: Mapping[str, Any]) -> None:
         """Restore master weights, optimizer state and scalar state from a checkpoint.
@@ -148,46 +148,43 @@ class ZeroState:
                 if name in group:  # some optimizers count updates per group
                     group[name] = count
 
-    def _saved_window(self, shards: tuple[ShardSpec, ...]) -> tuple[int, int]:
+    def _saved_window(self, size: int) -> tuple[int, int]:
         """Return the range of elements that this stage saves of a tied table: the first or the last stage's half."""
-        size = prod(shards[0].local_shape(self._mesh.tensor.size))
         return (0, size // 2) if self._mesh.has_first_stage else (size // 2, size)
 
-    def _fragment(self, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
-        tensor, data = self._mesh.tensor, self._mesh.layout.data
-        # A parameter that is not divided over the tensor axis is replicated on its ranks.
-        copy, copies = (0, 1) if shards[0].dim is not None else (tensor.rank, tensor.size)
-        local = tuple(local_shards(shards, tensor.rank, tensor.size))
-        if self._zero_stage == 3:
-            yield from self._partition(cast(Any, parameter), local, copy, copies)
-        elif self._zero_stage == 0 or not parameter.requires_grad:
+    def _fragment(self, placed: PlacedParameter) -> Iterator[Fragment]:
+        """Yield this rank's fragment of a parameter, if ZeRO gives it one."""
+        mesh, layout, parameter = self._mesh, self._mesh.layout, cast(Any, placed.parameter)
+        # Stages 1 and 2 divide the optimizer's state, which a frozen parameter has not; stage 3 divides every weight.
+        is_divided = self._zero_stage == 3 or (self._zero_stage > 0 and parameter.requires_grad)
+        start, tensors = 0, None
+        if not is_divided:
             tensors = {WEIGHT_KIND: parameter.detach().view(-1)}
             if parameter.requires_grad:
                 tensors |= {name: value.view(-1) for name, value in self._state_of(parameter).items()}
-            copy, copies = self._mesh.coordinate.data * copies + copy, copies * data
-            yield Fragment(local, tuple(parameter.shape), 0, tensors, copy, copies)
-        else:
-            mapping = cast(Any, parameter)._hp_mapping
-            if mapping is not None:
-                # DeepSpeed: it fills this mapping from parameters to optimizer state after the step of the first group,
-                # so that the state of the other groups is missing. Only the addresses are used here.
-                master = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                at, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
-                tensors = self._state_slice(master, at.start, at.numel)
-                yield Fragment(local, tuple(parameter.shape), start, tensors, copy, copies)
-
-    def _partition(self, parameter: Any, local: tuple[LocalShard, ...], copy: int, copies: int) -> Iterator[Fragment]:
-        """Yield this rank's fragment at stage 3, an even share of each parameter over the data axis, with padding."""
-        share = parameter.partition_numel()
-        start = self._mesh.coordinate.data * share
-        length = min(share, parameter.ds_numel - start)
-        if length <= 0:
-            return
-        tensors = {WEIGHT_KIND: parameter.ds_tensor.detach().view(-1).narrow(0, 0, length)}
-        if parameter.requires_grad:
-            group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            tensors = self._state_slice(self._zero.fp32_partitioned_groups_flat[group], int(offset), length)
-        yield Fragment(local, tuple(parameter.ds_shape), start, tensors, copy, copies)
+        elif self._zero_stage == 3:
+            # An even share of each parameter, with padding at the end.
+            share = parameter.partition_numel()
+            start = mesh.shard.rank * share
+            length = min(share, parameter.ds_numel - start)
+            if length > 0 and parameter.requires_grad:
+                group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                tensors = self._state_slice(self._zero.fp32_partitioned_groups_flat[group], int(offset), length)
+            elif length > 0:
+                tensors = {WEIGHT_KIND: parameter.ds_tensor.detach().view(-1).narrow(0, 0, length)}
+        elif (mapping := parameter._hp_mapping) is not None:
+            # DeepSpeed: it fills this mapping from parameters to optimizer state after the step of the first group,
+            # so that the state of the other groups is missing. Only the addresses are used here.
+            master = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            at, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
+            tensors = self._state_slice(master, at.start, at.numel)
+        if tensors is not None:
+            # The fragment is replicated along every axis that divides neither model, parameter nor fragment.
+            divided = {"pipeline", *placed.shards[0].spec.sharding}
+            divided |= set(layout.names_of("shard")) if is_divided else set()
+            replicated = [axis for axis in mesh.axes if axis not in divided]
+            copy, copies = layout.index(mesh.rank, *replicated), layout.size(*replicated)
+            yield Fragment(placed.shards, placed.shape, start, tensors, copy, copies)
 
     def _gradient(self, parameter: Any) -> Tensor:
         if self._zero_stage == 0:

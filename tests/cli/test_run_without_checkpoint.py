@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from test_train import TINY
+from commands import TINY
 
 from megalite.cli import main
 from megalite.convert.open import open_weights
 from megalite.errors import UserError
-from megalite.monitoring.run_state import RunMarker
+from megalite.monitoring.run_state import RunStateWriter
 
 VERBS = {
     "generate": ("generate", "{}", "--prompt", "a"),
@@ -35,7 +35,7 @@ def test_the_run_and_its_state_are_named(
     verb: str, tmp_path: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    RunMarker(run, "this", ranks=4, steps=10).starting("building the model")
+    RunStateWriter(run, "this", ranks=4, steps=10).starting("building the model")
     error = refusal(verb, run, capsys)
     assert error.startswith(f"megalite: error: {run}: no checkpoint yet: a run keeps one at its last step")
     assert "starting" in error

@@ -85,7 +85,7 @@ def assert_same_bits(folder: Path, other: Path) -> None:
 def whole(weights: Weights, name: str) -> np.ndarray:
     shape = weights.shapes[name]
     array = np.full(shape, np.nan, np.float32)
-    weights.read(name, Region((0,) * len(shape), shape), array)
+    weights.read(name, Region.whole(shape), array)
     return array
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megalite.convert.megatron.reader import MegatronWeights
 from megalite.model.load import load_stage
+from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
 
@@ -120,6 +121,7 @@ def test_losses_are_megatron_cores(tmp_path: Path, options: dict[str, Any], worl
     stage = Stage(model, range(model.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
     load_stage(stage, weights)
     ids, targets = batch()
-    losses = torch.stack([stage(ids[:, : n + 1], targets[:, : n + 1]) * (n + 1) for n in range(12)])
+    batches = [Microbatch(ids[:, : n + 1], targets[:, : n + 1]) for n in range(12)]
+    losses = torch.stack([stage({}, microbatch=each).losses["loss"] * (n + 1) for n, each in enumerate(batches)])
     mean = expected.mean(0).cumsum(0)
     torch.testing.assert_close(losses.detach(), mean, rtol=1e-5, atol=1e-5)

@@ -12,8 +12,11 @@ import yaml
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from megalite.config import OptimizerSection
     from megalite.model.stage import Stage
+    from megalite.training.plan import Plan
     from megalite.training.trainer import Trainer
 
 QUICKSTART_MODEL: dict[str, Any] = {
@@ -57,12 +60,19 @@ class Trace:
             assert abs(norm / norm_expected - 1) <= relative, f"step {step}: norm {norm} is not {norm_expected}"
 
 
+def unchanged(plan: "Plan") -> "Plan":
+    return plan
+
+
 def build_trainer(
-    path: str | Path, overrides: Sequence[str], on_save_point: Callable[[str], None] = lambda point: None
+    path: str | Path,
+    overrides: Sequence[str],
+    on_save_point: Callable[[str], None] = lambda point: None,
+    replan: "Callable[[Plan], Plan]" = unchanged,
 ) -> "Trainer":
     """Build this rank's trainer of a run file, inside the process group that the test formed.
 
-    `on_save_point` hears of the points that a save passes.
+    `on_save_point` hears of the points that a save passes; `replan` returns the plan to train in place of the file's.
     """
     from megalite.data.datasets import open_datasets
     from megalite.parallel.mesh import build_mesh, local_device
@@ -70,16 +80,18 @@ def build_trainer(
     from megalite.training.trainer import Trainer
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    plan = prepare(Path(path), overrides, world_size)
+    plan = replan(prepare(Path(path), overrides, world_size))
     mesh = build_mesh(
         plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60), placement=plan.placement
     )
     return Trainer(plan, mesh, open_datasets(plan.config), on_save_point=on_save_point)
 
 
-def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:
+def train_rank(
+    path: str, overrides: Sequence[str], replan: "Callable[[Plan], Plan]" = unchanged
+) -> tuple[list[float], list[float]]:
     """Run all steps of a run file on this rank."""
-    trainer = build_trainer(path, overrides)
+    trainer = build_trainer(path, overrides, replan=replan)
     reports = [trainer.step(step) for step in range(1, trainer.config.train.steps + 1)]
     trainer.close()
     return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]
@@ -104,8 +116,9 @@ class PlainLion(torch.optim.Optimizer):
 
 def plain_groups(model: "Stage", settings: "OptimizerSection") -> Iterator[dict[str, Any]]:
     """Freeze the parameters that the run file freezes, and yield a group for each of the others."""
-    for _, parameter, shards in model.named_shards():
-        group = next((group for group in settings.groups if fnmatchcase(shards[0].name, group.match)), None)
+    for placed in model.placed_parameters:
+        parameter, name = placed.parameter, placed.shards[0].spec.name
+        group = next((group for group in settings.groups if fnmatchcase(name, group.match)), None)
         decay = settings.weight_decay if group is None or group.weight_decay is None else group.weight_decay
         if group is not None and group.frozen:
             parameter.requires_grad_(False)
@@ -114,20 +127,23 @@ def plain_groups(model: "Stage", settings: "OptimizerSection") -> Iterator[dict[
         yield {"params": [parameter], "weight_decay": decay if parameter.ndim > 1 else 0.0, "scale": scale}
 
 
-def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
+def train_in_plain_torch(
+    path: Path, overrides: Sequence[str], further_loss: "Callable[[Stage], Callable[[], Tensor]] | None" = None
+) -> Trace:
     """Run the same steps without DeepSpeed, pipeline or ranks: torch's optimizer and clipping over one module.
 
-    Parameter groups are made here, a group a parameter, from the patterns of the run file.
+    `further_loss` is called with the model, and what it returns gives a loss to add after each forward. Parameter
+    groups are made here, a group a parameter, from the patterns of the run file.
     """
     from megalite.data.batch_schedule import BatchSchedule
     from megalite.data.collate import SampleRules
     from megalite.data.datasets import open_datasets
     from megalite.kernels.choice import Kernels
     from megalite.model.dropout import DropoutStreams
-    from megalite.model.packing import PackedDocuments
     from megalite.model.stage import Stage
     from megalite.optim.learning_rate import learning_rate
     from megalite.parallel.tensor_group import TensorGroup
+    from megalite.training.microbatches import to_device
     from megalite.training.plan import prepare
 
     plan = prepare(path, overrides, 1)
@@ -135,6 +151,7 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     group = TensorGroup(kernels=Kernels("native", train.cpu_attention or "written_out"))
     model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=group)
     model.initialise(config.run.seed)
+    penalty = further_loss(model) if further_loss else None
     groups = list(plain_groups(model, config.optimizer))
     optimizer = PlainLion if config.optimizer.name == "lion" else torch.optim.AdamW
     adamw = optimizer(groups, **config.optimizer.hyperparameters)
@@ -143,17 +160,15 @@ def train_in_plain_torch(path: Path, overrides: Sequence[str]) -> Trace:
     losses, norms = [], []
     for step in range(1, train.steps + 1):
         batch = rules.microbatch(datasets.train, schedule.samples(step))
-        positions = None if batch.positions is None else torch.from_numpy(batch.positions.copy())
-        packing = PackedDocuments(batch.document_lengths, positions)
-        weights = None if batch.counts is None else torch.from_numpy(batch.counts / batch.counts.sum()).float()
-        ids, targets = (torch.from_numpy(tokens.copy()) for tokens in (batch.ids, batch.targets))
+        weight = None if batch.counts is None else 1 / batch.counts.sum()
         dropout = None
         if config.model.hidden_dropout or config.model.attention_dropout:
             shares = config.model.hidden_dropout, config.model.attention_dropout
             dropout = DropoutStreams(config.run.seed, tuple(schedule.samples(step)), *shares)
-        loss = model(ids, targets, packing=packing, loss_weights=weights, dropout=dropout)
+        microbatch = to_device(batch, torch.device("cpu"), token_weight=weight, dropout=dropout)
+        loss = model({}, microbatch=microbatch).losses["loss"]
         adamw.zero_grad()
-        loss.backward()
+        (loss + penalty() if penalty else loss).backward()
         # clip_grad_norm_ with its norm in double: over millions of elements fp32 on a CPU is off by 1e-4.
         norm = torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).norm()
         nn.utils.clip_grads_with_norm_(model.parameters(), config.gradient_clipping, norm)

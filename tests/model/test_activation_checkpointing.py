@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cut_stages import GPT2, LLAMA, NEOX, model_config
+from cut_stages import GPT2, LLAMA, NEOX, loss_of, model_config
 from harness import run_distributed
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from megalite.config import Recompute
 from megalite.model.dropout import DropoutStreams
+from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
@@ -55,7 +56,7 @@ def gradients(
     stage.initialise(seed=1)
     weights = torch.linspace(0, 1, 40).view(2, 20)
     packing = PackedDocuments(((4, 13, 3), (20,)), None)
-    loss = stage(*batch(), packing=packing, loss_weights=weights, dropout=dropout)
+    loss = loss_of([stage], Microbatch(*batch(), packing, weights, dropout))
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in stage.named_parameters() if p.grad is not None}}
 
@@ -118,7 +119,8 @@ def kept_bytes(recompute: Recompute | None, group: TensorGroup) -> int:
     stage.initialise(seed=1)
     x = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     with Storages([*stage.parameters(), x]) as storages:
-        result = stage(x, dropout=DropoutStreams(1, (7,), 0.1, 0.1))
+        microbatch = Microbatch(dropout=DropoutStreams(1, (7,), 0.1, 0.1))
+        result = stage({"hidden": x}, microbatch=microbatch).activations["hidden"]
     if group.size > 1:
         time.sleep(0.5)  # gloo's threads let go of a tensor a moment after its result is there
     kept = storages.alive() - HIDDEN
@@ -159,4 +161,4 @@ def test_evaluation_keeps_nothing_and_recomputes_nothing() -> None:
         stage.initialise(seed=1)
         plain.initialise(seed=1)
         with torch.no_grad():
-            assert torch.equal(stage(*batch()), plain(*batch()))
+            assert torch.equal(loss_of([stage], Microbatch(*batch())), loss_of([plain], Microbatch(*batch())))

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from cut_stages import GPT2, LLAMA, NEOX, assert_gradients_agree, cut_stages, model_config, whole_weights
+from cut_stages import GPT2, LLAMA, NEOX, assert_gradients_agree, cut_stages, loss_of, model_config, whole_weights
 from harness import run_distributed
 from reference_model import PlainDropout, ReferenceModel
 from torch import Tensor
 
 from megalite.config import Recompute
 from megalite.model.dropout import DropoutStreams
+from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
@@ -32,10 +33,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def run(stages: list[Stage], packing: PackedDocuments | None, dropout: DropoutStreams | None) -> Tensor:
-    x, targets = batch()
-    for stage in stages[:-1]:
-        x = stage(x, packing=packing, dropout=dropout)
-    return stages[-1](x, targets, packing=packing, dropout=dropout)
+    return loss_of(stages, Microbatch(*batch(), packing, dropout=dropout))
 
 
 def compare(fields: dict[str, Any], num_stages: int, packed: bool, recompute: Recompute | None) -> None:
@@ -122,6 +120,7 @@ def test_the_state_of_no_generator_matters() -> None:
     for state in (1, 2):
         torch.manual_seed(state)
         before = torch.get_rng_state()
-        losses.append(float(stage(ids, targets, dropout=DropoutStreams(1, (0,), 0.5, 0.5)).detach()))
+        dropped = Microbatch(ids, targets, dropout=DropoutStreams(1, (0,), 0.5, 0.5))
+        losses.append(float(loss_of([stage], dropped).detach()))
         assert torch.equal(before, torch.get_rng_state())
-    assert losses[0] == losses[1] != float(stage(ids, targets).detach())
+    assert losses[0] == losses[1] != float(loss_of([stage], Microbatch(ids, targets)).detach())

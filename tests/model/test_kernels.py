@@ -6,13 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_distributed
-from model.cut_stages import LLAMA, model_config
+from model.cut_stages import LLAMA, loss_of, model_config
 from training import build_trainer
 
 from megalite.kernels import choice as kernels_module
 from megalite.kernels.choice import AttentionKernel, Kernels, Products, choose_products, time_ratio
 from megalite.model import kernel_choice
 from megalite.model.kernel_choice import choose_kernels
+from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
 from megalite.model.transformer import causal_attention
 from megalite.monitoring.device import device_peak, matrix_rate
@@ -80,7 +81,7 @@ def test_no_16_bit_product_is_left_in_a_step(
         products = Products16()
         ids = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(1))
         with products.mode:
-            loss = stage(ids, ids.roll(-1))
+            loss = loss_of([stage], Microbatch(ids, ids.roll(-1)))
             loss.backward()
         return products.names, loss.detach(), [p.grad for p in stage.parameters() if p.grad is not None]
 

@@ -16,6 +16,7 @@ from cut_stages import (
     assert_gradients_agree,
     cut_stages,
     documents_at,
+    loss_of,
     model_config,
     whole_weights,
 )
@@ -24,6 +25,7 @@ from reference_model import ReferenceModel
 from torch import Tensor
 
 from megalite.model import transformer
+from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.model.transformer import causal_attention
@@ -104,10 +106,7 @@ def compare(fields: dict[str, Any], num_stages: int, rule: str) -> None:
 
     packing = documents_at(BOUNDARIES, LENGTH, **options)
     stages = cut_stages(config, weights, num_stages)
-    x = ids
-    for stage in stages[:-1]:
-        x = stage(x, packing=packing)
-    loss = stages[-1](x, targets, packing=packing, loss_weights=loss_weights)
+    loss = loss_of(stages, Microbatch(ids, targets, packing, loss_weights))
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
     loss.backward()
     assert_gradients_agree(stages, reference)
@@ -131,11 +130,11 @@ def whole_stage(fields: dict[str, Any]) -> Stage:
 @pytest.mark.parametrize("fields", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_one_document_a_row_is_the_unpacked_row(fields: dict[str, Any]) -> None:
     stage, (ids, targets, _) = whole_stage(fields), batch()
-    plain = stage(ids, targets)
+    plain = loss_of([stage], Microbatch(ids, targets))
     plain.backward()
     gradients = [parameter.grad for parameter in stage.parameters()]
     stage.zero_grad()
-    alone = stage(ids, targets, packing=documents_at([[], []], LENGTH))
+    alone = loss_of([stage], Microbatch(ids, targets, documents_at([[], []], LENGTH)))
     alone.backward()
     assert torch.equal(alone, plain)
     # Learned positions are summed into their table in another order, so not bit for bit.
@@ -151,14 +150,14 @@ def test_one_document_a_row_takes_the_whole_row_at_once() -> None:
 
 def test_equal_weights_give_the_mean_and_weights_of_0_nothing() -> None:
     stage, (ids, targets, _) = whole_stage(LLAMA), batch()
-    mean = stage(ids, targets)
-    same = stage(ids, targets, loss_weights=torch.full(ids.shape, 1 / ids.numel()))
+    mean = loss_of([stage], Microbatch(ids, targets))
+    same = loss_of([stage], Microbatch(ids, targets, loss_weights=torch.full(ids.shape, 1 / ids.numel())))
     torch.testing.assert_close(same, mean, rtol=1e-6, atol=0.0)
     half = torch.zeros(ids.shape)
     half[:, :10] = 0.25
-    torch.testing.assert_close(
-        stage(ids, targets, loss_weights=half), 5.0 * stage(ids[:, :10], targets[:, :10]), rtol=1e-6, atol=0.0
-    )
+    weighted = loss_of([stage], Microbatch(ids, targets, loss_weights=half))
+    first_half = loss_of([stage], Microbatch(ids[:, :10], targets[:, :10]))
+    torch.testing.assert_close(weighted, 5.0 * first_half, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

@@ -21,9 +21,11 @@ from harness import run_distributed
 from reference_model import ReferenceModel
 from torch import Tensor
 
+from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.pipeline.stage_io import StageOutput
 
 ROWS, LENGTH = 3, 20  # shares of 30 and 15 tokens: none ends where a row does
 BOUNDARIES = [[3, 4, 15], [], [11]]
@@ -48,15 +50,17 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients(stages: list[Stage]) -> dict[tuple[int, str], Tensor | None]:
-    return {(stage.index, name): p.grad for stage in stages for name, p, _ in stage.named_shards()}
+    return {(stage.index, held.name): held.parameter.grad for stage in stages for held in stage.placed_parameters}
 
 
 def run(stages: list[Stage], packing: PackedDocuments | None) -> Tensor:
-    x, targets, weights = batch()
-    for stage in stages[:-1]:
-        x = stage(x, packing=packing)
-        assert x.shape == stage.activation_shape(ROWS, LENGTH)
-    loss = stages[-1](x, targets, packing=packing, loss_weights=weights)
+    ids, targets, weights = batch()
+    microbatch, output = Microbatch(ids, targets, packing, weights), StageOutput({}, {})
+    for stage in stages:
+        output = stage(output.activations, microbatch=microbatch)
+        shapes = {name: spec.shape for name, spec in stage.edge(ROWS, LENGTH).items()}
+        assert {name: tuple(x.shape) for name, x in output.activations.items()} == shapes
+    loss = output.losses["loss"]
     loss.backward()
     for stage in stages:
         for parameter in stage.sequence_parallel_parameters():
@@ -146,7 +150,7 @@ def kept() -> list[int]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            stage(*batch()[:2])
+            stage({}, microbatch=Microbatch(*batch()[:2]))
         sizes.append(sum(storages.values()))
     return sizes
 
@@ -162,7 +166,7 @@ def test_what_stands_on_the_stream_is_partial() -> None:
     def names(fields: dict[str, Any], group: TensorGroup) -> set[str]:
         stage = Stage(model_config(fields), range(1), index=0, num_stages=1, group=group, rows=2)
         partial = {id(parameter) for parameter in stage.sequence_parallel_parameters()}
-        return {name.removeprefix("layers.0.") for name, p, _ in stage.named_shards() if id(p) in partial}
+        return {p.name.removeprefix("layers.0.") for p in stage.placed_parameters if id(p.parameter) in partial}
 
     group = TensorGroup(1, 4, sequence_parallel=True)
     norms = {"attention_norm.weight", "mlp_norm.weight", "final_norm.weight"}

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from cut_stages import GPT2, LLAMA, NEOX, SHAPE, cut_stages, model_config, whole_weights
+from cut_stages import GPT2, LLAMA, NEOX, SHAPE, cut_stages, loss_of, model_config, whole_weights
 from harness import run_distributed
 from torch import Tensor, nn
 
+from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -37,15 +38,12 @@ def forwards(stages: list[Stage]) -> list[Tensor]:
     """The losses of two microbatches, both under way at once."""
     losses = []
     for seed in (5, 6):
-        x, targets = microbatch(seed)
-        for stage in stages[:-1]:
-            x = stage(x)
-        losses.append(stages[-1](x, targets))
+        losses.append(loss_of(stages, Microbatch(*microbatch(seed))))
     return losses
 
 
 def gradients(stages: list[Stage]) -> dict[tuple[int, str], Tensor | None]:
-    return {(stage.index, name): p.grad for stage in stages for name, p, _ in stage.named_shards()}
+    return {(stage.index, held.name): held.parameter.grad for stage in stages for held in stage.placed_parameters}
 
 
 def put_off(fields: dict[str, Any], num_stages: int) -> None:
@@ -63,7 +61,7 @@ def put_off(fields: dict[str, Any], num_stages: int) -> None:
         with last.weight_grad_deferral.enabled() as products:
             loss.backward()
         collected.append(products)
-    deferred = {(last.index, name) for name, _, _ in last.named_shards() if name.endswith(LINEARS)}
+    deferred = {(last.index, held.name) for held in last.placed_parameters if held.name.endswith(LINEARS)}
     if last.embedding is not None and config.tie_word_embeddings:
         deferred.add((last.index, "embedding.tokens.weight"))  # which holds what the lookup gives
     assert {len(products) for products in collected} == {len(deferred)}

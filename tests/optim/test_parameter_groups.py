@@ -88,9 +88,9 @@ def test_two_optimizers_are_refused(run_file: Path) -> None:
 def test_memory_and_disk_space_count_what_is_trained(run_file: Path) -> None:
     whole, frozen = plan(run_file, "[]"), plan(run_file, "[{match: 'layers.0.*', frozen: true}]")
     lion = prepare(run_file, [*NARROW, "train.optimizer={name: lion}"], None)
-    counts = [found.parameters_of_rank(0, 0, trained=True) for found in (whole, frozen)]
-    layer = whole.parameters_of_rank(0, 0) - counts[1]
-    assert counts == [whole.parameters_of_rank(0, 0), frozen.parameters_of_rank(0, 0) - layer]
+    counts = [found.parameters_of_rank(0, trained=True) for found in (whole, frozen)]
+    layer = whole.parameters_of_rank(0) - counts[1]
+    assert counts == [whole.parameters_of_rank(0), frozen.parameters_of_rank(0) - layer]
     assert layer > 0
     assert whole.checkpoint_bytes - frozen.checkpoint_bytes == 8 * layer
     assert whole.checkpoint_bytes - lion.checkpoint_bytes == 4 * counts[0]

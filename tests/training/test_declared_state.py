@@ -36,7 +36,8 @@ def initial(run_file: Path) -> dict[str, np.ndarray]:
     config = load_run_config(run_file, SMALL)
     stage = Stage(config.model, range(2), index=0, num_stages=1, group=TensorGroup())
     stage.initialise(config.run.seed)
-    return {s[0].name: p.detach().numpy() for _, p, s in stage.named_shards() if len(s) == 1}
+    whole = (placed for placed in stage.placed_parameters if len(placed.shards) == 1)
+    return {placed.shards[0].spec.name: placed.parameter.detach().numpy() for placed in whole}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from megalite.data.datasets import open_datasets
 from megalite.data.indexed.writer import IndexedDatasetWriter
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.training.microbatches import to_device
 from megalite.training.plan import prepare
 
 LENGTH, BATCH = 16, 8
@@ -56,11 +57,10 @@ def in_one_process(path: Path, overrides: Sequence[str]) -> dict[str, float]:
     for name, samples in datasets.valid.items():
         assert samples.samples_per_epoch == SIZES[name]
         batch = SampleRules().microbatch(samples, range(min(SIZES[name], 3 * BATCH)))
-        counts = np.ones(batch.targets.shape, bool) if batch.counts is None else batch.counts
-        weights = torch.from_numpy(counts).float() / counts.sum()
-        ids, targets = (torch.from_numpy(part.copy()) for part in (batch.ids, batch.targets))
+        weight = None if batch.counts is None else 1 / batch.counts.sum()
         with torch.no_grad():
-            found[name] = float(model(ids, targets, loss_weights=weights))
+            microbatch = to_device(batch, torch.device("cpu"), token_weight=weight)
+            found[name] = float(model({}, microbatch=microbatch).losses["loss"])
     return found
 
 

@@ -116,8 +116,7 @@ def saved(path: Path, overrides: Sequence[str] = ()) -> Path:
     kinds = (WEIGHT_KIND, *plan.requirements.optimizer.state_tensors)
     shapes = {f"{kind}/{name}": shape for kind in kinds for name, shape in plan.requirements.shapes.items()}
     parts = [
-        Part(name, shape, Region((0,) * len(shape), shape), partial(np.zeros, shape, np.float32))
-        for name, shape in shapes.items()
+        Part(name, shape, Region.whole(shape), partial(np.zeros, shape, np.float32)) for name, shape in shapes.items()
     ]
     store.begin(folder)
     store.write_rank(folder, 0, parts)

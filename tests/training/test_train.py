@@ -37,8 +37,8 @@ def test_a_run_leaves_its_metrics_its_pictures_and_done(run_file: Path, tmp_path
     assert not list(directory.glob("*.tmp"))
 
 
-def stream(path: str, overrides: list[str]) -> tuple[list[int], list[int], float]:
-    """The shapes that a layer and the pipeline see of the residual stream, and the loss of an evaluation."""
+def stream(path: str, overrides: list[str]) -> tuple[list[int], float]:
+    """The shape that a layer sees of the residual stream, and the loss of an evaluation."""
     trainer = build_trainer(path, overrides)
     stage = next(iter(trainer.engine.stages.values()))
     seen: list[list[int]] = []
@@ -47,7 +47,7 @@ def stream(path: str, overrides: list[str]) -> tuple[list[int], list[int], float
     trainer.step(1)
     loss = trainer.evaluate("valid")
     trainer.close()
-    return seen[0], list(stage.activation_shape(2, 24)), loss
+    return seen[0], loss
 
 
 def test_a_run_with_sequence_parallelism_divides_its_tokens(run_file: Path) -> None:
@@ -55,9 +55,8 @@ def test_a_run_with_sequence_parallelism_divides_its_tokens(run_file: Path) -> N
     whole = run_distributed(stream, 2, str(run_file), overrides)
     divided = run_distributed(stream, 2, str(run_file), [*overrides, "parallel.sequence_parallel=true"])
     for before, after in zip(whole, divided, strict=True):
-        assert before[:2] == ([2, 24, 32], [2, 24, 32])
-        assert after[:2] == ([1, 24, 32], [1, 24, 32])
-        assert after[2] == pytest.approx(before[2], rel=1e-6)
+        assert (before[0], after[0]) == ([2, 24, 32], [1, 24, 32])
+        assert after[1] == pytest.approx(before[1], rel=1e-6)
 
 
 def test_a_run_over_several_sources_says_what_it_reads(run_file: Path, corpus: Path, tmp_path: Path) -> None:

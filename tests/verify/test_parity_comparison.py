@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_distributed
-from torch import Tensor
 from training import build_trainer
 
 from megalite.checkpoint.fragments import Fragment
@@ -48,9 +47,9 @@ def forget_the_tied_gradient(mesh: Mesh, trainer: Any) -> None:
 
 def count_a_norm_twice(mesh: Mesh, trainer: Any) -> None:
     for stage in trainer.engine.stages.values():
-        for _, parameter, shards in stage.named_shards():
-            if shards[0].name == "final_norm.weight":
-                parameter.model_parallel = True
+        for placed in stage.placed_parameters:
+            if placed.shards[0].spec.name == "final_norm.weight":
+                placed.parameter.model_parallel = True
 
 
 def count_every_norm_twice(mesh: Mesh, trainer: Any) -> None:
@@ -60,13 +59,13 @@ def count_every_norm_twice(mesh: Mesh, trainer: Any) -> None:
 
 
 def send_another_microbatch(mesh: Mesh, trainer: Any) -> None:
-    if mesh.coordinate.pipeline == 0:
+    if mesh.pipeline.rank == 0:
         (channel,) = trainer.executor.outgoing.values()
         send, before = channel.send, []
 
-        def send_the_one_before(tensor: Tensor) -> None:
-            before.append(tensor)
-            send(before[-2] if len(before) == 2 else tensor)
+        def send_the_one_before(tensors: Any, edge: Any) -> None:
+            before.append(tensors)
+            send(before[-2] if len(before) == 2 else tensors, edge)
 
         channel.send = send_the_one_before
 
@@ -99,11 +98,10 @@ def is_final_norm(fragment: Fragment) -> bool:
 def initialise_from_another_slice(stage: Stage, seed: int) -> None:
     """What rank 1 does in place of `Stage.initialise`: one matrix is the part of rank 0."""
     right_initialise(stage, seed)
-    for _, parameter, shards in stage.named_shards():
-        if shards[0].name == "layers.2.mlp.down.weight":
-            initialise_parameter(
-                parameter, local_shards(shards, 0, stage.group.size), seed=seed, std=stage._residual_std
-            )
+    for placed in stage.placed_parameters:
+        if placed.shards[0].spec.name == "layers.2.mlp.down.weight":
+            of_rank_0 = local_shards([shard.spec for shard in placed.shards], {"tensor": (0, stage.group.size)})
+            initialise_parameter(placed.parameter, of_rank_0, seed=seed, std=stage._residual_std)
 
 
 # ------------------------------------------------------------------------------------------------------- on ranks
