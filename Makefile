@@ -4,7 +4,7 @@ INSTALLED := .venv/.installed
 # As many files of tests at a time as there are cores; ranks wait for each other more than they compute.
 BESIDE_EACH_OTHER := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help install quickstart test test-unit test-full docs docs-pages docs-check lint types peers benchmark clean
+.PHONY: help install quickstart test suite test-unit test-full docs docs-pages docs-check lint types peers benchmark clean
 
 help:
 	@echo 'make quickstart   train a small model at tensor 2 x pipeline 2 on this machine, from text to curves'
@@ -39,7 +39,11 @@ types: install
 test-unit: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m unit $(BESIDE_EACH_OTHER) --hypothesis-profile quick
 
-test: lint types
+# The types are checked beside the tests, which often wait.
+test: install
+	@$(MAKE) --no-print-directory --jobs=2 lint types suite
+
+suite: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not full' $(BESIDE_EACH_OTHER)
 
 # Megatron-core's own requirements would bring other versions of ours; for its datasets torch and numpy are enough.

@@ -96,9 +96,9 @@ class Megalite(Contender):
             },
             "data": {"sequence_length": job.sequence_length, "train": [{"prefix": f"{folder}/corpus"}]},
             "parallel": {
-                "tensor": self.layout.tensor,
-                "pipeline": self.layout.pipeline,
-                "data": self.layout.data,
+                "tensor": self.layout.size("tensor"),
+                "pipeline": self.layout.size("pipeline"),
+                "data": self.layout.size("data"),
             },
             "train": {
                 "steps": 1_000_000,

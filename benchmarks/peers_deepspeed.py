@@ -37,7 +37,7 @@ class DeepSpeedContender(Contender):
         return {
             "train_batch_size": self.job.global_batch_size,
             "train_micro_batch_size_per_gpu": self.job.micro_batch_size,
-            "gradient_accumulation_steps": self.job.num_micro_batches(self.layout.data),
+            "gradient_accumulation_steps": self.job.num_micro_batches(self.layout.size("data")),
             "bf16": {"enabled": self.job.dtype == "bf16"},
             "zero_optimization": {"stage": self.zero_stage},
             "gradient_clipping": self.job.gradient_clipping,
@@ -101,7 +101,7 @@ class DeepSpeedPipeline(DeepSpeedContender):
         from deepspeed.pipe import PipelineModule
 
         self.start_distributed()
-        module = PipelineModule(self.layers(), num_stages=self.layout.pipeline, loss_fn=cross_entropy)
+        module = PipelineModule(self.layers(), num_stages=self.layout.size("pipeline"), loss_fn=cross_entropy)
         self.initialize(module)
         self.data = itertools.chain.from_iterable(self.job.micro_batches(step) for step in itertools.count())
 

@@ -29,7 +29,7 @@ class PipelineTorch(PlainTorch):
     shape: ClassVar[Shape] = "loop"
 
     def build(self) -> None:
-        placement = Placement(self.layout.pipeline, self.virtual_stages, self.shape)
+        placement = Placement(self.layout.size("pipeline"), self.virtual_stages, self.shape)
         parts = {stage: self.part(stage, placement.num_stages) for stage in placement.stages_of(self.rank)}
         self.optimizer = MasterWeights(nn.ModuleList(parts.values()), self.job, dist.group.WORLD)
         device, count = torch.device("cpu"), placement.num_stages

@@ -97,7 +97,7 @@ class PlainTorch(Contender):
         """Make the model and its optimizer."""
         module = Llama(self.job)
         self.optimizer = MasterWeights(module, self.job)
-        parallel = self.layout.data > 1
+        parallel = self.layout.size("data") > 1
         self.model = DistributedDataParallel(module, gradient_as_bucket_view=True) if parallel else module
 
     def step(self) -> float | None:
@@ -108,7 +108,7 @@ class PlainTorch(Contender):
 
     def batches(self) -> Iterator[tuple[tuple[Tensor, Tensor], bool]]:
         """This step's micro-batches, each with whether it is the last."""
-        data_rank, data_size = (self.rank, self.layout.data) if self.layout.data > 1 else (0, 1)
+        data_rank, data_size = (self.rank, self.layout.size("data")) if self.layout.size("data") > 1 else (0, 1)
         count = self.job.num_micro_batches(data_size)
         for index, batch in enumerate(self.job.micro_batches(self.steps, data_rank, data_size), start=1):
             yield batch, index == count
@@ -120,7 +120,7 @@ class PlainTorch(Contender):
             unsynchronised = self.model.no_sync()
         with unsynchronised:
             loss = self.model(*batch)
-            (loss / self.job.num_micro_batches(self.layout.data)).backward()
+            (loss / self.job.num_micro_batches(self.layout.size("data"))).backward()
         return loss.detach()
 
     def teardown(self) -> None:
@@ -169,7 +169,7 @@ class DTensorTorch(PlainTorch):
     description = "plain torch, as above, sharded by torch's parallelize_module with loss_parallel"
 
     def build(self) -> None:
-        mesh = init_device_mesh("cpu", (self.layout.tensor,))
+        mesh = init_device_mesh("cpu", (self.layout.size("tensor"),))
         module = Llama(self.job)
         plan = {f"layers.*.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
         plan |= {f"layers.*.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}

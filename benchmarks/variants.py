@@ -51,7 +51,7 @@ class Variant(Megalite):
         )
         plan = self.trainer.plan
         schedule = SCHEDULES[plan.config.parallel.schedule]
-        streams = all_streams(schedule, plan.placement, self.job.num_micro_batches(self.layout.data))
+        streams = all_streams(schedule, plan.placement, self.job.num_micro_batches(self.layout.size("data")))
         simulated, textbook = simulate(streams, measured_cost(measured)), simulate(streams)
         return {
             "measured_bubble": measured.bubble_fraction,

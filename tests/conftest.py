@@ -1,7 +1,9 @@
 """What tests share: which tier they are of, a token index of made-up text, and run files over it."""
 
 import ast
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from hypothesis import settings
+from processes import is_alive
 from training import QUICKSTART_MODEL
 
 from megalite.data.indexed.writer import IndexedDatasetWriter
@@ -108,3 +111,17 @@ def run_file(tmp_path: Path, corpus: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that a test has started itself: none of them, nor what left an id, outlives it."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+    for path in tmp_path.glob("*.pid"):
+        pid = int(path.read_text())
+        if is_alive(pid):
+            os.kill(pid, signal.SIGKILL)

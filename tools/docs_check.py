@@ -234,7 +234,7 @@ LEFT_OUT = {
     },
     "docs/howto/clusters.md": {
         "make install && . .venv/bin/activate": NETWORK,
-        "megalite slurm run.yaml --nodes 8 --ranks-per-node 8 --gpus-per-node 8 --time 24:00:00"
+        "megalite slurm run.yaml --nodes 2 --ranks-per-node 8 --gpus-per-node 8 --time 24:00:00"
         " parallel.data=auto": SLURM,
         "tail -F logs/mine/*.log": "does not end",
         "sbatch --nodes 2 --ntasks-per-node 8 slurm/srun.sbatch runs/mine run.yaml train.steps=1000": SLURM,

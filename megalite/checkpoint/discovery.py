@@ -24,6 +24,16 @@ def find_checkpoints(root: Path) -> Sequence[tuple[int, Path]]:
     return sorted(found.items(), reverse=True)
 
 
+def unfinished_saves(root: Path) -> list[Path]:
+    """Return the folders of saves that are under way, or whose ranks died."""
+    return sorted(path for path in root.glob(f"step_*{TEMPORARY}") if path.is_dir())
+
+
+def checkpoint_root(path: Path) -> Path | None:
+    """Return the folder that holds checkpoints or unfinished saves: `path` or that of a run; None if neither does."""
+    return next((root for root in (path, path / CHECKPOINTS) if find_checkpoints(root) or unfinished_saves(root)), None)
+
+
 def resume_candidates(config: RunConfig) -> list[Path]:
     """Return the checkpoint folders that the setting `resume` allows, best first; none if the run starts anew."""
     if config.resume == "never":

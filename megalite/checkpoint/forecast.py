@@ -37,9 +37,7 @@ class Forecast:
 
 def forecast(config: RunConfig, bytes_each: int, free: int | None = None) -> Forecast:
     """Return the checkpoints that a run will keep, each of `bytes_each`; `free` bytes are measured unless given."""
-    settings, last = config.checkpoint, config.train.last_step
-    steps = {*range(settings.every, last + 1, settings.every)} if settings.every else set()
-    saved = sorted(steps | ({last} if settings.last else set()))
+    settings, saved = config.checkpoint, _saved_steps(config)
     peak_count = min(len(saved), len(retained_steps(saved, settings.keep_last, settings.keep_every)) + 1)
     # A run that starts anew moves the checkpoints of an earlier run away and keeps them.
     existing = len(find_checkpoints(config.run.dir / CHECKPOINTS)) if config.resume == "auto" else 0
@@ -49,6 +47,15 @@ def forecast(config: RunConfig, bytes_each: int, free: int | None = None) -> For
 def describe(config: RunConfig, bytes_each: int) -> str:
     """Return a line for the dry run: when checkpoints are saved, their size, and the free disk space."""
     return _line(config, forecast(config, bytes_each))
+
+
+def when_saved(config: RunConfig) -> str:
+    """Return at which steps a run keeps checkpoints, or that it keeps none, and why."""
+    settings = config.checkpoint
+    if not _saved_steps(config):
+        return f"none, the run leaves no model: {_why_none(config)}"
+    every = [f"every {settings.every:,} steps"] if settings.every else []
+    return " and ".join([*every, *(["at the last step"] if settings.last else [])])
 
 
 def warnings(config: RunConfig, bytes_each: int) -> list[str]:
@@ -61,15 +68,19 @@ def warnings(config: RunConfig, bytes_each: int) -> list[str]:
 
 def _line(config: RunConfig, expected: Forecast) -> str:
     if not expected.steps:
-        return f"checkpoints: none, the run leaves no model: {_why_none(config)}"
-    settings = config.checkpoint
-    when = [f"every {settings.every:,} steps"] if settings.every else []
+        return f"checkpoints: {when_saved(config)}"
     line = (
-        f"checkpoints: {' and '.join([*when, *(['at the last step'] if settings.last else [])])} | "
+        f"checkpoints: {when_saved(config)} | "
         f"{size(expected.bytes_each)} each | {expected.peak_count:,} at most at a time, {size(expected.peak_bytes)} | "
         f"{size(expected.free)} free"
     )
     return line if expected.fits else f"{line}; {MAKE_ROOM}"
+
+
+def _saved_steps(config: RunConfig) -> list[int]:
+    settings, last = config.checkpoint, config.train.last_step
+    steps = {*range(settings.every, last + 1, settings.every)} if settings.every else set()
+    return sorted(steps | ({last} if settings.last else set()))
 
 
 def _why_none(config: RunConfig) -> str:

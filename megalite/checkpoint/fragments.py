@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from megalite.checkpoint.store import Part
-from megalite.parallel.regions import FlatRegion, Region, global_regions
-from megalite.parallel.sharding import LocalShard
+from megalite.parallel.regions import Region
+from megalite.parallel.sharding import FlatRegion, LocalShard, global_regions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megalite.checkpoint.discovery import find_checkpoints
+from megalite.checkpoint.discovery import find_checkpoints, unfinished_saves
 from megalite.checkpoint.manifest import KINDS, MANIFEST
 from megalite.checkpoint.mismatch_table import shape_mismatches
 from megalite.checkpoint.reader import CheckpointReader
-from megalite.checkpoint.store import TEMPORARY
 from megalite.errors import UserError
 from megalite.parallel.regions import Region
 
@@ -45,10 +44,9 @@ class ListedCheckpoint:
 def list_checkpoints(root: Path) -> list[ListedCheckpoint]:
     """Return the checkpoints of a folder, oldest first, then the unfinished saves."""
     listed = [_listed(step, folder) for step, folder in reversed(find_checkpoints(root))]
-    unfinished = sorted(path for path in root.glob(f"step_*{TEMPORARY}") if path.is_dir())
     return listed + [
         ListedCheckpoint(path, None, _bytes_in(path), _written(path), "unfinished: a save under way, or a killed save")
-        for path in unfinished
+        for path in unfinished_saves(root)
     ]
 
 

@@ -138,7 +138,7 @@ class Manifest:
 
 
 def _check_tensor(path: Path, name: str, tensor: StoredTensor, files: dict[str, FileRecord]) -> None:
-    whole = Region((0,) * len(tensor.shape), tensor.shape)
+    whole = Region.whole(tensor.shape)
     if not name.isprintable():
         raise UserError(f"{path}: {name!r} is not a tensor's name; the checkpoint is broken, use another")
     covered = 0

@@ -58,7 +58,7 @@ class CheckpointReader:
                 self._open[file] = SafetensorsFile(self.folder / file)
             if self._open[file].shapes.get(key) != chunk.shape:
                 raise ValueError(f"its shape is {self._open[file].shapes.get(key)}, not {chunk.shape}")
-            return self._open[file].read(key, region.slices)
+            return self._open[file].read(key, region)
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{self.folder / file}: {key} cannot be read: {error}; use another checkpoint") from error
 

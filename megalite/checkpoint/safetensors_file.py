@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from megalite.parallel.regions import Region
+
 _PART = 1 << 22
 """Elements that are hashed and written at a time."""
 _FLUSH_BYTES = 1 << 28
@@ -143,7 +145,7 @@ class SafetensorsFile:
         self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
         self.dtypes = {name: str(entry["dtype"]) for name, entry in header.items()}
 
-    def read(self, name: str, box: tuple[slice, ...]) -> np.ndarray:
+    def read(self, name: str, region: Region) -> np.ndarray:
         """Return a region of a tensor; raise ValueError if it is missing or not of a dtype in `ENCODINGS`."""
         encoding = next((known for known in ENCODINGS.values() if known.dtype == self.dtypes.get(name)), None)
         if encoding is None:
@@ -151,9 +153,9 @@ class SafetensorsFile:
             raise ValueError(f"the file has no tensor of that name in one of {dtypes}")
         shape = self.shapes[name]
         if not prod(shape):
-            return np.empty(shape, np.float32)[box]
+            return np.empty(shape, np.float32)[region.slices]
         stored = np.memmap(self._path, encoding.stored, "r", self._starts[name], shape)
-        return encoding.decode(np.asarray(stored[box]))
+        return encoding.decode(np.asarray(stored[region.slices]))
 
 
 def file_record(path: Path) -> FileRecord:

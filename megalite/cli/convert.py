@@ -67,12 +67,14 @@ def convert(
     """Convert a model: a Hugging Face folder into a checkpoint, and a checkpoint into a Hugging Face folder."""
     from megalite.checkpoint.model_files import TIKTOKEN_SUFFIX
     from megalite.checkpoint.weights import CheckpointWeights
+    from megalite.cli.run_without_checkpoint import require_checkpoint
     from megalite.convert.conversion import RoundedWeights, growing, size_of, to_checkpoint, to_hugging_face
     from megalite.convert.huggingface.reader import HuggingFaceWeights
     from megalite.files import writing
     from megalite.generation.tokenization import untrained_beginning
 
     shard_bytes = _bytes(max_shard_size)
+    require_checkpoint(source)
     weights = _open(source, max_positions, model)
     target = to or (Target.hf if isinstance(weights, CheckpointWeights) else Target.megalite)
     if target is Target.megalite and dtype is not None:

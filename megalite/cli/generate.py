@@ -76,10 +76,12 @@ def generate(
         die_with_parent()
         faulthandler.enable()
         os.environ.update(environment.variables())
+    from megalite.cli.run_without_checkpoint import require_checkpoint
     from megalite.files import require_writable_folder
     from megalite.generation.prompts import read_prompts
     from megalite.generation.request import Limits, Sampling, prepare
 
+    require_checkpoint(model)
     job = prepare(
         model,
         read_prompts(prompt or [], prompts),

@@ -1,17 +1,20 @@
 """``megalite status``: how a run is doing, and which ranks hold it up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from megalite.cli.columns import table
+from megalite.errors import UserError
 from megalite.parallel.layout import name_ranks
 
 if TYPE_CHECKING:
     from megalite.monitoring.run_status import RunStatus
 
 _SHOWN = 16
+_SHOWN_LETTERS = 80
 
 
 def register(app: typer.Typer) -> None:
@@ -20,27 +23,58 @@ def register(app: typer.Typer) -> None:
 
 
 def _status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run file, or the folder of the run.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The run file, the folder of the run, or a folder of several.")
+    ],
 ) -> None:
     """Show how a run is doing, from the files in its folder: its state, its last step, and the ranks that are behind.
 
     It is starting, running, stopped (it was asked to, and can go on), done, failed (it said why), or dead: it ended
-    without a word.
+    without a word. Of a folder of runs each has a line.
     """
+    from megalite.monitoring.run_status import run_status, runs_in
+
+    runs = runs_in(run)
+    for line in table(_rows(run, runs), right=(2, 3, 4)) if runs else _lines(run_status(run)):
+        typer.echo(line)
+
+
+def _rows(folder: Path, runs: Sequence[Path]) -> list[tuple[str, ...]]:
+    """Return a row for each run of a folder, below the names of the columns."""
     from megalite.monitoring.run_status import run_status
 
-    for line in _lines(run_status(run)):
-        typer.echo(line)
+    rows = [("run", "state", "step", "loss", "tok/s", "")]
+    for run in runs:
+        name = str(run.relative_to(folder))
+        try:
+            status = run_status(run)
+        except UserError as error:
+            rows.append((name, "unreadable", "", "", "", _short(str(error).splitlines()[0])))
+            continue
+        step, loss, speed = "0", "", ""
+        if status.steps:
+            last = status.steps[-1]
+            step, loss, speed = f"{last['step']:,}", _loss(last), f"{last['tokens_per_second']:,.0f}"
+        more = (_of_the_end(status) or _eta(status)).strip(" ,:|")
+        rows.append((name, status.state, f"{step}/{status.total_steps:,}", loss, speed, _short(more)))
+    return rows
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[: _SHOWN_LETTERS - 3]}..."
+
+
+def _loss(step: Mapping[str, Any]) -> str:
+    return "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
 
 
 def _lines(status: "RunStatus") -> Iterator[str]:
     yield f"{status.folder}: {status.state}{_of_the_end(status)}"
     if status.steps:
         last = status.steps[-1]
-        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
         yield (
-            f"step {last['step']:,}/{status.total_steps:,} | loss {loss} | {last['tokens_per_second']:,.0f} tok/s"
-            f" | {last['step_seconds']:.2f} s a step{_eta(status)}"
+            f"step {last['step']:,}/{status.total_steps:,} | loss {_loss(last)} | "
+            f"{last['tokens_per_second']:,.0f} tok/s | {last['step_seconds']:.2f} s a step{_eta(status)}"
         )
     else:
         yield f"no step of {status.total_steps:,} is done yet"

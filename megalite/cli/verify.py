@@ -82,7 +82,10 @@ def _verify(
         _introduce(plan, notes, [plan.layout] if layouts is None else chosen)
     # The ranks of a case do not know how many the launcher started.
     outcomes = _run_cases(
-        ["verify", escape(run), *words, f"parallel.data={plan.layout.data}"], chosen, environment, speaks=speaks
+        ["verify", escape(run), *words, f"parallel.data={plan.config.parallel.data}"],
+        chosen,
+        environment,
+        speaks=speaks,
     )
     if speaks:
         raise typer.Exit(_conclude(outcomes))

@@ -115,7 +115,7 @@ def fit_faults(config: Run, world_size: int | None, vocab_size: int | None) -> I
     yield from _tensor_faults(config.model, config.parallel.tensor)
     yield from _token_share_faults(config.parallel, config.train.micro_batch_size, config.data.sequence_length)
     yield from _pipeline_faults(config.model, config.parallel)
-    found = list(_world_faults(config.layout, world_size)) or list(_batch_faults(config.train, config.layout.data))
+    found = list(_world_faults(config.layout, world_size)) or list(_batch_faults(config.train, config.layout))
     yield from found or _schedule_faults(config)
     if config.data.sequence_length > config.model.max_position_embeddings:
         positions = config.model.max_position_embeddings
@@ -199,7 +199,7 @@ def _schedule_faults(config: Run) -> Iterator[Fault]:
     if ramp is not None:
         sizes = range(ramp.start, train.global_batch_size + 1, ramp.increment)
     for size in sizes:
-        microbatches = size // (train.micro_batch_size * config.layout.data)
+        microbatches = size // (train.micro_batch_size * config.layout.group_size("batch"))
         if found := refusal(parallel.schedule, parallel.pipeline, parallel.virtual_stages, microbatches):
             key, _, rest = found.partition("=")
             where = "train.global_batch_size" if size == train.global_batch_size else "train.batch_size_rampup"
@@ -211,11 +211,12 @@ def _schedule_faults(config: Run) -> Iterator[Fault]:
 def _world_faults(layout: ParallelLayout, world_size: int | None) -> Iterator[Fault]:
     if world_size is None or world_size == layout.world_size:
         return
-    replica = layout.tensor * layout.pipeline
+    replica = layout.world_size // layout.size("data")
     fix = f"start {alternatives(_multiples_near(world_size, replica))}"
     if world_size % replica == 0:
         fix = f"start {layout.world_size}, or write parallel.data=auto"
-    text = f"={layout.tensor} x parallel.pipeline={layout.pipeline} x data parallel {layout.data}"
+    tensor, pipeline, data = map(layout.size, ("tensor", "pipeline", "data"))
+    text = f"={tensor} x parallel.pipeline={pipeline} x data parallel {data}"
     yield Fault(("parallel", "tensor"), f"{text} is {layout.world_size} ranks, but {world_size} were started; {fix}")
 
 
@@ -224,7 +225,8 @@ def _multiples_near(size: int, factor: int) -> list[int]:
     return [multiple for multiple in (below, below + factor) if multiple]
 
 
-def _batch_faults(train: TrainSection, data_size: int) -> Iterator[Fault]:
+def _batch_faults(train: TrainSection, layout: ParallelLayout) -> Iterator[Fault]:
+    data_size = layout.group_size("batch")
     step, batch = train.micro_batch_size * data_size, train.global_batch_size
     if batch % step:
         text = f"={train.micro_batch_size} x data parallel {data_size} does not divide train.global_batch_size={batch}"
@@ -248,7 +250,7 @@ def deepspeed_faults(config: Run) -> Iterator[Fault]:
         text = f"='nvme' does not go with {asked[0]}: a checkpoint reads the state in memory; write 'cpu', or "
         yield Fault(("zero_optimization", section, "device"), text + " and ".join(fix))
     train = config.train
-    microbatches, rest = divmod(train.global_batch_size, train.micro_batch_size * config.layout.data)
+    microbatches, rest = divmod(train.global_batch_size, train.micro_batch_size * config.layout.group_size("batch"))
     values = {
         "train.global_batch_size": train.global_batch_size,
         "train.micro_batch_size": train.micro_batch_size,

@@ -12,7 +12,7 @@ from megalite.errors import UserError
 
 _RUN_FILES = ("config.yaml", "run.yaml")
 """The run file of a run's folder or of a checkpoint, which megalite writes, and its usual name elsewhere."""
-_EXAMPLE = "examples/quickstart/run.yaml is a whole one, and docs/run_file.md describes every key"
+_EXAMPLE = "examples/quickstart/run.yaml is a whole one, and docs/reference/run_file.md describes every key"
 _HUGGING_FACE = ("model_type", "architectures")
 """Keys of a model's ``config.json`` that no run file has."""
 

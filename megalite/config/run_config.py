@@ -89,7 +89,9 @@ class RunConfig(Section, frozen=True):
     @property
     def layout(self) -> ParallelLayout:
         """The grid of ranks."""
-        return ParallelLayout(self.parallel.tensor, self.parallel.pipeline, self._data_size)
+        if self.parallel.data == "auto":
+            raise ValueError("parallel.data is known after RunConfig.resolve")
+        return self.parallel.layout(self.parallel.data)
 
     @property
     def placement(self) -> Placement:
@@ -99,7 +101,7 @@ class RunConfig(Section, frozen=True):
     @property
     def gradient_accumulation_steps(self) -> int:
         """Microbatches that each rank runs in a step."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * self._data_size)
+        return self.train.global_batch_size // (self.train.micro_batch_size * self.layout.group_size("batch"))
 
     @property
     def precision(self) -> Precision:
@@ -146,12 +148,6 @@ class RunConfig(Section, frozen=True):
             cpu=bool(asked.get("activation_checkpointing.cpu_checkpointing")),
         )
 
-    @property
-    def _data_size(self) -> int:
-        if self.parallel.data == "auto":
-            raise ValueError("parallel.data is known after RunConfig.resolve")
-        return self.parallel.data
-
     def resolve(self, *, world_size: int | None, vocab_size: int | None) -> "RunConfig":
         """Return the run with nothing left open, checked as a whole.
 
@@ -173,7 +169,7 @@ class RunConfig(Section, frozen=True):
     def _completed(self, world_size: int | None, vocab_size: int | None) -> "RunConfig":
         parallel, model, train, checkpoint = self.parallel, self.model, self.train, self.checkpoint
         if parallel.data == "auto":
-            replicas = (world_size or 0) // (parallel.tensor * parallel.pipeline)
+            replicas = (world_size or 0) // parallel.layout(data=1).world_size
             parallel = parallel.model_copy(update={"data": max(1, replicas)})
         if model.vocab_size is None:
             model = model.model_copy(update={"vocab_size": vocab_size})

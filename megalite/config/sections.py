@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from math import ceil
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -25,6 +25,7 @@ from megalite.config.section import (
 )
 from megalite.config.validation import Fault, alternatives, show
 from megalite.config.values import BETAS, POSITIVE, choice, number, whole
+from megalite.parallel.layout import AXES, Axis, ParallelLayout
 from megalite.pipeline.schedules import SCHEDULES
 
 SCHEDULE = choice(*SCHEDULES)
@@ -223,6 +224,13 @@ class ParallelSection(Section, frozen=True):
     """A tensor rank's collectives in the backward run beside the product for the weight's gradient."""
     stage_layers: Annotated[tuple[int, ...], COUNTS] | None = None
     """Layers of each pipeline stage, virtual ones too, in the model's order; evenly shared unless given."""
+    axes: ClassVar[tuple[Axis, ...]] = AXES
+    """The axes whose sizes the keys of their names give."""
+
+    def layout(self, data: int) -> ParallelLayout:
+        """Return the layout with so many ranks along the data axis."""
+        sizes = {axis.name: getattr(self, axis.name) for axis in self.axes}
+        return ParallelLayout(axes=self.axes, **sizes | {"data": data})
 
 
 class OptimizerSection(Section, frozen=True):

@@ -72,7 +72,7 @@ def to_checkpoint(weights: Weights, model_files: Mapping[str, Path], folder: Pat
     def load(name: str, shape: tuple[int, ...]) -> np.ndarray:
         nonlocal done
         array = np.empty(shape, np.float32)
-        weights.read(name, Region((0,) * len(shape), shape), array)
+        weights.read(name, Region.whole(shape), array)
         done += array.nbytes
         progress(done, total)
         return array
@@ -81,10 +81,7 @@ def to_checkpoint(weights: Weights, model_files: Mapping[str, Path], folder: Pat
     files = list(_files(weights.shapes))
     for number, names in enumerate(files):
         shapes = ((name, weights.shapes[name]) for name in names)
-        parts = [
-            Part(WEIGHT + name, shape, Region((0,) * len(shape), shape), partial(load, name, shape))
-            for name, shape in shapes
-        ]
+        parts = [Part(WEIGHT + name, shape, Region.whole(shape), partial(load, name, shape)) for name, shape in shapes]
         store.write_rank(folder, number, parts)
     small = model_file_contents(weights, model_files)
     tokenizer = tokenizer_name(small)

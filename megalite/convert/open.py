@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.discovery import CHECKPOINTS, find_checkpoints
+from megalite.checkpoint.discovery import CHECKPOINTS, checkpoint_root, find_checkpoints, unfinished_saves
+from megalite.checkpoint.forecast import when_saved
 from megalite.checkpoint.manifest import MANIFEST
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
+from megalite.config import load_run_config
 from megalite.config.hub_names import hub_hint
 from megalite.config.validation import show
 from megalite.convert.huggingface.reader import HuggingFaceWeights, is_hugging_face
@@ -17,6 +19,8 @@ from megalite.errors import UserError
 from megalite.model.weights import Weights
 from megalite.text_encoding import require_utf8
 
+_RUN_FILES = ("config.yaml", "STATE.json")
+"""What a run's folder has before it has a checkpoint: one of them, or both."""
 _OTHERS = "a Hugging Face or Megatron folder on this machine"
 
 
@@ -27,16 +31,41 @@ def open_weights(path: Path) -> Weights:
     """
     if is_hugging_face(path):
         return HuggingFaceWeights(path)
-    for folder in (path, path / CHECKPOINTS):
-        newest = find_checkpoints(folder)
-        if newest:
-            return CheckpointWeights(CheckpointReader(newest[0][1]))
+    root = checkpoint_root(path)
+    if root is not None and (newest := find_checkpoints(root)):
+        return CheckpointWeights(CheckpointReader(newest[0][1]))
     if checkpoint_folder(path) is not None:
         return MegatronWeights(path)
     if not path.is_dir() or not (path / MANIFEST).exists():
+        if (missing := no_checkpoint_yet(path)) is not None:
+            raise UserError(f"{missing}; `megalite status {run_of(path)}` shows the state of the run")
         fix = hub_hint(path) or f"give a checkpoint step_N, a run's folder, or {_OTHERS}"
         raise UserError(f"{path}: {_what_it_is(path)}; {fix}")
     return CheckpointWeights(CheckpointReader(path))
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the folder of the run that `path` belongs to, as its folder or that of its checkpoints; None for none."""
+    for folder in (path, path.parent) if path.name == CHECKPOINTS else (path,):
+        if any((folder / name).is_file() for name in _RUN_FILES):
+            return folder
+    return None
+
+
+def no_checkpoint_yet(path: Path) -> str | None:
+    """Return that a run's folder holds no checkpoint, and when one will be there; None for any other folder."""
+    run = run_of(path)
+    if run is None or find_checkpoints(run / CHECKPOINTS) or is_hugging_face(path):
+        return None
+    resolved, state = (run / name for name in _RUN_FILES)
+    try:
+        when = f"the run keeps them {when_saved(load_run_config(resolved, []))}"
+    except UserError:
+        if not state.is_file():
+            return None
+        when = "a run keeps one at its last step, unless its run file says otherwise"
+    growing = "".join(f"; {save.name} is a save that has not ended" for save in unfinished_saves(run / CHECKPOINTS))
+    return f"{path}: no checkpoint yet: {when}{growing}"
 
 
 def section_of_weights(path: Path) -> dict[str, Any]:

@@ -27,14 +27,8 @@ _SHOWN = 8
 
 def axis_rows(mesh: Mesh) -> list[Row]:
     """Measure the bandwidth of each axis with several ranks. Collective."""
-    rows = []
-    if mesh.tensor.size > 1 and mesh.tensor.process_group is not None:
-        rows.append(_all_reduce_row("tensor", mesh, mesh.tensor.process_group))
-    if mesh.layout.pipeline > 1:
-        rows.append(_pipeline_row(mesh))
-    if mesh.layout.data > 1:
-        rows.append(_all_reduce_row("data", mesh, mesh.data))
-    return rows
+    several = [axis for axis in mesh.layout.names if mesh.axes[axis].size > 1]
+    return [_pipeline_row(mesh) if axis == "pipeline" else _all_reduce_row(axis, mesh) for axis in several]
 
 
 def matrix_row(mesh: Mesh, dtype: torch.dtype, hosts: Sequence[str]) -> Row:
@@ -79,9 +73,9 @@ def rate_row(check: str, unit: str, rates: Mapping[str, float]) -> Row:
     return Row(check, "warn", (f"{_number(middle)} {unit} in the median", *lines[:_SHOWN], *more))
 
 
-def _all_reduce_row(axis: str, mesh: Mesh, group: dist.ProcessGroup) -> Row:
+def _all_reduce_row(axis: str, mesh: Mesh) -> Row:
     """Measure all-reduces in bus bandwidth as defined by nccl-tests: 2 (n - 1) / n bytes sent per byte, in GB/s."""
-    size = dist.get_world_size(group)
+    size, group = mesh.axes[axis].size, mesh.axes[axis].process_group
     message = torch.ones(_BYTES[mesh.device.type] // 4, device=mesh.device)
     dist.all_reduce(message, group=group)
     wait_for(mesh.device)
@@ -99,10 +93,10 @@ def _all_reduce_row(axis: str, mesh: Mesh, group: dist.ProcessGroup) -> Row:
 
 def _pipeline_row(mesh: Mesh) -> Row:
     """Measure the links that carry activations, one pair of pipeline ranks after the other."""
-    here, found = mesh.coordinate.pipeline, []
+    here, found = mesh.pipeline.rank, []
     message = torch.ones(_BYTES[mesh.device.type] // 4, device=mesh.device)
-    for source in range(mesh.layout.pipeline):
-        for target in range(mesh.layout.pipeline):
+    for source in range(mesh.pipeline.size):
+        for target in range(mesh.pipeline.size):
             if here == source and ("activation", target) in mesh.links.outgoing:
                 link = mesh.links.outgoing["activation", target]
                 for _ in range(1 + _REPEATS):

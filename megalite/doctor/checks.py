@@ -51,7 +51,7 @@ def _rows(environment: LaunchEnvironment, plan: Plan | None, timeout: datetime.t
     yield from found
     if any(row.verdict == "bad" for row in found):
         return
-    layout = ParallelLayout(1, 1, size) if plan is None else plan.layout
+    layout = ParallelLayout(data=size) if plan is None else plan.layout
     placement = None if plan is None else plan.placement
     rank, hosts = environment.rank, [info.host for info in infos]
     try:

@@ -23,7 +23,7 @@ def tensor_group(environment: LaunchEnvironment | None) -> Iterator[tuple[Tensor
     if environment is None or environment.world_size == 1:
         yield TensorGroup(), local_device(environment.local_rank if environment else 0)
         return
-    layout = ParallelLayout(tensor=environment.world_size, pipeline=1, data=1)
+    layout = ParallelLayout(tensor=environment.world_size)
     device = local_device(environment.local_rank, environment.launcher)
     with joined_mesh(layout, environment.rank, device=device, timeout=_TIMEOUT) as mesh:
         yield mesh.tensor, mesh.device

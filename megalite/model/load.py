@@ -7,8 +7,6 @@ import torch
 
 from megalite.model.stage import Stage
 from megalite.model.weights import Weights
-from megalite.parallel.regions import Region
-from megalite.parallel.sharding import local_shards
 
 
 @torch.no_grad()
@@ -18,13 +16,13 @@ def load_stage(stage: Stage, weights: Weights, progress: Callable[[int, int], No
     `progress` is called with the number of bytes read so far and the number of bytes in all.
     """
     done, total = 0, 4 * stage.num_parameters()
-    for _, parameter, shards in stage.named_shards():
-        parameter.zero_()
-        for shard in local_shards(shards, stage.group.rank, stage.group.size):
-            target = parameter[shard.target]
+    for placed in stage.placed_parameters:
+        placed.parameter.zero_()
+        for shard in placed.shards:
+            target = placed.parameter[shard.target.slices]
             if target.numel():
                 read = np.empty(target.shape, np.float32)
-                weights.read(shard.spec.name, Region.of(shard.source), read)
+                weights.read(shard.spec.name, shard.source, read)
                 target.copy_(torch.from_numpy(read))
                 done += read.nbytes
                 if progress is not None:

@@ -3,7 +3,7 @@
 The whole model is a stage that is both first and last. There is no second class for training without a pipeline.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import cast
@@ -17,14 +17,12 @@ from megalite.model.kv_cache import KVCache
 from megalite.model.loss import LossFunction, cross_entropy
 from megalite.model.microbatch import Microbatch
 from megalite.model.transformer import Block, Rotary, make_norm
-from megalite.parallel.regions import Region
-from megalite.parallel.sharding import ShardSpec, local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.pipeline.stage_io import Edge, StageOutput, TensorSpec, add_losses
 from megalite.tensor_parallel.collectives import local_tokens
 from megalite.tensor_parallel.cross_entropy import VocabParallelLogits
 from megalite.tensor_parallel.init import initialise_parameter
-from megalite.tensor_parallel.layers import ShardedModule, VocabParallelEmbedding, parameter_shards
+from megalite.tensor_parallel.layers import PlacedParameter, ShardedModule, VocabParallelEmbedding, placed_parameters
 from megalite.tensor_parallel.linear import linear
 from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral
 
@@ -135,8 +133,11 @@ class Stage(nn.Module):
         self._std = config.initializer_range
         # The sum of 2 * layers residual branches then has the variance of one branch (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
-        # Collected here, while parameters have their shapes: ZeRO-3 partitions them later.
-        self._shards = tuple(entry for entry in parameter_shards(self) if entry[1] is not table)
+        # Placed here, while parameters have their shapes: ZeRO-3 partitions them later.
+        self.placed_parameters = tuple(
+            self._under_shared_name(placed) for placed in placed_parameters(self) if placed.parameter is not table
+        )
+        """The parameters of this stage, with their shards under global names."""
 
     def forward(self, inputs: Mapping[str, Tensor], *, microbatch: Microbatch) -> StageOutput:
         packing, dropout = microbatch.packing, microbatch.dropout
@@ -216,28 +217,23 @@ class Stage(nn.Module):
             return None
         return self.head.weight if self.head is not None else self.tied_table
 
-    def named_shards(self) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
-        """Yield (local name, parameter, shards with global names); a tied head has the token table's global name."""
-        for local, parameter, shards in self._shards:
-            if self.tied and local == "head.weight":
-                shards = (ShardSpec(TOKEN_TABLE, shards[0].global_shape, 0, shards[0].padded_size),)
-            yield local, parameter, shards
+    def _under_shared_name(self, placed: PlacedParameter) -> PlacedParameter:
+        """Return a parameter under its global name, which for a tied head is that of the embedding's table."""
+        if not self.tied or placed.name != "head.weight":
+            return placed
+        (shard,) = placed.shards
+        return replace(placed, shards=(replace(shard, spec=replace(shard.spec, name=TOKEN_TABLE)),))
 
     def initialise(self, seed: int) -> None:
         """Initialise every parameter from the seed and its global name: the same weights under every layout."""
-        for _, parameter, shards in self.named_shards():
-            residual = shards[0].name.endswith(("attention.output.weight", "mlp.down.weight"))
+        for placed in self.placed_parameters:
+            residual = placed.shards[0].spec.name.endswith(("attention.output.weight", "mlp.down.weight"))
             std = self._residual_std if residual else self._std
-            local = local_shards(shards, self.group.rank, self.group.size)
-            initialise_parameter(parameter, local, seed=seed, std=std)
+            initialise_parameter(placed.parameter, placed.shards, seed=seed, std=std)
 
     def num_parameters(self) -> int:
         """Return the number of parameters that this rank holds, without padding."""
-        return sum(
-            Region.of(shard.source).numel
-            for _, _, shards in self.named_shards()
-            for shard in local_shards(shards, self.group.rank, self.group.size)
-        )
+        return sum(shard.source.numel for placed in self.placed_parameters for shard in placed.shards)
 
 
 def _vocab_size(config: ModelConfig) -> int:

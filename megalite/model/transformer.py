@@ -103,9 +103,7 @@ class QueryKeyNorm(ShardedModule):
     def __init__(self, heads: int, kv_heads: int, width: int, *, eps: float, group: TensorGroup) -> None:
         super().__init__()
         self.group, self.heads, self.kv_heads, self.eps, self.fused = group, heads, kv_heads, eps, True
-        self.shard_specs = {
-            "weight": tuple(ShardSpec(f"{part}_norm.weight", (width,), None) for part in ("query", "key"))
-        }
+        self.shard_specs = {"weight": tuple(ShardSpec(f"{part}_norm.weight", (width,)) for part in ("query", "key"))}
         self.weight = nn.Parameter(torch.empty(2 * width))
 
     def forward(self, x_BSND: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from megalite.config import load_run_config
-from megalite.convert.open import section_of_weights
+from megalite.convert.open import run_of, section_of_weights
 from megalite.errors import UserError
 from megalite.files import filesystem_time
 from megalite.monitoring.heartbeat import SILENT_SECONDS, Heartbeat, read_heartbeats, slow_ranks
@@ -77,7 +77,9 @@ def run_status(path: Path) -> RunStatus:
     folder = path if path.is_dir() else load_run_config(path, [], section_of_weights).run.dir
     resolved, state_file = folder / "config.yaml", read_state(folder)
     if not resolved.is_file() and state_file is None:
-        raise UserError(f"{folder}: holds no run: it has no {resolved.name}; give a run file or a run's folder")
+        raise UserError(
+            f"{folder}: holds no run: it has no {resolved.name}; give a run file, a run's folder, or a folder of runs"
+        )
     now = filesystem_time(folder)
     if resolved.is_file() and (state_file is None or state_file.state in ("running", "done", "stopped")):
         config = load_run_config(resolved, [])
@@ -97,6 +99,19 @@ def run_status(path: Path) -> RunStatus:
         stopped=_read_json(folder / STOPPED),
         state_file=state_file,
     )
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folders of runs in `folder` and in its subfolders, by name; none if `folder` itself is a run's."""
+    inside = _folders(folder) if run_of(folder) is None else []
+    return [run for path in inside for run in ([path] if run_of(path) else filter(run_of, _folders(path)))]
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
 
 
 def _state(folder: Path, heartbeats: Sequence[Heartbeat], state_file: RunState | None, now: float) -> State:

@@ -33,10 +33,7 @@ class StragglerDetector:
     def __init__(self, layout: ParallelLayout, factor: float) -> None:
         self._factor, self._steps = factor, 0
         self._totals = [0.0] * layout.world_size
-        self._groups = [
-            [rank for rank in range(layout.world_size) if layout.coordinate(rank).pipeline == pipeline]
-            for pipeline in range(layout.pipeline)
-        ]
+        self._groups = layout.groups(*(axis for axis in layout.names if axis != "pipeline"))
 
     def update(self, seconds: Sequence[float]) -> list[Straggler]:
         """Add every rank's compute time in a step; return the stragglers if the step completes a window."""

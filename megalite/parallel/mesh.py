@@ -1,6 +1,6 @@
 """The process mesh: every process group of a rank, and the point-to-point links between neighbouring stages.
 
-Every group comes from one torch DeviceMesh of shape (pipeline, data, tensor). The links between neighbouring stages
+Every group comes from one torch DeviceMesh that has the layout's axes. The links between neighbouring stages
 are separate groups of two ranks each: NCCL runs the operations of a communicator first in, first out and has no tags,
 so messages of different directions or kinds must not share a communicator.
 """
@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from megalite.errors import UserError
 from megalite.parallel.cpu_memory import keep_freed_memory
-from megalite.parallel.layout import MeshCoordinate, ParallelLayout
+from megalite.parallel.layout import Meaning, ParallelLayout
 from megalite.parallel.network_interfaces import require_interfaces
 from megalite.parallel.placement import MessageKind, Placement
 from megalite.parallel.tensor_group import TensorGroup
@@ -43,45 +43,73 @@ class Links:
 
 
 @dataclass(frozen=True, slots=True)
-class Mesh:
-    """This rank's coordinate in the mesh and the process groups that it is a member of.
+class Group:
+    """Ranks that differ along some axes only: this rank's index among them, their number, and their process group."""
 
-    `model` spans tensor x pipeline: the ranks that together hold one replica of the model. `embedding` joins the ranks
-    of the first and the last stage, which both hold a copy of a tied embedding table; it is None on other ranks, and
-    where one rank holds both stages. `embedding_replicas` joins the `embedding` ranks of all data coordinates, which
-    all hold the same shard of that table; it is also None with fewer than three data coordinates, since a sum of two
-    summands does not depend on their order.
+    rank: int
+    size: int
+    process_group: dist.ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """This rank's place in the mesh and the groups that it is a member of.
+
+    `axes` has a group for each axis, by name, and `tensor` that of the tensor axis as its layers take it. Then there is
+    a group for each meaning (`megalite.parallel.layout.Meaning`). `shard_replicas` joins the ranks whose gradients are
+    averaged and that hold the same share of what ZeRO divides; None where ZeRO divides over all of `gradient`. Groups
+    of the same ranks share one process group.
+
+    `embedding` joins the ranks of the first and the last stage, which both hold a copy of a tied embedding table; it is
+    None on other ranks, and where one rank holds both stages. `embedding_replicas` joins the `embedding` ranks of all
+    copies of the model, which all hold the same shard of that table; it is also None with fewer than three copies,
+    since a sum of two summands does not depend on their order.
     """
 
     layout: ParallelLayout
     placement: Placement
     rank: int
     device: torch.device
+    axes: Mapping[str, Group]
     tensor: TensorGroup
-    data: dist.ProcessGroup
-    pipeline: dist.ProcessGroup
-    model: dist.ProcessGroup
+    batch: Group
+    gradient: Group
+    shard: Group
+    shard_replicas: Group | None
+    loss: Group
+    model: Group
     embedding: dist.ProcessGroup | None
     embedding_replicas: dist.ProcessGroup | None
     links: Links
 
     @property
-    def coordinate(self) -> MeshCoordinate:
-        return self.layout.coordinate(self.rank)
+    def pipeline(self) -> Group:
+        """The ranks that hold the stages of one copy of the model."""
+        return self.axes["pipeline"]
 
     @property
     def stages(self) -> tuple[int, ...]:
         """The pipeline stages that this rank holds."""
-        return self.placement.stages_of(self.coordinate.pipeline)
+        return self.placement.stages_of(self.pipeline.rank)
 
     @property
     def tied_copies_may_differ(self) -> bool:
-        """Whether the two copies of a tied table may get different rounding in their sums over the data axis.
+        """Whether the two copies of a tied table may get different rounding in the sums of their gradients.
 
         So it is where the first and the last stage are on different ranks and the sums have three summands or more,
         whose order matters. The same on every rank, and also where the model has no tied table.
         """
-        return _first_and_last(self.placement) is not None and self.layout.data > 2
+        return _first_and_last(self.placement) is not None and self.gradient.size > 2
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's losses count in their means: of the ranks that compute the same, the first alone."""
+        others = {*self.axes} - {"pipeline", *self.layout.names_of("loss")}
+        return self.is_first_along(*others)
+
+    def is_first_along(self, *axes: str) -> bool:
+        """Return whether this rank's index along each of the axes is 0."""
+        return all(self.axes[name].rank == 0 for name in axes)
 
     @property
     def has_first_stage(self) -> bool:
@@ -171,26 +199,50 @@ def build_mesh(
 
     `placement` says which pipeline rank holds which stages; without it each pipeline rank holds one stage.
     """
-    placement = placement or Placement(layout.pipeline)
-    device_mesh = init_device_mesh(
-        device.type,
-        (layout.pipeline, layout.data, layout.tensor),
-        mesh_dim_names=("pipeline", "data", "tensor"),
-    )
-    at = layout.coordinate(rank)
+    placement = placement or Placement(layout.size("pipeline"))
+    groups = _Groups(layout, rank, device)
+    axes = {axis.name: groups.along(axis.name) for axis in layout.axes}
+    undivided = [name for name in layout.names_of("gradient") if name not in layout.names_of("shard")]
     return Mesh(
         layout=layout,
         placement=placement,
         rank=rank,
         device=device,
-        tensor=TensorGroup(at.tensor, layout.tensor, device_mesh.get_group("tensor")),
-        data=device_mesh.get_group("data"),
-        pipeline=device_mesh.get_group("pipeline"),
-        model=device_mesh["pipeline", "tensor"]._flatten("model").get_group(),
+        axes=axes,
+        tensor=TensorGroup(axes["tensor"].rank, axes["tensor"].size, axes["tensor"].process_group),
+        batch=groups.of("batch"),
+        gradient=groups.of("gradient"),
+        shard=groups.of("shard"),
+        shard_replicas=groups.along(*undivided) if undivided else None,
+        loss=groups.of("loss"),
+        model=groups.of("model"),
         embedding=_embedding_group(layout, placement, rank, timeout),
         embedding_replicas=_embedding_replicas_group(layout, placement, rank, timeout),
         links=_stage_links(layout, placement, rank, device, timeout),
     )
+
+
+class _Groups:
+    """Forms this rank's groups along axes, one process group for each set of ranks. All ranks ask in the same order."""
+
+    def __init__(self, layout: ParallelLayout, rank: int, device: torch.device) -> None:
+        self._layout, self._rank = layout, rank
+        names = tuple(axis.name for axis in layout.axes)
+        self._device_mesh = init_device_mesh(device.type, layout.sizes, mesh_dim_names=names)
+        self._formed: dict[tuple[str, ...], dist.ProcessGroup] = {}
+
+    def of(self, meaning: Meaning) -> Group:
+        return self.along(*self._layout.names_of(meaning))
+
+    def along(self, *names: str) -> Group:
+        """Return the group along some axes, in the layout's order."""
+        layout = self._layout
+        # An axis of one rank adds no ranks to a group.
+        long = tuple(name for name in names if layout.size(name) > 1) or names[:1]
+        if long not in self._formed:
+            mesh = self._device_mesh[long]
+            self._formed[long] = (mesh if len(long) == 1 else mesh._flatten("_".join(long))).get_group()
+        return Group(layout.index(self._rank, *names), layout.size(*names), self._formed[long])
 
 
 def _embedding_group(
@@ -209,11 +261,11 @@ def _embedding_replicas_group(
     layout: ParallelLayout, placement: Placement, rank: int, timeout: datetime.timedelta
 ) -> dist.ProcessGroup | None:
     ends = _first_and_last(placement)
-    if ends is None or layout.data < 3:
+    if ends is None or layout.group_size("gradient") < 3:
         return None
     mine = None
-    for ranks in layout.groups("pipeline", "data"):
-        members = [member for member in ranks if layout.coordinate(member).pipeline in ends]
+    for ranks in layout.groups("pipeline", *layout.names_of("gradient")):
+        members = [member for member in ranks if layout.coordinate(member)["pipeline"] in ends]
         mine = _new_group(members, rank, timeout, "replicas") or mine
     return mine
 
@@ -239,7 +291,7 @@ def _stage_links(
                 incoming[kind, source] = Link(ranks[source], group)
     links = Links(incoming, outgoing)
     for source, target, kind in _hops(placement):
-        _connect(links, layout.coordinate(rank).pipeline, source, target, kind, device)
+        _connect(links, layout.coordinate(rank)["pipeline"], source, target, kind, device)
     return links
 
 

@@ -1,15 +1,12 @@
-"""Regions of global tensors, and the regions that a range of a flattened local parameter covers. No torch.
+"""Regions of tensors, and the regions that a range of a flattened tensor covers. No torch.
 
-ZeRO flattens parameters and cuts them into even shares, at any element. A checkpoint stores regions of global tensors.
-A range of elements of a row-major tensor covers a few regions: the rest of its first row, whole rows, and the start of
-its last row.
+A shard, a chunk of a checkpoint and what is read of either are regions. A range of elements of a row-major tensor
+covers a few: the rest of its first row, whole rows, and the start of its last row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-
-from megalite.parallel.sharding import LocalShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +17,9 @@ class Region:
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, slices: Sequence[slice]) -> "Region":
-        """Return the region of an index of plain slices."""
-        return cls(tuple(part.start for part in slices), tuple(part.stop - part.start for part in slices))
+    def whole(cls, shape: tuple[int, ...]) -> "Region":
+        """Return the region that is all of a tensor."""
+        return cls((0,) * len(shape), shape)
 
     @property
     def numel(self) -> int:
@@ -48,16 +45,6 @@ class Region:
     @property
     def _stops(self) -> tuple[int, ...]:
         return tuple(start + length for start, length in zip(self.offset, self.shape, strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class FlatRegion:
-    """The elements from `start` on of a flat range are `region` of the global tensor `name`, in row-major order."""
-
-    name: str
-    global_shape: tuple[int, ...]
-    region: Region
-    start: int
 
 
 def flat_range_regions(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Region]:
@@ -86,21 +73,3 @@ def _within(shape: tuple[int, ...], index: int, start: int, stop: int) -> Iterat
     row = prod(shape[1:])
     for inner in flat_range_regions(shape[1:], start - index * row, stop - index * row):
         yield Region((index, *inner.offset), (1, *inner.shape))
-
-
-def global_regions(
-    shards: Iterable[LocalShard], local_shape: tuple[int, ...], start: int, stop: int
-) -> Iterator[FlatRegion]:
-    """Return the regions of global tensors that elements `start` to `stop` of a local parameter cover, without padding.
-
-    `FlatRegion.start` is relative to element `start`.
-    """
-    local_regions = list(flat_range_regions(local_shape, start, stop))
-    for shard in shards:
-        target = Region.of(shard.target)
-        origin = tuple(local.start - source.start for local, source in zip(shard.target, shard.source, strict=True))
-        for local in local_regions:
-            common = local.intersect(target) if target.numel else None
-            if common is not None:
-                at = sum(offset * prod(local_shape[dim + 1 :]) for dim, offset in enumerate(common.offset))
-                yield FlatRegion(shard.spec.name, shard.spec.global_shape, common.relative_to(origin), at - start)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megalite.kernels.choice import NATIVE, Kernels
+from megalite.parallel.sharding import Position
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,11 @@ class TensorGroup:
     """Overlap the collectives of a layer's backward with its matrix products."""
     kernels: Kernels = NATIVE
     """How the layers of this group compute their matrix products and attention."""
+
+    @property
+    def position(self) -> Position:
+        """This rank's place along the tensor axis, as shards are cut by it."""
+        return {"tensor": (self.rank, self.size)}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sequence_parallel", self.sequence_parallel and self.size > 1)

@@ -42,7 +42,8 @@ def tensor_over_nodes_warning(tensor: int, per_node: int, nodes: int) -> str | N
 def _for_open_layout(config: "RunConfig", nodes: int, per_node: int | None, gpus: int | None) -> int:
     """Return the ranks per node with ``parallel.data: auto``; raise unless whole copies of the model fill the nodes."""
     parallel, source = config.parallel, config.source
-    model = parallel.tensor * parallel.pipeline
+    replica = parallel.layout(data=1)
+    model = replica.world_size
     if per_node is None:
         raise UserError(
             f"{source}: parallel.data=auto leaves the number of ranks undetermined; "
@@ -55,10 +56,10 @@ def _for_open_layout(config: "RunConfig", nodes: int, per_node: int | None, gpus
         more = _next_multiple(per_node, nodes, model)
         if gpus is None or more <= gpus:
             fixes.append(f"--ranks-per-node {more}")
+        axes = " x ".join(f"{name} {replica.size(name)}" for name in replica.names if name != "data")
         raise UserError(
             f"--nodes {nodes} with {_option(per_node, gpus)} is {_ranks(nodes * per_node)}, not a multiple of the "
-            f"{model} of tensor {parallel.tensor} x pipeline {parallel.pipeline} in {source}; "
-            f"use {', or '.join(fixes)}"
+            f"{model} of {axes} in {source}; use {', or '.join(fixes)}"
         )
     return per_node
 

@@ -1,7 +1,7 @@
 """Initialisation of weights from (seed, global name): the same model under every layout, in bounded memory.
 
 A global tensor is drawn in blocks of rows, each with a separate random generator that is seeded by (seed, name, block).
-A rank draws only the blocks that overlap its slice, and keeps the overlap.
+A rank draws only the blocks that overlap its region, and keeps the overlap.
 """
 
 import hashlib
@@ -22,19 +22,19 @@ def _generator(seed: int, name: str, block: int) -> torch.Generator:
 
 
 def normal_slice_(target: Tensor, shard: LocalShard, *, seed: int, std: float) -> None:
-    """Fill `target`, the local view of a shard, with its slice of a normal global tensor; `std`: its deviation."""
+    """Fill `target`, the local view of a shard, with its region of a normal global tensor; `std`: its deviation."""
     shape = shard.spec.global_shape
     columns = 1
     for length in shape[1:]:
         columns *= length
     rows = max(1, BLOCK_ELEMENTS // columns)
-    needed = shard.source[0]
+    needed, *columns_needed = shard.source.slices
     for block in range(needed.start // rows, -(-needed.stop // rows)):
         first, last = block * rows, min((block + 1) * rows, shape[0])
         drawn = torch.empty(last - first, *shape[1:])
         drawn.normal_(0.0, std, generator=_generator(seed, shard.spec.name, block))
         low, high = max(first, needed.start), min(last, needed.stop)
-        part = drawn[low - first : high - first][(slice(None), *shard.source[1:])]
+        part = drawn[low - first : high - first][(slice(None), *columns_needed)]
         target[low - needed.start : high - needed.start].copy_(part)
 
 
@@ -43,7 +43,7 @@ def initialise_parameter(parameter: Tensor, shards: Iterable[LocalShard], *, see
     """Initialise one parameter, shard by shard: weights of norms with 1, biases and padding with 0, others normal."""
     parameter.zero_()
     for shard in shards:
-        target = parameter[shard.target]
+        target = parameter[shard.target.slices]
         if shard.spec.name.endswith("norm.weight"):
             target.fill_(1.0)
         elif not shard.spec.name.endswith(".bias"):

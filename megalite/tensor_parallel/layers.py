@@ -1,35 +1,44 @@
 """Column- and row-parallel linear layers and the vocabulary-parallel embedding (Megatron-LM, arXiv:1909.08053).
 
-Every layer takes its group in the constructor and declares in `shard_specs` which slice of which global tensor each
-of its parameters holds. Weights have torch's shape, ``[out_features, in_features]``, and are left uninitialised:
+Every layer takes its group in the constructor and declares in `shard_specs` which region of which global tensor
+each of its parameters holds. Weights have torch's shape, ``[out_features, in_features]``, and are left uninitialised:
 `megalite.tensor_parallel.init` initialises them by name.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.parallel.sharding import ShardSpec, padded_vocabulary
+from megalite.parallel.sharding import LocalShard, Position, ShardSpec, local_shards, padded_vocabulary
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.collectives import copy_to_group, enter_parallel_region, leave_parallel_region
 from megalite.tensor_parallel.linear import ONE_RANK, linear
 from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral
 
+_ROWS, _COLUMNS = {"tensor": 0}, {"tensor": 1}
+"""The dim of a weight ``[out_features, in_features]`` along which the tensor axis divides it."""
+
 
 class ShardedModule(nn.Module):
-    """A module that declares the shards of its parameters.
+    """A module that declares the shards of its parameters; its `group` says which of them this rank holds.
 
     `shard_specs` maps a parameter of this module to its shards, with names relative to the module, or to the
     module's parent where the parameter is fused from several named tensors.
     """
 
+    group: TensorGroup
     shard_specs: dict[str, tuple[ShardSpec, ...]]
     fused: bool = False
     weight_grad_deferral: WeightGradDeferral | None = None
     """Where a linear layer defers its weight gradient to; None: it computes the gradient in the backward."""
+
+    @property
+    def position(self) -> Position:
+        """This rank's place along the axes that divide the module's parameters."""
+        return self.group.position
 
 
 class ColumnParallelLinear(ShardedModule):
@@ -58,14 +67,14 @@ class ColumnParallelLinear(ShardedModule):
         sizes = {f"{name}.": size for name, size in parts.items()} if parts else {"": out_features}
         if sum(sizes.values()) != out_features:
             raise ValueError(f"the parts {dict(parts or {})} do not add up to out_features={out_features}")
-        weights = tuple(ShardSpec(f"{part}weight", (n, in_features), 0) for part, n in sizes.items())
+        weights = tuple(ShardSpec(f"{part}weight", (n, in_features), _ROWS) for part, n in sizes.items())
         self.shard_specs = {"weight": weights}
-        rows = [spec.share(group.size) for spec in weights]
+        rows = [spec.local_shape(group.position)[0] for spec in weights]
         self.local_sizes = tuple(rows)
         self.weight = nn.Parameter(torch.empty(sum(rows), in_features))
         if bias:
             self.bias = nn.Parameter(torch.empty(sum(rows)))
-            self.shard_specs["bias"] = tuple(ShardSpec(f"{part}bias", (n,), 0) for part, n in sizes.items())
+            self.shard_specs["bias"] = tuple(ShardSpec(f"{part}bias", (n,), _ROWS) for part, n in sizes.items())
         else:
             self.register_parameter("bias", None)
 
@@ -89,9 +98,9 @@ class RowParallelLinear(ShardedModule):
     def __init__(self, in_features: int, out_features: int, *, group: TensorGroup, bias: bool) -> None:
         super().__init__()
         self.group = group
-        spec = ShardSpec("weight", (out_features, in_features), 1)
+        spec = ShardSpec("weight", (out_features, in_features), _COLUMNS)
         self.shard_specs = {"weight": (spec,)}
-        self.weight = nn.Parameter(torch.empty(spec.local_shape(group.size)))
+        self.weight = nn.Parameter(torch.empty(spec.local_shape(group.position)))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features))
         else:
@@ -122,13 +131,11 @@ class ReplicatedKVLinear(ShardedModule):
         self.group, self.fused = group, True
         starts = [sum(list(parts.values())[:index]) for index in range(len(parts))]
         self.rows = [slice(start + rows.start, start + rows.stop) for start in starts]
-        self.shard_specs = {
-            "weight": tuple(ShardSpec(f"{part}.weight", (n, in_features), None) for part, n in parts.items())
-        }
+        self.shard_specs = {"weight": tuple(ShardSpec(f"{part}.weight", (n, in_features)) for part, n in parts.items())}
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features))
         if bias:
             self.bias = nn.Parameter(torch.empty(sum(parts.values())))
-            self.shard_specs["bias"] = tuple(ShardSpec(f"{part}.bias", (n,), None) for part, n in parts.items())
+            self.shard_specs["bias"] = tuple(ShardSpec(f"{part}.bias", (n,)) for part, n in parts.items())
         else:
             self.register_parameter("bias", None)
 
@@ -153,10 +160,11 @@ class VocabParallelEmbedding(ShardedModule):
     def __init__(self, vocab_size: int, hidden_size: int, *, group: TensorGroup) -> None:
         super().__init__()
         self.group = group
-        spec = ShardSpec("weight", (vocab_size, hidden_size), 0, padded_vocabulary(vocab_size, group.size))
+        padded = padded_vocabulary(vocab_size, group.size)
+        spec = ShardSpec("weight", (vocab_size, hidden_size), _ROWS, padded)
         self.shard_specs = {"weight": (spec,)}
-        self.first_id = group.rank * spec.share(group.size)
-        self.weight = nn.Parameter(torch.empty(spec.local_shape(group.size)))
+        self.first_id = group.rank * padded // group.size
+        self.weight = nn.Parameter(torch.empty(spec.local_shape(group.position)))
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.group.size == 1:
@@ -167,8 +175,21 @@ class VocabParallelEmbedding(ShardedModule):
         return leave_parallel_region(rows.masked_fill(on_other_rank.unsqueeze(-1), 0.0), self.group)
 
 
-def parameter_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, tuple[ShardSpec, ...]]]:
-    """Yield (name in the module, parameter, its shards with global names), each parameter once.
+@dataclass(frozen=True, slots=True)
+class PlacedParameter:
+    """A parameter, its name in its module, the shards of global tensors that it is made of, and its shape with padding.
+
+    ZeRO-3 takes the shape away from the parameter itself.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shards: tuple[LocalShard, ...]
+    shape: tuple[int, ...]
+
+
+def placed_parameters(module: nn.Module) -> Iterator[PlacedParameter]:
+    """Yield each parameter of a module once, with its shards on this rank under their global names.
 
     A parameter that no layer declares is replicated on every rank, and its global name is its name in the module.
     Global names follow the module tree. The shards of a fused layer are named beside the layer:
@@ -176,20 +197,18 @@ def parameter_shards(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, tup
     """
     seen: set[int] = set()
     for path, owner in module.named_modules():
-        declared = owner.shard_specs if isinstance(owner, ShardedModule) else {}
-        prefix = path
-        if isinstance(owner, ShardedModule) and owner.fused:
-            prefix = path.rpartition(".")[0]
+        declared, position, prefix = {}, {}, path
+        if isinstance(owner, ShardedModule):
+            declared, position = owner.shard_specs, owner.position
+            prefix = path.rpartition(".")[0] if owner.fused else path
         for local, parameter in owner.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            shards = declared.get(local)
-            if shards is None:
-                specs = (ShardSpec(_join(path, local), tuple(parameter.shape), None),)
-            else:
-                specs = tuple(replace(spec, name=_join(prefix, spec.name)) for spec in shards)
-            yield _join(path, local), parameter, specs
+            shape = tuple(parameter.shape)
+            specs = [replace(spec, name=_join(prefix, spec.name)) for spec in declared.get(local, ())]
+            specs = specs or [ShardSpec(_join(path, local), shape)]
+            yield PlacedParameter(_join(path, local), parameter, tuple(local_shards(specs, position)), shape)
 
 
 def _join(prefix: str, name: str) -> str:

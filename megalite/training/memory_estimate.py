@@ -34,12 +34,12 @@ class RankBytes:
 
 
 def rank_bytes(config: RunConfig, parameters: int) -> RankBytes:
-    """Return the estimate for a rank with `parameters` parameters, before ZeRO partitions them over the replicas."""
-    stage, replicas = config.zero_stage, config.layout.data
+    """Return the estimate for a rank with `parameters` parameters, before ZeRO partitions them."""
+    stage = config.zero_stage
     weight = _FP32 if config.precision == "fp32" else 2
     accumulated = config.deepspeed.gradient_precision if config.precision != "fp32" else "fp32"
     gradient = _FP32 if accumulated == "fp32" else 2
-    share = -(-parameters // replicas)
+    share = -(-parameters // config.layout.group_size("shard"))
     weights = weight * (share if stage == 3 else parameters)
     zero = config.deepspeed.document.get("zero_optimization", {})
     bucket = zero.get("reduce_bucket_size", min(_BUCKET, parameters)) if stage else min(_BUCKET, parameters)

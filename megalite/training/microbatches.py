@@ -17,7 +17,7 @@ from megalite.parallel.mesh import Mesh
 
 
 class MicrobatchLoader:
-    """Loads this data-parallel rank's microbatches of each global batch of a set of samples."""
+    """Loads this rank's microbatches of each global batch of a set of samples."""
 
     def __init__(self, samples: Samples, rules: SampleRules, config: RunConfig, mesh: Mesh, *, trains: bool) -> None:
         """Read `samples` and collate them by `rules`; microbatches have dropout if `trains`."""
@@ -26,8 +26,8 @@ class MicrobatchLoader:
             samples,
             rules,
             micro_batch_size=config.train.micro_batch_size,
-            data_rank=mesh.coordinate.data,
-            data_size=mesh.layout.data,
+            data_rank=mesh.batch.rank,
+            data_size=mesh.batch.size,
         )
 
     def read(self, samples: range) -> list[SampleMicrobatch]:
@@ -41,19 +41,19 @@ class MicrobatchLoader:
     def num_loss_tokens(self, batch: Sequence[SampleMicrobatch]) -> float | None:
         """Return the number of tokens of the global batch that the loss includes; None without a loss mask.
 
-        Collective over the data axis.
+        Collective over the loss group.
         """
         if batch[0].counts is None:
             return None
         mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
         total = torch.tensor(mine, dtype=torch.float64, device=self._mesh.device)
-        dist.all_reduce(total, group=self._mesh.data)
+        dist.all_reduce(total, group=self._mesh.loss.process_group)
         return float(total)
 
     def microbatches(self, batch: Sequence[SampleMicrobatch], num_loss_tokens: float | None) -> list[Microbatch]:
         """Copy a batch to the device, each tensor on the stages that need it; `num_loss_tokens` of the global batch."""
-        # Gradients are averaged over the data axis, but the loss is a mean over all tokens of its mask.
-        weight = None if num_loss_tokens is None else self._mesh.layout.data / max(num_loss_tokens, 1.0)
+        # Losses and gradients are averaged over ranks, but the loss is a mean over all tokens of its mask.
+        weight = None if num_loss_tokens is None else self._mesh.loss.size / max(num_loss_tokens, 1.0)
         model, seed = self._config.model, self._config.run.seed
         return [
             to_device(

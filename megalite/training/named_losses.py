@@ -1,4 +1,4 @@
-"""Reduction of named losses: their means over the data axis and sums over the stages, the same on every rank."""
+"""Reduction of named losses: their means over the loss group and sums over the stages, the same on every rank."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,8 +23,8 @@ class NamedLosses:
     def reduce(self, losses: Mapping[str, Tensor], flags: Sequence[float]) -> tuple[dict[str, float], list[float]]:
         """Return the losses of all stages by name, and in the same all-reduce the sums of `flags` over all ranks.
 
-        One tensor rank of each stage contributes the losses of its data coordinate. Raises ValueError where a stage
-        has a loss that no stage had in the first reduction. Collective.
+        Of the ranks that compute the same losses, one contributes them (`Mesh.counts_loss`). Raises ValueError where a
+        stage has a loss that no stage had in the first reduction. Collective.
         """
         if self._names is None:
             self._names = sorted({name for names in gather_json(list(losses), self._mesh) for name in names})
@@ -32,10 +32,10 @@ class NamedLosses:
             raise ValueError(f"losses {sorted(unknown)} were not there in the first step, which had {self._names}")
         count = len(self._names)
         total = torch.tensor([0.0] * count + [*flags], dtype=torch.float64, device=self._mesh.device)
-        if self._mesh.coordinate.tensor == 0:
+        if self._mesh.counts_loss:
             for name, loss in losses.items():
                 total[self._names.index(name)] = loss
         dist.all_reduce(total)
         sums = total.tolist()
-        means = (value / self._mesh.layout.data for value in sums[:count])
+        means = (value / self._mesh.loss.size for value in sums[:count])
         return dict(zip(self._names, means, strict=True)), sums[count:]

@@ -55,8 +55,8 @@ class NonFiniteGuard:
         if causes:
             _, text, rank = min(causes)
             at = self._mesh.layout.coordinate(rank)
-            cause = f"in the last, rank {rank} (tensor {at.tensor}, pipeline {at.pipeline}, data {at.data}) was the "
-            cause += f"first with a number that is not finite: {text}"
+            place = ", ".join(f"{axis} {at[axis]}" for axis in self._mesh.layout.names)
+            cause = f"in the last, rank {rank} ({place}) was the first with a number that is not finite: {text}"
         fix = "Lower train.optimizer.lr or gradient_clipping"
         if loss_scale is not None:
             fix = f"The loss scale is {loss_scale:g}: lower fp16.loss_scale or fp16.initial_scale_power, raise"
@@ -74,10 +74,11 @@ class NonFiniteGuard:
 
     def _check_parameters(self) -> None:
         for index, stage in self._stages.items():
-            for number, (name, parameter, _) in enumerate(stage.named_shards()):
+            for number, placed in enumerate(stage.placed_parameters):
                 # At ZeRO-3 the partition of a parameter is in `ds_tensor`.
-                tensor = getattr(parameter, "ds_tensor", parameter)
-                self._record((_PARAMETER, index, number), lambda n=name, i=index: f"parameter {n} of stage {i}", tensor)
+                tensor = getattr(placed.parameter, "ds_tensor", placed.parameter)
+                text = f"parameter {placed.name} of stage {index}"
+                self._record((_PARAMETER, index, number), lambda t=text: t, tensor)
 
     def _check_outputs(self, index: int, stage: Stage, hooks: ExitStack) -> None:
         seen = {"microbatch": -1, "outputs": 0}
@@ -101,7 +102,7 @@ class NonFiniteGuard:
     def _check_gradients(self) -> None:
         """Check the gradients, from the loss to the input, which is the order in which a backward computes them."""
         for index, stage in self._stages.items():
-            for number, (name, parameter, _) in enumerate(stage.named_shards()):
-                if parameter.grad is not None:
-                    text = f"the gradient of {name} of stage {index}"
-                    self._record((_GRADIENT, -index, -number), lambda t=text: t, parameter.grad)
+            for number, placed in enumerate(stage.placed_parameters):
+                if placed.parameter.grad is not None:
+                    text = f"the gradient of {placed.name} of stage {index}"
+                    self._record((_GRADIENT, -index, -number), lambda t=text: t, placed.parameter.grad)

@@ -4,13 +4,12 @@ Every launcher calls `prepare` first, and ``megalite train --dry-run`` does noth
 needs no accelerator, so that configuration errors are reported within a second.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes.util import find_library
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.metadata import version
-from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
 from megalite.monitoring.run_folder import require_run_folder
-from megalite.parallel.layout import MeshCoordinate, ParallelLayout, format_ranges
+from megalite.parallel.layout import ParallelLayout, format_ranges
 from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
 from megalite.pipeline.schedules import SCHEDULES, all_streams
@@ -283,10 +282,11 @@ class Plan:
             settings, where = generation_settings(weights, of_weights)
             declared_end_ids(settings, vocab_size, where)
         beside = self._files_beside_the_tokenizer()
-        for name, path in {**of_weights, **beside}.items():
-            require_readable(name, path)
         if GENERATION_CONFIG not in of_weights and (path := beside.get(GENERATION_CONFIG)) is not None:
             declared_end_ids(read_settings(path), vocab_size, str(path))
+        for name, path in {**of_weights, **beside}.items():
+            if name != GENERATION_CONFIG:  # which was read
+                require_readable(name, path)
 
     def _files_beside_the_tokenizer(self) -> dict[str, Path]:
         """Return the files that belong to `data.tokenizer`, without the tokenizer's own file, which was opened."""
@@ -332,7 +332,7 @@ class Plan:
             sizes = held.weights, held.gradients, held.reduction, held.optimizer, held.total
             shown = [f"{number / size:,.2f}" for number in sizes]
             table.add_row(format_ranges(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
-        total = sum(self.parameters_of_rank(*coordinate) for coordinate in self._model_coordinates()) * self.layout.data
+        total = sum(map(self.parameters_of_rank, self._one_copy)) * self.layout.group_size("gradient")
         model = _num_parameters(self.config.model, range(self.config.model.num_hidden_layers), 0, 1, (0, 1))
         notes = [
             f"{model:,} parameters in the model, {total:,} on its ranks",
@@ -345,23 +345,23 @@ class Plan:
         table.caption_justify = "left"
         return table
 
-    def _model_coordinates(self) -> Iterator[tuple[int, int]]:
-        return product(range(self.layout.pipeline), range(self.layout.tensor))
+    @property
+    def _one_copy(self) -> tuple[int, ...]:
+        """The ranks that together hold one copy of the model."""
+        return self.layout.groups_by("model")[0]
 
     def _rows(self) -> list["_Row"]:
         """Group ranks with the same layers and number of parameters into rows of the rank map."""
         rows: list[_Row] = []
-        for pipeline, tensor in self._model_coordinates():
-            ranks = tuple(
-                self.layout.rank(MeshCoordinate(pipeline=pipeline, data=data, tensor=tensor))
-                for data in range(self.layout.data)
-            )
-            stages = [(stage, self.stage_layers[stage]) for stage in self.placement.stages_of(pipeline)]
+        copies = {ranks[0]: ranks for ranks in self.layout.groups_by("gradient")}
+        for first in self._one_copy:
+            ranks = copies[first]
+            stages = [(stage, self.stage_layers[stage]) for stage in self._stages_of(first)]
             numbers = ", ".join(str(stage) for stage, _ in stages)
             layers = f"{numbers}: {', '.join(f'{layers.start}-{layers.stop - 1}' for _, layers in stages)}"
-            if self.layout.pipeline > _LISTED:
+            if self.layout.size("pipeline") > _LISTED:
                 layers = f"{' + '.join(str(len(layers)) for _, layers in stages)} layers"
-            row = _Row(ranks, layers, self.parameters_of_rank(pipeline, tensor))
+            row = _Row(ranks, layers, self.parameters_of_rank(first))
             alike = [
                 at for at, other in enumerate(rows) if (other.layers, other.parameters) == (layers, row.parameters)
             ]
@@ -371,9 +371,13 @@ class Plan:
                 rows.append(row)
         return rows
 
-    def parameters_of_rank(self, pipeline: int, tensor: int) -> int:
+    def parameters_of_rank(self, rank: int) -> int:
         """Return the number of parameters of all stages of a rank, before ZeRO partitions them."""
-        return sum(self.parameters(stage, tensor) for stage in self.placement.stages_of(pipeline))
+        tensor = self.layout.index(rank, "tensor")
+        return sum(self.parameters(stage, tensor) for stage in self._stages_of(rank))
+
+    def _stages_of(self, rank: int) -> tuple[int, ...]:
+        return self.placement.stages_of(self.layout.index(rank, "pipeline"))
 
     def parameters(self, stage: int, tensor: int) -> int:
         """Return the number of parameters that one rank holds of a stage, before ZeRO partitions them."""
@@ -382,14 +386,14 @@ class Plan:
         kind = (len(layers), stage == 0, stage == last, tensor)
         if kind not in self._counted:
             shares = stage == last > 0 and self.placement.rank_of(0) == self.placement.rank_of(stage)
-            size = (tensor, self.layout.tensor)
+            size = (tensor, self.layout.size("tensor"))
             count = _num_parameters(self.config.model, layers, stage, last + 1, size, shares_rank=shares)
             self._counted[kind] = count
         return self._counted[kind]
 
     def _pipeline(self) -> str:
         schedule, microbatches = self.config.parallel.schedule, self.config.gradient_accumulation_steps
-        if self.layout.pipeline == 1:
+        if self.layout.size("pipeline") == 1:
             return "no pipeline: every rank runs all layers"
         timeline = simulate(all_streams(SCHEDULES[schedule], self.placement, microbatches))
         stages = f"{self.placement.num_stages} stages"

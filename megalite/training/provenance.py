@@ -88,7 +88,8 @@ class Provenance:
         layout = self.plan.layout
         if rank is not None and not 0 <= rank < layout.world_size:
             raise UserError(f"--rank={rank}: the run has ranks 0 to {layout.world_size - 1}; use one of them")
-        return self._samples_of(step, range(layout.data) if rank is None else [layout.coordinate(rank).data])
+        readers = layout.names_of("batch")
+        return self._samples_of(step, range(layout.size(*readers)) if rank is None else [layout.index(rank, *readers)])
 
     def _samples_of(self, step: int, data_ranks: Iterable[int]) -> Iterator[SeenSample]:
         for data_rank in data_ranks:
@@ -97,7 +98,7 @@ class Provenance:
                 SampleRules(),
                 micro_batch_size=self.config.train.micro_batch_size,
                 data_rank=data_rank,
-                data_size=self.plan.layout.data,
+                data_size=self.plan.layout.group_size("batch"),
             )
             for microbatch, samples in enumerate(reader.slices(self.samples(step))):
                 for sample in samples:

@@ -184,8 +184,8 @@ class RunLogger:
 
     def timeline(self, step: int, spans: Sequence[Span]) -> None:
         """Gather the measured spans of all stages, write them as JSON, and plot them with a simulation. Collective."""
-        at = self.mesh.coordinate
-        mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if at.data == at.tensor == 0 else []
+        measures = self.mesh.rank in self.plan.layout.groups("pipeline")[0]
+        mine = [[s.rank, str(s.instruction), s.start, s.end] for s in spans] if measures else []
         gathered = gather_json(mine, self.mesh)
         if self.log is None:
             return

@@ -97,7 +97,7 @@ class Trainer:
             self.engine,
             mesh.links,
             placement=plan.placement,
-            rank=mesh.coordinate.pipeline,
+            rank=mesh.pipeline.rank,
             edges=exchange_edges({index: stage.edge(*size) for index, stage in self.engine.stages.items()}, mesh),
             device=mesh.device,
             on_progress=self.progress.touch,
@@ -334,10 +334,10 @@ class Trainer:
 
     def _train_stream(self, microbatches: int) -> tuple[Instruction, ...]:
         schedule = SCHEDULES[self.config.parallel.schedule]
-        return schedule(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
+        return schedule(self.mesh.pipeline.rank, self.plan.placement, microbatches)
 
     def _eval_stream(self, microbatches: int) -> tuple[Instruction, ...]:
-        return forward_only(self.mesh.coordinate.pipeline, self.plan.placement, microbatches)
+        return forward_only(self.mesh.pipeline.rank, self.plan.placement, microbatches)
 
     def _learning_rate(self, step: int) -> float | None:
         if self.config.deepspeed.scheduler is not None:

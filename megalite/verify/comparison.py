@@ -87,10 +87,10 @@ class _Comparison:
         self.shapes = trainer.plan.requirements.shapes
         self.gradients: _Pieces = {}
         self.stage_of = {
-            shard.name: index
+            shard.spec.name: index
             for index, stage in sorted(trainer.engine.stages.items(), reverse=True)
-            for _, _, shards in stage.named_shards()
-            for shard in shards
+            for placed in stage.placed_parameters
+            for shard in placed.shards
         }
 
     def run(self) -> ParityReport:
@@ -211,7 +211,7 @@ class _Comparison:
             return None
         off = found.norm**2 - found.reference_norm**2
         shares = dict(self.reference.squares)
-        copies = self.mesh.layout.tensor - 1
+        copies = self.mesh.tensor.size - 1
         replicated = sum(shares[name] for name in self.reference.replicated)
         shares["parameters replicated over the tensor ranks"] = copies * replicated
         name = min(shares, key=lambda name: abs(abs(off) - shares[name]))

@@ -27,30 +27,26 @@ _LEFT_OUT = (
 
 def layouts_of(target: ParallelLayout) -> tuple[ParallelLayout, ...]:
     """Return the layouts to compare: each axis of several ranks alone, then the whole layout."""
-    alone = (
-        ParallelLayout(target.tensor, 1, 1),
-        ParallelLayout(1, target.pipeline, 1),
-        ParallelLayout(1, 1, target.data),
-    )
-    return tuple(dict.fromkeys([*(layout for layout in alone if layout.world_size > 1), target]))
+    alone = [target.resized(**{axis: target.size(axis)}) for axis in target.names if target.size(axis) > 1]
+    return tuple(dict.fromkeys([*alone, target]))
 
 
 def read_layouts(text: str) -> tuple[ParallelLayout, ...]:
     """Parse ``2x1x1,2x2x2``: tensor, pipeline and data of each layout; raise UserError for an invalid layout."""
-    found = []
+    found, one_rank = [], ParallelLayout()
+    axes = one_rank.names
     for word in text.split(","):
         sizes = word.strip().lower().split("x")
-        if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
-            raise UserError(
-                f"--layouts: {word.strip()!r} is not a layout; write tensor x pipeline x data, such as 2x1x1"
-            )
-        found.append(ParallelLayout(*map(int, sizes)))
+        if len(sizes) != len(axes) or not all(size.isdecimal() and int(size) for size in sizes):
+            example = write_layout(one_rank.resized(**{axes[0]: 2}))
+            raise UserError(f"--layouts: {word.strip()!r} is not a layout; write {' x '.join(axes)}, such as {example}")
+        found.append(one_rank.resized(**dict(zip(axes, map(int, sizes), strict=True))))
     return tuple(dict.fromkeys(found))
 
 
 def write_layout(layout: ParallelLayout) -> str:
     """Format a layout as `read_layouts` parses it."""
-    return f"{layout.tensor}x{layout.pipeline}x{layout.data}"
+    return "x".join(str(layout.size(axis)) for axis in layout.names)
 
 
 def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
@@ -60,12 +56,12 @@ def case_plan(target: Plan, layout: ParallelLayout, folder: Path) -> Plan:
     reset if the layout has none. Raises UserError if the model or the batch does not fit the layout.
     """
     config = target.config
-    left_out = () if layout.pipeline > 1 else _OF_A_PIPELINE
-    left_out += () if layout.tensor > 1 else _OF_A_TENSOR_AXIS
+    left_out = () if layout.size("pipeline") > 1 else _OF_A_PIPELINE
+    left_out += () if layout.size("tensor") > 1 else _OF_A_TENSOR_AXIS
     parallel: dict[str, Any] = {name: ParallelSection.model_fields[name].default for name in left_out}
-    if layout.pipeline != target.layout.pipeline:
+    if layout.size("pipeline") != target.layout.size("pipeline"):
         parallel["stage_layers"] = None
-    parallel |= {"tensor": layout.tensor, "pipeline": layout.pipeline, "data": layout.data}
+    parallel |= {axis: layout.size(axis) for axis in layout.names}
     case = config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": folder}),
@@ -134,10 +130,9 @@ def smaller_layouts(plan: Plan, limit: int) -> tuple[ParallelLayout, ...]:
     Layouts that the run's own settings do not allow are left out.
     """
     whole = plan.layout
-    sizes = (whole.tensor, whole.pipeline, whole.data)
     found = []
-    for tensor, pipeline, data in product(*((1, 2) if size > 1 else (1,) for size in sizes)):
-        layout = ParallelLayout(tensor, pipeline, data)
+    for sizes in product(*((1, 2) if whole.size(axis) > 1 else (1,) for axis in whole.names)):
+        layout = whole.resized(**dict(zip(whole.names, sizes, strict=True)))
         if 1 < layout.world_size <= limit and layout != whole:
             with suppress(UserError):
                 case_plan(plan, layout, plan.config.run.dir)

@@ -14,7 +14,7 @@ from megalite.model.dropout import DropoutStreams
 from megalite.model.load import load_stage
 from megalite.model.loss import LOSS
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import local_shards
+from megalite.parallel.regions import Region
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.training.microbatches import to_device
 from megalite.training.plan import Plan
@@ -42,7 +42,10 @@ class Reference:
         self.squares = {name: float(self.gradient(name).double().square().sum()) for name in self._parameters}
         """Square of each parameter's gradient norm, by global name."""
         self.replicated = frozenset(
-            shard.name for _, _, shards in model.named_shards() for shard in shards if shard.dim is None
+            shard.spec.name
+            for placed in model.placed_parameters
+            for shard in placed.shards
+            if "tensor" not in shard.spec.sharding
         )
         """Names of the tensors that every tensor rank holds whole."""
         self.norm = sum(self.squares.values()) ** 0.5
@@ -50,12 +53,13 @@ class Reference:
     def weight(self, name: str) -> Tensor:
         """Return a global tensor before the step."""
         parameter, region = self._parameters[name]
-        return parameter.detach()[region]
+        return parameter.detach()[region.slices]
 
     def gradient(self, name: str) -> Tensor:
         """Return the gradient of a global tensor, before clipping."""
         parameter, region = self._parameters[name]
-        return torch.zeros_like(parameter[region]) if parameter.grad is None else parameter.grad[region]
+        held = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return held[region.slices]
 
     def _microbatches(self, datasets: Datasets) -> Iterator[SampleMicrobatch]:
         config = self._plan.config
@@ -86,8 +90,8 @@ def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
     return model
 
 
-def _global_tensors(model: Stage) -> Iterator[tuple[str, tuple[nn.Parameter, tuple[slice, ...]]]]:
-    """Yield each global tensor's name, the parameter that holds it, and its slices there, without padding."""
-    for _, parameter, shards in model.named_shards():
-        for placed in local_shards(shards, 0, 1):
-            yield placed.spec.name, (parameter, placed.target)
+def _global_tensors(model: Stage) -> Iterator[tuple[str, tuple[nn.Parameter, Region]]]:
+    """Yield each global tensor's name, the parameter that holds it, and its region there, without padding."""
+    for placed in model.placed_parameters:
+        for shard in placed.shards:
+            yield shard.spec.name, (placed.parameter, shard.target)

@@ -21,7 +21,7 @@ def scale_down(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
     """
     layout = config.layout
     stage_layers = _stage_layers(config)
-    model = _model(config.model, layout.tensor, sum(stage_layers) if stage_layers else _layers(config))
+    model = _model(config.model, layout.size("tensor"), sum(stage_layers) if stage_layers else _layers(config))
     scaled = config.model_copy(
         update={
             "model": model,
@@ -79,7 +79,7 @@ def _stage_layers(config: RunConfig) -> tuple[int, ...] | None:
 
 def _layers(config: RunConfig) -> int:
     """Return two layers per stage, or one per stage plus the remainder if the stages are uneven."""
-    layers, stages = config.model.num_hidden_layers, config.layout.pipeline * config.parallel.virtual_stages
+    layers, stages = config.model.num_hidden_layers, config.placement.num_stages
     return min(layers, stages + (layers % stages or stages))
 
 
@@ -92,11 +92,11 @@ def _sequence_length(config: RunConfig) -> int:
 def _train(config: RunConfig, layout: ParallelLayout) -> TrainSection:
     micro = min(config.train.micro_batch_size, _MICRO_BATCH)
     # Schedules need multiples of the pipeline's stages; with two per stage their steady phase runs too.
-    microbatches = min(config.gradient_accumulation_steps, 2 * layout.pipeline)
+    microbatches = min(config.gradient_accumulation_steps, 2 * layout.size("pipeline"))
     return config.train.model_copy(
         update={
             "micro_batch_size": micro,
-            "global_batch_size": micro * microbatches * layout.data,
+            "global_batch_size": micro * microbatches * layout.group_size("batch"),
             "batch_size_rampup": None,
         }
     )

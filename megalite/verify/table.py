@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from megalite.parallel.layout import ParallelLayout
+from megalite.verify.layouts import write_layout
 from megalite.verify.parity_report import ParityReport
 
 
@@ -29,7 +30,7 @@ class LayoutResult:
 
 
 def table(results: Sequence[LayoutResult]) -> Table:
-    """Return a table with a row per layout, tensor x pipeline x data; docs/verify.md defines the differences."""
+    """Return a table with a row per layout, tensor x pipeline x data; docs/howto/verify.md defines the differences."""
     shown = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("layout", "loss", "norm", "worst gradient", "weights", "verdict", "s"):
         shown.add_column(column, justify="right" if column == "s" else "left", no_wrap=column != "worst gradient")
@@ -41,8 +42,7 @@ def table(results: Sequence[LayoutResult]) -> Table:
             gradient = "" if worst is None else f"{worst.relative:.0e} {worst.name}"
             update = "" if found.update.worst is None else f"{found.update.worst.relative:.0e}"
             cells = [f"{found.loss_difference:.0e}", f"{found.norm_difference:.0e}", gradient, update]
-        sizes = f"{layout.tensor}x{layout.pipeline}x{layout.data}"
-        shown.add_row(sizes, *cells, result.verdict, f"{result.seconds:.1f}")
+        shown.add_row(write_layout(layout), *cells, result.verdict, f"{result.seconds:.1f}")
     return shown
 
 

@@ -45,7 +45,7 @@ def patch_deepspeed(mesh: Mesh) -> None:
     def assert_same_in_data_group(numbers: list[int]) -> None:
         mine = torch.tensor(numbers, dtype=torch.int64, device=mesh.device)
         extremes = torch.stack((mine, -mine))
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.data)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=mesh.shard.process_group)
         if not torch.equal(extremes[0], -extremes[1]):
             raise RuntimeError("the ranks of one data-parallel group use their parameters in different orders")
 

@@ -100,7 +100,7 @@ class ZeroEngine:
         DeepSpeed: at stage 3 the norm is all-reduced over the model-parallel ranks once per sub-group of
         ``sub_group_size``, although ranks may have different numbers of sub-groups, and then hang.
         """
-        zero, group = self.zero_optimizer, self.mesh.model
+        zero, group = self.zero_optimizer, self.mesh.model.process_group
         largest = torch.tensor(len(zero.fp16_groups), device=self.mesh.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         missing, local_norms = int(largest) - len(zero.fp16_groups), zero._get_norm_groups
@@ -194,12 +194,13 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Accumulate the gradients of one step; at the end all-reduce tied copies and reduce over the data axis."""
+        """Accumulate the gradients of one step; at the end all-reduce tied copies and average over ranks."""
         if self.zero_stage == 0:
             yield
             self._all_reduce_sequence_parallel_grads()
             self._all_reduce_tied_gradient()
             self._propagate_nonfinite_of_uncounted()
+            self._average_over_shard_replicas()
             self.engine.set_gradient_accumulation_boundary(True)
             self.engine.allreduce_gradients()
             return
@@ -210,6 +211,7 @@ class ZeroEngine:
             self._all_reduce_sequence_parallel_grads()
             self._all_reduce_tied_gradient()
             self._propagate_nonfinite_of_uncounted()
+            self._average_over_shard_replicas()
         self.engine.set_gradient_accumulation_boundary(True)
 
     def step(self, learning_rate: float | None) -> StepOutcome:
@@ -304,7 +306,7 @@ class ZeroEngine:
             if copy is not None:
                 assert copy.grad is not None
                 dist.all_reduce(copy.grad, group=self.mesh.embedding_replicas or self.mesh.embedding)
-                if self.mesh.embedding_replicas is not None and self.mesh.coordinate.data > 0:
+                if self.mesh.embedding_replicas is not None and self.mesh.gradient.rank > 0:
                     copy.grad.zero_()
 
     def _propagate_nonfinite_of_uncounted(self) -> None:
@@ -318,6 +320,19 @@ class ZeroEngine:
             counted = next(grad for p, grad in grads if is_counted_in_norm(p))
             counted.view(-1)[0] = math.inf
 
+    def _average_over_shard_replicas(self) -> None:
+        """Average the gradients over the ranks that hold the same partition of the optimizer's state.
+
+        DeepSpeed has one data-parallel group: it partitions over that group, and averages over no other rank.
+        """
+        group = self.mesh.shard_replicas
+        if group is None:
+            return
+        for stage in self.stages.values():
+            for parameter in stage.parameters():
+                if parameter.grad is not None:
+                    dist.all_reduce(parameter.grad.div_(group.size), group=group.process_group)
+
     def _clip_grad_norm_at_stage_0(self) -> float:
         """Clip the gradients to the global norm of `gradient_clipping`; return the norm before clipping."""
         gradients = {
@@ -328,7 +343,7 @@ class ZeroEngine:
         for gradient in counted:
             # By rows, then in fp64: one fp32 norm over millions of elements has an error of 1e-4 on a CPU.
             square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
-        dist.all_reduce(square, group=self.mesh.model)
+        dist.all_reduce(square, group=self.mesh.model.process_group)
         norm = float(square.sqrt())
         if math.isfinite(norm) and self._clip > 0 and norm + 1e-6 > self._clip:
             scale = self._clip / (norm + 1e-6)

@@ -13,13 +13,12 @@ def mark_counted_in_norm(stage: Stage, mesh: Mesh) -> None:
     all stages but the first are missing in the gradient norm.
     """
     copy = None if mesh.has_first_stage else stage.tied_copy
-    for _, parameter, shards in stage.named_shards():
-        is_copy = parameter is copy
-        sharded = shards[0].dim is not None
+    for placed in stage.placed_parameters:
+        parameter, is_copy = placed.parameter, placed.parameter is copy
+        alike = {*mesh.layout.names_of("model")} - {"pipeline", *placed.shards[0].spec.sharding}
+        counts = not is_copy and mesh.is_first_along(*alike)
         parameter.ds_pipe_replicated = is_copy  # pyright: ignore[reportAttributeAccessIssue]
-        parameter.model_parallel = not is_copy and (  # pyright: ignore[reportAttributeAccessIssue]
-            sharded or mesh.tensor.rank == 0
-        )
+        parameter.model_parallel = counts  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_counted_in_norm(parameter: nn.Parameter) -> bool:

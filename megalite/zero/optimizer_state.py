@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megalite.checkpoint.fragments import Fragment, TensorSource, fill
 from megalite.checkpoint.manifest import KINDS, MOMENTS
-from megalite.parallel.sharding import LocalShard, ShardSpec, local_shards
+from megalite.tensor_parallel.layers import PlacedParameter
 from megalite.zero.engine import ZeroEngine
 
 _SCALER_COUNTERS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -44,11 +44,11 @@ class ZeroState:
     def _owned_fragments(self) -> Iterator[tuple[nn.Parameter, Fragment]]:
         self._create_moments()
         for stage in self._engine.stages.values():
-            for _, parameter, shards in stage.named_shards():
-                has_copy = self._mesh.embedding is not None and parameter is stage.tied_copy
-                window = self._saved_window(shards) if has_copy else None
-                for fragment in self._fragment(parameter, shards):
-                    yield parameter, replace(fragment, window=window)
+            for placed in stage.placed_parameters:
+                has_copy = self._mesh.embedding is not None and placed.parameter is stage.tied_copy
+                window = self._saved_window(prod(placed.shape)) if has_copy else None
+                for fragment in self._fragment(placed):
+                    yield placed.parameter, replace(fragment, window=window)
 
     def restore(self, source: TensorSource, scalar_state: Mapping[str, Any]) -> None:
         """Restore master weights, moments and scalar state from a checkpoint."""
@@ -123,42 +123,38 @@ class ZeroState:
         counted += [state["step"] for state in self._optimizer.state.values() if "step" in state]
         return int(max(counted, default=0))
 
-    def _saved_window(self, shards: tuple[ShardSpec, ...]) -> tuple[int, int]:
+    def _saved_window(self, size: int) -> tuple[int, int]:
         """Return the range of elements that this stage saves of a tied table: the first or the last stage's half."""
-        size = prod(shards[0].local_shape(self._mesh.tensor.size))
         return (0, size // 2) if self._mesh.has_first_stage else (size // 2, size)
 
-    def _fragment(self, parameter: nn.Parameter, shards: tuple[ShardSpec, ...]) -> Iterator[Fragment]:
-        tensor, data = self._mesh.tensor, self._mesh.layout.data
-        # A parameter that is not divided over the tensor axis is replicated on its ranks.
-        copy, copies = (0, 1) if shards[0].dim is not None else (tensor.rank, tensor.size)
-        local = tuple(local_shards(shards, tensor.rank, tensor.size))
+    def _fragment(self, placed: PlacedParameter) -> Iterator[Fragment]:
+        """Yield this rank's fragment of a parameter, if ZeRO gives it one."""
+        mesh, layout, parameter = self._mesh, self._mesh.layout, cast(Any, placed.parameter)
+        start, tensors = 0, None
         if self._engine.zero_stage == 0:
             flat = {name: value.view(-1) for name, value in self._moments_of(parameter).items()}
             tensors = {"weight": parameter.detach().view(-1), **flat}
-            copy, copies = self._mesh.coordinate.data * copies + copy, copies * data
-            yield Fragment(local, tuple(parameter.shape), 0, tensors, copy, copies)
         elif self._engine.zero_stage == 3:
-            yield from self._partition(cast(Any, parameter), local, copy, copies)
-        else:
-            mapping = cast(Any, parameter)._hp_mapping
-            if mapping is not None:
-                # DeepSpeed: it fills this mapping from parameters to optimizer state after the step of the first group,
-                # so that the state of the other groups is missing. Only the addresses are used here.
-                master = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
-                at, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
-                tensors = self._state_slice(master, at.start, at.numel)
-                yield Fragment(local, tuple(parameter.shape), start, tensors, copy, copies)
-
-    def _partition(self, parameter: Any, local: tuple[LocalShard, ...], copy: int, copies: int) -> Iterator[Fragment]:
-        """Yield this rank's fragment at stage 3, an even share of each parameter over the data axis, with padding."""
-        share = parameter.partition_numel()
-        start = self._mesh.coordinate.data * share
-        length = min(share, parameter.ds_numel - start)
-        if length > 0:
-            group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
-            tensors = self._state_slice(self._zero.fp32_partitioned_groups_flat[group], int(offset), length)
-            yield Fragment(local, tuple(parameter.ds_shape), start, tensors, copy, copies)
+            # An even share of each parameter, with padding at the end.
+            share = parameter.partition_numel()
+            start = mesh.shard.rank * share
+            length = min(share, parameter.ds_numel - start)
+            if length > 0:
+                group, offset, _ = self._zero.grad_position[self._zero.get_param_id(parameter)]
+                tensors = self._state_slice(self._zero.fp32_partitioned_groups_flat[group], int(offset), length)
+        elif (mapping := parameter._hp_mapping) is not None:
+            # DeepSpeed: it fills this mapping from parameters to optimizer state after the step of the first group,
+            # so that the state of the other groups is missing. Only the addresses are used here.
+            master = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            at, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
+            tensors = self._state_slice(master, at.start, at.numel)
+        if tensors is not None:
+            # The fragment is replicated along every axis that divides neither model, parameter nor optimizer state.
+            divided = {"pipeline", *placed.shards[0].spec.sharding}
+            divided |= set(layout.names_of("shard")) if self._engine.zero_stage else set()
+            replicated = [axis for axis in mesh.axes if axis not in divided]
+            copy, copies = layout.index(mesh.rank, *replicated), layout.size(*replicated)
+            yield Fragment(placed.shards, placed.shape, start, tensors, copy, copies)
 
     def _gradient(self, parameter: Any) -> Tensor:
         if self._engine.zero_stage == 0:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from megalite.checkpoint import safetensors_file
 from megalite.checkpoint.safetensors_file import ENCODINGS, SafetensorsFile, file_record, write_safetensors
+from megalite.parallel.regions import Region
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,5 +54,5 @@ def test_a_file_is_read_by_the_library(precision: str, tmp_path: Path, monkeypat
         wanted = torch.from_numpy(arrays[name]).to(DTYPES[precision])
         assert torch.equal(tensor, wanted)
         assert ours.shapes[name] == wanted.shape
-        np.testing.assert_array_equal(ours.read(name, tuple(map(slice, wanted.shape))), wanted.float().numpy())
-    np.testing.assert_array_equal(ours.read("a", (slice(2, 5), slice(1, 4))), load_file(path)["a"][2:5, 1:4].float())
+        np.testing.assert_array_equal(ours.read(name, Region.whole(tuple(wanted.shape))), wanted.float().numpy())
+    np.testing.assert_array_equal(ours.read("a", Region((2, 1), (3, 3))), load_file(path)["a"][2:5, 1:4].float())

@@ -96,7 +96,7 @@ def test_a_run_resolves_to_a_layout_and_a_batch(write: Callable[..., Path]) -> N
 
 
 def test_without_a_launcher_auto_is_one_replica(write: Callable[..., Path]) -> None:
-    assert load_run_config(write()).resolve(world_size=None, vocab_size=64).layout.data == 1
+    assert load_run_config(write()).resolve(world_size=None, vocab_size=64).layout.size("data") == 1
 
 
 def test_the_layout_is_not_known_before_it_is_resolved(write: Callable[..., Path]) -> None:
@@ -116,7 +116,7 @@ def test_a_model_fills_in_what_follows(write: Callable[..., Path]) -> None:
 
 def test_fewer_key_value_heads_than_tensor_ranks_are_allowed(write: Callable[..., Path]) -> None:
     path = write({"parallel.tensor": 8, "model.num_key_value_heads": 2})
-    assert load_run_config(path).resolve(world_size=16, vocab_size=64).layout.tensor == 8
+    assert load_run_config(path).resolve(world_size=16, vocab_size=64).layout.size("tensor") == 8
 
 
 def test_sources_come_from_a_file_of_weights(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -1596,7 +1596,7 @@ def test_the_large_run_files_have_their_layouts(layout: tuple[int, int], monkeyp
     name = {(4, 2): "llama_7b", (8, 8): "llama_70b"}[layout]
     config = load_run_config(Path(f"configs/{name}.yaml"))
     resolved = config.resolve(world_size=4 * layout[0] * layout[1], vocab_size=None)
-    assert (resolved.layout.tensor, resolved.layout.pipeline, resolved.layout.data) == (*layout, 4)
+    assert resolved.layout == ParallelLayout(*layout, 4)
     assert resolved.zero_stage == 1
 
 

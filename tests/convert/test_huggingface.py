@@ -85,7 +85,7 @@ def assert_same_bits(folder: Path, other: Path) -> None:
 def whole(weights: Weights, name: str) -> np.ndarray:
     shape = weights.shapes[name]
     array = np.full(shape, np.nan, np.float32)
-    weights.read(name, Region((0,) * len(shape), shape), array)
+    weights.read(name, Region.whole(shape), array)
     return array
 
 
@@ -367,6 +367,14 @@ REFUSED = [
         "sliding_window=16 is below",
     ),
     ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types has 'linear_attention'"),
+    ("qwen3", {"layer_types": "chunked_attention"}, "layer_types has 'chunked_attention'"),
+    ("mistral", {"sliding_window": 16, "use_sliding_window": False}, "sliding_window=16 is below"),
+    ("mistral", {"sliding_window": "16"}, "sliding_window='16' is no number of tokens"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "layer_types": ..., "max_window_layers": "1"},
+        "max_window_layers='1' is no number",
+    ),
     ("gpt2", {"activation_function": "relu"}, "activation_function='relu'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights=false"),
@@ -443,6 +451,20 @@ def test_a_window_that_no_layer_has_changes_nothing(
     weights = open_weights(folder)
     assert weights.model.max_position_embeddings == 64
     assert largest_difference(weights, folder)[0] <= PARITY
+
+
+def test_keys_that_are_not_kept_are_told(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    no_window = {"use_sliding_window": False, "max_window_layers": 2, "layer_types": ["full_attention"] * 2}
+    kept = HuggingFaceWeights(rewrite(saved("qwen2"), tmp_path / "kept", sliding_window=None, **no_window))
+    assert not any("window" in note or "layer_types" in note for note in kept.notes)
+    written = config_of(kept.model, "fp32", {})[1]
+    assert {key: written[key] for key in no_window} == no_window
+    assert written["sliding_window"] is None
+    keys = {"sliding_window": 16, "use_sliding_window": False, "max_window_layers": 1, "layer_types": None}
+    (note,) = HuggingFaceWeights(rewrite(saved("qwen2"), tmp_path / "dropped", **keys)).notes
+    assert note.endswith("without: sliding_window, max_window_layers")
+    (note,) = HuggingFaceWeights(rewrite(saved("mistral"), tmp_path / "mistral", sliding_window=64)).notes
+    assert note.endswith("without: sliding_window")
 
 
 def test_tensors_that_are_not_the_models_are_a_table(saved: Callable[[str], Path], tmp_path: Path) -> None:

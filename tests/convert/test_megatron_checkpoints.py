@@ -38,7 +38,7 @@ WRITERS: dict[str, Callable[[Path, Made], Path]] = {
 def read_whole(weights: Weights, name: str) -> np.ndarray:
     shape = weights.shapes[name]
     out = np.full(shape, np.nan, np.float32)
-    weights.read(name, Region((0,) * len(shape), shape), out)
+    weights.read(name, Region.whole(shape), out)
     return out
 
 

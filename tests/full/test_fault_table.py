@@ -15,12 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import DEADLINE, ON_CPU, TINY, losses, megalite, rank, wait_for_steps
 from harness import RankError, run_distributed
-from test_launchers import DEADLINE, ON_CPU
-from test_nonfinite import after_the_backwards
-from test_resume import KEPT, PAIR, SMALL, assert_same_run, run
-from test_stop_requests import losses, rank, wait_for_steps
-from test_train import TINY, megalite
+from resuming import KEPT, PAIR, SMALL, assert_same_run, run
+from training import after_the_backwards
 
 from megalite.checkpoint.discovery import find_checkpoints
 from megalite.checkpoint.reader import CheckpointReader

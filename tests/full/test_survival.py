@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import TINY
 from harness import RankError, run_distributed
-from test_resume import Layout, assert_same_run, at, run, size
-from test_train import TINY
+from resuming import Layout, assert_same_run, at, run, size
 from training import NARROW, build_trainer
 
 STEP = 5

@@ -12,7 +12,6 @@ from megalite.config import read_model
 from megalite.model import kv_cache as cache_module
 from megalite.model.kv_cache import KVCache
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 
 PROMPTS = [[5, 7, 11, 13, 17], [3], [200, 100, 50, 25, 12, 6, 3, 1, 0, 2, 4]]
@@ -70,10 +69,10 @@ def read_on_a_share(fields: dict[str, Any], weights: dict[str, Tensor]) -> tuple
     model = read_model(fields)
     stage = Stage(model, range(model.num_hidden_layers), index=0, num_stages=1, group=group)
     with torch.inference_mode():
-        for _, parameter, shards in stage.named_shards():
-            parameter.zero_()
-            for shard in local_shards(shards, group.rank, group.size):
-                parameter[shard.target] = weights[shard.spec.name][shard.source]
+        for placed in stage.placed_parameters:
+            placed.parameter.zero_()
+            for shard in placed.shards:
+                placed.parameter[shard.target.slices] = weights[shard.spec.name][shard.source.slices]
         return read_on(stage, PROMPTS, steps=8)
 
 
@@ -81,9 +80,9 @@ def read_on_a_share(fields: dict[str, Any], weights: dict[str, Tensor]) -> tuple
 def test_every_tensor_rank_sees_the_logits_of_one_process(family: str, size: int) -> None:
     stage = whole_stage(read_model(FAMILIES[family]))
     weights: dict[str, Tensor] = {}
-    for _, parameter, shards in stage.named_shards():
-        for shard in local_shards(shards, 0, 1):
-            weights[shard.spec.name] = parameter.detach()[shard.target].clone()
+    for placed in stage.placed_parameters:
+        for shard in placed.shards:
+            weights[shard.spec.name] = placed.parameter.detach()[shard.target.slices].clone()
     with torch.inference_mode():
         rows, logits = read_on(stage, PROMPTS, steps=8)
     found = run_distributed(read_on_a_share, size, FAMILIES[family], weights)

@@ -19,8 +19,6 @@ from megalite.generation.prompts import Prompt
 from megalite.generation.request import Limits, Sampling, prepare
 from megalite.generation.sequence import Continuation
 from megalite.model.stage import Stage
-from megalite.parallel.regions import Region
-from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 
 SHAPE: dict[str, Any] = {
@@ -79,11 +77,11 @@ def save_model(folder: Path, fields: dict[str, Any], tokenizer: bytes | None = N
     """Save a model with random weights as the checkpoint `folder`; return it."""
     stage = whole_stage(read_model(fields))
     parts = []
-    for _, parameter, shards in stage.named_shards():
-        for shard in local_shards(shards, 0, 1):
-            array = parameter.detach()[shard.target].numpy()
+    for placed in stage.placed_parameters:
+        for shard in placed.shards:
+            array = placed.parameter.detach()[shard.target.slices].numpy()
             load = partial(np.ascontiguousarray, array)
-            parts.append(Part(WEIGHT + shard.spec.name, shard.spec.global_shape, Region.of(shard.source), load))
+            parts.append(Part(WEIGHT + shard.spec.name, shard.spec.global_shape, shard.source, load))
     store.begin(folder)
     store.write_rank(folder, 0, parts)
     files = {} if tokenizer is None else {"tokenizer.model": tokenizer}

@@ -170,4 +170,4 @@ def stage_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The global shape of every tensor of a model, as its modules declare it."""
     with torch.device("meta"):
         whole = Stage(config, range(config.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
-    return {spec.name: spec.global_shape for _, _, shards in whole.named_shards() for spec in shards}
+    return {shard.spec.name: shard.spec.global_shape for placed in whole.placed_parameters for shard in placed.shards}

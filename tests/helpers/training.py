@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from megalite.model.stage import Stage
+    from megalite.training.plan import Plan
     from megalite.training.trainer import Trainer
 
 QUICKSTART_MODEL: dict[str, Any] = {
@@ -57,12 +58,19 @@ class Trace:
             assert abs(norm / norm_expected - 1) <= relative, f"step {step}: norm {norm} is not {norm_expected}"
 
 
+def unchanged(plan: "Plan") -> "Plan":
+    return plan
+
+
 def build_trainer(
-    path: str | Path, overrides: Sequence[str], on_save_point: Callable[[str], None] = lambda point: None
+    path: str | Path,
+    overrides: Sequence[str],
+    on_save_point: Callable[[str], None] = lambda point: None,
+    replan: "Callable[[Plan], Plan]" = unchanged,
 ) -> "Trainer":
     """Build this rank's trainer of a run file, inside the process group that the test formed.
 
-    `on_save_point` hears of the points that a save passes.
+    `on_save_point` hears of the points that a save passes; `replan` returns the plan to train in place of the file's.
     """
     from megalite.data.datasets import open_datasets
     from megalite.parallel.mesh import build_mesh, local_device
@@ -70,16 +78,18 @@ def build_trainer(
     from megalite.training.trainer import Trainer
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    plan = prepare(Path(path), overrides, world_size)
+    plan = replan(prepare(Path(path), overrides, world_size))
     mesh = build_mesh(
         plan.layout, rank, device=local_device(0), timeout=timedelta(seconds=60), placement=plan.placement
     )
     return Trainer(plan, mesh, open_datasets(plan.config), on_save_point=on_save_point)
 
 
-def train_rank(path: str, overrides: Sequence[str]) -> tuple[list[float], list[float]]:
+def train_rank(
+    path: str, overrides: Sequence[str], replan: "Callable[[Plan], Plan]" = unchanged
+) -> tuple[list[float], list[float]]:
     """Run all steps of a run file on this rank."""
-    trainer = build_trainer(path, overrides)
+    trainer = build_trainer(path, overrides, replan=replan)
     reports = [trainer.step(step) for step in range(1, trainer.config.train.steps + 1)]
     trainer.close()
     return [report.loss for report in reports], [report.outcome.grad_norm for report in reports]
@@ -137,3 +147,15 @@ def train_in_plain_torch(
         adamw.step()
         losses.append(float(loss.detach()))
     return Trace(losses, norms)
+
+
+def after_the_backwards(trainer: "Trainer", act: Callable[[], None]) -> None:
+    """Have `act` called in every step when its gradients are whole and not reduced yet."""
+    run = trainer.executor.run
+
+    def and_act(*args: Any, **settings: Any) -> Any:
+        result = run(*args, **settings)
+        act()
+        return result
+
+    trainer.executor.run = and_act  # type: ignore[method-assign]

@@ -11,91 +11,22 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from textwrap import dedent
 
 import psutil
 import pytest
+from processes import DEADLINE, is_alive, pids, program, start_launcher, wait_until
 
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.launch import LaunchEnvironment, is_interactive_shell, launch_environment, launch_local, tee_to_log
 from megalite.launch.environment import LAUNCHER_PID, first_host
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-DEADLINE = 15.0
-
-# Every rank leaves its id in a file, so that a test can tell whether it lives.
-PRELUDE = """
-import os, signal, subprocess, sys, time
-from pathlib import Path
-from megalite.launch import die_with_parent
-die_with_parent()
-rank, here = int(os.environ["RANK"]), Path(sys.argv[1])
-def leave_pid(name, pid):
-    (here / f"{name}.tmp").write_text(str(pid))
-    (here / f"{name}.tmp").rename(here / f"{name}.pid")
-def wait_for_ranks(n):
-    while len(list(here.glob("rank*.pid"))) < n: time.sleep(0.01)
-leave_pid(f"rank{rank}", os.getpid())
-"""
-
-
-def program(body: str) -> list[str]:
-    return [sys.executable, "-c", PRELUDE + dedent(body)]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def pids(folder: Path, count: int) -> list[int]:
-    """Wait until `count` processes have left their ids, and return them."""
-    wait_until(lambda: len(list(folder.glob("*.pid"))) >= count)
-    return [int(path.read_text()) for path in sorted(folder.glob("*.pid"))]
 
 
 def assert_nobody_lives(processes: list[int], seconds: float = DEADLINE) -> None:
     wait_until(lambda: not any(map(is_alive, processes)), seconds)
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes that a test has started itself: none of them, nor what left an id, outlives it."""
-    processes: list[subprocess.Popen[str]] = []
-    yield processes
-    for process in processes:
-        process.kill()
-        process.communicate()
-    for path in tmp_path.glob("*.pid"):
-        pid = int(path.read_text())
-        if is_alive(pid):
-            os.kill(pid, signal.SIGKILL)
-
-
-def start_launcher(
-    started: list[subprocess.Popen[str]], folder: Path, world_size: int, body: str, options: str = ""
-) -> subprocess.Popen[str]:
-    """Start `launch_local` in a process of its own, so that it can be killed."""
-    code = (
-        "import sys; from pathlib import Path; from megalite.launch import launch_local; folder = Path(sys.argv[1]); "
-        f"sys.exit(launch_local([sys.argv[1]], {world_size}, folder / 'logs', command=sys.argv[2:], {options}))"
-    )
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), *program(body)], stderr=subprocess.PIPE, text=True
-    )
-    started.append(launcher)
-    return launcher
 
 
 # ---- who am I

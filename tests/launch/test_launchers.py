@@ -14,30 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 import warm
+from commands import DEADLINE, LAUNCHERS, ON_CPU, Launcher, by_deepspeed, by_hand, by_torchrun
 
 SMALL = ("model.hidden_size=32", "model.intermediate_size=64", "model.vocab_size=256", "parallel.tensor=2")
-ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-DEADLINE = 15.0
 
 
-def by_hand() -> list[str]:
-    return ["-m", "megalite"]
-
-
-def by_torchrun() -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "megalite"]
-
-
-def by_deepspeed() -> list[str]:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    return ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port, "--module", "megalite"]
-
-
-LAUNCHERS = [by_hand, by_torchrun, by_deepspeed]
 QUICKLY_BY_HAND = [by_hand, *(pytest.param(launcher, marks=pytest.mark.full) for launcher in LAUNCHERS[1:])]
-Launcher = Callable[[], list[str]]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from megalite.model.loss import LOSS
 from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.pipeline.partition import partition
 from megalite.pipeline.stage_io import StageOutput
@@ -50,9 +49,9 @@ def whole_weights(config: ModelConfig) -> dict[str, Tensor]:
     stage = Stage(config, range(config.num_hidden_layers), index=0, num_stages=1, group=TensorGroup())
     stage.initialise(seed=3)
     weights: dict[str, Tensor] = {}
-    for _, parameter, shards in stage.named_shards():
-        for shard in local_shards(shards, 0, 1):
-            weights[shard.spec.name] = parameter.detach()[shard.target].clone()
+    for placed in stage.placed_parameters:
+        for shard in placed.shards:
+            weights[shard.spec.name] = placed.parameter.detach()[shard.target.slices].clone()
     generator = torch.Generator().manual_seed(8)
     for weight in weights.values():
         if weight.ndim == 1:
@@ -77,10 +76,10 @@ def cut_stages(
     for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
         stage = Stage(config, layers, index=index, num_stages=num_stages, group=group, rows=rows, recompute=recompute)
         with torch.no_grad():
-            for _, parameter, shards in stage.named_shards():
-                parameter.zero_()
-                for shard in local_shards(shards, group.rank, group.size):
-                    parameter[shard.target] = weights[shard.spec.name][shard.source]
+            for placed in stage.placed_parameters:
+                placed.parameter.zero_()
+                for shard in placed.shards:
+                    placed.parameter[shard.target.slices] = weights[shard.spec.name][shard.source.slices]
         stages.append(stage)
     return stages
 
@@ -98,14 +97,14 @@ def assert_gradients_agree(stages: Sequence[Stage], reference: ReferenceModel) -
     gradients: dict[str, Tensor] = {}
     seen: dict[str, Tensor] = {}
     for stage in stages:
-        for _, parameter, shards in stage.named_shards():
-            assert parameter.grad is not None
-            for shard in local_shards(shards, stage.group.rank, stage.group.size):
+        for placed in stage.placed_parameters:
+            assert placed.parameter.grad is not None
+            for shard in placed.shards:
                 name = shard.spec.name
                 whole = reference.w(name)
                 found = gradients.setdefault(name, torch.zeros_like(whole))
-                found[shard.source] += parameter.grad[shard.target]
-                seen.setdefault(name, torch.zeros_like(whole, dtype=torch.bool))[shard.source] = True
+                found[shard.source.slices] += placed.parameter.grad[shard.target.slices]
+                seen.setdefault(name, torch.zeros_like(whole, dtype=torch.bool))[shard.source.slices] = True
     assert set(gradients) == {name.replace("/", ".") for name in reference.weights}
     for name, gradient in gradients.items():
         wanted = reference.w(name).grad

@@ -50,7 +50,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients(stages: list[Stage]) -> dict[tuple[int, str], Tensor | None]:
-    return {(stage.index, name): p.grad for stage in stages for name, p, _ in stage.named_shards()}
+    return {(stage.index, held.name): held.parameter.grad for stage in stages for held in stage.placed_parameters}
 
 
 def run(stages: list[Stage], packing: PackedDocuments | None) -> Tensor:
@@ -166,7 +166,7 @@ def test_what_stands_on_the_stream_is_partial() -> None:
     def names(fields: dict[str, Any], group: TensorGroup) -> set[str]:
         stage = Stage(model_config(fields), range(1), index=0, num_stages=1, group=group, rows=2)
         partial = {id(parameter) for parameter in stage.sequence_parallel_parameters()}
-        return {name.removeprefix("layers.0.") for name, p, _ in stage.named_shards() if id(p) in partial}
+        return {p.name.removeprefix("layers.0.") for p in stage.placed_parameters if id(p.parameter) in partial}
 
     group = TensorGroup(1, 4, sequence_parallel=True)
     norms = {"attention_norm.weight", "mlp_norm.weight", "final_norm.weight"}

@@ -98,11 +98,10 @@ def test_norms_of_queries_and_keys_are_two_whole_tensors_of_ones(kv_heads: int) 
     config = model_config(QK_NORM | {"num_key_value_heads": kv_heads})
     stage = Stage(config, range(3), index=0, num_stages=1, group=TensorGroup(1, 2))
     stage.initialise(seed=1)
-    held = {local: (p, shards) for local, p, shards in stage.named_shards()}
-    parameter, shards = held["layers.2.attention.query_key_norm.weight"]
+    held = {placed.name: placed for placed in stage.placed_parameters}["layers.2.attention.query_key_norm.weight"]
     names = [f"layers.2.attention.{part}_norm.weight" for part in ("query", "key")]
-    assert shards == tuple(ShardSpec(name, (16,), None) for name in names)
-    assert torch.equal(parameter, torch.ones(32))
+    assert [shard.spec for shard in held.shards] == [ShardSpec(name, (16,)) for name in names]
+    assert torch.equal(held.parameter, torch.ones(32))
 
 
 def test_parameters_are_counted_without_padding() -> None:
@@ -123,7 +122,7 @@ def test_a_tied_table_has_one_name_on_both_ends() -> None:
         stage = Stage(config, range(index, index + 1), index=index, num_stages=2, group=TensorGroup())
         stage.initialise(seed=1)
         assert stage.tied_copy is not None
-        names += [shards[0].name for _, p, shards in stage.named_shards() if p is stage.tied_copy]
+        names += [held.shards[0].spec.name for held in stage.placed_parameters if held.parameter is stage.tied_copy]
         tables.append(stage.tied_copy)
     assert torch.equal(*tables)
     assert names == ["embedding.tokens.weight"] * 2
@@ -133,6 +132,6 @@ def test_deeper_models_start_with_smaller_residual_branches() -> None:
     config = model_config(LLAMA | {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 512})
     stage = Stage(config, range(8), index=0, num_stages=1, group=TensorGroup())
     stage.initialise(seed=1)
-    for _, parameter, shards in stage.named_shards():
-        if shards[0].name.endswith("mlp.down.weight"):
-            torch.testing.assert_close(float(parameter.detach().std()), 0.2 / 4.0, rtol=0.03, atol=0.0)
+    for placed in stage.placed_parameters:
+        if placed.shards[0].spec.name.endswith("mlp.down.weight"):
+            torch.testing.assert_close(float(placed.parameter.detach().std()), 0.2 / 4.0, rtol=0.03, atol=0.0)

@@ -43,7 +43,7 @@ def forwards(stages: list[Stage]) -> list[Tensor]:
 
 
 def gradients(stages: list[Stage]) -> dict[tuple[int, str], Tensor | None]:
-    return {(stage.index, name): p.grad for stage in stages for name, p, _ in stage.named_shards()}
+    return {(stage.index, held.name): held.parameter.grad for stage in stages for held in stage.placed_parameters}
 
 
 def put_off(fields: dict[str, Any], num_stages: int) -> None:
@@ -61,7 +61,7 @@ def put_off(fields: dict[str, Any], num_stages: int) -> None:
         with last.weight_grad_deferral.enabled() as products:
             loss.backward()
         collected.append(products)
-    deferred = {(last.index, name) for name, _, _ in last.named_shards() if name.endswith(LINEARS)}
+    deferred = {(last.index, held.name) for held in last.placed_parameters if held.name.endswith(LINEARS)}
     if last.embedding is not None and config.tie_word_embeddings:
         deferred.add((last.index, "embedding.tokens.weight"))  # which holds what the lookup gives
     assert {len(products) for products in collected} == {len(deferred)}

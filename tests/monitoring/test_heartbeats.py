@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from commands import TINY, megalite
 from harness import run_distributed
-from test_launch import is_alive, pids, start_launcher, started, wait_until  # noqa: F401 (a fixture)
-from test_train import TINY, megalite
+from processes import is_alive, pids, start_launcher, wait_until
 from training import build_trainer
 
 from megalite.checkpoint.store import Part

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import TINY, megalite
+from commands import TINY, megalite
 
 from megalite import launch
+from megalite.cli import main
 from megalite.files import LOCK, filesystem_time, folder_lock, write_atomically
 from megalite.launch import announce, clear_announcement, clear_announcement_before_stderr, start_id
 from megalite.launch.announce import CLEAR
@@ -221,6 +222,34 @@ def test_status_of_a_run_from_before_this_file(tmp_path: Path, run_file: Path) -
     assert run_status(tmp_path).state == "dead"
     (tmp_path / "DONE.json").write_text("{}")
     assert run_status(tmp_path).state == "done"
+
+
+def test_status_of_a_folder_of_runs_is_a_line_for_each(
+    tmp_path: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megalite.training.plan import prepare
+
+    runs = tmp_path / "runs"
+    for name in ("a", "group/b", "c", ".hidden", "empty"):
+        (runs / name).mkdir(parents=True)
+    config = prepare(run_file, [*TINY], None).config.to_yaml()
+    step = {"step": 4, "loss": 2.5, "tokens_per_second": 1234.5, "step_seconds": 0.1}
+    (runs / "a" / "config.yaml").write_text(config)
+    (runs / "a" / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    (runs / "a" / "DONE.json").write_text("{}")
+    (runs / "a" / "earlier" / "1").mkdir(parents=True)
+    (runs / "a" / "earlier" / "1" / "config.yaml").write_text(config)
+    marker(runs / "group" / "b").failed("no such file\nand more")
+    (runs / "c" / "config.yaml").write_text("run: 3\n")
+    assert main(["status", str(runs)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["run", "state", "step", "loss", "tok/s"]
+    assert [line.split()[:2] for line in lines] == [["a", "done"], ["c", "unreadable"], ["group/b", "failed"]]
+    assert lines[0].split()[2:] == ["4/10", "2.5000", "1,234"]
+    assert "config.yaml" in lines[1]
+    assert "no such file" in lines[2]
+    assert main(["status", str(runs / "empty")]) == 2
+    assert "a folder of runs" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ the console

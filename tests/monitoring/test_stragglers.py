@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from commands import TINY
 from harness import run_distributed
-from test_train import TINY
 
 from megalite.monitoring.stragglers import WINDOW, StragglerDetector
 from megalite.parallel.layout import ParallelLayout

@@ -1,6 +1,7 @@
 """Process groups of a mesh against the layout's arithmetic, and messages over its links."""
 
 from datetime import timedelta
+from typing import get_args
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from harness import run_distributed
 
 from megalite.errors import CommonError, UserError
 from megalite.parallel.json_collectives import broadcast_json, gather_json, on_rank_zero
-from megalite.parallel.layout import Axis, ParallelLayout
+from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis, Meaning, ParallelLayout
 from megalite.parallel.mesh import build_mesh, device_index
 from megalite.parallel.placement import Placement
 from megalite.pipeline.p2p import Channel
@@ -17,6 +18,8 @@ from megalite.pipeline.stage_io import TensorSpec
 from megalite.zero.mpu import ModelParallelUnit
 
 CPU = torch.device("cpu")
+MEANINGS: tuple[Meaning, ...] = get_args(Meaning)
+REPLICA = Axis("replica", frozenset({"batch", "gradient", "loss"}))
 
 
 def group_members(layout: ParallelLayout, placement: Placement | None = None) -> dict[str, list[int] | None]:
@@ -24,17 +27,19 @@ def group_members(layout: ParallelLayout, placement: Placement | None = None) ->
     timeout = timedelta(seconds=60)
     mesh = build_mesh(layout, dist.get_rank(), device=CPU, timeout=timeout, placement=placement)
     unit = ModelParallelUnit(mesh)
-    assert unit.get_data_parallel_rank() == mesh.coordinate.data
-    assert unit.get_model_parallel_world_size() == layout.tensor * layout.pipeline
-    assert dist.get_rank(mesh.model) == unit.get_model_parallel_rank()
-    members = {
-        "tensor": mesh.tensor.process_group,
-        "data": mesh.data,
-        "pipeline": mesh.pipeline,
-        "model": mesh.model,
-        "embedding": mesh.embedding,
-        "embedding_replicas": mesh.embedding_replicas,
-    }
+    assert unit.get_data_parallel_rank() == layout.index(mesh.rank, *layout.names_of("shard"))
+    assert unit.get_model_parallel_world_size() == layout.size("tensor", "pipeline")
+    groups = {name: getattr(mesh, name) for name in (*MEANINGS, "shard_replicas")} | dict(mesh.axes)
+    members = {"embedding": mesh.embedding, "embedding_replicas": mesh.embedding_replicas}
+    shared: dict[tuple[int, ...], set[int]] = {}
+    for name, group in groups.items():
+        members[name] = group and group.process_group
+        if group is not None:
+            assert (group.rank, group.size) == (dist.get_rank(members[name]), dist.get_world_size(members[name]))
+        if group is not None and group.size > 1:
+            shared.setdefault(tuple(dist.get_process_group_ranks(members[name])), set()).add(id(members[name]))
+    assert all(len(groups) == 1 for groups in shared.values()), "two process groups of the same ranks"
+    assert mesh.tensor.process_group is mesh.axes["tensor"].process_group
     links = {f"{kind} from {peer}": link.group for (kind, peer), link in mesh.links.incoming.items()}
     links |= {f"{kind} to {peer}": link.group for (kind, peer), link in mesh.links.outgoing.items()}
     assert len({id(group) for group in links.values()}) == len(links), "two directions share a communicator"
@@ -47,27 +52,27 @@ def group_members(layout: ParallelLayout, placement: Placement | None = None) ->
         ParallelLayout(tensor=2, pipeline=2, data=2),
         ParallelLayout(tensor=1, pipeline=4, data=1),
         ParallelLayout(tensor=1, pipeline=3, data=3),
+        ParallelLayout(tensor=1, pipeline=2, data=2, axes=(PIPELINE, REPLICA, DATA, TENSOR), replica=2),
     ],
     ids=str,
 )
 def test_groups_are_those_of_the_layout(layout: ParallelLayout) -> None:
-    axes: dict[str, tuple[Axis, ...]] = {
-        "tensor": ("tensor",),
-        "data": ("data",),
-        "pipeline": ("pipeline",),
-        "model": ("pipeline", "tensor"),
-    }
+    axes = {name: layout.names_of(name) for name in MEANINGS} | {name: (name,) for name in layout.names}
+    copies = layout.group_size("gradient")
     for rank, found in enumerate(run_distributed(group_members, layout.world_size, layout)):
         for name, along in axes.items():
             assert found[name] == list(next(group for group in layout.groups(*along) if rank in group))
         pipeline = next(group for group in layout.groups("pipeline") if rank in group)
         ends = [pipeline[0], pipeline[-1]]
         assert found["embedding"] == (ends if rank in ends else None)
-        plane = next(group for group in layout.groups("pipeline", "data") if rank in group)
-        embedding_replicas = [one for one in plane if layout.coordinate(one).pipeline in (0, layout.pipeline - 1)]
+        plane = next(group for group in layout.groups("pipeline", *axes["gradient"]) if rank in group)
+        last = layout.size("pipeline") - 1
+        embedding_replicas = [one for one in plane if layout.coordinate(one)["pipeline"] in (0, last)]
         assert found["embedding_replicas"] == (
-            embedding_replicas if layout.data > 2 and rank in embedding_replicas else None
+            embedding_replicas if copies > 2 and rank in embedding_replicas else None
         )
+        replicas = layout.groups("replica") if "replica" in layout.names else ()
+        assert found["shard_replicas"] == next((list(group) for group in replicas if rank in group), None)
         place = pipeline.index(rank)
         before, after = pipeline[place - 1 : place + 1], pipeline[place : place + 2]
         expected = {f"activation from {place - 1}": before, f"gradient to {place - 1}": before} if place else {}

@@ -25,7 +25,7 @@ def compare(vocab_size: int, dtype: torch.dtype, spread: float) -> None:
     (expected * weights).sum().backward()
 
     padded = padded_vocabulary(vocab_size, group.size)
-    own = ShardSpec("head", (vocab_size, 1), 0, padded).slice(group.rank, group.size)[0]
+    own = ShardSpec("head", (vocab_size, 1), {"tensor": 0}, padded).region(group.position).slices[0]
     share = padded // group.size
     # Padding columns hold a logit higher than any other: a loss that lets them in cannot come out right.
     local = torch.full((3, 50, share), 40.0 * spread, dtype=dtype)

@@ -1,14 +1,12 @@
 """Each tensor-parallel layer against torch.nn: output and every gradient, on real ranks."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_distributed
+from sharded_modules import assert_close, check_gradients, draw, fill, world_group
 from torch import Tensor, nn
 
-from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.tensor_parallel.collectives import gather_from_group
 from megalite.tensor_parallel.init import initialise_parameter
@@ -17,36 +15,10 @@ from megalite.tensor_parallel.layers import (
     ReplicatedKVLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    parameter_shards,
+    placed_parameters,
 )
 
 IN, OUT, SEED = 12, 24, 7
-assert_close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
-
-
-def world_group() -> TensorGroup:
-    dist = torch.distributed
-    return TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def fill(module: nn.Module, group: TensorGroup, whole: dict[str, Tensor]) -> None:
-    """Give every parameter its slices of the named global tensors."""
-    with torch.no_grad():
-        for _, parameter, shards in parameter_shards(module):
-            parameter.zero_()
-            for shard in local_shards(shards, group.rank, group.size):
-                parameter[shard.target] = whole[shard.spec.name][shard.source]
-
-
-def check_gradients(module: nn.Module, group: TensorGroup, expected: dict[str, Tensor]) -> None:
-    for _, parameter, shards in parameter_shards(module):
-        assert parameter.grad is not None
-        for shard in local_shards(shards, group.rank, group.size):
-            assert_close(parameter.grad[shard.target], expected[shard.spec.name][shard.source])
 
 
 def column(bias: bool, gather: bool) -> None:
@@ -55,7 +27,7 @@ def column(bias: bool, gather: bool) -> None:
     whole = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(reference.named_parameters())}
     reference.load_state_dict(whole)
     layer = ColumnParallelLinear(IN, OUT, group=group, bias=bias)
-    fill(layer, group, whole)
+    fill(layer, whole)
     x, x_ref = (draw(3, 5, IN, seed=9).requires_grad_() for _ in range(2))
     y, y_ref = gather_from_group(layer(x), group) if gather else layer(x), reference(x_ref)
     weight = draw(*y_ref.shape, seed=11)
@@ -64,7 +36,7 @@ def column(bias: bool, gather: bool) -> None:
     (y * weight[..., own]).sum().backward()
     (y_ref * weight).sum().backward()
     assert_close(x.grad, x_ref.grad)
-    check_gradients(layer, group, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
+    check_gradients(layer, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -79,7 +51,7 @@ def row(bias: bool) -> None:
     whole = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(reference.named_parameters())}
     reference.load_state_dict(whole)
     layer = RowParallelLinear(OUT, IN, group=group, bias=bias)
-    fill(layer, group, whole)
+    fill(layer, whole)
     own = slice(group.rank * OUT // group.size, (group.rank + 1) * OUT // group.size)
     x_ref = draw(3, 5, OUT, seed=9).requires_grad_()
     x = x_ref.detach()[..., own].clone().requires_grad_()
@@ -90,7 +62,7 @@ def row(bias: bool) -> None:
     (y_ref * weight).sum().backward()
     assert x_ref.grad is not None
     assert_close(x.grad, x_ref.grad[..., own])
-    check_gradients(layer, group, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
+    check_gradients(layer, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -111,7 +83,7 @@ def fused() -> None:
         for name in names
     }
     whole = {name: tensor.requires_grad_() for name, tensor in whole.items()}
-    fill(holder, group, {name: tensor.detach() for name, tensor in whole.items()})
+    fill(holder, {name: tensor.detach() for name, tensor in whole.items()})
     x, x_ref = (draw(3, IN, seed=9).requires_grad_() for _ in range(2))
     y = holder.qkv(x).split(holder.qkv.local_sizes, dim=-1)
     for index, (part, size) in enumerate(parts.items()):
@@ -122,7 +94,7 @@ def fused() -> None:
         (y[index] * weight[:, own]).sum().backward(retain_graph=True)
         (expected * weight).sum().backward()
     assert_close(x.grad, x_ref.grad)
-    check_gradients(holder, group, {n: t.grad for n, t in whole.items() if t.grad is not None})
+    check_gradients(holder, {n: t.grad for n, t in whole.items() if t.grad is not None})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -140,7 +112,7 @@ def head_slice(bias: bool) -> None:
     whole = {f"{part}.weight": draw(8, IN, seed=i).requires_grad_() for i, part in enumerate(parts)}
     if bias:
         whole |= {f"{part}.bias": draw(8, seed=i).requires_grad_() for i, part in enumerate(parts)}
-    fill(holder, group, {name: tensor.detach() for name, tensor in whole.items()})
+    fill(holder, {name: tensor.detach() for name, tensor in whole.items()})
     x, x_ref = (draw(3, IN, seed=9).requires_grad_() for _ in range(2))
     weights = [[draw(3, 4, seed=10 * r + i) for i in range(2)] for r in range(group.size)]
     for output, weight in zip(holder.kv(x).chunk(2, dim=-1), weights[group.rank], strict=True):
@@ -151,7 +123,7 @@ def head_slice(bias: bool) -> None:
             expected = F.linear(x_ref, whole[f"{part}.weight"], whole.get(f"{part}.bias"))
             (expected[:, 4 * head : 4 * head + 4] * weight).sum().backward()
     assert_close(x.grad, x_ref.grad)
-    check_gradients(holder, group, {n: t.grad for n, t in whole.items() if t.grad is not None})
+    check_gradients(holder, {n: t.grad for n, t in whole.items() if t.grad is not None})
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -163,7 +135,7 @@ def embedding(vocab_size: int) -> None:
     group = world_group()
     reference = nn.Embedding(vocab_size, IN)
     layer = VocabParallelEmbedding(vocab_size, IN, group=group)
-    fill(layer, group, {"weight": reference.weight.detach()})
+    fill(layer, {"weight": reference.weight.detach()})
     ids = torch.randint(0, vocab_size, (3, 17), generator=torch.Generator().manual_seed(3))
     ids[0, :3] = torch.tensor([0, vocab_size - 1, vocab_size // 2])
     y, y_ref = layer(ids), reference(ids)
@@ -173,9 +145,9 @@ def embedding(vocab_size: int) -> None:
     (y_ref * weight).sum().backward()
     assert reference.weight.grad is not None
     assert layer.weight.grad is not None
-    check_gradients(layer, group, {"weight": reference.weight.grad})
-    real = layer.shard_specs["weight"][0].slice(group.rank, group.size)[0]
-    assert not layer.weight.grad[real.stop - real.start :].any(), "padding rows have a gradient"
+    check_gradients(layer, {"weight": reference.weight.grad})
+    real = layer.shard_specs["weight"][0].region(group.position)
+    assert not layer.weight.grad[real.shape[0] :].any(), "padding rows have a gradient"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -205,11 +177,11 @@ def test_initialisation_is_the_same_whatever_the_layout(size: int, monkeypatch: 
         else:
             module.layer = VocabParallelEmbedding(301, IN, group=group)
         found: dict[str, Tensor] = {}
-        for _, parameter, shards in parameter_shards(module):
-            initialise_parameter(parameter, local_shards(shards, rank, of), seed=SEED, std=0.5)
-            for shard in local_shards(shards, rank, of):
+        for placed in placed_parameters(module):
+            initialise_parameter(placed.parameter, placed.shards, seed=SEED, std=0.5)
+            for shard in placed.shards:
                 whole = found.setdefault(shard.spec.name, torch.full(shard.spec.global_shape, torch.nan))
-                whole[shard.source] = parameter.detach()[shard.target]
+                whole[shard.source.slices] = placed.parameter.detach()[shard.target.slices]
         return module, found
 
     for kind in ("column", "row", "embedding"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_distributed
-from test_layers import check_gradients, draw, fill
+from sharded_modules import check_gradients, draw, fill
 from torch import Tensor, nn
 
 from megalite.parallel.tensor_group import TensorGroup
@@ -101,7 +101,7 @@ def mlp(overlap: bool) -> None:
     up = ColumnParallelLinear(WIDTH, INNER, group=group, bias=True)
     down = RowParallelLinear(INNER, WIDTH, group=group, bias=True)
     layers = nn.Sequential(up, nn.GELU(), down)
-    fill(layers, group, whole)
+    fill(layers, whole)
     x_ref, x = pair(group)
     y_ref, y = reference(x_ref), layers(x)
     assert_close(y, share(y_ref, group))
@@ -114,7 +114,7 @@ def mlp(overlap: bool) -> None:
     assert_close(x.grad, share(x_ref.grad, group))
     assert down.bias.grad is not None
     torch.distributed.all_reduce(down.bias.grad)  # the one of a share: the engine sums it once a step
-    check_gradients(layers, group, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
+    check_gradients(layers, {n: p.grad for n, p in reference.named_parameters() if p.grad is not None})
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -135,7 +135,7 @@ def shared_heads(bias: bool) -> None:
     if bias:
         whole |= {f"{part}.bias": draw(size, seed=i) for i, (part, size) in enumerate(sizes.items())}
     whole = {name: tensor.requires_grad_() for name, tensor in whole.items()}
-    fill(holder, group, {name: tensor.detach() for name, tensor in whole.items()})
+    fill(holder, {name: tensor.detach() for name, tensor in whole.items()})
     x_ref, x = pair(group)
     gathered = enter_parallel_region(x, group)
     query, key, value = torch.cat(
@@ -152,7 +152,7 @@ def shared_heads(bias: bool) -> None:
     (wanted["query"] * key_ref * value_ref / (ROWS * LENGTH)).sum().backward()
     assert x_ref.grad is not None
     assert_close(x.grad, share(x_ref.grad, group))
-    check_gradients(holder, group, {n: t.grad for n, t in whole.items() if t.grad is not None})
+    check_gradients(holder, {n: t.grad for n, t in whole.items() if t.grad is not None})
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -164,7 +164,7 @@ def embedding() -> None:
     group = divided_group()
     reference = nn.Embedding(301, WIDTH)
     layer = VocabParallelEmbedding(301, WIDTH, group=group)
-    fill(layer, group, {"weight": reference.weight.detach()})
+    fill(layer, {"weight": reference.weight.detach()})
     ids = torch.randint(0, 301, (ROWS, LENGTH), generator=torch.Generator().manual_seed(3))
     y_ref, y = reference(ids), layer(ids)
     assert_close(y, share(y_ref, group))
@@ -173,7 +173,7 @@ def embedding() -> None:
     (y * share(weight, group)).sum().backward()
     (y_ref * weight).sum().backward()
     assert reference.weight.grad is not None
-    check_gradients(layer, group, {"weight": reference.weight.grad})
+    check_gradients(layer, {"weight": reference.weight.grad})
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

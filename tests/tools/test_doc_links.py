@@ -57,3 +57,21 @@ def _paths(menu: Any) -> Iterator[str]:
             yield item
         else:
             yield from _paths(item)
+
+
+FILES = [
+    path
+    for folder in ("megalite", "tests", "tools", "slurm", "configs", "examples")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".yaml", ".sh", ".sbatch") and path != Path(__file__)
+]
+
+
+def test_pages_that_code_and_messages_name_are_there() -> None:
+    named = {
+        (page, str(path.relative_to(ROOT)))
+        for path in FILES
+        for page in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text(encoding="utf-8"))
+    }
+    assert ("docs/howto/verify.md", "megalite/verify/table.py") in named
+    assert sorted(page for page in named if not (ROOT / page[0]).is_file()) == []

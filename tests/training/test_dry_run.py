@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from harness import run_distributed
-from test_resume import run_on_rank
+from resuming import run_on_rank
 from training import QUICKSTART_MODEL
 
 from megalite.cli import main

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from generating import GREEDY, continued
 from harness import run_distributed
-from test_resume import run_on_rank
+from resuming import run_on_rank
 
 from megalite.checkpoint import store
 from megalite.checkpoint.manifest import KINDS
@@ -115,8 +115,7 @@ def saved(path: Path, overrides: Sequence[str] = ()) -> Path:
     folder = plan.checkpoints / "step_1"
     shapes = {f"{kind}/{name}": shape for kind in KINDS for name, shape in plan.requirements.shapes.items()}
     parts = [
-        Part(name, shape, Region((0,) * len(shape), shape), partial(np.zeros, shape, np.float32))
-        for name, shape in shapes.items()
+        Part(name, shape, Region.whole(shape), partial(np.zeros, shape, np.float32)) for name, shape in shapes.items()
     ]
     store.begin(folder)
     store.write_rank(folder, 0, parts)

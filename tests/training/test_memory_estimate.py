@@ -15,7 +15,7 @@ SMALL = ("model.num_hidden_layers=1", "model.vocab_size=512", "train.steps=4", "
 
 def planned(path: Path, *overrides: str) -> tuple[int, RankBytes]:
     plan = prepare(path, [*SMALL, *overrides], None)
-    parameters = plan.parameters_of_rank(0, 0)
+    parameters = plan.parameters_of_rank(0)
     return parameters, rank_bytes(plan.config, parameters)
 
 

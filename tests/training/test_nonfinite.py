@@ -1,7 +1,6 @@
 """A step whose gradient is not finite is skipped by every rank, whoever has it; too many in a row end the run."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from harness import RankError, run_distributed
 from torch import Tensor, nn
-from training import build_trainer
+from training import after_the_backwards, build_trainer
 
 from megalite.zero.optimizer_state import ZeroState
 
@@ -37,18 +36,6 @@ OFFLOAD = ("deepspeed.zero_optimization.offload_optimizer={device: cpu}",)
 
 def layout_of(tensor: int, pipeline: int, data: int) -> tuple[str, ...]:
     return (f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", f"parallel.data={data}")
-
-
-def after_the_backwards(trainer: "Trainer", act: Callable[[], None]) -> None:
-    """Have `act` called in every step when its gradients are whole and not reduced yet."""
-    run = trainer.executor.run
-
-    def and_act(*args: Any, **settings: Any) -> Any:
-        result = run(*args, **settings)
-        act()
-        return result
-
-    trainer.executor.run = and_act  # type: ignore[method-assign]
 
 
 def state_of(trainer: "Trainer") -> list[Tensor]:

@@ -4,14 +4,17 @@ Ten steps of the quickstart's model in fp32, with grouped-query heads, clipping 
 step. Losses and gradient norms agree to 1e-5, relative.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 from harness import run_distributed
-from training import Trace, resized, train_in_plain_torch, train_rank
+from replicas import divided_replicas, whole_replicas
+from training import Trace, resized, train_in_plain_torch, train_rank, unchanged
+
+from megalite.training.plan import Plan
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 509}
 """Of the model here, whose heads and layers are the quickstart's: a vocabulary that no ranks divide is padded."""
@@ -29,7 +32,13 @@ def reference(corpus: Path, content: str, overrides: tuple[str, ...]) -> Trace:
 
 
 def check(
-    run_file: Path, corpus: Path, layout: tuple[int, int, int], *overrides: str, tied: bool, model: tuple[str, ...] = ()
+    run_file: Path,
+    corpus: Path,
+    layout: tuple[int, int, int],
+    *overrides: str,
+    tied: bool,
+    model: tuple[str, ...] = (),
+    replan: Callable[[Plan], Plan] = unchanged,
 ) -> None:
     """Train at `layout` with `overrides`, and in one process; `model` is what both share."""
     tensor, pipeline, data = layout
@@ -47,6 +56,7 @@ def check(
             f"parallel.data={data}",
             *overrides,
         ),
+        replan,
     )
     for losses, norms in traces:
         Trace(losses, norms).assert_close(expected, TOLERANCE)
@@ -79,6 +89,22 @@ def test_every_layout_and_zero_stage_trains_like_one_process(
     run_file: Path, corpus: Path, layout: tuple[int, int, int], tied: bool, stage: int
 ) -> None:
     check(run_file, corpus, layout, f"deepspeed.zero_optimization.stage={stage}", tied=tied)
+
+
+@pytest.mark.parametrize("replan", [whole_replicas, divided_replicas])
+@pytest.mark.parametrize(
+    ("layout", "stage", "tied"),
+    [
+        *[((2, 1, 2), 1, True), ((1, 1, 4), 1, False), ((1, 2, 2), 0, True), ((1, 1, 4), 3, False)],
+        *(pytest.param((1, 2, 4), stage, True, marks=pytest.mark.full) for stage in (0, 2, 3)),
+    ],
+    ids=lambda x: str(x).replace(" ", ""),
+)
+def test_a_fourth_axis_trains_like_one_process(
+    run_file: Path, corpus: Path, layout: tuple[int, int, int], stage: int, tied: bool, replan: Callable[[Plan], Plan]
+) -> None:
+    """The data axis of `layout` is made two replicas by declaring their axis; nothing else knows of it."""
+    check(run_file, corpus, layout, f"deepspeed.zero_optimization.stage={stage}", tied=tied, replan=replan)
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])

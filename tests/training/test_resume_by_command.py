@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from test_train import TINY, megalite
+from commands import TINY, megalite
 
 from megalite.checkpoint.discovery import find_checkpoints
 from megalite.checkpoint.reader import CheckpointReader

@@ -8,14 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 import warm
+from commands import (
+    ON_CPU,
+    TINY,
+    Launcher,
+    by_deepspeed,
+    by_hand,
+    by_torchrun,
+    losses,
+    megalite,
+    rank,
+    records,
+    wait_for_steps,
+)
 from harness import run_distributed
-from test_launchers import ON_CPU, Launcher, by_deepspeed, by_hand, by_torchrun
-from test_train import TINY, megalite
 
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.errors import STOPPED_STATUS, UserError
@@ -26,14 +35,6 @@ from megalite.training.stop_requests import MAX_MINUTES, REASONS, StopRequests
 # A learning rate that does not depend on how long the run is to be.
 CONSTANT = "train.schedule={name: constant}"
 GIVEN = (*TINY, "parallel.tensor=2", "checkpoint.every=1000", "train.steps=100000", CONSTANT)
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in records(run) if "loss" in record}
 
 
 @pytest.fixture
@@ -54,21 +55,6 @@ def start(run_file: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         process.kill()
         process.communicate()
-
-
-def wait_for_steps(folder: Path, process: subprocess.Popen[str], count: int) -> None:
-    patience = time.monotonic() + 300
-    while not (folder / "metrics.jsonl").exists() or len(losses(folder)) < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < patience, "the run does not come to its first steps"
-        time.sleep(0.05)
-
-
-def rank(process: subprocess.Popen[str], number: int) -> psutil.Process:
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if warm.rank_of(child) == number:
-            return child
-    raise AssertionError(f"no rank {number}")
 
 
 # ---- one rank

@@ -1,34 +1,16 @@
 """A whole run by the command line: what it prints and leaves behind."""
 
 import json
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-import warm
 import yaml
+from commands import TINY, megalite
 from harness import run_distributed
 from training import build_trainer
 
 from megalite.data.collate import SampleMicrobatch
-
-TINY = (
-    "model.vocab_size=256",
-    "model.hidden_size=32",
-    "model.num_attention_heads=4",
-    "model.num_key_value_heads=2",
-    "model.intermediate_size=48",
-    "data.sequence_length=24",
-    "data.split=[0.9, 0.1]",
-)
-
-
-def megalite(*arguments: str, status: int = 0, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end; its processes are forked with all imported unless they are to be `fresh`."""
-    done = warm.run([*warm.MEGALITE, *arguments], timeout=150, fresh=fresh)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
 
 
 def test_a_run_leaves_its_metrics_its_pictures_and_done(run_file: Path, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_every_run_file_here_scales_down_to_its_shape(
     assert small.tie_word_embeddings == whole.tie_word_embeddings
     ratio = whole.num_attention_heads // whole.num_key_value_heads
     assert small.num_attention_heads == ratio * small.num_key_value_heads
-    assert small.num_hidden_layers == 2 * config.layout.pipeline * config.parallel.virtual_stages
+    assert small.num_hidden_layers == 2 * config.placement.num_stages
     assert small.hidden_size < 257
     assert scaled.data.sequence_length == 64
     assert any(note.startswith("model.hidden_size=") for note in notes)

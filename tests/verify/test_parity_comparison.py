@@ -47,9 +47,9 @@ def forget_the_tied_gradient(mesh: Mesh, trainer: Any) -> None:
 
 def count_a_norm_twice(mesh: Mesh, trainer: Any) -> None:
     for stage in trainer.engine.stages.values():
-        for _, parameter, shards in stage.named_shards():
-            if shards[0].name == "final_norm.weight":
-                parameter.model_parallel = True
+        for placed in stage.placed_parameters:
+            if placed.shards[0].spec.name == "final_norm.weight":
+                placed.parameter.model_parallel = True
 
 
 def count_every_norm_twice(mesh: Mesh, trainer: Any) -> None:
@@ -59,7 +59,7 @@ def count_every_norm_twice(mesh: Mesh, trainer: Any) -> None:
 
 
 def send_another_microbatch(mesh: Mesh, trainer: Any) -> None:
-    if mesh.coordinate.pipeline == 0:
+    if mesh.pipeline.rank == 0:
         (channel,) = trainer.executor.outgoing.values()
         send, before = channel.send, []
 
@@ -98,11 +98,10 @@ def is_final_norm(fragment: Fragment) -> bool:
 def initialise_from_another_slice(stage: Stage, seed: int) -> None:
     """What rank 1 does in place of `Stage.initialise`: one matrix is the part of rank 0."""
     right_initialise(stage, seed)
-    for _, parameter, shards in stage.named_shards():
-        if shards[0].name == "layers.2.mlp.down.weight":
-            initialise_parameter(
-                parameter, local_shards(shards, 0, stage.group.size), seed=seed, std=stage._residual_std
-            )
+    for placed in stage.placed_parameters:
+        if placed.shards[0].spec.name == "layers.2.mlp.down.weight":
+            of_rank_0 = local_shards([shard.spec for shard in placed.shards], {"tensor": (0, stage.group.size)})
+            initialise_parameter(placed.parameter, of_rank_0, seed=seed, std=stage._residual_std)
 
 
 # ------------------------------------------------------------------------------------------------------- on ranks

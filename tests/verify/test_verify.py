@@ -29,7 +29,7 @@ import megalite.parallel.mesh as distributed
 build = distributed.build_mesh
 
 def fail(layout, rank, **how):
-    if layout.pipeline > 1 and rank == 1:
+    if layout.size("pipeline") > 1 and rank == 1:
         raise RuntimeError("a rank that fails")
     return build(layout, rank, **how)
 

@@ -12,7 +12,6 @@ from training import build_trainer, train_rank
 from megalite.data.collate import SampleRules
 from megalite.data.datasets import open_datasets
 from megalite.model.stage import Stage
-from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.training.microbatches import to_device
 from megalite.training.plan import prepare
@@ -36,14 +35,13 @@ def norm_and_updates(path: str, overrides: tuple[str, ...]) -> tuple[float, list
 
     trainer = build_trainer(path, overrides)
     before = build_stages(trainer.plan, trainer.mesh)
-    tensor = trainer.mesh.tensor
     norm = trainer.step(1).outcome.grad_norm
     updates: list[Update] = []
     for index, stage in trainer.engine.stages.items():
-        pairs = zip(stage.named_shards(), before[index].named_shards(), strict=True)
-        for (_, after, shards), (_, start, _) in pairs:
-            for shard in local_shards(shards, tensor.rank, tensor.size):
-                updates.append((shard.spec.name, shard.source, (after.detach() - start.detach())[shard.target].clone()))
+        for after, start in zip(stage.placed_parameters, before[index].placed_parameters, strict=True):
+            update = after.parameter.detach() - start.parameter.detach()
+            for shard in after.shards:
+                updates.append((shard.spec.name, shard.source.slices, update[shard.target.slices].clone()))
     return norm, updates
 
 
@@ -70,10 +68,10 @@ def test_norm_and_clipping_are_those_of_torch(run_file: Path, layout: tuple[int,
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
     assert norm > 0.2
     gradients = {}
-    for _, parameter, shards in model.named_shards():
-        for shard in local_shards(shards, 0, 1):
-            assert parameter.grad is not None
-            gradients[shard.spec.name] = parameter.grad[shard.target]
+    for placed in model.placed_parameters:
+        for shard in placed.shards:
+            assert placed.parameter.grad is not None
+            gradients[shard.spec.name] = placed.parameter.grad[shard.target.slices]
     for rank_norm, updates in ranks:
         assert abs(rank_norm / norm - 1) < 1e-5
         for name, source, update in updates:

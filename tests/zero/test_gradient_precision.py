@@ -15,7 +15,6 @@ from megalite.data.datasets import open_datasets
 from megalite.kernels.choice import Kernels
 from megalite.model.stage import Stage
 from megalite.parallel.regions import Region
-from megalite.parallel.sharding import local_shards
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.training.microbatches import to_device
 from megalite.training.plan import prepare
@@ -93,10 +92,10 @@ def accumulated_in_fp32(path: Path, overrides: tuple[str, ...], precision: str, 
         model.zero_grad()
         loss = model({}, microbatch=to_device(batch, torch.device("cpu"))).losses["loss"]
         (loss * scale).backward()
-        for _, parameter, shards in model.named_shards():
-            assert parameter.grad is not None
-            for shard in local_shards(shards, 0, 1):
-                gradient = parameter.grad[shard.target] / (scale * MICROBATCHES)
+        for placed in model.placed_parameters:
+            assert placed.parameter.grad is not None
+            for shard in placed.shards:
+                gradient = placed.parameter.grad[shard.target.slices] / (scale * MICROBATCHES)
                 sums[shard.spec.name] = sums.get(shard.spec.name, 0.0) + gradient
     return sums
 

@@ -19,7 +19,7 @@ SMALL = (
 
 
 def copies(path: str, overrides: Sequence[str]) -> tuple[int, list[torch.Tensor]]:
-    """Train, and return this rank's data coordinate and its copy of the table, after each step."""
+    """Train, and return which share of ZeRO's this rank has, and its copy of the table after each step."""
     trainer = build_trainer(path, overrides)
     (copy,) = [stage.tied_copy for stage in trainer.engine.stages.values() if stage.tied_copy is not None]
     found = []
@@ -28,10 +28,10 @@ def copies(path: str, overrides: Sequence[str]) -> tuple[int, list[torch.Tensor]
         held = copy.detach()
         if trainer.engine.zero_stage == 3:  # a rank holds its share, the last one padded
             share: torch.Tensor = copy.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
-            held = share[: 512 * 32 - trainer.mesh.coordinate.data * share.numel()]
+            held = share[: 512 * 32 - trainer.mesh.shard.rank * share.numel()]
         found.append(held.clone())
     trainer.close()
-    return trainer.mesh.coordinate.data, found
+    return trainer.mesh.shard.rank, found
 
 
 @pytest.mark.parametrize(

@@ -42,19 +42,21 @@ def inspect(
 
     Or show what a step of a run trains on, from its configuration.
     """
+    from megalite.checkpoint.discovery import checkpoint_root
     from megalite.cli.inspect.checkpoint import (
         compare_checkpoints,
         inspect_checkpoint,
         is_checkpoint,
         list_folder,
-        lists_checkpoints,
         newest_checkpoint,
         verify_checkpoint,
     )
     from megalite.cli.inspect.dataset import inspect_dataset, is_dataset, nearest_prefix
     from megalite.cli.inspect.huggingface import inspect_hugging_face
     from megalite.cli.inspect.run import inspect_step
+    from megalite.cli.run_without_checkpoint import require_checkpoint
     from megalite.convert.huggingface.reader import is_hugging_face
+    from megalite.convert.open import open_weights
 
     of_run = {"--step": step is not None, "--rank": rank is not None, "--json": as_json}
     of_dataset = {
@@ -63,28 +65,34 @@ def inspect(
         "--plot": plot is not None,
     }
     of_checkpoint = {"--verify": verify, "--diff": diff is not None}
+    root = checkpoint_root(path)
     if is_dataset(path):
         _refuse(path, "a dataset", of_run | of_checkpoint)
         inspect_dataset(path, 3 if documents is None else documents, tokenizer, plot)
-    elif is_checkpoint(path) or (lists_checkpoints(path) and any(of_checkpoint.values())):
+    elif is_checkpoint(path) or (root is not None and any(of_checkpoint.values())):
         _refuse(path, "a checkpoint" if is_checkpoint(path) else "a folder of checkpoints", of_run | of_dataset)
         if diff is not None:
             if verify:
                 raise UserError("--verify: stands beside --diff; ask for one after the other")
             raise typer.Exit(0 if compare_checkpoints(newest_checkpoint(path), newest_checkpoint(diff)) else 1)
         (verify_checkpoint if verify else inspect_checkpoint)(newest_checkpoint(path))
-    elif lists_checkpoints(path) and step is None:
+    elif root is not None and step is None:
         _refuse(path, "a folder of checkpoints", of_run | of_dataset)
-        list_folder(path)
+        list_folder(root)
     elif is_hugging_face(path):
         _refuse(path, "a Hugging Face folder", of_run | of_dataset | of_checkpoint)
         inspect_hugging_face(path)
     elif (path / "config.yaml").is_file() or path.suffix in (".yaml", ".yml"):
+        if step is None:
+            require_checkpoint(path, "; --step N shows the documents of a step")
         _refuse(path, "a run", of_dataset | of_checkpoint)
         if step is None:
             raise UserError(f"{path}: is a run; say which step's documents to show: --step N")
         inspect_step(path, step, rank, as_json)
     else:
+        require_checkpoint(path)
+        if (path / "config.json").is_file():
+            open_weights(path)  # says what is wrong with that file
         raise UserError(
             f"{path}: neither a dataset's prefix, a checkpoint, a Hugging Face folder, a run's folder nor a run file"
             f"{nearest_prefix(path)}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from megalite.checkpoint.manifest import MANIFEST
+from megalite.cli.columns import table
 from megalite.cli.progress import byte_progress
 from megalite.errors import UserError
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from megalite.checkpoint.reader import CheckpointReader
 
 _ALL = "all"
-_CHECKPOINTS = "checkpoints"
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -24,21 +24,16 @@ def is_checkpoint(path: Path) -> bool:
     return (path / MANIFEST).is_file() or (path.is_dir() and path.name.startswith("step_"))
 
 
-def lists_checkpoints(path: Path) -> bool:
-    """Tell whether a path is a folder of checkpoints, or a run's with some."""
-    return any(next(folder.glob("step_*"), None) is not None for folder in (path, path / _CHECKPOINTS))
-
-
 def newest_checkpoint(path: Path) -> Path:
     """Return the newest checkpoint of a folder of them, or of a run's, and print which; another path as it is.
 
     A damaged one is taken too: its damage is what is asked about. Raises UserError where no save has ended.
     """
-    from megalite.checkpoint.discovery import find_checkpoints
+    from megalite.checkpoint.discovery import checkpoint_root, find_checkpoints
 
-    if is_checkpoint(path) or not lists_checkpoints(path):
+    root = checkpoint_root(path)
+    if is_checkpoint(path) or root is None:
         return path
-    root = _root(path)
     newest = next((folder for _, folder in find_checkpoints(root) if (folder / MANIFEST).is_file()), None)
     if newest is None:
         raise UserError(f"{root}: holds no checkpoint that is whole; give another folder")
@@ -46,15 +41,10 @@ def newest_checkpoint(path: Path) -> Path:
     return newest
 
 
-def _root(path: Path) -> Path:
-    return path if next(path.glob("step_*"), None) is not None else path / _CHECKPOINTS
-
-
-def list_folder(path: Path) -> None:
+def list_folder(root: Path) -> None:
     """Print the checkpoints of a folder, the newest marked, and the saves that did not end."""
     from megalite.checkpoint.inspection import list_checkpoints
 
-    root = _root(path)
     listed = list_checkpoints(root)
     whole = [checkpoint for checkpoint in listed if checkpoint.fault is None]
     typer.echo(f"{root}: {len(whole)} checkpoints")
@@ -175,14 +165,3 @@ def _told(difference: "TensorDifference") -> str:
 def by_x(shape: Sequence[int]) -> str:
     """Return a shape as it is shown, ``2 x 3``."""
     return " x ".join(map(str, shape)) or "one number"
-
-
-def table(rows: Sequence[tuple[str, ...]], right: tuple[int, ...] = ()) -> Iterator[str]:
-    """Return rows as lines whose columns stand below each other; those of the numbers `right` end there."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (
-            f"{cell:>{width}}" if number in right else f"{cell:<{width}}"
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join(cells).rstrip()

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from megalite.cli.inspect.checkpoint import by_x, table
+from megalite.cli.columns import table
+from megalite.cli.inspect.checkpoint import by_x
 
 if TYPE_CHECKING:
     from megalite.convert.huggingface.reader import HuggingFaceWeights

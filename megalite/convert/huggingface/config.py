@@ -57,6 +57,13 @@ def model_of(config: Mapping[str, Any], path: Path, max_positions: int | None = 
     return family, model
 
 
+def notes_on(family: Family, model: ModelConfig, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return which keys of a window in a ``config.json`` are not kept, as all layers attend to all tokens before."""
+    written = _written_window(family, model)
+    found = [key for key in _WINDOW_KEYS if config.get(key) and config[key] != written.get(key)]
+    return (f"not kept of {CONFIG}, as the model computes the same without: {', '.join(found)}",) if found else ()
+
+
 def config_of(model: ModelConfig, precision: str, token_ids: Mapping[str, Any]) -> tuple[Family, dict[str, Any]]:
     """Return the family that a model of ours is written as, and its ``config.json``.
 
@@ -78,7 +85,15 @@ def config_of(model: ModelConfig, precision: str, token_ids: Mapping[str, Any]) 
     written |= {fixed.theirs: fixed.allowed[0] for fixed in family.fixed}
     if family.rotary:
         written |= written_rotary(family, ours)
+    written |= _written_window(family, model)
     return family, {**written, **token_ids, "dtype": ENCODINGS[precision].torch_name, "use_cache": True}
+
+
+def _written_window(family: Family, model: ModelConfig) -> dict[str, Any]:
+    """Return the keys that say that every layer attends to all tokens before, of a class that has such keys."""
+    layers = model.num_hidden_layers
+    values = (None, False, layers, ["full_attention"] * layers)
+    return dict(zip(_WINDOW_KEYS, values, strict=True)) if family.names_window else {}
 
 
 def _require_dividing_heads(family: Family, model: ModelConfig) -> None:
@@ -128,21 +143,34 @@ def _theirs(setting: Setting, value: object) -> object:
 def _require_full_attention(family: Family, config: Mapping[str, Any], positions: int, path: Path) -> None:
     """Refuse a window that is shorter than the sequences: within it, attention is the same with and without."""
     window = config.get("sliding_window", DEFAULT_WINDOW)
-    slides = config.get("use_sliding_window", family.always_slides)
-    layers = config.get("layer_types")
-    if isinstance(layers, list):
-        strange = sorted({str(layer) for layer in layers} - {"full_attention", "sliding_attention"})
-        if strange:
-            raise UserError(f"{path}: layer_types has {strange[0]!r}; every layer can be 'full_attention'")
-        slides = "sliding_attention" in layers
-    elif slides and not family.always_slides:
-        # Layers below this number attend to all tokens whatever the window is.
-        slides = config.get("max_window_layers", DEFAULT_WINDOW_LAYERS) < config["num_hidden_layers"]
-    if slides and isinstance(window, int) and window < positions:
+    if not _has_window(family, config, path) or window is None:
+        return
+    if type(window) is not int:
+        raise UserError(f"{path}: sliding_window={show(window)} is no number of tokens; write one, or null for none")
+    if window < positions:
         raise UserError(
             f"{path}: sliding_window={window} is below max_position_embeddings={positions}, and megalite attends to "
             f"all tokens before; up to {window} both are the same: convert with --max-positions {window}"
         )
+
+
+def _has_window(family: Family, config: Mapping[str, Any], path: Path) -> bool:
+    """Tell whether some layer attends within a window."""
+    layers = config.get("layer_types")
+    if layers is not None:
+        kinds = layers if isinstance(layers, list) else [layers]
+        strange = sorted({str(layer) for layer in kinds} - {"full_attention", "sliding_attention"})
+        if strange:
+            raise UserError(f"{path}: layer_types has {strange[0]!r}; every layer can be 'full_attention'")
+        if not family.always_slides:
+            return "sliding_attention" in kinds
+    if family.always_slides or not config.get("use_sliding_window"):
+        return family.always_slides
+    # Layers below this number attend to all tokens whatever the window is.
+    below = config.get("max_window_layers")
+    if below is not None and type(below) is not int:
+        raise UserError(f"{path}: max_window_layers={show(below)} is no number of layers; write one")
+    return (DEFAULT_WINDOW_LAYERS if below is None else below) < config["num_hidden_layers"]
 
 
 def _require_known(family: Family, config: Mapping[str, Any], path: Path) -> None:

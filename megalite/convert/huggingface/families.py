@@ -65,6 +65,8 @@ class Family:
     rotary: bool = True
     partial_rotary: float | None = None
     """The default share of a head's dims that turn; None where all do."""
+    names_window: bool = False
+    """Whether the class has keys for a window of attention that is used only where they say so."""
     always_slides: bool = False
     """Whether a window of attention needs no other key to say that it is there."""
     heads_divide: bool = True
@@ -184,6 +186,7 @@ QWEN2 = _llama_like(
     "Qwen2ForCausalLM",
     defaults={},
     heads_divide=False,
+    names_window=True,
     flags=frozenset({"attention_bias"}),
     # The class has biases on q, k and v whatever this key says.
     inert=frozenset({"attention_bias"}),
@@ -194,6 +197,7 @@ QWEN3 = _llama_like(
     *_ATTENTION_BIASES,
     defaults={"head_dim": 128},
     heads_divide=False,
+    names_window=True,
     flags=frozenset({"qk_norm"}),
     optional_flags=(_ALL_OF_ATTENTION,),
 )

@@ -77,9 +77,9 @@ class TorchFile:
         self.shapes: Mapping[str, tuple[int, ...]] = {name: tuple(one.shape) for name, one in content.items()}
         self.dtypes: Mapping[str, str] = {name: _stored_as(str(one.dtype)) for name, one in content.items()}
 
-    def read(self, name: str, region: tuple[slice, ...]) -> np.ndarray:
-        """Return a box of a tensor as fp32."""
-        return self._tensors[name].detach()[region].float().numpy()
+    def read(self, name: str, region: Region) -> np.ndarray:
+        """Return a region of a tensor as fp32."""
+        return self._tensors[name].detach()[region.slices].float().numpy()
 
 
 def _stored_as(dtype: str) -> str:
@@ -107,7 +107,7 @@ class TensorFiles:
     def read(self, name: str, region: Region) -> np.ndarray:
         """Return a box of a tensor as fp32."""
         try:
-            return self._file(name).read(name, region.slices)
+            return self._file(name).read(name, region)
         except (OSError, ValueError) as error:  # the latter from a file that has become shorter
             raise UserError(
                 f"{self._folder / self._file_of[name]}: {name} cannot be read: {error}; fetch the file again"

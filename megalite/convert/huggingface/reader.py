@@ -8,7 +8,7 @@ import numpy as np
 from megalite.checkpoint.mismatch_table import mismatch_table, shape_mismatches
 from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.safetensors_file import ENCODINGS
-from megalite.convert.huggingface.config import CONFIG, model_of
+from megalite.convert.huggingface.config import CONFIG, model_of, notes_on
 from megalite.convert.huggingface.folder import TensorFiles, inside, read_json
 from megalite.convert.huggingface.tensor_map import Tensor
 from megalite.errors import UserError
@@ -30,7 +30,7 @@ class HuggingFaceWeights:
 
     Raises UserError for a model that this package does not compute, for files that hold more than tensors or lie
     elsewhere, and, with a table of the differences, for tensors that are not those of the model. `max_positions`
-    shortens the longest sequence that the model takes. `notes` say what of the folder was not read.
+    shortens the longest sequence that the model takes. `notes` say what of the folder was not read or is not kept.
     """
 
     def __init__(self, folder: Path, *, max_positions: int | None = None) -> None:
@@ -40,7 +40,7 @@ class HuggingFaceWeights:
         """What ``config.json`` holds."""
         self.family, self.model = model_of(self.config, path, max_positions)
         self._files = TensorFiles(folder)
-        self.notes = self._files.unread
+        self.notes = (*self._files.unread, *notes_on(self.family, self.model, self.config))
         tensors = {tensor.name: tensor for tensor in self.family.tensors(self.model)}
         self.precision = self._precision()
         self._stored_name = self._match(tensors)

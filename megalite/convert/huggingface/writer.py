@@ -65,7 +65,7 @@ def write_folder(
 
 def assemble(tensor: Tensor, weights: Weights) -> np.ndarray:
     """Return a tensor of theirs, made of the weights that it consists of."""
-    whole = Region((0,) * len(tensor.part_shape), tensor.part_shape)
+    whole = Region.whole(tensor.part_shape)
     stored = np.empty(tensor.shape, np.float32)
     for part, name in enumerate(tensor.ours):
         for place, within in tensor.pieces(part, whole):

@@ -30,7 +30,7 @@ from megalite.data.chat.conversations import (
 )
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.inner_text import InnerText
-from megalite.errors import UserError, if_near, nearest
+from megalite.errors import UserError, did_you_mean, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class ChatTemplate:
             if role not in turns:
                 raise ValueError(
                     f"message {number}: the template has no role {role[:40]!r}, but {', '.join(sorted(turns))}"
-                    f"{if_near(role.lower(), turns)}; rename the role, or give a template file that has it"
+                    f"{did_you_mean(role.lower(), turns)}; rename the role, or give a template file that has it"
                 )
             told |= role == ASSISTANT
             counts = role == ASSISTANT and message.counts
