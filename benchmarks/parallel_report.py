@@ -45,7 +45,7 @@ class Section:
         yield self.ratios(self.report(machine))
         if self.bubbles:
             yield self.bubble_grid()
-        if LAYOUTS[self.layout].data > 1:
+        if LAYOUTS[self.layout].group_size("shard") > 1:
             yield self.zero_grid()
 
     def tables(self, machine: Machine) -> list[Table]:
@@ -101,7 +101,7 @@ class Section:
         rows: list[tuple[str, ...]] = []
         for name, ranks in self.memory.items():
             stage, dtype = int(name[-1]), getattr(CONTENDERS[name], "dtype", None) or self.job.dtype
-            weights, gradients, optimizer = textbook(stage, dtype, LAYOUTS[self.layout].data)
+            weights, gradients, optimizer = textbook(stage, dtype, LAYOUTS[self.layout].group_size("shard"))
             kinds = ("weights", "gradients", "gradients_in_update", "optimizer")
             counted = (max(held[kind] / held["parameters"] for held in ranks) for kind in kinds)
             rows.append((f"{name}, {dtype}", *(f"{each:.2f}" for each in counted)))

@@ -103,7 +103,7 @@ class Mesh:
 
     @property
     def counts_loss(self) -> bool:
-        """Whether this rank's losses count in their means: of the ranks that compute the same, the first alone."""
+        """Whether this rank's losses count in the mean: of the ranks that compute the same losses, the first alone."""
         others = {*self.axes} - {"pipeline", *self.layout.names_of("loss")}
         return self.is_first_along(*others)
 

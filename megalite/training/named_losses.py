@@ -23,8 +23,8 @@ class NamedLosses:
     def reduce(self, losses: Mapping[str, Tensor], flags: Sequence[float]) -> tuple[dict[str, float], list[float]]:
         """Return the losses of all stages by name, and in the same all-reduce the sums of `flags` over all ranks.
 
-        Of the ranks that compute the same losses, one contributes them (`Mesh.counts_loss`). Raises ValueError where a
-        stage has a loss that no stage had in the first reduction. Collective.
+        Of the ranks of a stage that compute the same losses, one contributes them. Raises ValueError where a stage
+        has a loss that no stage had in the first reduction. Collective.
         """
         if self._names is None:
             self._names = sorted({name for names in gather_json(list(losses), self._mesh) for name in names})

@@ -3,12 +3,13 @@
 from typing import Any, ClassVar
 
 from megalite.config.sections import ParallelSection
-from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis
+from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis, Meaning
 from megalite.training.plan import Plan, plan_of
 
 WHOLE = Axis("replica", frozenset({"batch", "gradient", "loss"}))
 """Hybrid sharding: each replica has all of the optimizer's state."""
-DIVIDED = Axis("replica", WHOLE.meanings | {"shard"})
+_SHARD: Meaning = "shard"
+DIVIDED = Axis("replica", WHOLE.meanings | {_SHARD})
 
 
 class _WholeReplicas(ParallelSection, frozen=True):

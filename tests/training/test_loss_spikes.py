@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from harness import RankError, run_distributed
+from torch import Tensor
 from training import NARROW, build_trainer
 
 from megalite.config import TrainSection
 from megalite.config.sections import SpikeSection
 from megalite.data.batch_schedule import BatchSchedule, PassedOver
+from megalite.model.loss import LOSS
 from megalite.training.loss_spikes import LossSpikeDetector
 from megalite.training.provenance import Provenance
 
@@ -66,10 +68,21 @@ def test_samples_that_are_passed_over_belong_to_no_step() -> None:
     assert schedule.consumed(4) == 16
 
 
+def scale_losses(trainer: "Trainer", factor: Callable[[], int]) -> None:
+    """Multiply the loss of each step that the trainer reads by a factor."""
+    reduce = trainer.train_losses.reduce
+
+    def scaled(losses: Mapping[str, Tensor], flags: Sequence[float]) -> tuple[dict[str, float], list[float]]:
+        means, sums = reduce(losses, flags)
+        return {**means, LOSS: means[LOSS] * factor()}, sums
+
+    trainer.train_losses.reduce = scaled  # type: ignore[method-assign]
+
+
 def jump_at(trainer: "Trainer", *steps: int) -> None:
     """Have the loss of the step that comes `step`th be ten times what it is, for each of `steps`."""
-    mean, calls = trainer._reduce_loss_and_stop_flags, iter(range(1, 1000))
-    trainer._reduce_loss_and_stop_flags = lambda result: mean(result) * (10 if next(calls) in steps else 1)  # type: ignore[method-assign]
+    calls = iter(range(1, 1000))
+    scale_losses(trainer, lambda: 10 if next(calls) in steps else 1)
 
 
 def run_with_a_jump(path: str, overrides: Sequence[str], *jumps: int) -> None:
@@ -257,8 +270,8 @@ def test_before_the_first_checkpoint_the_update_alone_is_dropped(run_file: Path,
 
 def jump_always(path: str, overrides: Sequence[str]) -> None:
     trainer = build_trainer(path, overrides)
-    mean, calls = trainer._reduce_loss_and_stop_flags, iter(range(1000))
-    trainer._reduce_loss_and_stop_flags = lambda result: mean(result) * 2 ** next(calls)  # type: ignore[method-assign]
+    calls = iter(range(1000))
+    scale_losses(trainer, lambda: 2 ** next(calls))
     trainer.run()
 
 
