@@ -121,7 +121,7 @@ def test_the_cases_are_those_that_the_rules_let_through(run_file: Path) -> None:
 ELSEWHERE = {
     "optimizer on NVMe": "runs nowhere, as the page says",
     "a growing batch": "tests/full/test_data_parity.py",
-    "uneven stages": "tests/training/test_parity.py",
+    "uneven stages": "tests/training/test_parity_of_schedules.py",
     "checkpoints": "tests/training/test_resume.py",
 }
 """What the cases leave out, and who holds it against one process."""

@@ -1,6 +1,7 @@
 """The fault table: after each fault the same command goes on, and ends bit-equal to the run that nothing disturbed.
 
-Ranks that are killed in a step stand in test_survival, and in a save in test_resume; nodes and jobs in tests/slurm.
+Ranks that are killed in a step stand in test_survival, and in a save in test_damaged_checkpoints;
+nodes and jobs in tests/slurm.
 """
 
 import os

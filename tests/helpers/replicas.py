@@ -6,10 +6,9 @@ from megalite.config.sections import ParallelSection
 from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis, Meaning
 from megalite.training.plan import Plan, plan_of
 
-WHOLE = Axis("replica", frozenset({"batch", "gradient", "loss"}))
+WHOLE = Axis("replica", frozenset[Meaning](("batch", "gradient", "loss")))
 """Hybrid sharding: each replica has all of the optimizer's state."""
-_SHARD: Meaning = "shard"
-DIVIDED = Axis("replica", WHOLE.meanings | {_SHARD})
+DIVIDED = Axis("replica", frozenset[Meaning](("batch", "gradient", "shard", "loss")))
 
 
 class _WholeReplicas(ParallelSection, frozen=True):

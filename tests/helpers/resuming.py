@@ -5,14 +5,22 @@ import json
 import os
 import signal
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from harness import run_distributed
 from training import NARROW, build_trainer
 
+from megalite.checkpoint.reader import CheckpointReader
+from megalite.zero.optimizer_state import ZeroState
+
+if TYPE_CHECKING:
+    from megalite.training.trainer import Trainer
+
 Layout = tuple[int, int, int]
+BF16, FP16 = "deepspeed.bf16={enabled: true}", "deepspeed.fp16={enabled: true, initial_scale_power: 24, hysteresis: 1}"
 
 PAIR: Layout = (1, 1, 2)
 
@@ -75,3 +83,17 @@ def assert_same_run(folder: Path, expected: Path) -> None:
 
 
 KEPT = [*at(PAIR, 1), "checkpoint.every=2", "checkpoint.keep_last=1"]
+
+
+def assert_holds(trainer: "Trainer", checkpoint: Path, kinds: Sequence[str]) -> None:
+    """Every element that this rank updates is the checkpoint's, to the last bit."""
+    reader = CheckpointReader(checkpoint)
+    for fragment in ZeroState(trainer.engine).fragments():
+        regions = list(fragment.regions(0, fragment.numel))
+        assert regions, f"{fragment.shards[0].spec.name} is nowhere in its global tensor"
+        for region, kind in product(regions, kinds):
+            saved = np.empty(region.region.shape, np.float32)
+            reader.read(f"{kind}/{region.name}", region.region, saved)
+            elements = fragment.tensors[kind][region.start : region.start + region.region.numel]
+            held = elements.detach().numpy().reshape(region.region.shape)
+            assert np.array_equal(held, saved), f"{kind}/{region.name} at {region.region.offset}"
