@@ -113,7 +113,7 @@ class Stage(nn.Module):
             raise ValueError("with sequence parallelism a stage needs `rows`, the number of rows of a microbatch")
         rows = rows if group.sequence_parallel else None
         self.index, self.num_stages, self.group = index, num_stages, group
-        self.recompute, self.loss = recompute, loss
+        self.recompute, self.loss, self._rows = recompute, loss, rows
         first, last = index == 0, index == num_stages - 1
         self.embedding = Embedding(config, group) if first else None
         rotary = Rotary(config) if isinstance(config, RotaryConfig) else None
@@ -160,10 +160,15 @@ class Stage(nn.Module):
         return StageOutput({}, add_losses(losses, self.loss(self.logits(x), microbatch)))
 
     def logits(self, x: Tensor) -> VocabParallelLogits:
-        """Return the logits of the last layer's hidden states ``[..., H]``. Only for the last stage."""
+        """Return the logits of the last layer's hidden states ``[..., H]``. Only for the last stage.
+
+        Of a rank's share of the tokens ``[1, B*S / size, H]``, return the logits of all tokens ``[B, S, V]``.
+        """
         assert self.head is not None
         assert self.final_norm is not None
         local = self.head(self.final_norm(x))
+        if self._rows is not None:
+            local = local.view(self._rows, -1, local.shape[-1])
         return VocabParallelLogits(local, self.head.first_id, self.head.vocab_size, self.group)
 
     def next_logits(self, ids_BS: Tensor, cache: KVCache) -> Tensor:

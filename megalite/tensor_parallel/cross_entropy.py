@@ -109,11 +109,11 @@ class VocabParallelLogits:
     group: TensorGroup
 
     def cross_entropy(self, targets: Tensor) -> Tensor:
-        """Return the cross-entropy ``[...]`` of each target in nats, fp32; it *overwrites* the logits."""
+        """Return the cross-entropy ``[...]`` of each target in nats, fp32. Call it last: it *overwrites* the logits."""
         return vocab_parallel_cross_entropy(
             self.local, targets, first_id=self.first_id, vocab_size=self.vocab_size, group=self.group
         )
 
     def gather(self) -> Tensor:
-        """All-gather the logits over the vocabulary: return ``[..., vocab_size]``, fp32."""
-        return gather_from_group(self.local, self.group)[..., : self.vocab_size].float()
+        """All-gather the logits over the vocabulary: return a copy ``[..., vocab_size]``, fp32."""
+        return gather_from_group(self.local, self.group)[..., : self.vocab_size].to(torch.float32, copy=True)

@@ -147,6 +147,11 @@ class ReferenceModel(nn.Module):
         self, ids: Tensor, targets: Tensor, positions: Tensor | None = None, documents: Tensor | None = None
     ) -> Tensor:
         """The loss of each token, ``[B, S]``."""
+        logits = self.logits(ids, positions, documents)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+
+    def logits(self, ids: Tensor, positions: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """The logits after each token, ``[B, S, V]``."""
         positions = torch.arange(ids.shape[1]).expand(ids.shape) if positions is None else positions
         documents = torch.zeros_like(ids) if documents is None else documents
         x = F.embedding(ids, self.w("embedding.tokens.weight"))
@@ -162,8 +167,7 @@ class ReferenceModel(nn.Module):
             branch = self.mlp(f"{name}.mlp", self.norm(f"{name}.mlp_norm", before if parallel else x))
             x = x + self.dropped(f"{name}.mlp", branch)
         head = "embedding.tokens.weight" if self.config.tie_word_embeddings else "head.weight"
-        logits = self.norm("final_norm", x) @ self.w(head).T
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        return self.norm("final_norm", x) @ self.w(head).T
 
 
 def stage_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

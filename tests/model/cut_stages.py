@@ -9,7 +9,7 @@ from reference_model import ReferenceModel
 from torch import Tensor
 
 from megalite.config import ModelConfig, Recompute, read_model
-from megalite.model.loss import LOSS
+from megalite.model.loss import LOSS, LossFunction, cross_entropy
 from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
@@ -68,13 +68,15 @@ def cut_stages(
     sequence_parallel: bool = False,
     overlap: bool = False,
     recompute: Recompute | None = None,
+    loss: LossFunction = cross_entropy,
 ) -> list[Stage]:
     """All stages of the pipeline, each with this rank's share of the weights over the world's tensor group."""
     dist = torch.distributed
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, sequence_parallel, overlap)
     stages = []
+    shared: dict[str, Any] = {"num_stages": num_stages, "group": group, "rows": rows}
     for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
-        stage = Stage(config, layers, index=index, num_stages=num_stages, group=group, rows=rows, recompute=recompute)
+        stage = Stage(config, layers, index=index, recompute=recompute, loss=loss, **shared)
         with torch.no_grad():
             for placed in stage.placed_parameters:
                 placed.parameter.zero_()

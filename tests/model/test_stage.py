@@ -1,5 +1,6 @@
 """The model, cut by tensor and pipeline ranks, against a plain reference: loss and every gradient."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,10 +22,13 @@ from harness import run_distributed
 from reference_model import ReferenceModel, stage_shapes
 from torch import Tensor
 
+from megalite.model.loss import cross_entropy
 from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
 from megalite.parallel.sharding import ShardSpec
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.pipeline.stage_io import StageOutput
+from megalite.tensor_parallel.cross_entropy import VocabParallelLogits
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -72,6 +76,50 @@ def test_loss_and_gradients_agree_with_the_plain_model(
     fields: dict[str, Any], world_size: int, num_stages: int
 ) -> None:
     run_distributed(compare, world_size, fields, num_stages)
+
+
+@dataclass(frozen=True)
+class TaughtMicrobatch(Microbatch):
+    """A microbatch with the probabilities ``[B, S, V]`` of a teacher."""
+
+    teacher: Tensor | None = None
+
+
+def distil(logits: VocabParallelLogits, microbatch: Microbatch) -> dict[str, Tensor]:
+    """A loss from outside, on data that the model does not know."""
+    assert isinstance(microbatch, TaughtMicrobatch)
+    assert microbatch.teacher is not None
+    losses_BS = -(microbatch.teacher * logits.gather().log_softmax(-1)).sum(-1)
+    return {"teacher": 0.5 * microbatch.average(losses_BS), **cross_entropy(logits, microbatch)}
+
+
+def compare_distilled(num_stages: int, sequence_parallel: bool) -> None:
+    config, (ids, targets) = model_config(LLAMA), batch()
+    weights = whole_weights(config)
+    teacher = torch.rand(*ids.shape, SHAPE["vocab_size"], generator=torch.Generator().manual_seed(2)).softmax(-1)
+    reference = ReferenceModel(config, weights)
+    expected = -0.5 * (teacher * reference.logits(ids).log_softmax(-1)).sum(-1).mean()
+    (expected + reference(ids, targets)).backward()
+
+    stages = cut_stages(config, weights, num_stages, rows=len(ids), sequence_parallel=sequence_parallel, loss=distil)
+    output, microbatch = StageOutput({}, {}), TaughtMicrobatch(ids, targets, teacher=teacher)
+    for stage in stages:
+        output = stage(output.activations, microbatch=microbatch)
+    torch.testing.assert_close(output.losses["teacher"], expected, rtol=1e-5, atol=1e-6)
+    sum(output.losses.values(), torch.zeros(())).backward()
+    for stage in stages:
+        for parameter in stage.sequence_parallel_parameters():
+            torch.distributed.all_reduce(parameter.grad)
+    assert_gradients_agree(stages, reference)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_stages", "sequence_parallel"), [(1, 1, False), (2, 2, False), (2, 1, True)]
+)
+def test_a_loss_from_outside_reads_its_own_fields_of_a_microbatch(
+    world_size: int, num_stages: int, sequence_parallel: bool
+) -> None:
+    run_distributed(compare_distilled, world_size, num_stages, sequence_parallel)
 
 
 LINEAR_OF_ATTENTION = ("query", "key", "value", "output")
