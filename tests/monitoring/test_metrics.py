@@ -36,7 +36,7 @@ def test_a_full_disk_is_told_without_a_promise(tmp_path: Path) -> None:
     with Path("/dev/full").open("ab", buffering=0) as log._file, pytest.raises(UserError) as raised:
         log.restart(2, 1)
     assert "metrics.jsonl: cannot be written: " in str(raised.value)
-    assert "make room" in str(raised.value)
+    assert "free disk space" in str(raised.value)
     assert "checkpoint" not in str(raised.value)
 
 
