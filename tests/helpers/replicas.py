@@ -8,7 +8,7 @@ from megalite.training.plan import Plan, plan_of
 
 WHOLE = Axis("replica", frozenset({"batch", "gradient", "loss"}))
 """Hybrid sharding: each replica has all of the optimizer's state."""
-DIVIDED = Axis("replica", WHOLE.meanings | {"shard"})
+DIVIDED = Axis("replica", frozenset({"batch", "gradient", "loss", "shard"}))
 
 
 class _WholeReplicas(ParallelSection, frozen=True):
