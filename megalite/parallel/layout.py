@@ -5,7 +5,7 @@ declares its meanings here, and no user of the groups changes. Pure arithmetic w
 Process groups, the dry run and tests all use it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal, get_args
@@ -129,24 +129,13 @@ class ParallelLayout:
             inwards.append(index)
         return {axis.name: index for axis, index in zip(self.axes, reversed(inwards), strict=True)}
 
-    def rank(self, at: Mapping[str, int]) -> int:
-        """Return the rank at a coordinate; the inverse of `coordinate`."""
-        return self._row_major(at, [axis.name for axis in self.axes])
-
     def index(self, rank: int, *names: str) -> int:
         """Return the index of `rank` among the ranks that differ from it along the named axes only."""
-        return self._row_major(self.coordinate(rank), names)
-
-    def _row_major(self, at: Mapping[str, int], names: Sequence[str]) -> int:
-        index = 0
+        at, index = self.coordinate(rank), 0
         for axis, size in zip(self.axes, self.sizes, strict=True):
             if axis.name in names:
                 index = index * size + at[axis.name]
         return index
-
-    def coordinates(self) -> Iterator[dict[str, int]]:
-        """Every coordinate, in the order of ranks."""
-        return (self.coordinate(rank) for rank in range(self.world_size))
 
     def groups(self, *names: str) -> tuple[tuple[int, ...], ...]:
         """Return the groups of ranks that differ along the named axes only, each in the order of ranks.
@@ -156,7 +145,8 @@ class ParallelLayout:
         """
         fixed = [axis.name for axis in self.axes if axis.name not in names]
         groups: dict[tuple[int, ...], list[int]] = {}
-        for rank, at in enumerate(self.coordinates()):
+        for rank in range(self.world_size):
+            at = self.coordinate(rank)
             groups.setdefault(tuple(at[name] for name in fixed), []).append(rank)
         return tuple(tuple(ranks) for ranks in groups.values())
 

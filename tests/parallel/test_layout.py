@@ -1,6 +1,7 @@
 """Ranks and coordinates: pure arithmetic."""
 
 import doctest
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -20,8 +21,10 @@ layouts = st.one_of(
 
 
 @given(layouts)
-def test_rank_and_coordinate_are_each_others_inverse(layout: ParallelLayout) -> None:
-    assert [layout.rank(at) for at in layout.coordinates()] == list(range(layout.world_size))
+def test_each_rank_has_a_coordinate_of_its_own_in_the_order_of_the_axes(layout: ParallelLayout) -> None:
+    places = [tuple(layout.coordinate(rank).values()) for rank in range(layout.world_size)]
+    assert places == list(product(*map(range, layout.sizes)))
+    assert [layout.index(rank, *layout.names) for rank in range(layout.world_size)] == list(range(layout.world_size))
 
 
 @given(layouts, st.sets(st.sampled_from([axis.name for axis in AXES])))
