@@ -21,6 +21,7 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from machine import describe
 from profile_step import free_port
 from rich.console import Console
@@ -28,6 +29,8 @@ from rich.progress import track
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 from workload import LAYOUTS, Job
+
+from megalite.zero.engine import ZeroEngine
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.md"
 JOB = Job(
@@ -167,13 +170,18 @@ class Rank:
 
         load({f"{self.rank}.{name}": tensor for name, tensor in self.tensors.items()}, checkpoint_id=self.folder)
 
+    @property
+    def _deepspeed(self) -> DeepSpeedEngine:
+        assert isinstance(self.trainer.engine, ZeroEngine)
+        return self.trainer.engine.engine
+
     def save_deepspeed(self) -> None:
-        self.trainer.engine.engine.save_checkpoint(str(self.folder), tag="step")
+        self._deepspeed.save_checkpoint(str(self.folder), tag="step")
         for path in sorted(self.folder.rglob("*.pt"))[self.rank :: dist.get_world_size()]:
             sync(path)
 
     def load_deepspeed(self) -> None:
-        self.trainer.engine.engine.load_checkpoint(str(self.folder), tag="step")
+        self._deepspeed.load_checkpoint(str(self.folder), tag="step")
 
     def copy(self, loaded: dict[str, torch.Tensor]) -> None:
         for name, tensor in self.tensors.items():

@@ -77,7 +77,7 @@ def test_what_two_axes_divide_is_loaded_on_another_layout(
     after, views = layout(*loaded), []
     for rank in range(after.world_size):
         of_rank = fragments_of(rank, after, lambda part, shard: views.append((part, shard)))
-        fill(of_rank, reader, ["weight"])
+        fill(of_rank, reader)
     seen = {name: np.zeros(whole.shape, bool) for name, whole in WHOLE.items()}
     for part, shard in views:
         known = ~np.isnan(part.numpy())

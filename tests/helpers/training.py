@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megalite.model.stage import Stage
     from megalite.training.plan import Plan
     from megalite.training.trainer import Trainer
+    from megalite.zero.engine import ZeroEngine
 
 QUICKSTART_MODEL: dict[str, Any] = {
     "architecture": "llama",
@@ -178,6 +179,14 @@ def train_in_plain_torch(
         adamw.step()
         losses.append(float(loss.detach()))
     return Trace(losses, norms)
+
+
+def zero_engine(trainer: "Trainer") -> "ZeroEngine":
+    """Return the engine of a trainer as the engine on DeepSpeed that it is."""
+    from megalite.zero.engine import ZeroEngine
+
+    assert isinstance(trainer.engine, ZeroEngine)
+    return trainer.engine
 
 
 def after_the_backwards(trainer: "Trainer", act: Callable[[], None]) -> None:

@@ -89,7 +89,7 @@ class ToyEngine:
     def forward(self, stage: int, inputs: dict[str, Tensor], microbatch: Microbatch) -> StageOutput:
         return self.stages[stage](inputs, microbatch)
 
-    def backward(self, scalar: Tensor) -> None:
+    def backward(self, stage: int, scalar: Tensor, *, last: bool) -> None:
         (scalar * SCALE).backward()
 
     @contextmanager

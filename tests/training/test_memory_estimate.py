@@ -1,11 +1,10 @@
 """Bytes that a rank holds, against the bytes of tensors that torch and DeepSpeed make for it."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from harness import run_distributed
-from training import build_trainer
+from training import build_trainer, zero_engine
 
 from megalite.training.memory_estimate import RankBytes, rank_bytes
 from megalite.training.plan import prepare
@@ -65,22 +64,22 @@ def test_buckets_and_gradients_follow_the_json(run_file: Path) -> None:
 def held_in_training(path: str, overrides: list[str]) -> dict[str, int]:
     """Bytes of the tensors of one rank, by what they are, after the backwards and the step of one step."""
     trainer = build_trainer(path, overrides)
+    engine = zero_engine(trainer)
     gradients = 0
 
     def count() -> None:
         nonlocal gradients
-        kept = [p.grad for s in trainer.engine.stages.values() for p in s.parameters() if p.grad is not None]
+        kept = [p.grad for s in engine.stages.values() for p in s.parameters() if p.grad is not None]
         gradients = sum(gradient.nbytes for gradient in kept)
 
-    reduce = trainer.engine._all_reduce_sequence_parallel_grads
+    reduce = engine._all_reduce_sequence_parallel_grads
 
     def before_reduction() -> None:
         count()
         reduce()
 
-    trainer.engine._all_reduce_sequence_parallel_grads = before_reduction  # pyright: ignore[reportAttributeAccessIssue]
+    engine._all_reduce_sequence_parallel_grads = before_reduction  # type: ignore[method-assign]
     trainer.step(1)
-    engine: Any = trainer.engine
     weights = sum(p.data.nbytes for stage in engine.stages.values() for p in stage.parameters())
     moments = sum(
         value.nbytes for state in engine.optimizer.state.values() for value in state.values() if value.ndim > 0

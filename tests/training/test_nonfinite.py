@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import RankError, run_distributed
 from torch import Tensor, nn
-from training import after_the_backwards, build_trainer
+from training import after_the_backwards, build_trainer, zero_engine
 
 if TYPE_CHECKING:
     from megalite.training.trainer import Trainer
@@ -74,7 +74,7 @@ def strike_every_rank(path: str, overrides: tuple[str, ...], world: int) -> list
     unharmed = build_trainer(path, overrides)
     unharmed.step(1)
     if trainer.engine.dtype == torch.float16:
-        unharmed.engine.zero_optimizer.loss_scaler.cur_scale = last.outcome.loss_scale
+        zero_engine(unharmed).zero_optimizer.loss_scaler.cur_scale = last.outcome.loss_scale
     expected = unharmed.step(len(positions) + 2).outcome.grad_norm
     assert abs(last.outcome.grad_norm / expected - 1) < 1e-6
     for now, then in zip(state_of(trainer), state_of(unharmed), strict=True):

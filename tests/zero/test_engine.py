@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import run_distributed
 from torch import nn
-from training import build_trainer, train_rank
+from training import build_trainer, train_rank, zero_engine
 
 from megalite.data.collate import SampleRules
 from megalite.data.datasets import open_datasets
@@ -141,7 +141,7 @@ def test_an_overflow_skips_the_step_on_every_rank_and_lowers_the_scale(run_file:
 def rates(path: str, overrides: tuple[str, ...]) -> tuple[list[float], list[float]]:
     """The rates that steps report, and those that their updates were applied with."""
     trainer, applied = build_trainer(path, overrides), []
-    optimizer = trainer.engine.optimizer
+    optimizer = zero_engine(trainer).optimizer
     optimizer.register_step_pre_hook(lambda *_: applied.append(float(optimizer.param_groups[0]["lr"])))
     reported = [trainer.step(step).learning_rate for step in range(1, 6)]
     return reported, applied[:: len(applied) // 5]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import run_distributed
-from training import build_trainer
+from training import build_trainer, zero_engine
 
 SMALL = (
     *("model.vocab_size=512", "model.hidden_size=32", "model.num_attention_heads=4", "model.num_key_value_heads=2"),
@@ -26,7 +26,7 @@ def copies(path: str, overrides: Sequence[str]) -> tuple[int, list[torch.Tensor]
     for step in range(1, trainer.config.train.steps + 1):
         trainer.step(step)
         held = copy.detach()
-        if trainer.engine.zero_stage == 3:  # a rank holds its share, the last one padded
+        if zero_engine(trainer).zero_stage == 3:  # a rank holds its share, the last one padded
             share: torch.Tensor = copy.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
             held = share[: 512 * 32 - trainer.mesh.shard.rank * share.numel()]
         found.append(held.clone())
