@@ -66,11 +66,12 @@ def test_a_checkpoint_is_described(saved: Path, capsys: pytest.CaptureFixture[st
     assert main(["inspect", str(saved)]) == 0
     lines = capsys.readouterr().out.splitlines()
     size = sum(path.stat().st_size for path in saved.iterdir()) / 1e6
-    assert lines[:6] == [
+    assert lines[:7] == [
         f"{saved}: step 20, 65 parameters, 9 tensors, {size:,.1f} MB",
         "layout at save: tensor 2 x pipeline 1 x data 1, ZeRO-1, bf16",
         "precision: bf16, stored in fp32",
         "versions: megalite 0.1.0, torch 2.13.0",
+        "optimizer: adamw",
         "model: architecture llama, hidden_size 5",
         "tokenizer: SHA-256 abababababab",
     ]
