@@ -827,7 +827,11 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         {"train.optimizer": {"betas": [0.9, 1.0]}},
         "run.yaml: train.optimizer.betas=[0.9, 1.0] is not two numbers, each at least 0 and under 1",
     ),
-    ("optimizer", {"train.optimizer": {"name": "sgd"}}, "run.yaml: train.optimizer.name='sgd' is not 'adamw' or 'lion'"),
+    (
+        "optimizer",
+        {"train.optimizer": {"name": "sgd"}},
+        "run.yaml: train.optimizer.name='sgd' is not 'adamw' or 'lion'",
+    ),
     (
         "curve",
         {"train.schedule": {"name": "cosin"}},
