@@ -109,7 +109,10 @@ def test_offload_trains_frozen_parameters_like_one_process(run_file: Path, corpu
     check(run_file, corpus, (1, 2, 2), stage, (FIRST_HALF, UNTIED), offload)
 
 
-@pytest.mark.parametrize(("layout", "stage"), [((2, 2, 1), 0), ((1, 2, 2), 1), ((1, 4, 1), 2), ((1, 2, 2), 3)], ids=str)
+FURTHER = [pytest.param(*case, marks=pytest.mark.full) for case in (((1, 2, 2), 1), ((1, 4, 1), 2))]
+
+
+@pytest.mark.parametrize(("layout", "stage"), [((2, 2, 1), 0), ((1, 2, 2), 3), *FURTHER], ids=str)
 def test_groups_have_their_own_rate_and_decay(run_file: Path, corpus: Path, layout: Layout, stage: int) -> None:
     check(run_file, corpus, layout, stage, (RATES, TIED))
 
