@@ -220,11 +220,11 @@ def test_what_disagrees_with_the_weights_is_told_with_both(
     ("file", "content", "message"),
     [
         ("generation_config.json", "{broken", "cannot be read as JSON: "),
-        ("generation_config.json", "[1]", "holds no JSON object; "),
+        ("generation_config.json", "[1]", "is not a JSON object; "),
         ("generation_config.json", '{"eos_token_id": [2, 99999]}', "eos_token_id has 99999, and the model has "),
         ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id has -1, and the model has "),
         ("tokenizer_config.json", "{", "cannot be read as JSON: "),
-        ("special_tokens_map.json", "[]", "holds no JSON object; "),
+        ("special_tokens_map.json", "[]", "is not a JSON object; "),
         ("chat_template.jinja", "\udcff", "cannot be read: "),
     ],
 )
