@@ -84,6 +84,7 @@ def test_the_resolved_run_file_states_clipping_and_the_rate(run_file: Path) -> N
         "betas": [0.9, 0.95],
         "eps": 1e-8,
         "weight_decay": 0.1,
+        "groups": [],
     }
     assert document["train"]["schedule"] == {"name": "cosine", "warmup_steps": 0, "min_lr": 3e-5}
     assert document["checkpoint"] == {"every": 0, "last": True, "async": False, "on_error": "stop"}
