@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 
 from megalite.config.data import DataSection, DataSource, ValidationSet
 from megalite.config.run_config import RunConfig
-from megalite.config.section import Section, fields_of
 from megalite.config.sections import (
     CheckpointSection,
     GPT2Config,
@@ -32,8 +31,9 @@ from megalite.config.sections import (
     SpikeSection,
     TrainSection,
 )
-from megalite.config.validation import show
-from megalite.config.values import Kind
+from megalite.settings.section import Section, fields_of
+from megalite.settings.validation import show
+from megalite.settings.values import Kind
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "run_file.md"
 HEAD = "| key | default | allowed | meaning |\n| --- | --- | --- | --- |\n"

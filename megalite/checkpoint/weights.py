@@ -12,11 +12,11 @@ from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.special_tokens import DocumentTokens
 from megalite.config import read_model
-from megalite.config.validation import validation_lines
 from megalite.errors import UserError
-from megalite.model.shapes import weight_shapes
+from megalite.model.structure import weight_shapes
 from megalite.model.weights import Weights
 from megalite.parallel.regions import Region
+from megalite.settings.validation import validation_lines
 
 WEIGHT = f"{WEIGHT_KIND}/"
 """The prefix of weights' names in a checkpoint; optimizer state has the optimizer's names as prefixes."""
@@ -32,7 +32,7 @@ class CheckpointWeights:
         try:
             self.model = read_model(reader.manifest.model)
         except ValidationError as error:
-            reason = validation_lines(error, below=1, whole="model")[0]
+            reason = validation_lines(error, whole="model")[0]
             raise UserError(
                 f"{self.origin}: the manifest's model is not valid: {reason}; use another checkpoint"
             ) from error

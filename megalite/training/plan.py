@@ -34,7 +34,6 @@ from megalite.checkpoint.special_tokens import DocumentTokens, declared_end_ids
 from megalite.checkpoint.weights import CheckpointWeights, document_tokens
 from megalite.config import ModelConfig, RunConfig, load_run_config
 from megalite.config.hub_names import hub_hint
-from megalite.config.validation import Fault, report
 from megalite.data.batch_schedule import BatchSchedule
 from megalite.data.datasets import Datasets, open_datasets
 from megalite.data.indexed.dataset import IndexedDataset
@@ -43,7 +42,7 @@ from megalite.data.order.digest import order_digest
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer, standard_files, tokenizer_file
 from megalite.errors import UserError
-from megalite.model.shapes import weight_shapes
+from megalite.model.structure import weight_shapes
 from megalite.model.weights import Weights
 from megalite.monitoring.run_folder import require_run_folder
 from megalite.optim.parameter_groups import ParameterSettings, parameter_settings, rule_faults, unequal_parts
@@ -52,6 +51,7 @@ from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
 from megalite.pipeline.schedules import SCHEDULES, all_streams
 from megalite.pipeline.timeline.simulator import simulate
+from megalite.settings.validation import Fault, report
 from megalite.training.memory_estimate import rank_bytes, unit_for
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from megalite.checkpoint.manifest import MANIFEST, STATE
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
 from megalite.config import RunConfig, TrainSection
-from megalite.config.validation import validation_lines
 from megalite.data.batch_schedule import BatchSchedule, PassedOver
 from megalite.data.order.digest import order_digest_of_before
 from megalite.errors import CommonError, UserError
@@ -23,6 +22,7 @@ from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.weights import Weights
 from megalite.parallel.json_collectives import broadcast_json, gather_json, on_rank_zero
 from megalite.parallel.mesh import Mesh
+from megalite.settings.validation import validation_lines
 from megalite.training.plan import Plan
 
 VISIBILITY_SECONDS = 60.0

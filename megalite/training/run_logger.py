@@ -17,7 +17,7 @@ from megalite.checkpoint.save_report import SaveReport
 from megalite.data.datasets import Datasets
 from megalite.files import write_atomically, writing
 from megalite.kernels.choice import NATIVE, Kernels
-from megalite.model.flops import flops_per_token
+from megalite.model.structure import flops_per_token
 from megalite.monitoring.device import Peak, device_peak, peak_memory
 from megalite.monitoring.metrics import MetricsLog, StepMetrics
 from megalite.monitoring.run_folder import DONE, STOPPED, next_earlier_folder, set_aside_earlier_run, truncate_metrics

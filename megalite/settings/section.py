@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, PlainSerializer, model_validator
 from pydantic.fields import FieldInfo
 
-from megalite.config.validation import Fault, FaultsError
-from megalite.config.values import FLAG, NOT_NEGATIVE, PATH_TEXT, POSITIVE, Kind, number, path_text, whole
 from megalite.paths import escape
+from megalite.settings.validation import Fault, FaultsError
+from megalite.settings.values import FLAG, NOT_NEGATIVE, PATH_TEXT, POSITIVE, Kind, number, path_text, whole
 
 
 def _path(value: Any) -> Path:
