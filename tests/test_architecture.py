@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "megalite"
 ORDER = (
     "errors",  # UserError, exit statuses
     "files",  # atomic writes, locks
+    "registry",  # what a run file can name, plugins' own among it
     "paths",  # ~ and variables in paths
     "text_encoding",  # text that is no UTF-8
     "kernels",  # which implementation computes products and attention
@@ -48,7 +49,7 @@ PURE_PIPELINE = (
 )
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "files", "paths", "text_encoding", "launch", "config", "slurm", "checkpoint", "convert", "cli"),
+    *("errors", "files", "registry", "paths", "text_encoding", "launch", "config", "slurm", "checkpoint", "convert", "cli"),
     *(f"parallel.{name}" for name in ("layout", "placement", "sharding", "regions", "network_interfaces")),
     *(f"model.{name}" for name in ("shapes", "flops", "weights")),
     *(f"optim.{name}" for name in ("registry", "parameter_groups", "learning_rate")),
