@@ -17,6 +17,7 @@ from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.model_of_weights import SectionReader, fill_model
 from megalite.config.not_a_run_file import require_no_folder, require_sections
+from megalite.config.plugins import import_plugins
 from megalite.config.run_config import RunConfig
 from megalite.config.sections import OptimizerSection, sections_in
 from megalite.config.shortened_run import shorten
@@ -26,7 +27,7 @@ from megalite.config.text_file import read_text
 from megalite.config.yaml12 import Loader
 from megalite.errors import UserError
 from megalite.model.config import ModelConfig
-from megalite.model.registry import families
+from megalite.model.registry import FAMILIES
 from megalite.settings.section import Section, fields_of
 from megalite.settings.validation import Fault, FaultsError, Key, Origin, report, show
 from megalite.settings.values import PATH_TEXT, Kind
@@ -36,8 +37,8 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), read_section: Sec
     """Read a run file, with the DeepSpeed JSON that it names and ``section.key=value`` overrides.
 
     An override's value is YAML, and its key may reach into the JSON: ``deepspeed.zero_optimization.stage=2``. The
-    JSON's path is relative to the working directory. With `read_section` the weights of `init_from` complete the
-    section `model`.
+    JSON's path is relative to the working directory. The modules of `plugins` are imported. With `read_section` the
+    weights of `init_from` complete the section `model`.
 
     Raises:
         UserError: a file that is missing or cannot be parsed; keys, types or values that are not allowed; all of them
@@ -51,6 +52,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), read_section: Sec
             document["deepspeed"] = value
     deepspeed_origin = _load_deepspeed(document, origin, path.parent)
     report([line for key, value in given if key != ("deepspeed",) and (line := _assign(document, key, value))])
+    import_plugins(document.get("plugins"), origin)
     _load_sources(document, origin)
     if read_section is not None:
         report(list(map(origin.line, fill_model(document, read_section))))
@@ -233,7 +235,7 @@ def _owner(key: Key, document: Mapping[str, Any]) -> tuple[type[Section], str]:
     section: type[Section] = RunConfig
     for part in key[:-1]:
         if part == "model" and section is RunConfig:
-            family = families().get(str(document["model"].get("architecture")))
+            family = FAMILIES.get(str(document["model"].get("architecture")))
             section = ModelConfig if family is None else family.config
         elif isinstance(part, str):
             section = next(sections_in(fields_of(section)[part].annotation))

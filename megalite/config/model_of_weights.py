@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from megalite.model.registry import families
+from megalite.model.registry import FAMILIES
 from megalite.settings.section import FilePath
 from megalite.settings.validation import Fault, show
 
@@ -52,7 +52,7 @@ def fill_model(document: dict[str, Any], read_section: SectionReader) -> list[Fa
 
 
 def _is_complete(section: Mapping[str, Any]) -> bool:
-    family = families().get(str(section.get("architecture")))
+    family = FAMILIES.get(str(section.get("architecture")))
     if family is None:
         return "architecture" in section  # of no known name, which is told
     return all(section.get(name) is not None for name, info in family.config.model_fields.items() if info.is_required())

@@ -22,6 +22,7 @@ from megalite.config.deepspeed.defaults import with_defaults
 from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.deepspeed.zero_rates import zero_rate_note
+from megalite.config.plugins import PLUGINS
 from megalite.config.sections import (
     AnyFamily,
     CheckpointSection,
@@ -54,6 +55,8 @@ class RunConfig(Section, frozen=True):
     """``auto``: from the newest whole checkpoint of `run.dir`, if there is one; ``never``; or a checkpoint's path."""
     init_from: FilePath | None = None
     """The weights to begin with: a checkpoint, a run's folder, or a Hugging Face folder."""
+    plugins: Annotated[tuple[str, ...], PLUGINS] = ()
+    """Python modules that every process of the run imports before it reads the rest of the run file."""
     deepspeed: InstanceOf[DeepSpeedSettings] = DeepSpeedSettings()
     origin: InstanceOf[Origin] = Field(default=Origin(), exclude=True, repr=False)
 
@@ -190,6 +193,8 @@ class RunConfig(Section, frozen=True):
     def to_yaml(self) -> str:
         """Return the run file that loads back to an equal config, the DeepSpeed JSON within it."""
         document = self.model_dump(mode="json", by_alias=True, exclude={"deepspeed"}, exclude_none=True)
+        if not self.plugins:
+            del document["plugins"]  # so that earlier versions can read the run file
         document["deepspeed"] = self.deepspeed.spelled()
         return yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 

@@ -9,7 +9,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from megalite.config.deepspeed.rules import PRECISION_NAMES, Precision
 from megalite.model.config import ModelConfig
-from megalite.model.registry import families, read_model
+from megalite.model.registry import FAMILIES, read_model
 from megalite.optim.declaration import OptimizerDeclaration
 from megalite.optim.registry import OPTIMIZERS
 from megalite.parallel.layout import AXES, Axis, ParallelLayout
@@ -305,7 +305,7 @@ class AnyFamily:
         return core_schema.no_info_plain_validator_function(self.read)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        configs = (family.config for family in families().values())
+        configs = (family.config for family in FAMILIES.values())
         return handler(core_schema.union_schema([config.__pydantic_core_schema__ for config in configs]))
 
     @staticmethod
@@ -318,7 +318,7 @@ class AnyFamily:
 def sections_in(annotation: Any) -> Iterator[type[Section]]:
     """Yield the sections in the type of a field; for a section `model` those of all families."""
     if annotation is ModelConfig:
-        yield from (family.config for family in families().values())
+        yield from (family.config for family in FAMILIES.values())
     elif isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation
     for argument in get_args(annotation):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A model family. Names, shapes, counts and initialisation of its tensors follow from the modules of its builder."""
+    """A model family. Names, shapes, counts and initialisation of tensors follow from the modules of its builder."""
 
     config: type[ModelConfig]
     """The section `model`, whose field ``architecture: Literal["..."]`` is the name of the family."""

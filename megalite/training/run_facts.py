@@ -6,8 +6,9 @@ from typing import Any
 
 from megalite.checkpoint.discovery import resume_candidates
 from megalite.config import RunConfig
+from megalite.config.plugins import plugin_code
 from megalite.data.indexed.fingerprint import fingerprint
-from megalite.launch.consistency import SHOWN_DIGITS, Facts, process_facts
+from megalite.launch.consistency import SHOWN_DIGITS, Facts, code_digests, process_facts
 from megalite.training.plan import Plan
 
 _PLACES = frozenset({"run.dir", "data.tokenizer", "data.index_cache"})
@@ -27,6 +28,9 @@ def run_facts(plan: Plan, world_size: int) -> Facts:
         "launch": process["launch"],
         "run file": dict(_settings(config)),
         "code": process["code"],
+        "plugins": {
+            name: text for path in map(plugin_code, config.plugins) for name, text in code_digests(path).items()
+        },
         "versions": process["versions"],
         "tokenizer": {"data.tokenizer (SHA-256)": (plan.tokenizer_digest or "none")[:SHOWN_DIGITS]},
         "data": {f"{name} (fingerprint)": fingerprint(prefix)[:SHOWN_DIGITS] for name, prefix in sources.items()},

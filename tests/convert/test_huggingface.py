@@ -27,7 +27,7 @@ from megalite.convert.open import open_weights
 from megalite.errors import UserError
 from megalite.model.families.llama.config import LlamaConfig
 from megalite.model.formats.hugging_face import REQUIRED, HuggingFaceFormat
-from megalite.model.registry import families
+from megalite.model.registry import FAMILIES
 from megalite.model.structure import weight_shapes
 from megalite.model.weights import Weights
 from megalite.parallel.regions import Region
@@ -395,7 +395,7 @@ def test_what_is_not_computed_here_is_refused_by_name(
         HuggingFaceWeights(folder)
 
 
-FORMATS = [form for family in families().values() for form in family.hugging_face]
+FORMATS = [form for family in FAMILIES.values() for form in family.hugging_face]
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.model_type)

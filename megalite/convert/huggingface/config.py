@@ -11,7 +11,7 @@ from megalite.config import ModelConfig, read_model
 from megalite.convert.huggingface.rope import ROPE_KEYS, rotary_of, written_rotary
 from megalite.errors import UserError, nearest
 from megalite.model.formats.hugging_face import REQUIRED, HuggingFaceFormat, Setting
-from megalite.model.registry import families, family_of
+from megalite.model.registry import FAMILIES, family_of
 from megalite.settings.validation import alternatives, show, validation_lines
 
 CONFIG = "config.json"
@@ -131,7 +131,7 @@ def _format(config: Mapping[str, Any], path: Path) -> tuple[str, HuggingFaceForm
             f"{path}: auto_map names code of the folder's own, which is never run; if the model is a plain {name}, "
             "delete the key"
         )
-    known = {one.model_type: (family.name, one) for family in families().values() for one in family.hugging_face}
+    known = {one.model_type: (family.name, one) for family in FAMILIES.values() for one in family.hugging_face}
     if name not in known:
         fix = nearest(str(name), known)
         raise UserError(f"{path}: model_type={show(name)} is none of the families that are converted{fix}")

@@ -13,7 +13,7 @@ from megalite.config import ModelConfig, read_model
 from megalite.config.yaml12 import Loader
 from megalite.errors import UserError
 from megalite.model.formats.megatron import MegatronOptions
-from megalite.model.registry import families
+from megalite.model.registry import FAMILIES
 from megalite.settings.validation import validation_lines
 
 MODEL_FILE = "model.json"
@@ -129,7 +129,7 @@ def _family(options: MegatronOptions, folder: Path) -> dict[str, object]:
         "swiglu": bool(options.get("swiglu")),
         "add_bias_linear": bool(options.get("add_bias_linear", default=not options.get("disable_bias_linear"))),
     }
-    formats = {family.name: family.megatron for family in families().values() if family.megatron is not None}
+    formats = {family.name: family.megatron for family in FAMILIES.values() if family.megatron is not None}
     for architecture, form in formats.items():
         if form.kind == kind:
             try:
