@@ -20,7 +20,10 @@ class Embedding(nn.Module):
         super().__init__()
         self.group = group
         self.tokens = VocabParallelEmbedding(_vocab_size(config), config.hidden_size, group=group)
-        self.positions = nn.Embedding(positions, config.hidden_size) if positions else None
+        self.positions = None
+        if positions:  # without torch's own initialisation, which imports much on the meta device
+            table = torch.empty(positions, config.hidden_size)
+            self.positions = nn.Embedding.from_pretrained(table, freeze=False)
 
     def forward(self, ids_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor:
         x_BSH = self.tokens(ids_BS)

@@ -6,6 +6,7 @@ of a head.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from math import pi
 
@@ -31,18 +32,24 @@ class Rotary:
     R is D, or less where only the first R dims of a head are rotated. RoPE scaling makes the angles smaller.
 
     The tables of cosine and sine are not buffers: a module cast to bf16 would cast its buffers, and angles of thousands
-    of radians need fp32. They are computed from fp64 angles and rounded once for each device and dtype.
+    of radians need fp32. They are computed at first use, from fp64 angles, and rounded once for each device and dtype.
     """
 
     def __init__(self, config: RotaryConfig, scaling: RopeScaling | None = None) -> None:
         dim, unrotated = config.rotary_dim, config.head_dim - config.rotary_dim
         self._parts = [dim // 2, dim // 2] + [unrotated] * (unrotated > 0)
-        rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        if scaling is not None:
-            rates = scaled_rates(rates, scaling)
-        angles = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None] * rates
-        self._tables = (angles.cos().float(), angles.sin().float())
+        self._config, self._scaling = config, scaling
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each position and pair, fp32 ``[positions, R / 2]``, on the CPU."""
+        dim, positions = self._config.rotary_dim, self._config.max_position_embeddings
+        rates = self._config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        if self._scaling is not None:
+            rates = scaled_rates(rates, self._scaling)
+        angles = torch.arange(positions, dtype=torch.float64)[:, None] * rates
+        return angles.cos().float(), angles.sin().float()
 
     def __call__(self, x_BSND: Tensor, positions_BS: Tensor | None = None) -> Tensor:
         """Rotate queries or keys ``[B, S, heads, D]`` by their positions, 0..S-1 by default."""
