@@ -43,7 +43,7 @@ RUN: dict[str, Any] = {
     "data": {"sequence_length": 8, "train": [{"prefix": "corpus"}]},
     "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
 }
-LAYOUTS_OF_TOY: dict[str, Any] = {
+NAMES: dict[str, Any] = {
     "layer": "layers.{}",
     "layers": (),
     "embedding": (),
