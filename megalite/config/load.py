@@ -19,7 +19,7 @@ from megalite.config.model_of_weights import SectionReader, fill_model
 from megalite.config.not_a_run_file import require_no_folder, require_sections
 from megalite.config.plugins import import_plugins
 from megalite.config.run_config import RunConfig
-from megalite.config.sections import OptimizerSection, sections_in
+from megalite.config.sections import OptimizerSection, run_sections_in
 from megalite.config.shortened_run import shorten
 from megalite.config.source_forms import is_text
 from megalite.config.suggestions import unknown_key
@@ -238,7 +238,7 @@ def _owner(key: Key, document: Mapping[str, Any]) -> tuple[type[Section], str]:
             family = FAMILIES.get(str(document["model"].get("architecture")))
             section = ModelConfig if family is None else family.config
         elif isinstance(part, str):
-            section = next(sections_in(fields_of(section)[part].annotation))
+            section = next(run_sections_in(fields_of(section)[part].annotation))
     return section, str(key[-1]) if key else ""
 
 
@@ -248,7 +248,7 @@ def _words(section: type[Section], name: str) -> str:
     kinds = [item for item in info.metadata if isinstance(item, Kind)] if info is not None else []
     if kinds:
         return kinds[0].words
-    owned = next(sections_in(info.annotation), None) if info is not None else section
+    owned = next(run_sections_in(info.annotation), None) if info is not None else section
     listed = f"{{{', '.join(fields_of(owned))}}}" if owned is not None else "a section"
     several = info is not None and get_origin(info.annotation) is tuple
     return f"a list of {listed}" if several else f"a section {listed}"

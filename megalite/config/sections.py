@@ -1,7 +1,7 @@
 """The sections of the run file: what each key may hold, and what is wrong between the keys of one section."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
@@ -26,6 +26,7 @@ from megalite.settings.section import (
     PositiveNumber,
     Section,
     divisors,
+    sections_in,
 )
 from megalite.settings.validation import Fault, alternatives, show
 from megalite.settings.values import BETAS, TEXT, choice, number, whole
@@ -315,11 +316,10 @@ class AnyFamily:
         return read_model(section)
 
 
-def sections_in(annotation: Any) -> Iterator[type[Section]]:
-    """Yield the sections in the type of a field; for a section `model` those of all families."""
-    if annotation is ModelConfig:
-        yield from (family.config for family in FAMILIES.values())
-    elif isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from sections_in(argument)
+def run_sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections in the annotation of a run file's field; for a section `model` those of all families."""
+    for section in sections_in(annotation):
+        if section is ModelConfig:
+            yield from (family.config for family in FAMILIES.values())
+        else:
+            yield section

@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 from megalite.config.deepspeed.table import TABLE
-from megalite.config.sections import sections_in
+from megalite.config.sections import run_sections_in
 from megalite.errors import nearest
 from megalite.model.config import ModelConfig
 from megalite.settings.section import Section, fields_of
@@ -201,7 +201,7 @@ def _json_paths(rules: Mapping[str, Any], at: tuple[str, ...]) -> Iterator[tuple
 def _paths(section: type[Section], at: tuple[str, ...], within_model: bool) -> Iterator[tuple[str, ...]]:
     for key, info in fields_of(section).items():
         yield (*at, key)
-        for inner in sections_in(info.annotation):
+        for inner in run_sections_in(info.annotation):
             # Of a list of sections a key has a number before it, which is not known here.
             if not (within_model and issubclass(inner, ModelConfig)) and not _is_listed(info.annotation):
                 yield from _paths(inner, (*at, key), within_model)
