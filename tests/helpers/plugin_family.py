@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from docs_check import blocks
+from docs_check import page_files
 
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "add_a_model_family.md"
 
 
 def write_package(folder: Path) -> None:
-    """Write the modules of the page, each of which has its path in its first line."""
-    for _, language, lines in blocks(PAGE.read_text()):
-        if language == "python":
-            file = folder / lines[0].removeprefix("# ")
-            file.parent.mkdir(exist_ok=True)
-            file.write_text("\n".join(lines))
+    """Write the modules of the page."""
+    for name, content in page_files(PAGE.read_text()).items():
+        if name.endswith(".py"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(content)
