@@ -13,6 +13,7 @@ from reference_model import stage_shapes
 from torch import nn
 
 from megalite.checkpoint.weights import CheckpointWeights
+from megalite.cli.plugin_option import load_plugins
 from megalite.config import ModelConfig, load_run_config, read_model
 from megalite.config.sections import AnyFamily
 from megalite.convert.conversion import to_checkpoint, to_hugging_face
@@ -186,3 +187,10 @@ def test_a_name_belongs_to_one_family() -> None:
     with pytest.raises(ValueError, match="ModelConfig names no family: write architecture: Literal"):
         register(Family(ModelConfig, builder="nowhere:Builder"))
     assert list(FAMILIES) == ["llama", "gpt2", "gpt_neox"]
+
+
+def test_a_plugin_of_the_command_line_that_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match="--plugin: plugins.0='starcoder' is neither .*; did you mean 'starcoder2'"):
+        load_plugins(["starcoder"])
+    load_plugins(["starcoder2"])
+    assert "starcoder2" in FAMILIES
