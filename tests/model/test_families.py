@@ -18,6 +18,7 @@ from megalite.config import ModelConfig, load_run_config, read_model
 from megalite.config.sections import AnyFamily
 from megalite.convert.conversion import to_checkpoint, to_hugging_face
 from megalite.convert.huggingface.reader import HuggingFaceWeights
+from megalite.convert.huggingface.tensor_map import tensors_of
 from megalite.convert.logits_check import largest_difference
 from megalite.convert.open import open_weights
 from megalite.errors import UserError
@@ -173,6 +174,13 @@ def test_layers_of_several_kinds_have_their_own_shapes() -> None:
         f"layers.{layer}.weight": (16, 16 if layer % 2 else 32) for layer in range(5)
     }
     assert flops_per_token(model, 8) == 6 * 45 * 16 + 2 * 10 + 3 * 20
+
+
+def test_a_format_has_a_place_for_every_weight() -> None:
+    form = HuggingFaceFormat("toy", "ToyForCausalLM", (), "", rotary=False, **NAMES)
+    register(Family(ToyConfig, builder=f"{__name__}:ToyBuilder", hugging_face=(form,)))
+    with pytest.raises(UserError, match=r"toy: the format says nothing of embedding\.tokens\.weight, a weight of toy"):
+        tensors_of(form, read_model({"architecture": "toy", **SIZES}))
 
 
 def test_a_name_belongs_to_one_family() -> None:

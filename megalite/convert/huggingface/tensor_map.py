@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from megalite.errors import UserError
 from megalite.model.config import ModelConfig
 from megalite.model.formats.hugging_face import HuggingFaceFormat, Module
 from megalite.model.structure import weight_shapes
@@ -47,8 +48,11 @@ class Tensor:
         return numbers[::-1] if self.transposed else numbers
 
 
-def tensors_of(form: HuggingFaceFormat, model: ModelConfig) -> Iterator[Tensor]:
-    """Return all tensors of a model of ours as they are stored, in the order of the layers."""
+def tensors_of(form: HuggingFaceFormat, model: ModelConfig) -> list[Tensor]:
+    """Return all tensors of a model of ours as they are stored, in the order of the layers.
+
+    Raises UserError where the format has no place for a weight of the model.
+    """
     named = [
         *(replace(module, theirs=form.prefix + module.theirs) for module in form.embedding),
         *(_in_layer(form, module, layer) for layer in range(model.num_hidden_layers) for module in form.layers),
@@ -56,8 +60,13 @@ def tensors_of(form: HuggingFaceFormat, model: ModelConfig) -> Iterator[Tensor]:
         Module(form.head, ("head",)),
     ]
     shapes = weight_shapes(model)
-    for module in named:
-        yield from _tensors_of_module(module, shapes, model.head_dim)
+    tensors = [tensor for module in named for tensor in _tensors_of_module(module, shapes, model.head_dim)]
+    if without_place := shapes.keys() - {name for tensor in tensors for name in tensor.ours}:
+        raise UserError(
+            f"model_type {form.model_type}: the format says nothing of {min(without_place)}, a weight of "
+            f"{model.architecture}; name its module in the HuggingFaceFormat of the family"
+        )
+    return tensors
 
 
 def _in_layer(form: HuggingFaceFormat, module: Module, layer: int) -> Module:

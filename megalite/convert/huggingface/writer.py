@@ -38,7 +38,7 @@ def write_folder(
     no family's class computes, and for elements that `precision` cannot hold.
     """
     form, config = config_of(weights.model, precision, tokenizer.token_ids)
-    tensors = list(tensors_of(form, weights.model))
+    tensors = tensors_of(form, weights.model)
     shards = _shards(tensors, ENCODINGS[precision].itemsize, max_shard_bytes)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     done, total = 0, sum(map(_elements, tensors)) * ENCODINGS[precision].itemsize

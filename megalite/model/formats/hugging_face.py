@@ -59,7 +59,8 @@ class Fixed:
 class HuggingFaceFormat:
     """One `model_type`, and the models of ours that are written as it.
 
-    `prefix` stands before every name but the head's, and may be missing. `layers` are the modules of layer ``{}``.
+    `prefix` stands before every name but the head's, and may be missing. `embedding` begins with the table of tokens,
+    `layers` are the modules of layer ``{}``.
     `flags` are the settings that all its models have on, out of those that tell the formats of a family apart.
     """
 
