@@ -34,9 +34,10 @@ ORDER = (
     "checkpoint",  # the format on disk
     "convert",  # Hugging Face's and Megatron's formats
     "monitoring",  # metrics, heartbeats, the run's state and pictures
+    "planning",  # what a run will need, checked before it starts
     "zero",  # the sharding engine on DeepSpeed
     "generation",  # text from a model
-    "training",  # one run: plan, loop, saving, resuming
+    "training",  # one run: assembly, loop, saving, resuming
     "doctor",  # checks of machines
     "verify",  # one step of a layout against one process
     "cli",  # a thin file a verb
@@ -49,12 +50,14 @@ PURE_PIPELINE = (
 )
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "files", "registry", "paths", "text_encoding", "launch", "config", "slurm", "checkpoint", "convert", "cli"),
+    *("errors", "files", "paths", "registry", "text_encoding"),
+    *("launch", "config", "slurm", "checkpoint", "convert", "cli"),
     *(f"parallel.{name}" for name in ("layout", "placement", "sharding", "regions", "network_interfaces")),
     *(f"model.{name}" for name in ("shapes", "flops", "weights")),
     *(f"optim.{name}" for name in ("registry", "parameter_groups", "learning_rate")),
     *(f"monitoring.{name}" for name in ("heartbeat", "run_folder", "run_state", "run_status", "stragglers")),
-    *("training.stop_requests", "training.memory_estimate", "doctor.report"),
+    *(f"planning.{name}" for name in ("plan", "preflight", "description", "memory_estimate", "finished")),
+    *("training.stop_requests", "doctor.report"),
     *(f"verify.{name}" for name in ("layouts", "parity_report", "scaled_down", "table")),
     *PURE_PIPELINE,
 )

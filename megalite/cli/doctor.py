@@ -14,7 +14,7 @@ from megalite.paths import escape
 
 if TYPE_CHECKING:
     from megalite.doctor.report import Report
-    from megalite.training.plan import Plan
+    from megalite.planning.plan import Plan
 
 _REPORT = "report.json"
 
@@ -85,7 +85,7 @@ def _be_a_rank(
 
 
 def _prepare(run: Path | None, overrides: list[str], world_size: int | None) -> "Plan | None":
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     return None if run is None else prepare(run, overrides, world_size)
 

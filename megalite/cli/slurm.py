@@ -164,7 +164,7 @@ def _checked(
     """Return the run as its ranks will resolve it."""
     from megalite.config import load_run_config
     from megalite.convert.open import section_of_weights
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     config = load_run_config(run, overrides, section_of_weights)
     if config.resume != "auto" and max_restarts:

@@ -24,7 +24,7 @@ from megalite.paths import escape
 
 if TYPE_CHECKING:
     from megalite.monitoring.run_state import RunStateWriter
-    from megalite.training.plan import Plan
+    from megalite.planning.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -73,18 +73,19 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
         typer.echo("megalite: this is an interactive shell of Slurm: the ranks are started on this machine", err=True)
     announce(f"checking {run.name or run}")  # before the imports, which may take a second
     from megalite.files import folder_lock
-    from megalite.training.finished import finished_step
-    from megalite.training.plan import prepare
+    from megalite.planning.finished import finished_step
+    from megalite.planning.plan import prepare
+    from megalite.planning.preflight import check_data, check_start
 
     plan = prepare(run, overrides, None)
     folder, world_size = plan.config.run.dir, plan.layout.world_size
-    plan.check_start()
+    check_start(plan)
     if (step := finished_step(plan)) is not None:
         clear_announcement()
         typer.echo(f"nothing is left to train: step {step:,} of {plan.config.train.steps:,} is done")
         typer.echo(f"run: {folder}")
         return
-    plan.check_data()
+    check_data(plan)
     with folder_lock(folder, f"run.dir={folder}"):
         pass  # rank 0 takes it for the run; this ends a second run before its ranks start
     marker = _marker(plan)
@@ -121,7 +122,7 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
         if environment.rank == 0:
             _dry_run(run, overrides, environment.world_size)
         return
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     plan = prepare(run, overrides, environment.world_size)
     if environment.launcher != "megalite":  # which keeps logs itself
@@ -145,24 +146,27 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
 def _dry_run(run: Path, overrides: list[str], world_size: int | None) -> None:
     """Make the checks of a start, by this process alone, and print the plan; what is not there is told."""
     announce(f"checking {run.name or run}")
+    from megalite.checkpoint import forecast
     from megalite.files import require_unlocked
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
+    from megalite.planning.preflight import check_present_data, check_start
 
     plan = prepare(run, overrides, world_size, tokenizer_may_be_absent=True)
     folder = plan.config.run.dir
-    plan.check_start()
-    datasets, absent = plan.check_present_data()
+    check_start(plan)
+    datasets, absent = check_present_data(plan)
     # Only now, since it imports torch, which takes seconds.
     from rich.console import Console
 
-    from megalite.training.resume import preview_start
+    from megalite.planning.description import describe
+    from megalite.planning.preview import preview_start
 
     start = preview_start(plan)
     require_unlocked(folder, f"run.dir={folder}")
-    description = plan.describe()
+    description = describe(plan)
     clear_announcement()
     Console().print(description)
     described = datasets.describe() if datasets is not None else []
     notes = (*plan.config.notes, *plan.config.deepspeed.notes, *plan.unchecked, *absent)
-    for line in (*notes, *described, plan.describe_checkpoints(), *start):
+    for line in (*notes, *described, forecast.describe(plan.config, plan.checkpoint_bytes), *start):
         typer.echo(line)

@@ -17,7 +17,7 @@ from megalite.paths import escape
 
 if TYPE_CHECKING:
     from megalite.parallel.layout import ParallelLayout
-    from megalite.training.plan import Plan
+    from megalite.planning.plan import Plan
     from megalite.verify.table import LayoutResult
 
 _STOPPED = 128
@@ -95,7 +95,7 @@ def _prepare(
     run: Path, overrides: Sequence[str], scale: bool, world_size: int | None
 ) -> "tuple[Plan, tuple[str, ...]]":
     from megalite.convert.open import open_weights
-    from megalite.training.plan import plan_of, prepare
+    from megalite.planning.plan import plan_of, prepare
     from megalite.verify.scaled_down import scale_down
 
     plan = prepare(run, overrides, world_size)
@@ -118,6 +118,7 @@ def _layouts(
 
     A layout of more than `limit` ranks cannot, where there is a limit; this is found before any data are read.
     """
+    from megalite.planning.preflight import check_data, check_start
     from megalite.verify.layouts import case_plan, layouts_of, read_layouts, require_cores, require_ranks, write_layout
 
     chosen = layouts_of(plan.layout) if given is None else read_layouts(given)
@@ -131,8 +132,8 @@ def _layouts(
             raise UserError(f"layout {write_layout(layout)}: {error}") from None
     if limit is not None:
         require_cores(plan, chosen, limit, _cores())
-    cases[-1].check_start()
-    cases[-1].check_data(keep_index=False)
+    check_start(cases[-1])
+    check_data(cases[-1], keep_index=False)
     return chosen
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, TypeAdapter
 
 from megalite.config.deepspeed.rules import PRECISION_NAMES, Precision
+from megalite.config.registered import CALLBACK_NAMES, LOSS
 from megalite.config.section import (
     COUNT,
     COUNT_OR_AUTO,
@@ -348,6 +349,10 @@ class TrainSection(Section, frozen=True):
     micro_batch_size: Count
     precision: Annotated[Precision | None, PRECISION] = None
     """The dtype of parameters and activations. Unless given it is what the DeepSpeed JSON states, else fp32."""
+    loss: Annotated[str | None, LOSS] = None
+    """A loss that a plugin registers; the cross entropy of the language model unless given."""
+    callbacks: Annotated[tuple[str, ...], CALLBACK_NAMES] = ()
+    """Callbacks that plugins register, in the order in which they are called."""
     batch_size_rampup: RampupSection | None = None
     """A smaller global batch at the start (arXiv:2005.14165)."""
     optimizer: OptimizerSection | None = None

@@ -14,7 +14,7 @@ from megalite.checkpoint.forecast import MAKE_ROOM, forecast, size
 from megalite.doctor.report import Row
 from megalite.parallel.json_collectives import broadcast_json, gather_json
 from megalite.parallel.mesh import Mesh
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 
 _SEEN_SECONDS = 5.0
 """How long a rank waits for the folder that rank 0 made: network file systems cache old listings for a while."""

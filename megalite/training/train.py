@@ -15,8 +15,9 @@ from megalite.monitoring.run_folder import STOP
 from megalite.monitoring.run_state import RunStateWriter
 from megalite.parallel.json_collectives import on_rank_zero
 from megalite.parallel.mesh import Mesh, joined_mesh, local_device
-from megalite.training.plan import Plan
-from megalite.training.run_facts import run_facts
+from megalite.planning.plan import Plan
+from megalite.planning.preflight import check_data, check_machine, check_start
+from megalite.planning.run_facts import run_facts
 from megalite.training.stop_requests import StopRequests
 from megalite.training.trainer import Trainer
 
@@ -44,7 +45,7 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter 
     device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher sets it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    plan.check_machine()
+    check_machine(config)
     if environment.world_size > 1:
         others = environment.world_size - 1
         doing(f"waiting for the other {others:,} ranks" if others > 1 else "waiting for the other rank")
@@ -79,8 +80,8 @@ def _check(plan: Plan) -> None:
 
     The comparison of the run's facts has already ensured that the other hosts have the same files.
     """
-    plan.check_start()
-    plan.check_data()
+    check_start(plan)
+    check_data(plan)
 
 
 def lock_run_folder(folder: Path, mesh: Mesh, until: ExitStack) -> None:

@@ -26,7 +26,7 @@ from megalite.launch import LaunchEnvironment
 from megalite.parallel.json_collectives import broadcast_json, gather_json
 from megalite.parallel.mesh import joined_mesh, local_device
 from megalite.parallel.regions import Region
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 from megalite.training.trainer import Trainer
 from megalite.verify.parity_report import (
     GRADIENT_TOLERANCE,

@@ -41,12 +41,12 @@ def prepare_that(statement: str) -> str:
     """Code that puts a stand-in for the first thing that `megalite train` does, of a run in RUN_DIR."""
     return f"""
 import os, pathlib, types
-import megalite.training.plan
+import megalite.planning.plan
 def prepare(*arguments):
     {statement}
     run = types.SimpleNamespace(dir=pathlib.Path(os.environ["RUN_DIR"]))
     return types.SimpleNamespace(config=types.SimpleNamespace(run=run))
-megalite.training.plan.prepare = prepare
+megalite.planning.plan.prepare = prepare
 """
 
 
@@ -169,7 +169,7 @@ def test_a_users_error_is_neither_wrapped_nor_interpreted(
     def prepare(*arguments: object) -> None:
         raise UserError(f"{first}\nrun.yaml: a second fault")
 
-    monkeypatch.setattr("megalite.training.plan.prepare", prepare)
+    monkeypatch.setattr("megalite.planning.plan.prepare", prepare)
     assert main(["train", "run.yaml"]) == 2
     expected = f"megalite: checking run.yaml\nmegalite: error: {first}\nmegalite: error: run.yaml: a second fault\n"
     assert capsys.readouterr().err == expected

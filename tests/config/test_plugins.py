@@ -74,8 +74,14 @@ def test_the_command_line_names_plugins_too(write: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("plugins", "words"),
     [
-        (["my_packag"], "plugins.0='my_packag' is neither installed nor in the working directory {here}; did you mean "),
-        (["zzz"], "plugins.0='zzz' is neither installed nor in the working directory {here}; install it, or start from"),
+        (
+            ["my_packag"],
+            "plugins.0='my_packag' is neither installed nor in the working directory {here}; did you mean ",
+        ),
+        (
+            ["zzz"],
+            "plugins.0='zzz' is neither installed nor in the working directory {here}; install it, or start from",
+        ),
         (["my_package.absent"], "plugins.0='my_package.absent' is neither installed nor in the working directory"),
         (["my_package.py"], "plugins.0='my_package.py' is the name of a file; write the module's name, 'my_package'"),
         ("my_package", "plugins='my_package' is not a list; write [my_package]"),

@@ -11,7 +11,7 @@ from harness import run_distributed
 from training import Trace, train_in_plain_torch, train_rank
 
 from megalite.errors import UserError
-from megalite.training.plan import prepare
+from megalite.planning.plan import prepare
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "composition.md"
 TOLERANCE = 1e-5

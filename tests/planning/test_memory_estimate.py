@@ -6,15 +6,16 @@ import pytest
 from harness import run_distributed
 from training import build_trainer, zero_engine
 
-from megalite.training.memory_estimate import RankBytes, rank_bytes
-from megalite.training.plan import prepare
+from megalite.planning.memory_estimate import RankBytes, rank_bytes
+from megalite.planning.parameter_count import ParameterCounts
+from megalite.planning.plan import prepare
 
 SMALL = ("model.num_hidden_layers=1", "model.vocab_size=512", "train.steps=4", "data.sequence_length=16")
 
 
 def planned(path: Path, *overrides: str) -> tuple[int, RankBytes]:
     plan = prepare(path, [*SMALL, *overrides], None)
-    parameters = plan.parameters_of_rank(0)
+    parameters = ParameterCounts(plan).of_rank(0)
     return parameters, rank_bytes(plan.config, parameters)
 
 
