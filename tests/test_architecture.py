@@ -40,6 +40,7 @@ ORDER = (
     "training",  # one run: assembly, loop, saving, resuming
     "doctor",  # checks of machines
     "verify",  # one step of a layout against one process
+    "api",  # a run from Python
     "cli",  # a thin file a verb
     "__main__",
 )
@@ -171,7 +172,7 @@ def test_only_zero_imports_deepspeed() -> None:
 
 def test_only_the_command_line_and_the_comparison_of_a_step_know_train() -> None:
     knowing = [module for name in ("train", "trainer") for module in importers_of(f"megalite.training.{name}")]
-    assert [module for module in knowing if not is_in(module, "cli")] == ["training.train", "verify.comparison"]
+    assert [module for module in knowing if not is_in(module, "cli")] == ["api", "training.train", "verify.comparison"]
 
 
 @pytest.mark.parametrize("module", [module for module in sources() if is_in(module, "monitoring")])

@@ -1,11 +1,10 @@
 """``megalite train``: launch the ranks of a run on this machine, or be one of them."""
 
 import faulthandler
-import math
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,15 +15,8 @@ from megalite.launch import (
     die_with_parent,
     is_interactive_shell,
     launch_environment,
-    launch_local,
-    start_id,
     tee_to_log,
 )
-from megalite.paths import escape
-
-if TYPE_CHECKING:
-    from megalite.monitoring.run_state import RunStateWriter
-    from megalite.planning.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -72,45 +64,16 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     if is_interactive_shell(os.environ):
         typer.echo("megalite: this is an interactive shell of Slurm: the ranks are started on this machine", err=True)
     announce(f"checking {run.name or run}")  # before the imports, which may take a second
-    from megalite.files import folder_lock
-    from megalite.planning.finished import finished_step
     from megalite.planning.plan import prepare
-    from megalite.planning.preflight import check_data, check_start
+    from megalite.training.local_launch import check_before_launch, launch_ranks, state_writer
 
     plan = prepare(run, overrides, None)
-    folder, world_size = plan.config.run.dir, plan.layout.world_size
-    check_start(plan)
-    if (step := finished_step(plan)) is not None:
+    if (step := check_before_launch(plan)) is not None:
         clear_announcement()
         typer.echo(f"nothing is left to train: step {step:,} of {plan.config.train.steps:,} is done")
-        typer.echo(f"run: {folder}")
+        typer.echo(f"run: {plan.config.run.dir}")
         return
-    check_data(plan)
-    with folder_lock(folder, f"run.dir={folder}"):
-        pass  # rank 0 takes it for the run; this ends a second run before its ranks start
-    marker = _marker(plan)
-    marker.starting(f"starting {world_size:,} {'rank' if world_size == 1 else 'ranks'}")
-    status = launch_local(
-        ["train", escape(run), *overrides],
-        world_size,
-        folder / "logs",
-        stop_grace=math.inf,  # they save a checkpoint before they end
-        max_restarts=plan.config.train.max_restarts,
-        failed=marker.failed,
-    )
-    raise typer.Exit(status)
-
-
-def _marker(plan: "Plan") -> "RunStateWriter":
-    from megalite.monitoring.run_state import RunStateWriter
-
-    return RunStateWriter(
-        plan.config.run.dir,
-        start_id(os.environ, socket.gethostname(), os.getpid()),
-        ranks=plan.layout.world_size,
-        steps=plan.config.train.steps,
-        announce=announce,
-    )
+    raise typer.Exit(launch_ranks(plan, run, overrides, state_writer(plan, announce), lambda reason: None))
 
 
 def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: LaunchEnvironment) -> None:
@@ -123,12 +86,13 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
             _dry_run(run, overrides, environment.world_size)
         return
     from megalite.planning.plan import prepare
+    from megalite.training.local_launch import state_writer
 
     plan = prepare(run, overrides, environment.world_size)
     if environment.launcher != "megalite":  # which keeps logs itself
         log = plan.config.run.dir / "logs" / f"rank_{environment.rank}.log"
         tee_to_log(log, rank=environment.rank, stdout=environment.rank != 0)
-    marker = _marker(plan)
+    marker = state_writer(plan, announce)
     try:
         if environment.rank == 0:
             marker.starting("importing torch and DeepSpeed")

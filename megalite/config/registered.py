@@ -1,19 +1,11 @@
-"""What plugins may register, and the run file names: losses, datasets, callbacks.
-
-The packages that use the values have typed functions that register them: `model.loss.register_loss`,
-`data.registered.register_dataset` and `monitoring.callback.register_callback`.
-"""
+"""Kinds of values that name what a plugin has registered: a loss, a dataset, callbacks."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from megalite.config.values import Kind, Unfit, require
 from megalite.errors import nearest
-from megalite.registry import Registry
-
-LOSSES: Registry[Any] = Registry("loss")
-DATASETS: Registry[Any] = Registry("dataset")
-CALLBACKS: Registry[Any] = Registry("callback")
+from megalite.registry import CALLBACKS, DATASETS, LOSSES, Registry
 
 
 def _read(name: Any, registry: Registry[Any], otherwise: str = "") -> str:

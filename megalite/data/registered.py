@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from megalite.config import RunConfig
-from megalite.config.registered import DATASETS
 from megalite.data.order.streaming import Piece, epoch_order
 from megalite.errors import UserError
+from megalite.registry import DATASETS
 
 _FINGERPRINTED = 8
 """Items that a fingerprint reads, the first and the last among them."""

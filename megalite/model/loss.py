@@ -5,8 +5,8 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from megalite.config.registered import LOSSES
 from megalite.model.microbatch import Microbatch
+from megalite.registry import LOSSES
 from megalite.tensor_parallel.cross_entropy import VocabParallelLogits
 
 LOSS = "loss"

@@ -11,13 +11,13 @@ from typing import TypeVar
 
 from megalite.checkpoint.save_report import SaveReport
 from megalite.config import RunConfig
-from megalite.config.registered import CALLBACKS
 from megalite.data.datasets import Datasets
 from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.stage import Stage
 from megalite.monitoring.heartbeat import Phase
 from megalite.monitoring.step_report import StepReport
 from megalite.parallel.mesh import Mesh
+from megalite.registry import CALLBACKS
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from megalite.config.registered import CALLBACKS
 from megalite.monitoring.callback import Callback, Callbacks
 from megalite.monitoring.heartbeat import Phase, Progress
 from megalite.monitoring.run_folder import prepare_run_folder
@@ -13,6 +12,7 @@ from megalite.monitoring.timeline_recorder import TimelineRecorder
 from megalite.parallel.mesh import Mesh
 from megalite.planning.plan import Plan
 from megalite.planning.start import Start
+from megalite.registry import CALLBACKS
 from megalite.training.stop_requests import StopRequests
 
 

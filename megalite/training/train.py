@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from megalite.errors import STOPPED_STATUS
 from megalite.files import folder_lock, to_filesystem_time
 from megalite.launch import LaunchEnvironment, start_time
 from megalite.launch.rendezvous import rendezvous, run_on_rank_zero
+from megalite.monitoring.callback import Callback
 from megalite.monitoring.heartbeat import GROUP_EXTRA_SECONDS, HeartbeatThread, Progress
 from megalite.monitoring.run_folder import STOP
 from megalite.monitoring.run_state import RunStateWriter
@@ -22,8 +24,14 @@ from megalite.training.stop_requests import StopRequests
 from megalite.training.trainer import Trainer
 
 
-def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter | None = None) -> int:
-    """Train as one rank of `plan`; all ranks of the layout call this.
+def train(
+    plan: Plan,
+    environment: LaunchEnvironment,
+    *,
+    marker: RunStateWriter | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> int:
+    """Train as one rank of `plan`, observed by `callbacks`; all ranks of the layout call this.
 
     On rank 0 `marker` records the phases of the start, that training runs, and how it ended.
 
@@ -64,11 +72,17 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter 
             config.run.dir, mesh.rank, plan.layout.world_size, progress, config.train.timeout_seconds
         )
         stack.enter_context(heartbeat_thread)
-        restarts = environment.restarts
         doing("opening the data")
         datasets = open_datasets(config)
         doing("building the model")
-        trainer = Trainer(plan, mesh, datasets, stop=stop, progress=progress, restarts=restarts, marker=marker)
+        trainer = Trainer(
+            *(plan, mesh, datasets),
+            stop=stop,
+            progress=progress,
+            restarts=environment.restarts,
+            marker=marker,
+            callbacks=callbacks,
+        )
         with stop.signal_handlers():
             stopped = trainer.run()
         trainer.close()
