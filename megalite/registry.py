@@ -21,17 +21,20 @@ class Registry(Mapping[str, T]):
         """`kind` is what messages call a value."""
         self.kind = kind
         self._values: dict[str, T] = {}
+        self._sources: dict[str, tuple[str, str]] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str, defined_by: object = None) -> Callable[[T], T]:
         """Return a decorator that registers a function or a class under `name`, and returns it unchanged.
 
-        Raises ValueError where another value has the name.
+        A value that is neither is `defined_by` a class or function of its module. Raises ValueError where another value
+        has the name.
         """
 
         def add(value: T) -> T:
             # A script that names itself as a plugin runs twice, as __main__ and under its name.
-            if name in self._values and _source(self._values[name]) != _source(value):
-                raise ValueError(f"the {self.kind} {name!r} is registered already, by {_source(self._values[name])[0]}")
+            source = _source(value if defined_by is None else defined_by)
+            if self._sources.setdefault(name, source) != source:
+                raise ValueError(f"the {self.kind} {name!r} is registered already, by {self._sources[name][0]}")
             self._values[name] = value
             return value
 

@@ -21,14 +21,15 @@ ORDER = (
     "registry",  # what a run file can name, plugins' own among it
     "paths",  # ~ and variables in paths
     "text_encoding",  # text that is no UTF-8
+    "settings",  # sections of settings, kinds of values, faults
     "kernels",  # which implementation computes products and attention
     "parallel",  # layout, placement, mesh, sharding, regions of tensors
     "tensor_parallel",  # layers and collectives of the tensor axis
     "launch",  # ranks are started and find each other
     "pipeline",  # schedules as data, and what runs them
     "optim",  # optimizers and what they declare, parameter groups, learning rates
+    "model",  # the families, the stage that they are built into, and what follows from it
     "config",  # the run file and the DeepSpeed JSON
-    "model",  # the Transformer and what follows from its shape
     "slurm",  # batch scripts
     "data",  # from text to microbatches in host memory
     "checkpoint",  # the format on disk
@@ -51,10 +52,13 @@ PURE_PIPELINE = (
 )
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "files", "paths", "registry", "text_encoding"),
+    *("errors", "files", "paths", "registry", "settings", "text_encoding"),
     *("launch", "config", "slurm", "checkpoint", "convert", "cli"),
     *(f"parallel.{name}" for name in ("layout", "placement", "sharding", "regions", "network_interfaces")),
-    *(f"model.{name}" for name in ("shapes", "flops", "weights")),
+    *(
+        f"model.{name}"
+        for name in ("config", "families", "family", "formats", "recompute", "registry", "structure", "weights")
+    ),
     *(f"optim.{name}" for name in ("registry", "parameter_groups", "learning_rate")),
     *(f"monitoring.{name}" for name in ("heartbeat", "run_folder", "run_state", "run_status", "stragglers")),
     *(f"planning.{name}" for name in ("plan", "preflight", "description", "memory_estimate", "finished")),
@@ -62,7 +66,10 @@ LIGHT = (
     *(f"verify.{name}" for name in ("layouts", "parity_report", "scaled_down", "table")),
     *PURE_PIPELINE,
 )
-NOT_LIGHT = ("launch.rendezvous", "convert.logits_check")
+NOT_LIGHT = (
+    *("launch.rendezvous", "convert.logits_check"),
+    *(f"model.families.{family}.layers" for family in ("llama", "gpt2", "gpt_neox")),
+)
 TORCH_FILES = "convert.megatron.torch_file"
 PICKLES = ("pickle", "cloudpickle", "dill", "shelve", "marshal")
 

@@ -15,25 +15,22 @@ from pydantic.fields import FieldInfo
 
 from megalite.config.data import DataSection, DataSource, ValidationSet
 from megalite.config.run_config import RunConfig
-from megalite.config.section import Section, fields_of
 from megalite.config.sections import (
     CheckpointSection,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    ModelConfig,
     OptimizerSection,
     ParallelSection,
     ParameterGroupSection,
     RampupSection,
-    RopeScaling,
     RunSection,
     ScheduleSection,
     SpikeSection,
     TrainSection,
 )
-from megalite.config.validation import show
-from megalite.config.values import Kind
+from megalite.model.config import ModelConfig, RopeScaling
+from megalite.model.registry import FAMILIES
+from megalite.settings.section import Section, fields_of, sections_in
+from megalite.settings.validation import show
+from megalite.settings.values import Kind
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "run_file.md"
 HEAD = "| key | default | allowed | meaning |\n| --- | --- | --- | --- |\n"
@@ -41,10 +38,8 @@ REQUIRED = "required"
 GROUPS: Mapping[str, tuple[str, type[Section]]] = {
     "run": ("run.", RunSection),
     "model": ("model.", ModelConfig),
-    "model llama": ("model.", LlamaConfig),
     "model.rope_scaling": ("model.rope_scaling.", RopeScaling),
-    "model gpt2": ("model.", GPT2Config),
-    "model gpt_neox": ("model.", GPTNeoXConfig),
+    **{f"model {family.name}": ("model.", family.config) for family in FAMILIES.values()},
     "data": ("data.", DataSection),
     "data.train": ("data.train[].", DataSource),
     "data.valid": ("data.valid[].", ValidationSet),
@@ -135,7 +130,7 @@ def _allowed(info: FieldInfo) -> str:
     choices = [value for literal in _literals(info.annotation) for value in get_args(literal)]
     if choices:
         return ", ".join(f"`{value}`" for value in choices)
-    return "a section, see below" if any(_sections_in(info.annotation)) else "see the meaning"
+    return "a section, see below" if any(sections_in(info.annotation)) else "see the meaning"
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
@@ -151,7 +146,3 @@ def _kinds_in(annotation: Any) -> Iterator[Kind]:
 
 def _literals(annotation: Any) -> Iterator[Any]:
     return (part for part in _parts(annotation) if get_origin(part) is Literal)
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    return (part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, Section))

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megalite.config.registered import DATASET
-from megalite.config.section import (
+from megalite.config.source_forms import require_list_of_sources
+from megalite.settings.section import (
     SHARE,
     Count,
     FilePath,
@@ -19,9 +20,8 @@ from megalite.config.section import (
     Share,
     fields_of,
 )
-from megalite.config.source_forms import require_list_of_sources
-from megalite.config.validation import Fault, show
-from megalite.config.values import POSITIVE, TEXTS, Kind, choice
+from megalite.settings.validation import Fault, show
+from megalite.settings.values import POSITIVE, TEXTS, Kind, choice
 
 ORDER = choice("streaming", "megatron")
 SPLIT_VALIDATION = "valid"

@@ -8,9 +8,9 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from megalite.config.validation import Fault, Origin, report, show
-from megalite.config.values import Kind, Unfit
 from megalite.errors import did_you_mean
+from megalite.settings.validation import Fault, Origin, report, show
+from megalite.settings.values import Kind, Unfit
 
 
 def _modules(value: Any) -> list[str]:

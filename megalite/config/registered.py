@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-from megalite.config.values import Kind, Unfit, require
 from megalite.errors import nearest
 from megalite.registry import CALLBACKS, DATASETS, LOSSES, Registry
+from megalite.settings.values import Kind, Unfit, require
 
 
 def _read(name: Any, registry: Registry[Any], otherwise: str = "") -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 import yaml
 from pydantic import Field, InstanceOf
 
-from megalite.config.activation_checkpointing import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS, Recompute
+from megalite.config.activation_checkpointing import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS
 from megalite.config.cross_checks import (
     deepspeed_faults,
     fit_faults,
@@ -23,28 +23,30 @@ from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.deepspeed.zero_rates import zero_rate_note
 from megalite.config.plugins import PLUGINS
-from megalite.config.section import FilePath, PathText, Section
 from megalite.config.sections import (
+    AnyFamily,
     CheckpointSection,
-    Model,
     OptimizerSection,
     ParallelSection,
     RunSection,
     ScheduleSection,
     TrainSection,
 )
-from megalite.config.validation import Fault, Origin, report, show
 from megalite.config.yaml12 import Dumper
+from megalite.model.config import ModelConfig
+from megalite.model.recompute import Recompute
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.placement import Placement
 from megalite.pipeline.schedules import placement
+from megalite.settings.section import FilePath, PathText, Section
+from megalite.settings.validation import Fault, Origin, report, show
 
 
 class RunConfig(Section, frozen=True):
     """A whole run; made by `load_run_config`, complete after `resolve`."""
 
     run: RunSection
-    model: Model
+    model: Annotated[ModelConfig, AnyFamily()]
     data: DataSection
     parallel: ParallelSection = ParallelSection()
     train: TrainSection

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from megalite.config.validation import show
 from megalite.config.yaml12 import Dumper
+from megalite.settings.validation import show
 
 _DATASET = (".bin", ".idx")
 _KEYS = ("prefix", "name", "weight")

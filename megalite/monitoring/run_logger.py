@@ -14,7 +14,7 @@ from megalite.checkpoint import forecast
 from megalite.checkpoint.discovery import CHECKPOINTS
 from megalite.checkpoint.save_report import SaveReport
 from megalite.files import write_atomically, writing
-from megalite.model.flops import flops_per_token
+from megalite.model.structure import flops_per_token
 from megalite.monitoring.callback import Callback, RunEnd, RunStart
 from megalite.monitoring.device import Peak, device_peak, peak_memory
 from megalite.monitoring.metrics import MetricsLog, StepMetrics

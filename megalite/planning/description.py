@@ -60,10 +60,9 @@ def _rank_map(plan: Plan) -> Table:
         shown = [f"{number / size:,.2f}" for number in sizes]
         table.add_row(format_ranges(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
     total = sum(map(counts.of_rank, _one_copy(plan))) * plan.layout.group_size("gradient")
-    shapes = plan.requirements.shapes
-    frozen = sum(prod(shapes[name]) for name in plan.frozen)
+    frozen = sum(prod(plan.shapes[name]) for name in plan.frozen)
     notes = [
-        f"{sum(map(prod, shapes.values())):,} parameters in the model, {total:,} on its ranks",
+        f"{sum(map(prod, plan.shapes.values())):,} parameters in the model, {total:,} on its ranks",
         "(norms, tied tables and replicas stand on several)",
         *([f"{frozen:,} parameters of the model are frozen"] if frozen else []),
         "bytes by arithmetic, without activations and what the device's libraries take",

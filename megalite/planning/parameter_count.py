@@ -9,7 +9,7 @@ class ParameterCounts:
 
     def __init__(self, plan: Plan) -> None:
         self._plan, self._frozen = plan, plan.frozen
-        self._counted: dict[tuple[object, ...], int] = {}
+        self._counted: dict[tuple[object, ...], tuple[int, int]] = {}
 
     def of_rank(self, rank: int, *, trained: bool = False) -> int:
         """Return the number of parameters of all stages of a rank; with `trained` without frozen ones."""
@@ -23,10 +23,11 @@ class ParameterCounts:
         plan, placement = self._plan, self._plan.placement
         layers, last = plan.stage_layers[stage], placement.num_stages - 1
         # All middle stages with the same number of layers are equally large unless some are frozen: cache the count.
-        kind = (layers if self._frozen else len(layers), stage == 0, stage == last, tensor, trained)
+        kind = (layers if self._frozen else len(layers), stage == 0, stage == last, tensor)
         if kind not in self._counted:
             shares = stage == last > 0 and placement.rank_of(0) == placement.rank_of(stage)
             place = (tensor, plan.layout.size("tensor"))
             built = meta_stage(plan.config.model, layers, stage, last + 1, place, shares_rank=shares)
-            self._counted[kind] = built.num_parameters(without=self._frozen if trained else frozenset())
-        return self._counted[kind]
+            self._counted[kind] = built.num_parameters(), built.num_parameters(without=self._frozen)
+        every, not_frozen = self._counted[kind]
+        return not_frozen if trained else every

@@ -5,7 +5,7 @@ needs no accelerator, so that configuration errors are reported within a second.
 plan against the machine, the data and the checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -20,14 +20,13 @@ from megalite.checkpoint.manifest import Manifest, OptimizerRecord
 from megalite.checkpoint.special_tokens import DocumentTokens
 from megalite.config import RunConfig, load_run_config
 from megalite.config.hub_names import hub_hint
-from megalite.config.validation import Fault, report
 from megalite.data.indexed.dataset import IndexedDataset
 from megalite.data.indexed.format import DatasetSidecar
 from megalite.data.order.digest import order_digest
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer
 from megalite.errors import UserError
-from megalite.model.shapes import weight_shapes
+from megalite.model.structure import weight_shapes
 from megalite.model.weights import Weights
 from megalite.optim.parameter_groups import ParameterSettings, parameter_settings, rule_faults, unequal_parts
 from megalite.parallel.layout import ParallelLayout
@@ -35,6 +34,7 @@ from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
 from megalite.planning.meta_stage import meta_stage
 from megalite.planning.model_files import companion_files, tokens_of_documents
+from megalite.settings.validation import Fault, report
 
 
 @dataclass(frozen=True)
@@ -55,19 +55,24 @@ class Plan:
         """The requirements of this run on a checkpoint."""
         return CheckpointRequirements(
             self.config.model,
-            weight_shapes(self.config.model),
+            self.shapes,
             self.tokenizer_digest,
             self.config.optimizer.declaration,
             self.frozen,
         )
 
     @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The global shapes of the model's weights, by name."""
+        return weight_shapes(self.config.model)
+
+    @cached_property
     def parameter_settings(self) -> dict[str, ParameterSettings]:
         """How each parameter of the model is trained, by global name in the order of the model."""
         optimizer = self.config.optimizer
-        return parameter_settings(weight_shapes(self.config.model), optimizer.groups, optimizer.weight_decay)
+        return parameter_settings(self.shapes, optimizer.groups, optimizer.weight_decay)
 
-    @property
+    @cached_property
     def frozen(self) -> frozenset[str]:
         """The global names of the parameters that are not trained."""
         return frozenset(name for name, settings in self.parameter_settings.items() if settings.frozen)
@@ -80,9 +85,9 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint's tensors: every weight, and the optimizer state of those that are trained, in fp32."""
-        required = self.requirements
-        trained = sum(prod(shape) for name, shape in required.shapes.items() if name not in required.frozen)
-        return 4 * (sum(map(prod, required.shapes.values())) + len(required.optimizer.state_tensors) * trained)
+        trained = sum(prod(shape) for name, shape in self.shapes.items() if name not in self.frozen)
+        state_tensors = self.config.optimizer.declaration.state_tensors
+        return 4 * (sum(map(prod, self.shapes.values())) + len(state_tensors) * trained)
 
     @property
     def checkpoints(self) -> Path:
@@ -202,7 +207,7 @@ def _check_parameter_groups(plan: Plan) -> None:
     model, origin = plan.config.model, plan.config.origin
     faults = [
         Fault((*key, number, "match"), f"={groups[number].match!r}{text}")
-        for number, text in rule_faults(plan.requirements.shapes, groups)
+        for number, text in rule_faults(plan.shapes, groups)
     ]
     report([origin.line(fault) for fault in faults])
     whole = meta_stage(model, range(model.num_hidden_layers), 0, 1, (0, plan.layout.size("tensor")))

@@ -10,7 +10,6 @@ from pydantic import Field, TypeAdapter, ValidationError
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
 from megalite.config import TrainSection
-from megalite.config.validation import validation_lines
 from megalite.data.batch_schedule import BatchSchedule, PassedOver
 from megalite.data.order.digest import order_digest_of_before
 from megalite.errors import UserError
@@ -18,6 +17,7 @@ from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.weights import Weights
 from megalite.planning.plan import Plan
 from megalite.planning.preflight import init_from_ignored
+from megalite.settings.validation import validation_lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-from megalite.config.validation import alternatives, show
 from megalite.paths import expand
+from megalite.settings.validation import alternatives, show
 
 
 class Unfit(ValueError):

@@ -5,7 +5,7 @@ from typing import Annotated
 import pytest
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from megalite.config.validation import validation_lines
+from megalite.settings.validation import validation_lines
 
 
 def refuse(value: int) -> int:
