@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalite.cli.override_argument import Overrides
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local
 from megalite.paths import escape
 
@@ -26,10 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def _doctor(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run file.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
-    ] = None,
+    overrides: Overrides = None,
     report_into: Annotated[
         Path | None, typer.Option(hidden=True, help="Be a rank; rank 0 writes what is found there.")
     ] = None,

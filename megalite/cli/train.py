@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from megalite.cli.override_argument import Overrides
 from megalite.launch import (
     LaunchEnvironment,
     announce,
@@ -26,10 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def _train(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
-    ] = None,
+    overrides: Overrides = None,
     dry_run: Annotated[
         bool,
         typer.Option(

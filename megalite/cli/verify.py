@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalite.cli.override_argument import Overrides
 from megalite.errors import USER_ERROR_STATUS, UserError
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_rank_subprocess
 from megalite.paths import escape
@@ -32,10 +33,7 @@ def register(app: typer.Typer) -> None:
 
 def _verify(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
-    ] = None,
+    overrides: Overrides = None,
     scale: Annotated[
         bool, typer.Option("--scale", help="A smaller model of the same shape: seconds on a laptop.")
     ] = False,

@@ -1,6 +1,5 @@
 """Kinds of values that name what a plugin has registered: a loss, a dataset, callbacks."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from megalite.errors import nearest
@@ -11,14 +10,20 @@ from megalite.settings.values import Kind, Unfit, require
 def _read(name: Any, registry: Registry[Any], otherwise: str = "") -> str:
     require(isinstance(name, str))
     if name not in registry:
-        near = nearest(name, registry)
-        raise Unfit(f" is no registered {registry.kind}{near}; name its module in plugins{otherwise}")
+        raise Unfit(f" is {_unknown(name, registry)}{otherwise}")
     return name
 
 
 def _read_all(names: Any, registry: Registry[Any]) -> list[str]:
-    require(isinstance(names, Iterable) and not isinstance(names, str))
-    return [_read(name, registry) for name in names]
+    require(isinstance(names, list | tuple) and all(isinstance(name, str) for name in names))
+    for name in names:
+        if name not in registry:
+            raise Unfit(f" has {name!r}, which is {_unknown(name, registry)}")
+    return list(names)
+
+
+def _unknown(name: str, registry: Registry[Any]) -> str:
+    return f"no registered {registry.kind}{nearest(name, registry)}; name its module in plugins"
 
 
 LOSS = Kind("the name of a registered loss", lambda name: _read(name, LOSSES))
