@@ -73,13 +73,13 @@ def held_in_training(path: str, overrides: list[str]) -> dict[str, int]:
         kept = [p.grad for s in engine.stages.values() for p in s.parameters() if p.grad is not None]
         gradients = sum(gradient.nbytes for gradient in kept)
 
-    reduce = engine._all_reduce_sequence_parallel_grads
+    reduce = engine._complete_gradients
 
     def before_reduction() -> None:
         count()
         reduce()
 
-    engine._all_reduce_sequence_parallel_grads = before_reduction  # type: ignore[method-assign]
+    engine._complete_gradients = before_reduction  # type: ignore[method-assign]
     trainer.step(1)
     weights = sum(p.data.nbytes for stage in engine.stages.values() for p in stage.parameters())
     moments = sum(
