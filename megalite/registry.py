@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -48,6 +48,14 @@ class Registry(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+LOSSES: Registry[Any] = Registry("loss")
+"""Losses of the last stage; `megalite.model.loss.register_loss` says what they are."""
+DATASETS: Registry[Any] = Registry("dataset")
+"""Datasets to train and evaluate on; `megalite.data.registered.register_dataset` says what they are."""
+CALLBACKS: Registry[Any] = Registry("callback")
+"""Observers of a run; `megalite.monitoring.callback.register_callback` says what they are."""
 
 
 def _source(value: object) -> tuple[str, str]:

@@ -35,11 +35,13 @@ ORDER = (
     "checkpoint",  # the format on disk
     "convert",  # Hugging Face's and Megatron's formats
     "monitoring",  # metrics, heartbeats, the run's state and pictures
+    "planning",  # what a run will need, checked before it starts
     "zero",  # the sharding engine on DeepSpeed
     "generation",  # text from a model
-    "training",  # one run: plan, loop, saving, resuming
+    "training",  # one run: assembly, loop, saving, resuming
     "doctor",  # checks of machines
     "verify",  # one step of a layout against one process
+    "api",  # a run from Python
     "cli",  # a thin file a verb
     "__main__",
 )
@@ -50,20 +52,8 @@ PURE_PIPELINE = (
 )
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *(
-        "errors",
-        "files",
-        "registry",
-        "paths",
-        "text_encoding",
-        "settings",
-        "launch",
-        "config",
-        "slurm",
-        "checkpoint",
-        "convert",
-        "cli",
-    ),
+    *("errors", "files", "paths", "registry", "settings", "text_encoding"),
+    *("launch", "config", "slurm", "checkpoint", "convert", "cli"),
     *(f"parallel.{name}" for name in ("layout", "placement", "sharding", "regions", "network_interfaces")),
     *(
         f"model.{name}"
@@ -71,7 +61,8 @@ LIGHT = (
     ),
     *(f"optim.{name}" for name in ("registry", "parameter_groups", "learning_rate")),
     *(f"monitoring.{name}" for name in ("heartbeat", "run_folder", "run_state", "run_status", "stragglers")),
-    *("training.stop_requests", "training.memory_estimate", "doctor.report"),
+    *(f"planning.{name}" for name in ("plan", "preflight", "description", "memory_estimate", "finished")),
+    *("training.stop_requests", "doctor.report"),
     *(f"verify.{name}" for name in ("layouts", "parity_report", "scaled_down", "table")),
     *PURE_PIPELINE,
 )
@@ -188,7 +179,7 @@ def test_only_zero_imports_deepspeed() -> None:
 
 def test_only_the_command_line_and_the_comparison_of_a_step_know_train() -> None:
     knowing = [module for name in ("train", "trainer") for module in importers_of(f"megalite.training.{name}")]
-    assert [module for module in knowing if not is_in(module, "cli")] == ["training.train", "verify.comparison"]
+    assert [module for module in knowing if not is_in(module, "cli")] == ["api", "training.train", "verify.comparison"]
 
 
 @pytest.mark.parametrize("module", [module for module in sources() if is_in(module, "monitoring")])

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import Field, InstanceOf
+from pydantic import Field, InstanceOf, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 
 from megalite.config.activation_checkpointing import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS
 from megalite.config.cross_checks import (
@@ -41,6 +42,8 @@ from megalite.pipeline.schedules import placement
 from megalite.settings.section import FilePath, PathText, Section
 from megalite.settings.validation import Fault, Origin, report, show
 
+_JSON_OR_PATH = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
+
 
 class RunConfig(Section, frozen=True):
     """A whole run; made by `load_run_config`, complete after `resolve`."""
@@ -57,8 +60,9 @@ class RunConfig(Section, frozen=True):
     """The weights to begin with: a checkpoint, a run's folder, or a Hugging Face folder."""
     plugins: Annotated[tuple[str, ...], PLUGINS] = ()
     """Python modules that every process of the run imports before it reads the rest of the run file."""
-    deepspeed: InstanceOf[DeepSpeedSettings] = DeepSpeedSettings()
-    origin: InstanceOf[Origin] = Field(default=Origin(), exclude=True, repr=False)
+    deepspeed: Annotated[InstanceOf[DeepSpeedSettings], _JSON_OR_PATH] = DeepSpeedSettings()
+    """The path of a DeepSpeed JSON, or its content; ZeRO stage 1 unless given."""
+    origin: SkipJsonSchema[InstanceOf[Origin]] = Field(default=Origin(), exclude=True, repr=False)
 
     def faults(self) -> Iterator[Fault]:
         yield from optimizer_faults(self.train, self.deepspeed)

@@ -8,6 +8,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from megalite.config.deepspeed.rules import PRECISION_NAMES, Precision
+from megalite.config.registered import CALLBACK_NAMES, LOSS
 from megalite.model.config import ModelConfig
 from megalite.model.registry import FAMILIES, read_model
 from megalite.optim.declaration import OptimizerDeclaration
@@ -194,6 +195,10 @@ class TrainSection(Section, frozen=True):
     micro_batch_size: Count
     precision: Annotated[Precision | None, PRECISION] = None
     """The dtype of parameters and activations. Unless given it is what the DeepSpeed JSON states, else fp32."""
+    loss: Annotated[str | None, LOSS] = None
+    """A loss that a plugin registers; the cross entropy of the language model unless given."""
+    callbacks: Annotated[tuple[str, ...], CALLBACK_NAMES] = ()
+    """Callbacks that plugins register, in the order in which they are called."""
     batch_size_rampup: RampupSection | None = None
     """A smaller global batch at the start (arXiv:2005.14165)."""
     optimizer: OptimizerSection | None = None

@@ -118,7 +118,7 @@ def unknown_key(key: Key, value: object, section: type[Section], whole: type[Sec
     meant = _meant(str(key[-1]), tuple(map(str, key[:-1])), section, whole)
     inner = _only_path(value)
     if inner:
-        known = _known(whole)
+        known = known_keys(whole)
         within = [path for path in (".".join((one, *inner)) for one in meant) if path in known]
         within = within or list(_names(whole, None).get(_word(inner[-1]), ()))
         if within:
@@ -156,7 +156,7 @@ def _only_path(value: object) -> tuple[str, ...]:
 
 def _those_that_hold(meant: Sequence[str], value: object, whole: type[Section]) -> Sequence[str]:
     """Return those of the sections that have every key of the value; all of them where none has."""
-    known = _known(whole)
+    known = known_keys(whole)
     keys = list(value) if isinstance(value, Mapping) else []
     return [one for one in meant if all(f"{one}.{key}" in known for key in keys)] or meant
 
@@ -186,7 +186,7 @@ def _names(whole: type[Section], model: type[ModelConfig] | None) -> dict[str, t
 
 
 @cache
-def _known(whole: type[Section]) -> frozenset[str]:
+def known_keys(whole: type[Section]) -> frozenset[str]:
     """Every key of the run file and of the DeepSpeed JSON, by its full path."""
     return frozenset(".".join(path) for path in (*_paths(whole, (), False), *_json_paths(TABLE, ("deepspeed",))))
 

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import GetCoreSchemaHandler
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from megalite.paths import expand
@@ -26,6 +27,8 @@ class Kind:
 
     words: str
     convert: Callable[[Any], Any]
+    json_schema: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """What a JSON schema says of the value beside its type."""
 
     def read(self, value: object) -> Any:
         """Return the value in its own type; raise ValueError with the words that follow the key in a message."""
@@ -38,6 +41,11 @@ class Kind:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self.read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        found = handler(schema)
+        given = [one for one in found.get("anyOf", ()) if one != {"type": "null"}]
+        return {**(given[0] if len(given) == 1 else found), **self.json_schema}
 
 
 def require(accepted: bool) -> None:
@@ -53,7 +61,8 @@ def whole(least: int, most: int | None = None) -> Kind:
         require(value >= least and (most is None or value <= most))
         return int(value)
 
-    return Kind(f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}", convert)
+    words = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    return Kind(words, convert, _bounds(minimum=least, maximum=most))
 
 
 def number(least: float | None = None, *, above: float | None = None, most: float | None = None) -> Kind:
@@ -67,9 +76,14 @@ def number(least: float | None = None, *, above: float | None = None, most: floa
         require(most is None or value <= most)
         return float(value)
 
+    words = f"a number above {above:g}" if above is not None else f"a number of at least {least:g}"
     if most is not None:
-        return Kind(f"a number from {least:g} to {most:g}", convert)
-    return Kind(f"a number above {above:g}" if above is not None else f"a number of at least {least:g}", convert)
+        words = f"a number from {least:g} to {most:g}"
+    return Kind(words, convert, _bounds(minimum=least, exclusiveMinimum=above, maximum=most))
+
+
+def _bounds(**bounds: float | None) -> dict[str, float]:
+    return {name: bound for name, bound in bounds.items() if bound is not None}
 
 
 def choice(*values: str | int, other_names: Mapping[str, str] | None = None) -> Kind:
@@ -85,7 +99,7 @@ def choice(*values: str | int, other_names: Mapping[str, str] | None = None) -> 
             return values[values.index(value)]
         raise Unfit(f" is not {words}{nearest_value(value, values, other_names or {})}")
 
-    return Kind(words, convert)
+    return Kind(words, convert, {"enum": list(values)})
 
 
 def nearest_value(value: object, values: Sequence[str | int], other_names: Mapping[str, str]) -> str:

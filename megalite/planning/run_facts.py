@@ -7,9 +7,9 @@ from typing import Any
 from megalite.checkpoint.discovery import resume_candidates
 from megalite.config import RunConfig
 from megalite.config.plugins import plugin_code
-from megalite.data.indexed.fingerprint import fingerprint
+from megalite.data.sources import open_source
 from megalite.launch.consistency import SHOWN_DIGITS, Facts, code_digests, process_facts
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 
 _PLACES = frozenset({"run.dir", "data.tokenizer", "data.index_cache"})
 _PLACES_ANYWHERE = frozenset({"prefix", "nvme_path"})
@@ -22,8 +22,8 @@ def run_facts(plan: Plan, world_size: int) -> Facts:
     Raises UserError where the data cannot be opened.
     """
     process, config = process_facts(world_size), plan.config
-    sources = {f"data.train.{number}": source.prefix for number, source in enumerate(config.data.train)}
-    sources |= {f"data.valid.{number}": source.prefix for number, source in enumerate(config.data.valid)}
+    sources = {f"data.train.{number}": source for number, source in enumerate(config.data.train)}
+    sources |= {f"data.valid.{number}": source for number, source in enumerate(config.data.valid)}
     return {
         "launch": process["launch"],
         "run file": dict(_settings(config)),
@@ -33,7 +33,10 @@ def run_facts(plan: Plan, world_size: int) -> Facts:
         },
         "versions": process["versions"],
         "tokenizer": {"data.tokenizer (SHA-256)": (plan.tokenizer_digest or "none")[:SHOWN_DIGITS]},
-        "data": {f"{name} (fingerprint)": fingerprint(prefix)[:SHOWN_DIGITS] for name, prefix in sources.items()},
+        "data": {
+            f"{name} (fingerprint)": open_source(source, config).fingerprint()[:SHOWN_DIGITS]
+            for name, source in sources.items()
+        },
         "checkpoints": {
             "the checkpoints in run.dir": ", ".join(folder.name for folder in resume_candidates(config)) or "none",
         },

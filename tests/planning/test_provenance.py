@@ -13,7 +13,7 @@ from megalite.cli import build_app, main
 from megalite.data.indexed.dataset import IndexedDataset
 from megalite.data.indexed.writer import IndexedDatasetWriter
 from megalite.errors import UserError
-from megalite.training.provenance import Provenance
+from megalite.planning.provenance import Provenance
 
 BLEND = (
     "train.batch_size_rampup={start: 2, increment: 2, samples: 6}",
@@ -50,7 +50,7 @@ def test_a_step_trains_on_the_documents_that_are_named(run_file: Path, tmp_path:
     trained = run_distributed(batches_of_rank, 2, str(run_file), overrides, 6)
     text = run_file.read_text()
     (tmp_path / "again.yaml").write_text(text)
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     config = prepare(run_file, overrides, 2).config
     (tmp_path / "run").mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ from megalite.data.order.streaming import Piece
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer
 from megalite.errors import UserError
-from megalite.training.plan import Plan, prepare
+from megalite.planning.plan import Plan, prepare
 
 
 def passed_over(metrics: Path) -> list[PassedOver]:
@@ -76,6 +76,7 @@ class Provenance:
         self._tokenizer: Tokenizer | None = None
         if self.config.data.tokenizer is not None:
             self._tokenizer = load_tokenizer(self.config.data.tokenizer)
+        self._registered = {source.location for source in self.config.data.train if source.dataset is not None}
         self._dataset = cache(IndexedDataset)
 
     def step(self, step: int, rank: int | None = None) -> Iterator[SeenSample]:
@@ -114,8 +115,8 @@ class Provenance:
         return samples
 
     def text(self, piece: Piece) -> str | None:
-        """Return the readable text of a piece (`readable`); None without a tokenizer."""
-        if self._tokenizer is None:
+        """Return the readable text of a piece (`readable`); None without a tokenizer, and of a registered dataset."""
+        if self._tokenizer is None or piece.prefix in self._registered:
             return None
         dataset = self._dataset(piece.prefix)
         first = dataset.document_span(piece.document)[0] + piece.offset

@@ -15,7 +15,10 @@ from megalite.data.datasets import open_datasets
 from megalite.data.indexed.format import DatasetSidecar
 from megalite.data.indexed.writer import IndexedDatasetWriter
 from megalite.errors import UserError
-from megalite.training.plan import prepare
+from megalite.planning.description import describe
+from megalite.planning.parameter_count import ParameterCounts
+from megalite.planning.plan import prepare
+from megalite.planning.preflight import check_data, check_start
 
 ROOT = Path(__file__).parents[2]
 RUN_FILES = ["configs/gpt2_124m.yaml", "configs/llama_1b.yaml", "configs/llama_7b.yaml", "configs/llama_70b.yaml"]
@@ -129,9 +132,9 @@ def test_another_tokenizer_than_the_datas_is_refused(run_file: Path, tmp_path: P
     for name, made_with in (("own", digest), ("other", "0" * 64)):
         write_corpus(tmp_path / name, tokens, DatasetSidecar(300, made_with, 4000, 1, 299, 5.0))
     overrides = [f"data.tokenizer={model}", "model.vocab_size=300"]
-    prepare(run_file, [*overrides, f"data.train=[{{prefix: {tmp_path / 'own'}}}]"], None).check_data()
+    check_data(prepare(run_file, [*overrides, f"data.train=[{{prefix: {tmp_path / 'own'}}}]"], None))
     with pytest.raises(UserError, match=r"other\.json: made with a tokenizer of SHA-256 000000000000"):
-        prepare(run_file, [*overrides, f"data.train=[{{prefix: {tmp_path / 'other'}}}]"], None).check_data()
+        check_data(prepare(run_file, [*overrides, f"data.train=[{{prefix: {tmp_path / 'other'}}}]"], None))
 
 
 def test_a_split_gives_training_and_validation_different_documents(run_file: Path, corpus: Path) -> None:
@@ -199,7 +202,7 @@ def test_the_middle_is_not_filled_in_where_targets_are_masked(run_file: Path, tm
     writer.finalize()
     config = prepare(run_file, [f"data.train=[{{prefix: {tmp_path / 'chat'}}}]"], None).config
     data = config.data.model_copy(update={"fim_rate": 0.5})
-    with pytest.raises(UserError, match=r"chat\.mask: says which tokens count"):
+    with pytest.raises(UserError, match=r"chat: its loss mask says which tokens count"):
         open_datasets(config.model_copy(update={"data": data}))
 
 
@@ -239,15 +242,15 @@ def test_the_run_files_that_ship_pass_a_dry_run(
 def test_the_plan_tells_ranks_parameters_and_bubble(run_file: Path, overrides: list[str], parts: list[str]) -> None:
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(prepare(run_file, overrides, None).describe())
+        console.print(describe(prepare(run_file, overrides, None)))
     for part in parts:
         assert part in capture.get()
 
 
 def test_parameters_by_rank_add_up_to_the_model(run_file: Path) -> None:
-    whole = prepare(run_file, [], None).parameters(0, 0)
-    plan = prepare(run_file, ["parallel.pipeline=2", "parallel.tensor=2"], None)
-    parts = sum(plan.parameters(stage, tensor) for stage in range(2) for tensor in range(2))
+    whole = ParameterCounts(prepare(run_file, [], None)).of_stage(0, 0)
+    counts = ParameterCounts(prepare(run_file, ["parallel.pipeline=2", "parallel.tensor=2"], None))
+    parts = sum(counts.of_stage(stage, tensor) for stage in range(2) for tensor in range(2))
     norms, table = 9 * 256, 8192 * 256
     assert parts == whole + norms + table  # norms on both tensor ranks, the tied table on both stages
 
@@ -259,12 +262,12 @@ def test_nvme_without_its_library_ends_before_a_rank_starts(
     offload = f"{{device: nvme, nvme_path: {tmp_path}}}"
     overrides = ["deepspeed.zero_optimization={stage: 3}", f"deepspeed.zero_optimization.offload_optimizer={offload}"]
     plan = prepare(run_file, overrides, None)
-    monkeypatch.setattr("megalite.training.plan.find_library", lambda name: None if missing else f"lib{name}.so.1")
+    monkeypatch.setattr("megalite.planning.preflight.find_library", lambda name: None if missing else f"lib{name}.so.1")
     if not missing:
-        assert plan.check_start() == "start: anew"
+        assert check_start(plan) == "start: anew"
         return
     with pytest.raises(UserError, match=r"offload_optimizer.device='nvme' needs libaio.*apt install libaio-dev"):
-        plan.check_start()
+        check_start(plan)
 
 
 def test_nvme_and_checkpoints_are_refused(run_file: Path, tmp_path: Path) -> None:

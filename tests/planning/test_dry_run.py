@@ -198,7 +198,7 @@ def test_a_run_that_trains_is_told(here: Path, capsys: Capture) -> None:
 
 
 def test_a_large_checkpoint_is_not_read(here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megalite.training.resume.DIGESTED_BYTES", 100)
+    monkeypatch.setattr("megalite.planning.preview.DIGESTED_BYTES", 100)
     flip(here)
     status, out, _ = dry_run(here, capsys)
     assert status == 0
@@ -326,7 +326,7 @@ def test_under_a_launcher_rank_0_does_it(here: Path, capsys: Capture, monkeypatc
 def test_the_plan_of_70b_needs_no_data_and_few_lines(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(
-        "megalite.training.plan.simulate",
+        "megalite.planning.description.simulate",
         lambda streams: type("Timeline", (), {"bubble_fraction": 0.0, "peak_microbatches": [0.0]})(),
     )
     assert main(["train", "configs/llama_70b.yaml", "--dry-run"]) == 0
@@ -367,6 +367,6 @@ def test_a_moved_corpus_and_a_higher_threshold_are_no_other_data(here: Path, cap
 
 
 def digest(folder: Path, *overrides: str) -> str:
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     return prepare(folder / "run.yaml", overrides, None).order_digest

@@ -6,15 +6,16 @@ import pytest
 from harness import run_distributed
 from training import build_trainer, zero_engine
 
-from megalite.training.memory_estimate import RankBytes, rank_bytes
-from megalite.training.plan import prepare
+from megalite.planning.memory_estimate import RankBytes, rank_bytes
+from megalite.planning.parameter_count import ParameterCounts
+from megalite.planning.plan import prepare
 
 SMALL = ("model.num_hidden_layers=1", "model.vocab_size=512", "train.steps=4", "data.sequence_length=16")
 
 
 def planned(path: Path, *overrides: str) -> tuple[int, RankBytes]:
     plan = prepare(path, [*SMALL, *overrides], None)
-    parameters = plan.parameters_of_rank(0)
+    parameters = ParameterCounts(plan).of_rank(0)
     return parameters, rank_bytes(plan.config, parameters)
 
 
@@ -72,13 +73,13 @@ def held_in_training(path: str, overrides: list[str]) -> dict[str, int]:
         kept = [p.grad for s in engine.stages.values() for p in s.parameters() if p.grad is not None]
         gradients = sum(gradient.nbytes for gradient in kept)
 
-    reduce = engine._all_reduce_sequence_parallel_grads
+    reduce = engine._complete_gradients
 
     def before_reduction() -> None:
         count()
         reduce()
 
-    engine._all_reduce_sequence_parallel_grads = before_reduction  # type: ignore[method-assign]
+    engine._complete_gradients = before_reduction  # type: ignore[method-assign]
     trainer.step(1)
     weights = sum(p.data.nbytes for stage in engine.stages.values() for p in stage.parameters())
     moments = sum(

@@ -8,7 +8,7 @@ from megalite.checkpoint.reader import CheckpointReader
 from megalite.errors import UserError
 from megalite.monitoring.run_folder import DONE
 from megalite.monitoring.run_state import read_state
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 
 
 def finished_step(plan: Plan) -> int | None:
