@@ -1,6 +1,5 @@
 """The registry of model families, and a family that a plugin adds: the one of docs/howto/add_a_model_family.md."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pytest
 import torch
 import yaml
-from plugin_family import write_package
+from plugin_family import plugin_family
 from pydantic import TypeAdapter
 from reference_model import stage_shapes
 from torch import nn
@@ -72,25 +71,11 @@ class ToyBuilder(ModelBuilder[ToyConfig]):
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Forget the families that a test registers."""
-    monkeypatch.setattr(FAMILIES, "_values", dict(FAMILIES))
-    monkeypatch.setattr(FAMILIES, "_sources", dict(FAMILIES._sources))
-    before = set(sys.modules)
-    yield
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] == "starcoder2":
-            del sys.modules[name]
-
-
-@pytest.fixture
-def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run_file(tmp_path: Path) -> Iterator[Path]:
     """A run file, with the package that it names beside it in the working directory."""
-    write_package(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    Path("run.yaml").write_text(yaml.safe_dump(RUN))
-    return Path("run.yaml")
+    with plugin_family(tmp_path):
+        Path("run.yaml").write_text(yaml.safe_dump(RUN))
+        yield Path("run.yaml")
 
 
 def test_the_run_file_has_the_keys_of_the_family(run_file: Path) -> None:
@@ -139,6 +124,7 @@ def test_its_structure_follows_from_its_modules(run_file: Path) -> None:
     assert flops_per_token(model, 8) == 6 * (products + 45 * 16) + 12 * 3 * 16 * 8
 
 
+@pytest.mark.slow
 def test_it_converts_as_transformers_has_it(run_file: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
     from transformers import Starcoder2Config, Starcoder2ForCausalLM
@@ -165,6 +151,7 @@ def test_it_converts_as_transformers_has_it(run_file: Path, tmp_path: Path) -> N
     assert all(torch.equal(tensor, back[name]) for name, tensor in there.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_unknown_family_asks_for_its_plugin(run_file: Path, tmp_path: Path) -> None:
     from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
@@ -172,7 +159,7 @@ def test_a_checkpoint_of_an_unknown_family_asks_for_its_plugin(run_file: Path, t
     Starcoder2ForCausalLM(Starcoder2Config(**SIZES, bos_token_id=1, eos_token_id=2)).save_pretrained(tmp_path / "hf")
     weights = open_weights(tmp_path / "hf")
     to_checkpoint(weights, weights.model_files, tmp_path / "step_0", lambda done, total: None)
-    del FAMILIES._values["starcoder2"]
+    del FAMILIES._values["starcoder2"]  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(UserError, match="'starcoder2' is not 'llama', .*; name the module .* with --plugin"):
         open_weights(tmp_path / "step_0")
 

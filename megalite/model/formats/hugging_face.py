@@ -93,7 +93,7 @@ class HuggingFaceFormat:
     """Keys that change nothing of the function, beside those of every format."""
 
     @property
-    def all_flags(self) -> set[str]:
+    def all_flags(self) -> frozenset[str]:
         """Every setting that can be a flag of a model of this type."""
         return self.flags.union(*self.optional_flags)
 
