@@ -1,7 +1,6 @@
 """A trainer for large Transformers. Its public names are loaded when they are first used, since torch takes seconds."""
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # not from typing, whose import takes longer than that of this package
 if TYPE_CHECKING:
     from megalite.api import RunResult, train
     from megalite.config import RunConfig, load_run_config
@@ -42,7 +41,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "__version__":
         from importlib.metadata import version
 

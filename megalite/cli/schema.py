@@ -15,9 +15,8 @@ def register(app: typer.Typer) -> None:
 def _schema(plugin: Plugins = None) -> None:
     """Print the JSON schema of the run file, with which an editor completes keys and marks mistakes.
 
-    Write it to a file, and name the file in the first line of a run file:
-
-    # yaml-language-server: $schema=run_file.schema.json
+    Write it to a file, and name the file in the first line of a run file, as in
+    `# yaml-language-server: $schema=run_file.schema.json`.
     """
     from megalite.config.schema import run_file_schema
 

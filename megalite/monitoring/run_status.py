@@ -81,12 +81,11 @@ def run_status(path: Path) -> RunStatus:
             f"{folder}: holds no run: it has no {resolved.name}; give a run file, a run's folder, or a folder of runs"
         )
     now = filesystem_time(folder)
-    if resolved.is_file() and (state_file is None or state_file.state in ("running", "done", "stopped")):
+    if state_file is not None:
+        ranks, steps = state_file.ranks, state_file.steps
+    else:
         config = load_run_config(resolved, [])
         ranks, steps = config.layout.world_size, config.train.steps
-    else:  # config.yaml is of an earlier start, or does not exist yet
-        assert state_file is not None
-        ranks, steps = state_file.ranks, state_file.steps
     heartbeats = read_heartbeats(folder, ranks)
     return RunStatus(
         folder=folder,

@@ -14,7 +14,8 @@ How and when an engine shards is its own affair. These are the points where it c
 | the end of `accumulate` | add the gradients of replicated and tied parameters, and reduce what is not reduced yet |
 | `step` | clip by the global norm, skip where a gradient is not finite, update, and gather the weights |
 
-Whatever its layout, it shows its state as `Fragment`s, flat ranges of local parameters, which checkpoints map to global
+`megalite.model.gradients` has what every engine does with the gradients that several ranks share. Whatever its layout,
+an engine shows its state as `Fragment`s, flat ranges of local parameters, which checkpoints map to global
 tensors. So a checkpoint of one engine can be resumed by another.
 """
 

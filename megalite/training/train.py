@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from megalite.config import RunConfig
 from megalite.data.datasets import open_datasets
 from megalite.errors import STOPPED_STATUS
 from megalite.files import folder_lock, to_filesystem_time
@@ -45,9 +46,7 @@ def train(
     progress = Progress()
     marker = marker if environment.rank == 0 else None
     doing = marker.starting if marker is not None else lambda text: None
-    file = config.run.dir / STOP if environment.rank == 0 else None
-    since = to_filesystem_time(config.run.dir, start_time(os.environ)) if file is not None else 0.0
-    stop = StopRequests(file, config.train.max_minutes, since=since)
+    stop = _stop_requests(config, environment.rank)
     # The heartbeat must detect a hang before the collectives time out: it names the ranks that are behind.
     timeout = datetime.timedelta(seconds=config.train.timeout_seconds + GROUP_EXTRA_SECONDS)
     device = local_device(environment.local_rank, environment.launcher)
@@ -87,6 +86,14 @@ def train(
             stopped = trainer.run()
         trainer.close()
     return STOPPED_STATUS if stopped and environment.launcher == "megalite" else 0
+
+
+def _stop_requests(config: RunConfig, rank: int) -> StopRequests:
+    """Return the stop requests to a rank; rank 0 watches the stop file."""
+    if rank != 0:
+        return StopRequests(None, config.train.max_minutes)
+    since = to_filesystem_time(config.run.dir, start_time(os.environ))
+    return StopRequests(config.run.dir / STOP, config.train.max_minutes, since=since)
 
 
 def _check(plan: Plan) -> None:

@@ -95,7 +95,7 @@ def test_bad_input_is_one_line_and_status_2_before_any_rank(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delattr("megalite.cli.train.launch_local")
+    monkeypatch.delattr("megalite.training.local_launch.launch_local")
     prefix = tmp_path / "corpus"
     write_corpus(prefix, np.arange(4000, dtype=np.uint16) % 300)
     spoil(prefix)
