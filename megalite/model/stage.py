@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from megalite.config import GPT2Config, ModelConfig, Recompute, RotaryConfig
 from megalite.model.activation_checkpointing import run_layers
+from megalite.model.compilation import compile_layer, prepare_inputs
+from megalite.model.dropout import DropoutStreams
 from megalite.model.kv_cache import KVCache
 from megalite.model.loss import LossFunction, cross_entropy
 from megalite.model.microbatch import Microbatch
+from megalite.model.packing import PackedDocuments
 from megalite.model.transformer import Block, Rotary, make_norm
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.pipeline.stage_io import Edge, StageOutput, TensorSpec, add_losses
@@ -78,13 +81,19 @@ class Head(ShardedModule):
         )
 
 
+def run_block(block: Block, x: Tensor, *, packing: PackedDocuments | None, dropout: DropoutStreams | None) -> Tensor:
+    """Run a training forward of one layer, the function that is compiled with `Stage`'s `compiled`."""
+    return block(x, packing, dropout=dropout)
+
+
 class Stage(nn.Module):
     """Stage `index` of `num_stages`: the blocks of `layers`, and the embedding (first stage) or the head (last stage).
 
     ``forward(inputs, microbatch=...)`` takes the activations of the previous stage, none on the first stage, and
     returns the hidden states ``[B, S, H]`` as the activation `HIDDEN`; on the last stage it returns the losses that
     `loss` computes from the logits instead. Every stage also returns the losses of its layers, if they have any.
-    `recompute` says which activations the backward recomputes.
+    `recompute` says which activations the backward recomputes. With `compiled` torch.compile compiles the layers for
+    training; `next_logits` runs them as they are.
 
     Where one rank holds the first stage and the last, `table` is the `tied_table` of the first stage, which the last
     stage shares; it remains a parameter of the first stage.
@@ -107,6 +116,7 @@ class Stage(nn.Module):
         rows: int | None = None,
         recompute: Recompute | None = None,
         loss: LossFunction = cross_entropy,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if group.sequence_parallel and rows is None:
@@ -114,10 +124,12 @@ class Stage(nn.Module):
         rows = rows if group.sequence_parallel else None
         self.index, self.num_stages, self.group = index, num_stages, group
         self.recompute, self.loss, self._rows = recompute, loss, rows
+        self._compiled = compiled
+        self._run_block = compile_layer(run_block) if compiled else run_block
         first, last = index == 0, index == num_stages - 1
         self.embedding = Embedding(config, group) if first else None
-        rotary = Rotary(config) if isinstance(config, RotaryConfig) else None
-        self.layers = nn.ModuleDict({str(layer): Block(config, group, rotary, rows) for layer in layers})
+        self.rotary = Rotary(config) if isinstance(config, RotaryConfig) else None
+        self.layers = nn.ModuleDict({str(layer): Block(config, group, self.rotary, rows) for layer in layers})
         if recompute is not None and recompute.mode == "selective":
             for block in self.layers.values():
                 cast(Block, block).attention.recompute_core = True
@@ -146,11 +158,17 @@ class Stage(nn.Module):
         if self.embedding is not None:
             assert microbatch.ids is not None
             x = self.embedding(microbatch.ids, packing.positions_BS if packing else None)
-            x = dropout.hidden(x, "embedding") if dropout else x
+            x = dropout.for_layer(None).hidden(x, "embedding") if dropout else x
         else:
             x = inputs[HIDDEN]
+        if self._compiled:
+            prepare_inputs(packing)
+            if self.rotary is not None:
+                self.rotary.tables(x)  # cached before a compiled layer looks for them
         layers = {
-            int(number): partial(block, packing=packing, dropout=dropout and dropout.for_layer(f"layers.{number}"))
+            int(number): partial(
+                self._run_block, block, packing=packing, dropout=dropout and dropout.for_layer(int(number))
+            )
             for number, block in self.layers.items()
         }
         x, losses = run_layers(layers, x, self.recompute, self.group)

@@ -43,6 +43,7 @@ from megalite.data.order.digest import order_digest
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer, standard_files, tokenizer_file
 from megalite.errors import UserError
+from megalite.model.compilation import require_compiler
 from megalite.model.shapes import weight_shapes
 from megalite.model.weights import Weights
 from megalite.monitoring.run_folder import require_run_folder
@@ -267,6 +268,8 @@ class Plan:
         A quick check for every host; `check_start` and `check_data` begin with it.
         """
         require_run_folder(self.config.run.dir)
+        if self.config.train.compile:
+            require_compiler()
         if (sections := self.config.deepspeed.on_nvme) and find_library("aio") is None:
             raise UserError(
                 f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine does not "
