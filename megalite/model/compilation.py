@@ -10,6 +10,9 @@ from megalite.errors import UserError
 if TYPE_CHECKING:
     from megalite.model.packing import PackedDocuments
 
+BACKEND = "inductor"
+"""The backend of torch.compile, which makes kernels of the graph."""
+
 F = TypeVar("F", bound=Callable[..., object])
 
 
@@ -21,7 +24,7 @@ def compile_layer(run: F) -> F:
     """
     import torch
 
-    return torch.compile(run, fullgraph=True, dynamic=False)
+    return torch.compile(run, backend=BACKEND, fullgraph=True, dynamic=False)
 
 
 def prepare_inputs(packing: "PackedDocuments | None") -> None:

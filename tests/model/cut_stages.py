@@ -70,12 +70,13 @@ def cut_stages(
     overlap: bool = False,
     recompute: Recompute | None = None,
     loss: LossFunction = cross_entropy,
+    compiled: bool = False,
 ) -> list[Stage]:
     """All stages of the pipeline, each with this rank's share of the weights over the world's tensor group."""
     dist = torch.distributed
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, sequence_parallel, overlap)
     stages = []
-    shared: dict[str, Any] = {"num_stages": num_stages, "group": group, "rows": rows}
+    shared: dict[str, Any] = {"num_stages": num_stages, "group": group, "rows": rows, "compiled": compiled}
     for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
         stage = Stage(config, layers, index=index, recompute=recompute, loss=loss, **shared)
         with torch.no_grad():
