@@ -20,7 +20,7 @@ ORDER = (
     "files",  # atomic writes, locks
     "paths",  # ~ and variables in paths
     "text_encoding",  # text that is no UTF-8
-    "kernels",  # which implementation computes products and attention
+    "kernels",  # which implementation computes products and attention, random numbers from counters
     "parallel",  # layout, placement, mesh, sharding, regions of tensors
     "tensor_parallel",  # layers and collectives of the tensor axis
     "launch",  # ranks are started and find each other

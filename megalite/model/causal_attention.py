@@ -110,8 +110,8 @@ def _over_documents(
     query, key, value = _heads_first(query_BSND, key_BSKD, value_BSKD)
     flash = query.device.type == "cuda" and query.dtype != torch.float32 and width <= 256 and width % 8 == 0
     if flash and dropout is None:
-        packed = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        attended = varlen_attn(*packed, cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))
+        query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        attended = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))
         return attended.view(query_BSND.shape)
     numbers_BS = document_numbers(cu_seqlens, rows, length)
     if dropout is not None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from megalite.errors import UserError
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 BACKEND = "inductor"
 """The backend of torch.compile, which makes kernels of the graph."""
 
-F = TypeVar("F", bound=Callable[..., object])
+P, R = ParamSpec("P"), TypeVar("R")
 
 
-def compile_layer(run: F) -> F:
+def compile_layer(run: Callable[P, R]) -> Callable[P, R]:
     """Return a function of a layer and its inputs, compiled as one graph; a call that cannot be traced raises.
 
     The compiled code is the same for all layers that differ in their parameters alone. A forward without gradients, as

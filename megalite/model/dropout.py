@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import ModelConfig
-from megalite.model.counter_random import WORD, philox, random_below
+from megalite.kernels.counter_random import WORD, philox, random_below
 
 SITES = {"embedding": 0, "attention": 0, "mlp": 1}
 SCORES = 2

@@ -167,7 +167,9 @@ class Stage(nn.Module):
                 self.rotary.tables(x)  # cached before a compiled layer looks for them
         layers = {
             int(number): partial(
-                self._run_block, block, packing=packing, dropout=dropout and dropout.for_layer(int(number))
+                *(self._run_block, cast(Block, block)),
+                packing=packing,
+                dropout=dropout and dropout.for_layer(int(number)),
             )
             for number, block in self.layers.items()
         }

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megalite.model import counter_random
-from megalite.model.counter_random import philox, random_below
+from megalite.kernels import counter_random
+from megalite.kernels.counter_random import philox, random_below
 
 # Random123's known answers for philox4x32, 10 rounds: counter, key, words.
 KNOWN = [
