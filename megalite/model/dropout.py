@@ -25,8 +25,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megalite.config import ModelConfig
 from megalite.kernels.counter_random import WORD, philox, random_below
+from megalite.model.config import ModelConfig
 
 SITES = {"embedding": 0, "attention": 0, "mlp": 1}
 SCORES = 2

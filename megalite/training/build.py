@@ -1,6 +1,6 @@
-"""Construction of the pipeline stages that a rank holds, and of the engine that trains them."""
+"""Construction of the pipeline stages that a rank holds, of the engine that trains them, and of the executor."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -8,11 +8,14 @@ import torch.distributed as dist
 
 from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.load import load_stage
+from megalite.model.loss import loss_function
 from megalite.model.stage import Stage
 from megalite.model.weights import Weights
 from megalite.parallel.mesh import Mesh
+from megalite.pipeline.executor import PipelineExecutor
+from megalite.pipeline.stage_io import exchange_edges
+from megalite.planning.plan import Plan
 from megalite.training.engine import Engine
-from megalite.training.plan import Plan
 
 
 def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels: Kernels = NATIVE) -> dict[int, Stage]:
@@ -36,6 +39,7 @@ def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels
             recompute=plan.config.recompute,
             compiled=plan.config.train.compile,
             table=stages[0].tied_table if 0 in stages else None,
+            loss=loss_function(plan.config.train.loss),
         )
         if weights is None:
             stage.initialise(plan.config.run.seed)
@@ -52,7 +56,24 @@ def build_engine(stages: Mapping[int, Stage], plan: Plan, mesh: Mesh) -> Engine:
     return ZeroEngine(stages, plan.config, mesh, plan.parameter_settings)
 
 
-def first_trained_stage(stages: Mapping[int, Stage], mesh: Mesh) -> int:
+def build_executor(
+    engine: Engine, plan: Plan, mesh: Mesh, *, on_progress: Callable[[], None] = lambda: None
+) -> PipelineExecutor:
+    """Build the executor of this rank's stages; `on_progress` is called after every instruction. Collective."""
+    size = plan.config.train.micro_batch_size, plan.config.data.sequence_length
+    return PipelineExecutor(
+        engine,
+        mesh.links,
+        placement=plan.placement,
+        rank=mesh.pipeline.rank,
+        edges=exchange_edges({index: stage.edge(*size) for index, stage in engine.stages.items()}, mesh),
+        device=mesh.device,
+        first_trained=_first_trained_stage(engine.stages, mesh),
+        on_progress=on_progress,
+    )
+
+
+def _first_trained_stage(stages: Mapping[int, Stage], mesh: Mesh) -> int:
     """Return the index of the first stage of the pipeline with a parameter that is not frozen. Collective."""
     trained = [index for index, stage in stages.items() if any(p.requires_grad for p in stage.parameters())]
     first = torch.tensor(min(trained, default=mesh.placement.num_stages), device=mesh.device)

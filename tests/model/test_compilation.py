@@ -23,10 +23,10 @@ from torch._dynamo.utils import counters
 from megalite.config import Recompute
 from megalite.errors import UserError
 from megalite.model import compilation
-from megalite.model.compilation import require_compiler
 from megalite.model.kv_cache import KVCache
 from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
+from megalite.planning.preflight import require_compiler
 
 ROWS, LENGTH = 2, 20
 BOUNDARIES = ([[3, 4, 15], []], [[5], [2, 9]], [[], []], [[7], []])

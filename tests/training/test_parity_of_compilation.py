@@ -6,7 +6,7 @@ import pytest
 from parity import check_parity
 
 from megalite.model import compilation
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 
 PACKED = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
 
