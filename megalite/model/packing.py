@@ -23,4 +23,5 @@ class PackedDocuments:
 def document_numbers(cu_seqlens: Tensor, rows: int, length: int) -> Tensor:
     """Return the number of each token's document, ``[rows, length]``; the host does not read `cu_seqlens`."""
     tokens = torch.arange(rows * length, device=cu_seqlens.device)
-    return torch.bucketize(tokens, cu_seqlens[1:], right=True).view(rows, length)
+    # All of the boundaries: torch.compile would take a part of them with one element for a case of its own.
+    return torch.bucketize(tokens, cu_seqlens, right=True).view(rows, length) - 1

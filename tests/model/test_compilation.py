@@ -1,5 +1,6 @@
 """Layers compiled as one graph: the same loss and gradients as eager ones, and no compilation beside the first two."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from cut_stages import (
     LLAMA,
     NEOX,
     QK_NORM,
+    cu_seqlens,
     cut_stages,
     documents_at,
     dropout_streams,
@@ -22,7 +24,7 @@ from torch._dynamo.utils import counters
 
 from megalite.config import Recompute
 from megalite.errors import UserError
-from megalite.model import compilation
+from megalite.model import compilation, packing
 from megalite.model.kv_cache import KVCache
 from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
@@ -91,6 +93,21 @@ def test_a_compiled_layer_is_the_eager_one_on_two_tensor_ranks(case: str) -> Non
     for stats in run_distributed(compare, 2, *CASES[case], timeout=300.0):
         # One graph for three layers and four microbatches, and one without gradients.
         assert stats["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("first", [1, 2, 9])
+def test_any_number_of_documents_is_served_by_one_compilation(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    counters.clear()
+    number = compilation.compile_layer(partial(packing.document_numbers, rows=1, length=LENGTH))
+    for documents in (first, 1, 2, 3, LENGTH):
+        lengths = [*[1] * (documents - 1), LENGTH - documents + 1]
+        boundaries = cu_seqlens([lengths])
+        compilation.declare_dynamic(packing.PackedDocuments(boundaries, None))
+        expected = torch.repeat_interleave(torch.arange(documents), torch.tensor(lengths))
+        assert torch.equal(number(boundaries)[0], expected)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def generate() -> dict[str, int]:
