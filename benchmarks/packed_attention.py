@@ -5,7 +5,7 @@ Writes results/packed_attention.md: python benchmarks/packed_attention.py
 
 import time
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from machine import describe
 from torch import Tensor
 
-from megalite.model.transformer import causal_attention
+from megalite.model.causal_attention import causal_attention
 
 RESULT = Path(__file__).parent / "results" / "packed_attention.md"
 SHAPE = (1, 2048, 8, 64)
@@ -47,10 +47,10 @@ def main() -> None:
 
 def table(documents: int, dtype: torch.dtype) -> list[str]:
     """Time every way over one row of so many documents."""
-    document_lengths = random_spans(documents)
-    mask = block_diagonal(document_lengths)
+    lengths = random_spans(documents)
+    mask, cu_seqlens = block_diagonal(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     ways: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "document by document": lambda query, key, value: causal_attention(query, key, value, document_lengths),
+        "document by document": lambda query, key, value: causal_attention(query, key, value, cu_seqlens),
         "dense mask": lambda query, key, value: under_mask(query, key, value, mask),
         "whole row": causal_attention,
     }
@@ -74,9 +74,9 @@ def random_spans(documents: int) -> list[int]:
     return [end - start for start, end in pairwise([0, *sorted(cuts.tolist()), length])]
 
 
-def block_diagonal(document_lengths: list[int]) -> Tensor:
+def block_diagonal(lengths: list[int]) -> Tensor:
     """The mask of a whole row, bool ``[S, S]``."""
-    numbers = torch.repeat_interleave(torch.arange(len(document_lengths)), torch.tensor(document_lengths))
+    numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     return (numbers[:, None] == numbers) & (torch.arange(len(numbers))[:, None] >= torch.arange(len(numbers)))
 
 

@@ -22,7 +22,7 @@ ORDER = (
     "paths",  # ~ and variables in paths
     "text_encoding",  # text that is no UTF-8
     "settings",  # sections of settings, kinds of values, faults
-    "kernels",  # which implementation computes products and attention
+    "kernels",  # which implementation computes products and attention, random numbers from counters
     "parallel",  # layout, placement, mesh, sharding, regions of tensors
     "tensor_parallel",  # layers and collectives of the tensor axis
     "launch",  # ranks are started and find each other

@@ -67,6 +67,7 @@ OTHERS = (
     Feature("recompute: kept inputs divided", {f"{_CHECKPOINTING}.partition_activations": "true"}),
     Feature("recompute: kept inputs on the host", {f"{_CHECKPOINTING}.cpu_checkpointing": "true"}),
     Feature("recompute: 4 kept inputs", {f"{_CHECKPOINTING}.number_checkpoints": "4"}),
+    Feature("compiled layers", {"train.compile": "true"}),
     Feature("dropout", {"model.hidden_dropout": "0.1", "model.attention_dropout": "0.1"}),
     Feature("tied embeddings", {"model.tie_word_embeddings": "true"}),
     Feature("packed documents", {"data.reset_attention_mask": "true", "data.reset_position_ids": "true"}),

@@ -11,7 +11,7 @@ from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.sections import CheckpointSection, ParallelSection, TrainSection
 from megalite.model.config import ModelConfig
 from megalite.parallel.layout import ParallelLayout
-from megalite.pipeline.schedules import refusal
+from megalite.pipeline.schedules import refusal, splits_backward
 from megalite.settings.section import divisors
 from megalite.settings.validation import Fault, Origin, alternatives, show
 
@@ -103,6 +103,21 @@ def scheduler_gives_way(train: TrainSection, deepspeed: DeepSpeedSettings) -> bo
     schedule = train.schedule
     states_a_curve = schedule is not None and bool(schedule.model_fields_set - {"warmup_steps"})
     return states_a_curve and deepspeed.scheduler_is_auto
+
+
+def compile_faults(config: Run) -> Iterator[Fault]:
+    """Find what a layer compiled as a whole cannot do."""
+    key, schedule = ("train", "compile"), config.parallel.schedule
+    if not config.train.compile:
+        return
+    if config.zero_stage == 3:
+        stage = config.deepspeed.origin.line(Fault(("zero_optimization", "stage"), "=3"))
+        text = f"=true stands beside {stage}, which gathers parameters inside of a layer"
+        yield Fault(key, f"{text}; use stage 0 to 2 there, or write false")
+    if splits_backward(schedule):
+        text = f"=true stands beside parallel.schedule={show(schedule)}, which computes the weight gradients of a layer"
+        fix = "use gpipe, 1f1b or interleaved_1f1b, or write false"
+        yield Fault(key, f"{text} apart from the rest of its backward; {fix}")
 
 
 def rollback_faults(config: Run) -> Iterator[Fault]:

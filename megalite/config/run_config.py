@@ -12,6 +12,7 @@ from pydantic.json_schema import SkipJsonSchema
 
 from megalite.config.activation_checkpointing import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS
 from megalite.config.cross_checks import (
+    compile_faults,
     deepspeed_faults,
     fit_faults,
     optimizer_faults,
@@ -80,6 +81,7 @@ class RunConfig(Section, frozen=True):
             fix = "there is none before the last step; set checkpoint.every, or max_restarts=0"
             yield Fault(("train", "max_restarts"), f"{text} {fix}")
         yield from recompute_faults(self.train, self.deepspeed)
+        yield from compile_faults(self)
         yield from rollback_faults(self)
         schedule = self.train.schedule
         if schedule is not None and schedule.min_lr is not None and schedule.min_lr > self.optimizer.lr:

@@ -217,6 +217,8 @@ class TrainSection(Section, frozen=True):
     """Activations that a backward computes anew; full where the DeepSpeed JSON asks for any, and none otherwise."""
     recompute_every: Count = 1
     """With full, one layer in so many is recomputed."""
+    compile: Flag = False
+    """Layers are compiled by torch.compile, once for all of them."""
     max_bad_steps: Count = 50
     """A step whose gradient is not finite is skipped; so many in a row end the run."""
     spike: SpikeSection | None = None

@@ -83,6 +83,7 @@ _ALIASES: dict[str, str] = {
     "train.recompute": "gradient_checkpointing activation_checkpoint recompute_granularity "
     "checkpoint_activations use_activation_checkpointing recompute_activations recompute_method "
     "activation_recompute",
+    "train.compile": "torch_compile use_compile jit_compile compile_model",
     "train.timeout_seconds": "timeout distributed_timeout_minutes ddp_timeout",
     "train.spike": "loss_spike spike_detection",
     "checkpoint.every": "save_steps save_interval save_every checkpoint_interval ckpt_every checkpoint_every "

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import NoReturn
 
 import numpy as np
@@ -17,15 +17,17 @@ from megalite.errors import UserError
 class SampleMicrobatch:
     """One microbatch in host memory.
 
-    `document_lengths` has for each row the tokens of its documents in turn; `positions` count from each document's
-    first token; `counts` is true where the target counts. None: nothing asks for them.
+    `cu_seqlens` has where each document begins in the flattened rows, and B*S; a document ends with its row at the
+    latest. `positions` count from each document's first token; `counts` is true where the target counts. None: nothing
+    asks for them.
     """
 
     ids: np.ndarray
     """int64 ``[B, S]``"""
     targets: np.ndarray
     """int64 ``[B, S]``"""
-    document_lengths: tuple[tuple[int, ...], ...] | None = None
+    cu_seqlens: np.ndarray | None = None
+    """int32 ``[documents + 1]``"""
     positions: np.ndarray | None = None
     """int64 ``[B, S]``"""
     counts: np.ndarray | None = None
@@ -79,7 +81,7 @@ class SampleRules:
         return SampleMicrobatch(
             tokens[:, :-1],
             tokens[:, 1:],
-            document_lengths=lengths if self.reset_attention_mask else None,
+            cu_seqlens=np.cumsum([0, *chain(*lengths)], dtype=np.int32) if self.reset_attention_mask else None,
             positions=np.stack([_positions(row) for row in lengths]) if self.reset_position_ids else None,
             counts=counts,
             samples=tuple(indices),

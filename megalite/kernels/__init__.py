@@ -1,1 +1,1 @@
-"""Kernel selection: which implementation computes matrix products and attention on a device, and its measurement."""
+"""Kernels: the choice of implementations of matrix products and attention, and counter-based random numbers."""

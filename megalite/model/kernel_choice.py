@@ -3,7 +3,7 @@
 import torch
 
 from megalite.kernels.choice import MIN_PRODUCT_SPEEDUP, AttentionKernel, Kernels, Products, choose_products, time_ratio
-from megalite.model.transformer import causal_attention
+from megalite.model.causal_attention import causal_attention
 
 _MIN_ATTENTION_SPEEDUP = 1.35
 """How many times faster written-out attention must be than fused attention, which saves fewer tensors.

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from megalite.model.activation_checkpointing import run_layers
+from megalite.model.compilation import compile_layer, declare_dynamic
 from megalite.model.config import ModelConfig
+from megalite.model.dropout import DropoutStreams
 from megalite.model.embedding import Head
 from megalite.model.kv_cache import KVCache
 from megalite.model.loss import LossFunction, cross_entropy
 from megalite.model.microbatch import Microbatch
+from megalite.model.packing import PackedDocuments
 from megalite.model.recompute import Recompute
 from megalite.model.registry import family_of
 from megalite.model.transformer import Attention
@@ -31,13 +34,21 @@ HIDDEN = "hidden"
 """The name of the activation between stages: the residual stream."""
 
 
+def run_block(
+    block: nn.Module, x: Tensor, *, packing: PackedDocuments | None, dropout: DropoutStreams | None
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Run a training forward of one layer; with `Stage`'s `compiled` this function is compiled."""
+    return block(x, packing=packing, dropout=dropout)
+
+
 class Stage(nn.Module):
     """Stage `index` of `num_stages`: the blocks of `layers`, and the embedding (first stage) or the head (last stage).
 
     ``forward(inputs, microbatch=...)`` takes the activations of the previous stage, none on the first stage, and
     returns the hidden states ``[B, S, H]`` as the activation `HIDDEN`; on the last stage it returns the losses that
     `loss` computes from the logits instead. Every stage also returns the losses of its layers, if they have any.
-    `recompute` says which activations the backward recomputes.
+    `recompute` says which activations the backward recomputes. With `compiled` torch.compile compiles the layers for
+    training; `next_logits` runs them as they are.
 
     Where one rank holds the first stage and the last, `table` is the `tied_table` of the first stage, which the last
     stage shares; it remains a parameter of the first stage.
@@ -60,13 +71,15 @@ class Stage(nn.Module):
         rows: int | None = None,
         recompute: Recompute | None = None,
         loss: LossFunction = cross_entropy,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         if group.sequence_parallel and rows is None:
             raise ValueError("with sequence parallelism a stage needs `rows`, the number of rows of a microbatch")
         rows = rows if group.sequence_parallel else None
         self.index, self.num_stages, self.group = index, num_stages, group
-        self.recompute, self.loss, self._rows = recompute, loss, rows
+        self.recompute, self.loss, self._rows, self._compiled = recompute, loss, rows, compiled
+        self._run_block = compile_layer(run_block) if compiled else run_block
         first, last = index == 0, index == num_stages - 1
         builder = family_of(config).build(config, group, rows)
         self.embedding = builder.embedding() if first else None
@@ -76,6 +89,7 @@ class Stage(nn.Module):
         shared = table if self.tied_table is None else self.tied_table
         self.head = Head(config, group, tied=shared) if last else None
         self._hidden_size = config.hidden_size
+        self._rotaries = {module.rotary for module in self.modules() if isinstance(module, Attention)} - {None}
         self.weight_grad_deferral = WeightGradDeferral()
         for module in self.modules():
             if isinstance(module, ShardedModule):
@@ -98,11 +112,17 @@ class Stage(nn.Module):
         if self.embedding is not None:
             assert microbatch.ids is not None
             x = self.embedding(microbatch.ids, packing.positions_BS if packing else None)
-            x = dropout.hidden(x, "embedding") if dropout else x
+            x = dropout.for_layer(None).hidden(x, "embedding") if dropout else x
         else:
             x = inputs[HIDDEN]
+        if self._compiled:
+            declare_dynamic(packing)
+            for rotary in self._rotaries:
+                rotary.tables(x)  # cached before a compiled layer looks for them
         layers = {
-            int(number): partial(block, packing=packing, dropout=dropout and dropout.for_layer(f"layers.{number}"))
+            int(number): partial(
+                self._run_block, block, packing=packing, dropout=dropout and dropout.for_layer(int(number))
+            )
             for number, block in self.layers.items()
         }
         x, losses = run_layers(layers, x, self.recompute, self.group)

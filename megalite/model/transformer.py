@@ -5,19 +5,17 @@ for shapes: B microbatch, S sequence, H hidden, N local query heads, K local key
 of a head.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
 from math import pi
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.kernels.choice import NATIVE, AttentionKernel, Kernels
 from megalite.model.activation_checkpointing import checkpointed
+from megalite.model.causal_attention import causal_attention
 from megalite.model.config import ModelConfig, RopeScaling, RotaryConfig
-from megalite.model.dropout import AttentionDropout, DropoutStreams
+from megalite.model.dropout import DropoutStreams
 from megalite.model.kv_cache import LayerKVCache
 from megalite.model.packing import PackedDocuments
 from megalite.parallel.sharding import ShardSpec
@@ -53,14 +51,18 @@ class Rotary:
 
     def __call__(self, x_BSND: Tensor, positions_BS: Tensor | None = None) -> Tensor:
         """Rotate queries or keys ``[B, S, heads, D]`` by their positions, 0..S-1 by default."""
-        key = (x_BSND.device, x_BSND.dtype)
+        index = slice(x_BSND.shape[1]) if positions_BS is None else positions_BS
+        cos, sin = (table[index] for table in self.tables(x_BSND))
+        first, second, *unrotated = x_BSND.split(self._parts, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, *unrotated), dim=-1)
+
+    def tables(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine of all positions, ``[positions, 1, R/2]``, on the device and in the dtype of `x`."""
+        key = (x.device, x.dtype)
         if key not in self._cache:
             cos, sin = self._tables
             self._cache[key] = (cos.to(*key).unsqueeze(1), sin.to(*key).unsqueeze(1))
-        index = slice(x_BSND.shape[1]) if positions_BS is None else positions_BS
-        cos, sin = (table[index] for table in self._cache[key])
-        first, second, *unrotated = x_BSND.split(self._parts, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin, *unrotated), dim=-1)
+        return self._cache[key]
 
 
 def scaled_rates(rates: Tensor, scaling: RopeScaling) -> Tensor:
@@ -176,14 +178,12 @@ class Attention(nn.Module):
         if cache is not None:
             cache.append(key, value)
         if cache is None or cache.is_prefill:
-            document_lengths = packing.document_lengths if packing else None
+            cu_seqlens = packing.cu_seqlens if packing else None
             scores = dropout.scores(range(self.first_head, self.first_head + self.heads)) if dropout else None
             if self.recompute_core:
-                attended = checkpointed(
-                    causal_attention, query, key, value, document_lengths, scores, self.group.kernels
-                )
+                attended = checkpointed(causal_attention, query, key, value, cu_seqlens, scores, self.group.kernels)
             else:
-                attended = causal_attention(query, key, value, document_lengths, scores, self.group.kernels)
+                attended = causal_attention(query, key, value, cu_seqlens, scores, self.group.kernels)
         else:
             attended = cache.attend(query, self.group.kernels)
         return self.output(attended.flatten(2))
@@ -196,104 +196,6 @@ class Attention(nn.Module):
             x_BSH = enter_parallel_region(x_BSH, self.group)
             qkv = torch.cat((self.qkv(x_BSH, gathered=True), self.key_value(x_BSH, gathered=True)), dim=-1)
         return qkv if self.rows is None else qkv.view(self.rows, -1, qkv.shape[-1])
-
-
-def causal_attention(
-    query_BSND: Tensor,
-    key_BSKD: Tensor,
-    value_BSKD: Tensor,
-    document_lengths: list[int] | None = None,
-    dropout: AttentionDropout | None = None,
-    kernels: Kernels = NATIVE,
-) -> Tensor:
-    """Return softmax(q k^T / sqrt(D)) v under the causal mask, ``[B, S, N, D]``; query head i reads head i*K//N.
-
-    `document_lengths`, which sum to B*S, cut the flattened rows into documents; attention is limited to a document.
-    `dropout` of the probabilities needs memory for all of them, and a byte each for the mask, on any device. Where
-    `kernels` upcast 16-bit products, all of attention is computed in fp32 and rounded at the end.
-    """
-    dtype = query_BSND.dtype
-    query_BSND, key_BSKD, value_BSKD = kernels.upcast(query_BSND, key_BSKD, value_BSKD)
-    return _causal_attention(query_BSND, key_BSKD, value_BSKD, document_lengths, dropout, kernels.attention).to(dtype)
-
-
-def _causal_attention(
-    query_BSND: Tensor,
-    key_BSKD: Tensor,
-    value_BSKD: Tensor,
-    document_lengths: list[int] | None,
-    dropout: AttentionDropout | None,
-    kernel: AttentionKernel,
-) -> Tensor:
-    rows, length = query_BSND.shape[:2]
-    tokens = rows * length
-    if document_lengths is None:
-        whole = [(row, 0) for row in range(rows)]
-        return _attention(query_BSND, key_BSKD, value_BSKD, tokens, dropout, whole, kernel)
-    # One document at a time: no scores between documents are computed, and no mask is needed.
-    queries, keys, values = (
-        x.flatten(0, 1).unsqueeze(0).split(document_lengths, dim=1) for x in (query_BSND, key_BSKD, value_BSKD)
-    )
-    starts = accumulate(document_lengths[:-1], initial=0)
-    attended = [
-        _attention(query, key, value, tokens, dropout, [divmod(start, length)], kernel)
-        for query, key, value, start in zip(queries, keys, values, starts, strict=True)
-    ]
-    return torch.cat(attended, dim=1).view(query_BSND.shape)
-
-
-def _attention(
-    query_BSND: Tensor,
-    key_BSKD: Tensor,
-    value_BSKD: Tensor,
-    microbatch_tokens: int,
-    dropout: AttentionDropout | None,
-    documents: Sequence[tuple[int, int]],
-    kernel: AttentionKernel,
-) -> Tensor:
-    """Attention within each of B documents, whose (row, first token) in the microbatch are `documents`."""
-    query, key, value = (x.transpose(1, 2) for x in (query_BSND, key_BSKD, value_BSKD))
-    heads, length = query.shape[1:3]
-    if key.shape[1] != heads:
-        # Expanded here, since with torch's flag for grouped queries not every kernel is fused.
-        key, value = (x.repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
-    if dropout is not None:
-        keep_mask = dropout.keep_mask(documents, length, query.device)
-        return _written_out_attention(query, key, value, keep_mask, dropout.scale).transpose(1, 2)
-    fits = query.device.type == "cpu" and heads * length * microbatch_tokens <= WRITTEN_OUT_SCORES
-    if kernel == "written_out" and fits:
-        return _written_out_attention(query, key, value).transpose(1, 2)
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-
-
-# On a CPU with bf16 units, plain matrix products take half the time of torch's fused kernel (benchmarks/attention.py);
-# on other CPUs they take as long. They save the scores for the backward, so their number is limited: 16 MiB of bf16 per
-# layer and microbatch, of which each document may use the share of its tokens.
-WRITTEN_OUT_SCORES = 1 << 23
-
-
-def _written_out_attention(
-    query_BNSD: Tensor, key_BNSD: Tensor, value_BNSD: Tensor, keep_mask: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
-    """Causal attention as plain matrix products, in strips of queries that skip the keys after the strip.
-
-    With dropout, probabilities are multiplied by `scale` where `keep_mask` ``[B*N, S, S]`` is True, else set to 0.
-    """
-    batch, heads, length, width = query_BNSD.shape
-    query, key, value = (x.reshape(batch * heads, length, width) for x in (query_BNSD, key_BNSD, value_BNSD))
-    mask = query.new_full((length, length), float("-inf")).triu_(1)
-    strip = max(128, -(-length // 4))
-    outputs = []
-    for start in range(0, length, strip):
-        end = min(start + strip, length)
-        scores = torch.baddbmm(
-            mask[start:end, :end], query[:, start:end], key[:, :end].transpose(1, 2), alpha=width**-0.5
-        )
-        probabilities = scores.softmax(-1)
-        if keep_mask is not None:
-            probabilities = probabilities * keep_mask[:, start:end, :end] * scale
-        outputs.append(probabilities @ value[:, :end])
-    return torch.cat(outputs, dim=1).view(batch, heads, length, width)
 
 
 class SwiGLU(nn.Module):

@@ -143,6 +143,11 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType({name: spec.schedule for na
 """The training schedules, by their name in a run file."""
 
 
+def splits_backward(name: str) -> bool:
+    """Return whether the schedule of that name splits backwards into input and weight gradients."""
+    return _SPECS[name].splits
+
+
 def placement(name: str, num_ranks: int, virtual_stages: int) -> Placement:
     """Return the placement of stages of the schedule of that name; raise ValueError as `Placement` does."""
     return Placement(num_ranks, virtual_stages, _SPECS[name].shape)

@@ -1,5 +1,7 @@
 """Preflight: the checks of a plan against this machine, its checkpoints and its data, before any rank starts."""
 
+import os
+import shutil
 from ctypes.util import find_library
 from dataclasses import replace
 from pathlib import Path
@@ -17,15 +19,30 @@ from megalite.planning.plan import Plan
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raise UserError where this host lacks a requirement of the run: a writable run.dir, or a library.
+    """Raise UserError where this host lacks a requirement of the run: a writable run.dir, a compiler or a library.
 
     A quick check for every host; `check_start` and `check_data` begin with it.
     """
     require_run_folder(config.run.dir)
+    if config.train.compile:
+        require_compiler()
     if (sections := config.deepspeed.on_nvme) and find_library("aio") is None:
         raise UserError(
             f"deepspeed.zero_optimization.{sections[0]}.device='nvme' needs libaio, which this machine does not "
             "have; install it (apt install libaio-dev, or dnf install libaio-devel), or write 'cpu'"
+        )
+
+
+def require_compiler() -> None:
+    """Raise UserError where this host has no C++ compiler, which torch.compile calls on CPUs and for launching kernels.
+
+    It is found as torch finds it.
+    """
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise UserError(
+            f"train.compile=true needs a C++ compiler, and {name!r} is not there; install it (apt install g++, or dnf "
+            "install gcc-c++), name another in the environment variable CXX, or write train.compile=false"
         )
 
 

@@ -32,19 +32,15 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 class AsyncTensor:
-    """A tensor that a collective is still writing."""
+    """A tensor that a collective is still writing; `finish` waits for the collective and returns the result."""
 
-    def __init__(
-        self, tensor: Tensor, work: dist.Work | None = None, finish: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        self._tensor, self._work, self._finish = tensor, work, finish
+    def __init__(self, tensor: Tensor, finish: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._tensor, self._finish = tensor, finish
 
     def wait(self) -> Tensor:
         """Wait for the collective, and return the tensor."""
-        if self._work is not None:
-            self._work.wait()
-            self._tensor = self._finish(self._tensor) if self._finish is not None else self._tensor
-            self._work = self._finish = None
+        if self._finish is not None:
+            self._tensor, self._finish = self._finish(self._tensor), None
         return self._tensor
 
 
@@ -63,7 +59,9 @@ def start_reduce(x: Tensor, group: TensorGroup) -> AsyncTensor:
         return AsyncTensor(x)
     if group.sequence_parallel:
         return _wait_unless_overlapped(_start_reduce_scatter(x, group), group)
-    return _wait_unless_overlapped(AsyncTensor(x, dist.all_reduce(x, group=group.process_group, async_op=True)), group)
+    if torch.compiler.is_compiling():
+        return _wait_unless_overlapped(_traced("all_reduce", x, "sum", group=group), group)
+    return _wait_unless_overlapped(_started(x, dist.all_reduce(x, group=group.process_group, async_op=True)), group)
 
 
 def _wait_unless_overlapped(pending: AsyncTensor, group: TensorGroup) -> AsyncTensor:
@@ -72,25 +70,69 @@ def _wait_unless_overlapped(pending: AsyncTensor, group: TensorGroup) -> AsyncTe
     return pending
 
 
+def _all_reduce(x: Tensor, group: TensorGroup) -> Tensor:
+    """Return the sum of a contiguous `x` over the group, which overwrites `x` unless it is compiled."""
+    if torch.compiler.is_compiling():
+        return _traced("all_reduce", x, "sum", group=group).wait()
+    dist.all_reduce(x, group=group.process_group)
+    return x
+
+
 def _start_gather(x: Tensor, group: TensorGroup) -> AsyncTensor:
-    tokens = x.shape[:-1].numel()
-    whole = x.new_empty(group.size * tokens, x.shape[-1])
-    share = x.contiguous().view(tokens, -1)
+    share = x.contiguous().view(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        return _traced("all_gather_into_tensor", share, group.size, group=group, then=lambda x: x.unsqueeze(0))
+    whole = x.new_empty(group.size * share.shape[0], x.shape[-1])
     work = _all_gather(whole, share, group=group.process_group, async_op=True)
-    return AsyncTensor(whole.unsqueeze(0), work)
+    return _started(whole.unsqueeze(0), work)
 
 
 def _start_reduce_scatter(x: Tensor, group: TensorGroup) -> AsyncTensor:
-    tokens = x.shape[:-1].numel()
-    assert tokens % group.size == 0, f"{group.size} ranks do not divide {tokens} tokens"
-    parts = x.contiguous().view(tokens, -1)
+    parts = x.contiguous().view(-1, x.shape[-1])
+    share, rest = divmod(parts.shape[0], group.size)
+    assert rest == 0, f"{group.size} ranks do not divide {parts.shape[0]} tokens"
     if dist.get_backend(group.process_group) == "gloo":
         # gloo's reduce-scatter is an all-reduce and a copy, and takes four times as long as this all-to-all.
+        def add(received: Tensor) -> Tensor:
+            return received.view(group.size, 1, share, -1).sum(0)
+
+        if torch.compiler.is_compiling():
+            splits = [share] * group.size
+            return _traced("all_to_all_single", parts, splits, splits, group=group, then=add)
         received = torch.empty_like(parts)
-        work = dist.all_to_all_single(received, parts, group=group.process_group, async_op=True)
-        return AsyncTensor(received, work, lambda x: x.view(group.size, 1, -1, x.shape[-1]).sum(0))
-    share = parts.new_empty(1, tokens // group.size, parts.shape[-1])
-    return AsyncTensor(share, _reduce_scatter(share.squeeze(0), parts, group=group.process_group, async_op=True))
+        return _started(
+            received, dist.all_to_all_single(received, parts, group=group.process_group, async_op=True), add
+        )
+    if torch.compiler.is_compiling():
+        return _traced("reduce_scatter_tensor", parts, "sum", group.size, group=group, then=lambda x: x.unsqueeze(0))
+    mine = parts.new_empty(1, share, parts.shape[-1])
+    return _started(mine, _reduce_scatter(mine.squeeze(0), parts, group=group.process_group, async_op=True))
+
+
+def _started(
+    tensor: Tensor, work: dist.Work | None, then: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> AsyncTensor:
+    assert work is not None
+
+    def finish(tensor: Tensor) -> Tensor:
+        work.wait()
+        return then(tensor)
+
+    return AsyncTensor(tensor, finish)
+
+
+def _traced(
+    name: str,
+    x: Tensor,
+    *arguments: Any,
+    group: TensorGroup,
+    then: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> AsyncTensor:
+    """Start a collective that torch.compile can trace: it returns a new tensor, and the wait is an operation too."""
+    assert group.process_group is not None
+    collectives = torch.ops._c10d_functional
+    pending = getattr(collectives, name)(x, *arguments, group.process_group.group_name)
+    return AsyncTensor(pending, lambda tensor: then(collectives.wait_tensor(tensor)))
 
 
 class _CopyToGroup(torch.autograd.Function):
@@ -103,19 +145,17 @@ class _CopyToGroup(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         # Copy: autograd may give the same tensor to another branch, for example at a residual sum.
         grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group.process_group)
-        return grad, None
+        return _all_reduce(grad, ctx.group), None
 
 
 class _ReduceFromGroup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
-        if x.is_contiguous():
-            ctx.mark_dirty(x)
-        else:
+        if not x.is_contiguous():
             x = x.contiguous()
-        dist.all_reduce(x, group=group.process_group)
-        return x
+        elif not torch.compiler.is_compiling():
+            ctx.mark_dirty(x)
+        return _all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:

@@ -37,6 +37,7 @@ def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels
             group=group,
             rows=plan.config.train.micro_batch_size,
             recompute=plan.config.recompute,
+            compiled=plan.config.train.compile,
             table=stages[0].tied_table if 0 in stages else None,
             loss=loss_function(plan.config.train.loss),
         )

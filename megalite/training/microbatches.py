@@ -54,14 +54,16 @@ class MicrobatchLoader:
         """Copy a batch to the device, each tensor on the stages that need it; `num_loss_tokens` of the global batch."""
         # Losses and gradients are averaged over ranks, but the loss is a mean over all tokens of its mask.
         weight = None if num_loss_tokens is None else self._mesh.loss.size / max(num_loss_tokens, 1.0)
-        model, seed = self._config.model, self._config.run.seed
+        model, seed, device = self._config.model, self._config.run.seed, self._mesh.device
         return [
             to_device(
                 read,
-                self._mesh.device,
+                device,
                 num_microbatches=len(batch),
                 token_weight=weight,
-                dropout=DropoutStreams.of(model, seed, read.samples) if self._trains else None,
+                dropout=DropoutStreams.of(model, seed, read.samples, read.ids.shape[1], device)
+                if self._trains
+                else None,
                 first_stage=self._mesh.has_first_stage,
                 last_stage=self._mesh.has_last_stage,
             )
@@ -88,9 +90,9 @@ def to_device(
         return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
 
     packing = weights = None
-    if read.document_lengths is not None or read.positions is not None:
-        positions = None if read.positions is None else copy(read.positions)
-        packing = PackedDocuments(read.document_lengths, positions)
+    if read.cu_seqlens is not None or read.positions is not None:
+        cu_seqlens, positions = (None if x is None else copy(x) for x in (read.cu_seqlens, read.positions))
+        packing = PackedDocuments(cu_seqlens, positions)
     if read.counts is not None and token_weight is not None and last_stage:
         weights = copy(read.counts).to(torch.float32) * token_weight
     return Microbatch(

@@ -69,13 +69,13 @@ class Reference:
             yield rules.microbatch(datasets.train, range(start, start + size))
 
     def _losses(self, model: Stage, batch: SampleMicrobatch, microbatches: int, counted: int) -> dict[str, Tensor]:
-        config = self._plan.config
+        config, length = self._plan.config, batch.ids.shape[1]
         microbatch = to_device(
             batch,
             self._device,
             num_microbatches=microbatches,
             token_weight=1 / max(counted, 1),
-            dropout=DropoutStreams.of(config.model, config.run.seed, batch.samples),
+            dropout=DropoutStreams.of(config.model, config.run.seed, batch.samples, length, self._device),
         )
         return model({}, microbatch=microbatch).losses
 

@@ -1079,6 +1079,18 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         "deepspeed.pipeline.activation_checkpoint_interval=3, which recomputes every layer; keep one of them",
     ),
     (
+        "compiled layers, whose parameters are gathered within",
+        {"train.compile": True, "deepspeed.zero_optimization": {"stage": 3}},
+        "run.yaml: train.compile=true stands beside run.yaml: deepspeed.zero_optimization.stage=3, which gathers "
+        "parameters inside of a layer; use stage 0 to 2 there, or write false",
+    ),
+    (
+        "compiled layers, whose backward is split",
+        {"train.compile": True, "parallel.schedule": "zb_h1", "parallel.pipeline": 2},
+        "run.yaml: train.compile=true stands beside parallel.schedule='zb_h1', which computes the weight gradients of "
+        "a layer apart from the rest of its backward; use gpipe, 1f1b or interleaved_1f1b, or write false",
+    ),
+    (
         "evaluation of nothing",
         {"train.eval_every": 10},
         "run.yaml: train.eval_every=10 has nothing to evaluate on; give data.valid or data.split",

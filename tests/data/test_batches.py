@@ -1,6 +1,7 @@
 """Which samples a step has, how they are dealt to ranks, and what is laid beside them."""
 
 import threading
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_the_ranks_share_a_batch_and_nothing_twice(samples: StreamingSamples, da
     np.testing.assert_array_equal(first.targets, expected[:, 1:])
     assert first.counts is None
     assert first.positions is None
-    assert first.document_lengths is None
+    assert first.cu_seqlens is None
 
 
 @pytest.mark.parametrize(("data_size", "micro"), [(1, 1), (1, 4), (2, 1), (3, 2), (4, 3)])
@@ -147,13 +148,15 @@ def test_documents_are_laid_out_as_megatron_does(samples: StreamingSamples) -> N
     batch = rules.microbatch(samples, range(samples.samples_per_epoch))
     assert batch.counts is not None
     assert batch.positions is not None
-    assert batch.document_lengths is not None
+    assert batch.cu_seqlens is not None
+    begins = iter(batch.cu_seqlens.tolist())
+    assert next(begins) == 0
     for row, ids in enumerate(batch.ids):
         counts, positions, lengths = megatrons_masks(ids)
         # The last input may end its document; the target beyond it belongs to the next one and does not count.
         np.testing.assert_array_equal(batch.counts[row], counts)
         np.testing.assert_array_equal(batch.positions[row], positions)
-        assert list(batch.document_lengths[row]) == lengths
+        assert [next(begins) for _ in lengths] == [row * S + end for end in accumulate(lengths)]
         assert sum(lengths) == S
 
 
@@ -161,9 +164,9 @@ def test_each_rule_acts_alone(samples: StreamingSamples) -> None:
     attention = SampleRules(reset_attention_mask=True).microbatch(samples, range(3))
     assert (attention.positions, attention.counts) == (None, None)
     positions = SampleRules(reset_position_ids=True).microbatch(samples, range(3))
-    assert (positions.document_lengths, positions.counts) == (None, None)
+    assert (positions.cu_seqlens, positions.counts) == (None, None)
     loss = SampleRules(eod_mask_loss=True).microbatch(samples, range(3))
-    assert (loss.document_lengths, loss.positions) == (None, None)
+    assert (loss.cu_seqlens, loss.positions) == (None, None)
 
 
 @pytest.fixture

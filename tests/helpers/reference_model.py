@@ -1,9 +1,10 @@
 """The families written the plainest way, to compare megalite's against: one process, nn.Linear by nn.Linear."""
 
-import hashlib
 import math
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,39 +47,57 @@ def slowed(rate: float, scaling: RopeScaling | None) -> float:
     return (1 - share) * rate / scaling.factor + share * rate
 
 
+@cache
+def philox_words(counter: tuple[int, int, int, int], seed: int) -> tuple[int, int]:
+    """The first two words of Philox4x32-10, written as its authors' C."""
+    (a, b, c, d), k0, k1 = counter, seed % 2**32, seed >> 32
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * a, 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c, 2**32)
+        a, b, c, d = high1 ^ b ^ k0, low1, high0 ^ d ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return a, b
+
+
 @dataclass(frozen=True)
 class PlainDropout:
-    """The masks of megalite/model/dropout.py by its documentation, element for element, drawn whole."""
+    """The masks of megalite/model/dropout.py by its documentation, key for key, in unsigned arithmetic of numpy."""
 
     seed: int
     samples: tuple[int, ...]
     hidden: float
     attention: float
 
-    def draw(self, *key: object, shape: tuple[int, int]) -> Tensor:
-        digest = hashlib.blake2b(" ".join(map(str, (self.seed, *key))).encode(), digest_size=8).digest()
-        number = sum(byte << (8 * place) for place, byte in enumerate(digest))
-        return torch.rand(shape, generator=torch.Generator().manual_seed(number))
+    def kept(self, sample: int, position: int, layer: int, site: int, count: int, share: float) -> Tensor:
+        """Which of `count` elements of one token are kept."""
+        of_token = philox_words((position, sample % 2**32, sample >> 32, 0), self.seed)
+        of_site = philox_words((site, layer, 0, 1), self.seed)
+        first, second = (np.uint32(token ^ other) for token, other in zip(of_token, of_site, strict=True))
+        x = np.arange(count, dtype=np.uint32) ^ first
+        x = (x ^ (x >> 17)) * np.uint32(0xED5AD4BB) ^ second
+        x = (x ^ (x >> 11)) * np.uint32(0xAC4C1B51)
+        x = (x ^ (x >> 15)) * np.uint32(0x31848BAB)
+        return torch.from_numpy((x.view(np.int32).astype(np.int64) + 2**31) / 2**32 < 1 - share)
 
     def drop_hidden(self, site: str, x: Tensor) -> Tensor:
+        *layers, name = site.split(".")
+        layer = int(layers[1]) + 1 if layers else 0
         dropped = torch.zeros_like(x)
         for row, sample in enumerate(self.samples):
             for token in range(x.shape[1]):
-                numbers = self.draw(sample, site, token // 64, shape=(64, x.shape[2]))[token % 64]
-                dropped[row, token] = torch.where(numbers < 1 - self.hidden, x[row, token] / (1 - self.hidden), 0.0)
+                kept = self.kept(sample, token, layer, int(name == "mlp"), x.shape[2], self.hidden)
+                dropped[row, token] = torch.where(kept, x[row, token] / (1 - self.hidden), 0.0)
         return dropped
 
-    def drop_scores(self, site: str, scores: Tensor, documents: Tensor) -> Tensor:
+    def drop_scores(self, layer: int, scores: Tensor) -> Tensor:
         """Drop probabilities ``[B, heads, S, S]``."""
         dropped = torch.zeros_like(scores)
         for row, sample in enumerate(self.samples):
-            for document in documents[row].unique():
-                places = (documents[row] == document).nonzero().flatten()
-                start, end = int(places[0]), int(places[-1]) + 1
-                for head in range(scores.shape[1]):
-                    numbers = self.draw(sample, site, head, start, shape=(end - start, end - start))
-                    scaled = scores[row, head, start:end, start:end] / (1 - self.attention)
-                    dropped[row, head, start:end, start:end] = torch.where(numbers < 1 - self.attention, scaled, 0.0)
+            for head in range(scores.shape[1]):
+                for query in range(scores.shape[2]):
+                    kept = self.kept(sample, query, layer + 1, 2 + head, scores.shape[3], self.attention)
+                    scaled = scores[row, head, query] / (1 - self.attention)
+                    dropped[row, head, query] = torch.where(kept, scaled, 0.0)
         return dropped
 
 
@@ -125,7 +144,7 @@ class ReferenceModel(nn.Module):
         seen = causal & (documents[:, None, :, None] == documents[:, None, None, :])
         shares = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         if self.dropout is not None:
-            shares = self.dropout.drop_scores(name.replace("attention", "scores"), shares, documents)
+            shares = self.dropout.drop_scores(int(name.split(".")[1]), shares)
         mixed = shares @ v
         return self.linear(f"{name}.output", mixed.transpose(1, 2).flatten(2))
 

@@ -171,11 +171,9 @@ def train_in_plain_torch(
     for step in range(1, train.steps + 1):
         batch = rules.microbatch(datasets.train, schedule.samples(step))
         weight = None if batch.counts is None else 1 / batch.counts.sum()
-        dropout = None
-        if config.model.hidden_dropout or config.model.attention_dropout:
-            shares = config.model.hidden_dropout, config.model.attention_dropout
-            dropout = DropoutStreams(config.run.seed, tuple(schedule.samples(step)), *shares)
-        microbatch = to_device(batch, torch.device("cpu"), token_weight=weight, dropout=dropout)
+        length, device = config.data.sequence_length, torch.device("cpu")
+        dropout = DropoutStreams.of(config.model, config.run.seed, schedule.samples(step), length, device)
+        microbatch = to_device(batch, device, token_weight=weight, dropout=dropout)
         loss = model({}, microbatch=microbatch).losses["loss"]
         adamw.zero_grad()
         (loss + penalty() if penalty else loss).backward()

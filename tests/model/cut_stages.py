@@ -1,7 +1,7 @@
 """Stages cut by ranks and filled from whole weights, their gradients against a reference's, and documents in rows."""
 
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from reference_model import ReferenceModel
 from torch import Tensor
 
 from megalite.config import ModelConfig, Recompute, read_model
+from megalite.model.dropout import DropoutStreams
 from megalite.model.loss import LOSS, LossFunction, cross_entropy
 from megalite.model.microbatch import Microbatch
 from megalite.model.packing import PackedDocuments
@@ -69,12 +70,13 @@ def cut_stages(
     overlap: bool = False,
     recompute: Recompute | None = None,
     loss: LossFunction = cross_entropy,
+    compiled: bool = False,
 ) -> list[Stage]:
     """All stages of the pipeline, each with this rank's share of the weights over the world's tensor group."""
     dist = torch.distributed
     group = TensorGroup(dist.get_rank(), dist.get_world_size(), dist.group.WORLD, sequence_parallel, overlap)
     stages = []
-    shared: dict[str, Any] = {"num_stages": num_stages, "group": group, "rows": rows}
+    shared: dict[str, Any] = {"num_stages": num_stages, "group": group, "rows": rows, "compiled": compiled}
     for index, layers in enumerate(partition(config.num_hidden_layers, num_stages)):
         stage = Stage(config, layers, index=index, recompute=recompute, loss=loss, **shared)
         with torch.no_grad():
@@ -122,4 +124,19 @@ def documents_at(
     """The documents of rows of `length` tokens where new ones begin at `boundaries`; each row begins one."""
     lengths = tuple(tuple(b - a for a, b in pairwise((0, *row, length))) for row in boundaries)
     positions = torch.cat([torch.arange(tokens) for tokens in chain(*lengths)]).view(len(lengths), length)
-    return PackedDocuments(lengths if split_attention else None, positions if reset_positions else None)
+    return PackedDocuments(cu_seqlens(lengths) if split_attention else None, positions if reset_positions else None)
+
+
+def cu_seqlens(lengths: Sequence[Sequence[int]]) -> Tensor:
+    """The boundaries of documents of these lengths, row by row."""
+    return torch.tensor([0, *accumulate(chain(*lengths))], dtype=torch.int32)
+
+
+def dropout_streams(
+    fields: dict[str, Any], seed: int, samples: Sequence[int], length: int, hidden: float, attention: float
+) -> DropoutStreams:
+    """The dropout of rows of `length` tokens in a model of these fields, at these rates."""
+    config = model_config(fields | {"hidden_dropout": hidden, "attention_dropout": attention})
+    streams = DropoutStreams.of(config, seed, samples, length, torch.device("cpu"))
+    assert streams is not None
+    return streams

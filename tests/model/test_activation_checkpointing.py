@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cut_stages import GPT2, LLAMA, NEOX, loss_of, model_config
+from cut_stages import GPT2, LLAMA, NEOX, cu_seqlens, dropout_streams, loss_of, model_config
 from harness import run_distributed
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -34,7 +34,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt_neox": NEOX,
 }
-DROPOUT = DropoutStreams(1, (7, 9), 0.25, 0.125)
+DROPOUT = dropout_streams(LLAMA, 1, (7, 9), 20, 0.25, 0.125)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def gradients(
     stage = Stage(config, range(3), index=0, num_stages=1, group=group, recompute=recompute)
     stage.initialise(seed=1)
     weights = torch.linspace(0, 1, 40).view(2, 20)
-    packing = PackedDocuments(((4, 13, 3), (20,)), None)
+    packing = PackedDocuments(cu_seqlens(((4, 13, 3), (20,))), None)
     loss = loss_of([stage], Microbatch(*batch(), packing, weights, dropout))
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad for name, p in stage.named_parameters() if p.grad is not None}}
@@ -119,7 +119,7 @@ def kept_bytes(recompute: Recompute | None, group: TensorGroup) -> int:
     stage.initialise(seed=1)
     x = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     with Storages([*stage.parameters(), x]) as storages:
-        microbatch = Microbatch(dropout=DropoutStreams(1, (7,), 0.1, 0.1))
+        microbatch = Microbatch(dropout=dropout_streams(fields, 1, (7,), 256, 0.1, 0.1))
         result = stage({"hidden": x}, microbatch=microbatch).activations["hidden"]
     if group.size > 1:
         time.sleep(0.5)  # gloo's threads let go of a tensor a moment after its result is there

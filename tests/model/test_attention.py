@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalite.model import transformer
-from megalite.model.transformer import causal_attention
+from megalite.model import causal_attention as module
+from megalite.model.causal_attention import causal_attention
 
 
 @pytest.mark.parametrize("length", [1, 5, 128, 300, 512])
@@ -13,7 +13,7 @@ from megalite.model.transformer import causal_attention
 @pytest.mark.parametrize("written_out", [True, False])
 def test_agrees_with_torch(length: int, kv_heads: int, written_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not written_out:
-        monkeypatch.setattr(transformer, "WRITTEN_OUT_SCORES", 0)
+        monkeypatch.setattr(module, "WRITTEN_OUT_SCORES", 0)
     generator = torch.Generator().manual_seed(length)
     query, key, value = (
         torch.randn(2, length, heads, 16, generator=generator, dtype=torch.float64).float().requires_grad_()

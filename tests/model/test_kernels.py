@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import run_distributed
-from model.cut_stages import LLAMA, loss_of, model_config
+from model.cut_stages import LLAMA, cu_seqlens, loss_of, model_config
 from training import build_trainer
 
 from megalite.kernels import choice as kernels_module
 from megalite.kernels.choice import AttentionKernel, Kernels, Products, choose_products, time_ratio
 from megalite.model import kernel_choice
+from megalite.model.causal_attention import causal_attention
 from megalite.model.kernel_choice import choose_kernels
 from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
-from megalite.model.transformer import causal_attention
 from megalite.monitoring.device import device_peak, matrix_rate
 from megalite.parallel.tensor_group import TensorGroup
 
@@ -97,12 +97,13 @@ def test_no_16_bit_product_is_left_in_a_step(
         )
 
 
-@pytest.mark.parametrize("document_lengths", [None, [5, 11, 8, 8]])
+@pytest.mark.parametrize("lengths", [None, [5, 11, 8, 8]])
 @pytest.mark.parametrize("attention", ["written_out", "fused"])
-def test_upcast_attention_is_that_of_fp32(document_lengths: list[int] | None, attention: AttentionKernel) -> None:
+def test_upcast_attention_is_that_of_fp32(lengths: list[int] | None, attention: AttentionKernel) -> None:
     query, key, value = (torch.randn(2, 16, heads, 8).bfloat16() for heads in (4, 2, 2))
-    found = causal_attention(query, key, value, document_lengths, kernels=Kernels("fp32", attention))
-    exact = causal_attention(query.float(), key.float(), value.float(), document_lengths)
+    documents = None if lengths is None else cu_seqlens([lengths])
+    found = causal_attention(query, key, value, documents, kernels=Kernels("fp32", attention))
+    exact = causal_attention(query.float(), key.float(), value.float(), documents)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=1e-5)
 

@@ -1,5 +1,7 @@
 """Documents packed into rows: each trains as if it stood alone, under every cut of the model."""
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +16,10 @@ from cut_stages import (
     QK_NORM,
     SHAPE,
     assert_gradients_agree,
+    cu_seqlens,
     cut_stages,
     documents_at,
+    dropout_streams,
     loss_of,
     model_config,
     whole_weights,
@@ -24,11 +28,12 @@ from harness import run_distributed
 from reference_model import ReferenceModel
 from torch import Tensor
 
-from megalite.model import transformer
+from megalite.kernels.choice import Kernels
+from megalite.model import causal_attention as module
+from megalite.model import packing
+from megalite.model.causal_attention import causal_attention
 from megalite.model.microbatch import Microbatch
-from megalite.model.packing import PackedDocuments
 from megalite.model.stage import Stage
-from megalite.model.transformer import causal_attention
 from megalite.parallel.tensor_group import TensorGroup
 
 LENGTH = 20
@@ -142,10 +147,10 @@ def test_one_document_a_row_is_the_unpacked_row(fields: dict[str, Any]) -> None:
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-6, atol=1e-8)
 
 
-def test_one_document_a_row_takes_the_whole_row_at_once() -> None:
-    assert PackedDocuments(((20,), (20,)), None).document_lengths is None
-    assert PackedDocuments(None, None).document_lengths is None
-    assert PackedDocuments(((20,), (4, 16)), None).document_lengths == [20, 4, 16]
+@pytest.mark.parametrize("lengths", [((20,), (20,)), ((20,), (4, 16)), ((1, 1, 18), (19, 1))])
+def test_tokens_know_the_number_of_their_document(lengths: tuple[tuple[int, ...], ...]) -> None:
+    expected = torch.repeat_interleave(torch.tensor([length for row in lengths for length in row])).view(2, 20)
+    assert torch.equal(packing.document_numbers(cu_seqlens(lengths), 2, 20), expected)
 
 
 def test_equal_weights_give_the_mean_and_weights_of_0_nothing() -> None:
@@ -160,17 +165,27 @@ def test_equal_weights_give_the_mean_and_weights_of_0_nothing() -> None:
     torch.testing.assert_close(weighted, 5.0 * first_half, rtol=1e-6, atol=0.0)
 
 
+def attention_over_documents(query: Tensor, key: Tensor, value: Tensor, documents: Tensor) -> Tensor:
+    """As on an accelerator, where the host does not know the lengths of documents."""
+    return module._over_documents(query, key, value, documents, None)
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {
+    "by document, written out": causal_attention,
+    "by document, fused": partial(causal_attention, kernels=Kernels(attention="fused")),
+    "over documents": attention_over_documents,
+}
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("written_out", [True, False])
-def test_attention_agrees_with_a_dense_mask(kv_heads: int, written_out: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not written_out:
-        monkeypatch.setattr(transformer, "WRITTEN_OUT_SCORES", 0)
+@pytest.mark.parametrize("way", WAYS)
+def test_attention_agrees_with_a_dense_mask(kv_heads: int, way: str) -> None:
     lengths = ((150, 1, 9, 240), (1, 1, 398), (400,))
     generator = torch.Generator().manual_seed(kv_heads)
     query, key, value = (
         torch.randn(3, 400, heads, 16, generator=generator).requires_grad_() for heads in (4, kv_heads, kv_heads)
     )
-    output = causal_attention(query, key, value, PackedDocuments(lengths, None).document_lengths)
+    output = WAYS[way](query, key, value, cu_seqlens(lengths))
     output.square().sum().backward()
 
     exact = [x.detach().double().requires_grad_() for x in (query, key, value)]
@@ -185,30 +200,29 @@ def test_attention_agrees_with_a_dense_mask(kv_heads: int, written_out: bool, mo
         torch.testing.assert_close(found.grad.double(), wanted.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_dropout_over_documents_is_that_of_each_document() -> None:
+    lengths = ((150, 1, 9, 240), (1, 1, 398))
+    query = torch.randn(2, 400, 4, 16, generator=torch.Generator().manual_seed(1))
+    dropout = dropout_streams(LLAMA, 5, (3, 4), 400, 0.0, 0.3).for_layer(1).scores(range(4))
+    documents = cu_seqlens(lengths)
+    each = causal_attention(query, query, query, documents, dropout)
+    at_once = module._over_documents(query, query, query, documents, dropout)
+    torch.testing.assert_close(at_once, each, rtol=1e-5, atol=1e-6)
+
+
 def test_the_scores_kept_for_the_backward_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = []
 
-    def count(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def count(query: Tensor, key: Tensor, value: Tensor, dropout: None) -> Tensor:
         kept.append(query.shape[:3].numel() * query.shape[2])
         return query
 
-    monkeypatch.setattr(transformer, "WRITTEN_OUT_SCORES", 4 * 1000 * 100)
-    monkeypatch.setattr(transformer, "_written_out_attention", count)
+    monkeypatch.setattr(module, "WRITTEN_OUT_SCORES", 4 * 1000 * 100)
+    monkeypatch.setattr(module, "_written_out", count)
     query = torch.randn(1, 1000, 4, 8)
-    causal_attention(query, query, query, [100] * 10)
+    causal_attention(query, query, query, cu_seqlens([[100] * 10]))
     assert len(kept) == 10
-    assert sum(kept) == transformer.WRITTEN_OUT_SCORES
+    assert sum(kept) == module.WRITTEN_OUT_SCORES
     kept.clear()
-    causal_attention(query, query, query, [101] * 9 + [91])
+    causal_attention(query, query, query, cu_seqlens([[101] * 9 + [91]]))
     assert len(kept) == 1
-
-
-@pytest.mark.parametrize("lengths", [((0, 5),), ((5, 0),), ((2, 4, -1),)])
-def test_a_document_without_tokens_is_refused(lengths: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(ValueError, match="at least one token"):
-        PackedDocuments(lengths, None)
-
-
-def test_rows_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="same number"):
-        PackedDocuments(((2, 3), (4,)), None)
