@@ -34,6 +34,7 @@ ORDER = (
     "convert",  # Hugging Face's and Megatron's formats
     "monitoring",  # metrics, heartbeats, the run's state and pictures
     "zero",  # the sharding engine on DeepSpeed
+    "fsdp",  # the sharding engine on torch's FSDP2
     "generation",  # text from a model
     "training",  # one run: plan, loop, saving, resuming
     "doctor",  # checks of machines

@@ -15,7 +15,7 @@ from megalite.config import read_model
 from megalite.config.validation import validation_lines
 from megalite.errors import UserError
 from megalite.model.shapes import weight_shapes
-from megalite.model.weights import Weights
+from megalite.model.weights import Weights, WeightValues
 from megalite.parallel.regions import Region
 
 WEIGHT = f"{WEIGHT_KIND}/"
@@ -55,7 +55,7 @@ class CheckpointWeights:
 class WeightSource:
     """A `TensorSource` of weights alone: adds the prefix that their names have in a checkpoint."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: WeightValues) -> None:
         self._weights = weights
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:

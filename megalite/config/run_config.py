@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import Field, InstanceOf
@@ -112,6 +113,11 @@ class RunConfig(Section, frozen=True):
     def zero_stage(self) -> int:
         """The ZeRO stage, 0 to 3."""
         return self.deepspeed.zero_stage
+
+    @property
+    def engine(self) -> Literal["torch", "deepspeed"]:
+        """The sharding engine: that of ``parallel.engine``, or DeepSpeed's where it says "auto"."""
+        return "torch" if self.parallel.engine == "torch" else "deepspeed"
 
     @property
     def gradient_clipping(self) -> float:

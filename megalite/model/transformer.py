@@ -56,10 +56,10 @@ class Rotary:
     def __init__(self, config: RotaryConfig) -> None:
         dim, unrotated = config.rotary_dim, config.head_dim - config.rotary_dim
         self._parts = [dim // 2, dim // 2] + [unrotated] * (unrotated > 0)
-        rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         if isinstance(config, LlamaConfig) and config.rope_scaling is not None:
             rates = scaled_rates(rates, config.rope_scaling)
-        angles = torch.arange(config.max_position_embeddings, dtype=torch.float64)[:, None] * rates
+        angles = torch.arange(config.max_position_embeddings, dtype=torch.float64, device="cpu")[:, None] * rates
         self._tables = (angles.cos().float(), angles.sin().float())
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 

@@ -55,8 +55,8 @@ class StageEngine(Protocol):
         """Defer the weight gradients of the stage's backwards inside the context."""
         ...
 
-    def compute_weight_grads(self, store: WeightGradStore) -> None:
-        """Compute deferred weight gradients and accumulate them."""
+    def compute_weight_grads(self, stage: int, store: WeightGradStore) -> None:
+        """Compute deferred weight gradients of a stage and accumulate them."""
         ...
 
 
@@ -183,7 +183,7 @@ class _Run:
                 self._backward(instruction)
             case BackwardWeight():
                 with self._timed(instruction):
-                    self.executor.engine.compute_weight_grads(self.weight_grads.pop(key))
+                    self.executor.engine.compute_weight_grads(instruction.stage, self.weight_grads.pop(key))
             case _:
                 raise NotImplementedError(f"the executor cannot run {instruction}")
 

@@ -30,7 +30,7 @@ from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedules import SCHEDULES, forward_only
 from megalite.pipeline.stage_io import exchange_edges
 from megalite.pipeline.timeline.spans import Span
-from megalite.training.build import build_engine, build_stages, first_trained_stage
+from megalite.training.build import build_engine, first_trained_stage
 from megalite.training.checkpointing import Checkpointer
 from megalite.training.loss_spikes import LossSpikeDetector
 from megalite.training.microbatches import MicrobatchLoader
@@ -68,7 +68,7 @@ class Trainer:
         self.marker = marker
         self.start = find_start(plan, mesh)
         self.kernels = _choose_kernels_on_rank_zero(self.config, mesh, self.start.kernels)
-        self.engine = build_engine(build_stages(plan, mesh, self.start.weights, self.kernels), plan, mesh)
+        self.engine = build_engine(plan, mesh, self.start.weights, self.kernels)
         self.state = self.engine.state
         self._restore()
         _ = plan.documents  # read now, since the folder of `init_from` may be gone at the first save

@@ -225,7 +225,7 @@ class ZeroEngine:
         """Defer the weight gradients of the stage's backwards inside the context."""
         return self.stages[stage].weight_grad_deferral.enabled()
 
-    def compute_weight_grads(self, store: WeightGradStore) -> None:
+    def compute_weight_grads(self, stage: int, store: WeightGradStore) -> None:
         """Compute deferred weight gradients and accumulate them."""
         store.run(self.accumulate_gradient)
 

@@ -97,7 +97,7 @@ class ToyEngine:
         with self.stages[stage].deferral.enabled() as store:
             yield store
 
-    def compute_weight_grads(self, store: WeightGradStore) -> None:
+    def compute_weight_grads(self, stage: int, store: WeightGradStore) -> None:
         def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
