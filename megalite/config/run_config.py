@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import Literal
 
 import yaml
 from pydantic import Field, InstanceOf
@@ -22,6 +21,7 @@ from megalite.config.deepspeed.defaults import with_defaults
 from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.deepspeed.zero_rates import zero_rate_note
+from megalite.config.engine_choice import Engine, chosen_engine, engine_faults
 from megalite.config.section import FilePath, PathText, Section
 from megalite.config.sections import (
     CheckpointSection,
@@ -115,9 +115,9 @@ class RunConfig(Section, frozen=True):
         return self.deepspeed.zero_stage
 
     @property
-    def engine(self) -> Literal["torch", "deepspeed"]:
-        """The sharding engine: that of ``parallel.engine``, or DeepSpeed's where it says "auto"."""
-        return "torch" if self.parallel.engine == "torch" else "deepspeed"
+    def engine(self) -> Engine:
+        """The sharding engine that trains the run."""
+        return chosen_engine(self.parallel)
 
     @property
     def gradient_clipping(self) -> float:
@@ -168,6 +168,8 @@ class RunConfig(Section, frozen=True):
         """
         config = self._completed(world_size, vocab_size)
         lines = [self.origin.line(fault) for fault in fit_faults(config, world_size, vocab_size)]
+        asked = engine_faults(config.engine, self.deepspeed.document, self.deepspeed.origin)
+        lines += [self.origin.line(fault) for fault in asked]
         lines += [self.deepspeed.origin.line(fault) for fault in deepspeed_faults(config)]
         report(lines)
         return config

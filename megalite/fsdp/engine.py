@@ -76,6 +76,11 @@ class TorchEngine:
         is_second_copy = stage.index > 0 and shard.placed.name == stage.tied_copy_name
         return not is_second_copy and mesh.is_first_along(*({*mesh.axes} - divided))
 
+    def local_parameters(self, stage: int) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Yield the name, the master weight and the gradient of this rank's shares of a stage's parameters."""
+        for shard in self._sharded[stage].shards:
+            yield shard.placed.name, shard.master, shard.gradient
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the gathered parameters and of activations."""
@@ -111,12 +116,14 @@ class TorchEngine:
         store.run(sharded.add)
         sharded.settle()
 
+    def reduce_gradients(self, stage: int) -> None:
+        """Reduce the stage's gradients that its backwards have not reduced."""
+        self._sharded[stage].reduce()
+
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Accumulate the gradients of one step; at the end they are reduced."""
+        """Accumulate the gradients of one step; at the end those of replicas beyond the data axis are summed."""
         yield
-        for sharded in self._sharded.values():
-            sharded.reduce()
         self._sum_over_tensor_ranks()
         self._sum_tied()
 
@@ -136,6 +143,7 @@ class TorchEngine:
         if len(copies) == 2:  # this rank holds the first and the last stage
             copies[1].copy_(copies[0].add_(copies[1]))
         elif copies:
+            assert self.mesh.embedding is not None
             dist.all_reduce(copies[0], group=self.mesh.embedding)
 
     def poison_gradients(self) -> None:
@@ -168,8 +176,9 @@ class TorchEngine:
         if self._clip > 0 and norm + 1e-6 > self._clip:
             factor *= self._clip / (norm + 1e-6)
         gradients = [shard.gradient for shard in self._trained]
-        if factor != 1.0:
-            torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+        present = [gradient for gradient in gradients if gradient is not None]
+        if factor != 1.0 and present:  # a stage may be frozen
+            torch._foreach_mul_(present, factor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         for shard, gradient in zip(self._trained, gradients, strict=True):
@@ -190,7 +199,7 @@ class TorchEngine:
             if (gradient := shard.gradient) is None or not gradient.numel():
                 continue
             # By rows, then in fp64: one fp32 norm over millions of elements has an error of 1e-4 on a CPU.
-            rows = gradient.view(-1, shard.placed.shape[-1])
+            rows = gradient.view(-1, shard.placed.shape[-1]) if len(shard.placed.shape) > 1 else gradient
             square = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).double().square().sum()
             squares[0 if id(shard) in self._counted else 1] += square
         if self._poisoned:

@@ -74,9 +74,7 @@ class Trainer:
         _ = plan.documents  # read now, since the folder of `init_from` may be gone at the first save
         self.spike_detector = LossSpikeDetector(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
-        self.nonfinite_guard = NonFiniteGuard(
-            self.config.train.max_bad_steps, self.engine.stages, mesh, self.config.run.dir
-        )
+        self.nonfinite_guard = NonFiniteGuard(self.config.train.max_bad_steps, self.engine, mesh, self.config.run.dir)
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
             plan.checkpoints,
