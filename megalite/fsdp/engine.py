@@ -8,6 +8,7 @@ as shares, after the reduction over the data axis.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,11 @@ class TorchEngine:
         """Yield this rank's shares, each with its stage."""
         for index, sharded in self._sharded.items():
             yield from ((self.stages[index], shard) for shard in sharded.shards)
+
+    def fsdp_parameters(self) -> Iterator[Any]:
+        """Yield torch's record of each parameter (FSDPParam), which knows what of it is gathered."""
+        for sharded in self._sharded.values():
+            yield from (parameter for group in sharded.groups() for parameter in group.fsdp_params)
 
     def _build_optimizer(self, config: RunConfig, settings: Mapping[str, ParameterSettings]) -> torch.optim.Optimizer:
         """Build the optimizer over the masters of this rank's shares."""

@@ -137,11 +137,12 @@ class ShardedStage:
 
     def _post_backward(self) -> None:
         """Run what fully_shard runs after a backward, as torch's own pipeline does for its REDUCE_GRAD."""
-        for group in self._groups():
+        for group in self.groups():
             group.post_backward()
         self._state(self.root)._root_post_backward_final_callback()
 
-    def _groups(self) -> Iterator[Any]:
+    def groups(self) -> Iterator[Any]:
+        """Yield torch's groups of parameters (FSDPParamGroup), from the last block to the first."""
         for module in reversed(self._modules):
             yield from self._state(module)._fsdp_param_groups
 

@@ -15,17 +15,12 @@ if TYPE_CHECKING:
     from megalite.training.trainer import Trainer
 
 TORCH = "parallel.engine=torch"
-DEEPSPEED = "parallel.engine=deepspeed"
 SMALL = (*TINY_MODEL, "model.num_hidden_layers=4", "train.steps=8", TORCH)
 
 
 def state_of(trainer: "Trainer") -> list[Tensor]:
     fragments = trainer.engine.state.fragments()
     return [tensor.clone() for fragment in fragments for tensor in fragment.tensors.values()]
-
-
-def layout_of(tensor: int, pipeline: int, data: int, stage: int) -> tuple[str, ...]:
-    return (*at((tensor, pipeline, data), stage),)
 
 
 # ---- steps that are skipped
@@ -107,16 +102,21 @@ def test_mixed_precision_follows_fp32(run_file: Path, layout: Layout, stage: int
 
 def bytes_between_microbatches(path: str, overrides: tuple[str, ...]) -> tuple[int, int]:
     """Return the bytes of weights, gradients and optimizer state after the second microbatch, and the elements."""
+    from megalite.fsdp.engine import TorchEngine
+    from megalite.fsdp.memory import held_bytes
+
     trainer = build_trainer(path, overrides)
+    engine = trainer.engine
+    assert isinstance(engine, TorchEngine)
     trainer.step(1)
     held: list[int] = []
-    backward = trainer.engine.backward
+    backward = engine.backward
 
     def and_count(stage: int, scalar: Tensor, *, last: bool) -> None:
         backward(stage, scalar, last=last)
-        held.append(trainer.engine.allocated_bytes())  # type: ignore[attr-defined]
+        held.append(held_bytes(engine).total)
 
-    trainer.engine.backward = and_count  # type: ignore[method-assign]
+    engine.backward = and_count  # type: ignore[method-assign]
     trainer.step(2)
     elements = sum(stage.num_parameters() for stage in trainer.engine.stages.values())
     trainer.close()
