@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from megalite.config.data import DataSection, DataSource, ValidationSet
 from megalite.config.run_config import RunConfig
-from megalite.config.section import Section, fields_of
+from megalite.config.section import Section, fields_of, sections_in
 from megalite.config.sections import (
     CheckpointSection,
     GPT2Config,
@@ -135,7 +135,7 @@ def _allowed(info: FieldInfo) -> str:
     choices = [value for literal in _literals(info.annotation) for value in get_args(literal)]
     if choices:
         return ", ".join(f"`{value}`" for value in choices)
-    return "a section, see below" if any(_sections_in(info.annotation)) else "see the meaning"
+    return "a section, see below" if any(sections_in(info.annotation)) else "see the meaning"
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
@@ -151,7 +151,3 @@ def _kinds_in(annotation: Any) -> Iterator[Kind]:
 
 def _literals(annotation: Any) -> Iterator[Any]:
     return (part for part in _parts(annotation) if get_origin(part) is Literal)
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    return (part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, Section))

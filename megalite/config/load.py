@@ -18,7 +18,7 @@ from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.model_of_weights import SectionReader, fill_model
 from megalite.config.not_a_run_file import require_no_folder, require_sections
 from megalite.config.run_config import RunConfig
-from megalite.config.section import Section, fields_of
+from megalite.config.section import Section, fields_of, sections_in
 from megalite.config.sections import ARCHITECTURES, FAMILIES, ModelConfig, OptimizerSection
 from megalite.config.shortened_run import shorten
 from megalite.config.source_forms import is_text
@@ -241,15 +241,8 @@ def _owner(loc: Key) -> tuple[type[Section], str]:
         if part in ARCHITECTURES and issubclass(section, ModelConfig):
             section = ARCHITECTURES[str(part)]
         elif isinstance(part, str):
-            section = next(_sections_in(fields_of(section)[part].annotation))
+            section = next(sections_in(fields_of(section)[part].annotation))
     return section, str(loc[-1]) if loc else ""
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)
 
 
 def _words(section: type[Section], name: str) -> str:
@@ -258,7 +251,7 @@ def _words(section: type[Section], name: str) -> str:
     kinds = [item for item in info.metadata if isinstance(item, Kind)] if info is not None else []
     if kinds:
         return kinds[0].words
-    owned = next(_sections_in(info.annotation), None) if info is not None else section
+    owned = next(sections_in(info.annotation), None) if info is not None else section
     listed = f"{{{', '.join(fields_of(owned))}}}" if owned is not None else "a section"
     several = info is not None and get_origin(info.annotation) is tuple
     return f"a list of {listed}" if several else f"a section {listed}"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, PlainSerializer, model_validator
 from pydantic.fields import FieldInfo
@@ -85,6 +85,14 @@ class Section(BaseModel, frozen=True, extra="forbid"):
 def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
     """Return the fields of a section by the keys that stand for them."""
     return {info.alias or name: info for name, info in section.model_fields.items() if name != "origin"}
+
+
+def sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections that a field's annotation names, outermost first."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from sections_in(argument)
 
 
 def divisors(size: int) -> list[int]:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import SequenceMatcher, get_close_matches
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 from megalite.config.deepspeed.table import TABLE
-from megalite.config.section import Section, fields_of
+from megalite.config.section import Section, fields_of, sections_in
 from megalite.config.sections import ModelConfig
 from megalite.config.validation import Fault, Key, alternatives
 from megalite.errors import nearest
@@ -200,17 +200,10 @@ def _json_paths(rules: Mapping[str, Any], at: tuple[str, ...]) -> Iterator[tuple
 def _paths(section: type[Section], at: tuple[str, ...], within_model: bool) -> Iterator[tuple[str, ...]]:
     for key, info in fields_of(section).items():
         yield (*at, key)
-        for inner in _sections_in(info.annotation):
+        for inner in sections_in(info.annotation):
             # Of a list of sections a key has a number before it, which is not known here.
             if not (within_model and issubclass(inner, ModelConfig)) and not _is_listed(info.annotation):
                 yield from _paths(inner, (*at, key), within_model)
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)
 
 
 def _is_listed(annotation: Any) -> bool:

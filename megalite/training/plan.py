@@ -87,7 +87,7 @@ class Plan:
     tokenizer_digest: str | None = None
     unchecked: tuple[str, ...] = ()
     """Files that a dry run could not check, since they do not exist yet; a line each."""
-    _counted: dict[tuple[object, ...], int] = field(default_factory=dict, repr=False, compare=False)
+    _counted: dict[tuple[object, ...], tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def check_data(self, *, keep_index: bool = True) -> Datasets:
         """Open the data as the ranks will.
@@ -148,19 +148,24 @@ class Plan:
         """The requirements of this run on a checkpoint."""
         return CheckpointRequirements(
             self.config.model,
-            weight_shapes(self.config.model),
+            self.shapes,
             self.tokenizer_digest,
             self.config.optimizer.declaration,
             self.frozen,
         )
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The global shapes of the model's weights, by name."""
+        return weight_shapes(self.config.model)
+
+    @cached_property
     def parameter_settings(self) -> dict[str, ParameterSettings]:
         """How each parameter of the model is trained, by global name in the order of the model."""
         optimizer = self.config.optimizer
-        return parameter_settings(weight_shapes(self.config.model), optimizer.groups, optimizer.weight_decay)
+        return parameter_settings(self.shapes, optimizer.groups, optimizer.weight_decay)
 
-    @property
+    @cached_property
     def frozen(self) -> frozenset[str]:
         """The global names of the parameters that are not trained."""
         return frozenset(name for name, settings in self.parameter_settings.items() if settings.frozen)
@@ -173,9 +178,9 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Bytes of a checkpoint's tensors: every weight, and the optimizer state of those that are trained, in fp32."""
-        required = self.requirements
-        trained = sum(prod(shape) for name, shape in required.shapes.items() if name not in required.frozen)
-        return 4 * (sum(map(prod, required.shapes.values())) + len(required.optimizer.state_tensors) * trained)
+        trained = sum(prod(shape) for name, shape in self.shapes.items() if name not in self.frozen)
+        state_tensors = self.config.optimizer.declaration.state_tensors
+        return 4 * (sum(map(prod, self.shapes.values())) + len(state_tensors) * trained)
 
     def describe_checkpoints(self) -> str:
         """Return a line on the checkpoints that the run will keep, and their size."""
@@ -363,10 +368,9 @@ class Plan:
             shown = [f"{number / size:,.2f}" for number in sizes]
             table.add_row(format_ranges(row.ranks), row.layers, f"{row.parameters / 1e6:,.1f} M", *shown)
         total = sum(map(self.parameters_of_rank, self._one_copy)) * self.layout.group_size("gradient")
-        shapes = self.requirements.shapes
-        frozen = sum(prod(shapes[name]) for name in self.frozen)
+        frozen = sum(prod(self.shapes[name]) for name in self.frozen)
         notes = [
-            f"{sum(map(prod, shapes.values())):,} parameters in the model, {total:,} on its ranks",
+            f"{sum(map(prod, self.shapes.values())):,} parameters in the model, {total:,} on its ranks",
             "(norms, tied tables and replicas stand on several)",
             *([f"{frozen:,} parameters of the model are frozen"] if frozen else []),
             "bytes by arithmetic, without activations and what the device's libraries take",
@@ -417,14 +421,15 @@ class Plan:
         """
         layers, last = self.stage_layers[stage], self.placement.num_stages - 1
         # All middle stages with the same number of layers are equally large unless some are frozen: cache the count.
-        kind = (layers if self.frozen else len(layers), stage == 0, stage == last, tensor, trained)
+        kind = (layers if self.frozen else len(layers), stage == 0, stage == last, tensor)
         if kind not in self._counted:
             shares = stage == last > 0 and self.placement.rank_of(0) == self.placement.rank_of(stage)
             built = _meta_stage(
                 self.config.model, layers, stage, last + 1, (tensor, self.layout.size("tensor")), shares
             )
-            self._counted[kind] = built.num_parameters(without=self.frozen if trained else frozenset())
-        return self._counted[kind]
+            self._counted[kind] = built.num_parameters(), built.num_parameters(without=self.frozen)
+        every, not_frozen = self._counted[kind]
+        return not_frozen if trained else every
 
     def _pipeline(self) -> str:
         schedule, microbatches = self.config.parallel.schedule, self.config.gradient_accumulation_steps
@@ -473,7 +478,7 @@ def _check_parameter_groups(plan: Plan) -> None:
     model, origin = plan.config.model, plan.config.origin
     faults = [
         Fault((*key, number, "match"), f"={groups[number].match!r}{text}")
-        for number, text in rule_faults(plan.requirements.shapes, groups)
+        for number, text in rule_faults(plan.shapes, groups)
     ]
     report([origin.line(fault) for fault in faults])
     whole = _meta_stage(model, range(model.num_hidden_layers), 0, 1, (0, plan.layout.size("tensor")))

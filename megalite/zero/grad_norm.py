@@ -16,15 +16,17 @@ def mark_counted_in_norm(stage: Stage, mesh: Mesh) -> None:
     for placed in stage.placed_parameters:
         parameter, is_copy = placed.parameter, placed.parameter is copy
         alike = {*mesh.layout.names_of("model")} - {"pipeline", *placed.shards[0].spec.sharding}
-        counts = not is_copy and mesh.is_first_along(*alike)
-        parameter.ds_pipe_replicated = is_copy  # pyright: ignore[reportAttributeAccessIssue]
-        parameter.model_parallel = counts  # pyright: ignore[reportAttributeAccessIssue]
+        _mark(parameter, counts=not is_copy and mesh.is_first_along(*alike), is_copy=is_copy)
 
 
 def mark_counted(parameter: nn.Parameter) -> None:
     """Mark a parameter that this rank alone holds."""
-    parameter.ds_pipe_replicated = False  # pyright: ignore[reportAttributeAccessIssue]
-    parameter.model_parallel = True  # pyright: ignore[reportAttributeAccessIssue]
+    _mark(parameter, counts=True, is_copy=False)
+
+
+def _mark(parameter: nn.Parameter, *, counts: bool, is_copy: bool) -> None:
+    parameter.ds_pipe_replicated = is_copy  # pyright: ignore[reportAttributeAccessIssue]
+    parameter.model_parallel = counts  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_counted_in_norm(parameter: nn.Parameter) -> bool:

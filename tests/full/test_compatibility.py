@@ -1,6 +1,5 @@
 """What goes with what: the page is that of the rules, and what the rules let through trains as one process does."""
 
-from functools import cache
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -8,13 +7,13 @@ from random import Random
 import pytest
 from compatibility_page import OTHERS, SCHEDULES, composition_page
 from harness import run_distributed
-from training import Trace, train_in_plain_torch, train_rank
+from parity import TOLERANCE, reference
+from training import Trace, train_rank
 
 from megalite.errors import UserError
 from megalite.training.plan import prepare
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "composition.md"
-TOLERANCE = 1e-5
 SMALL = (
     *("model.num_hidden_layers=8", "model.hidden_size=64", "model.intermediate_size=96", "model.vocab_size=512"),
     *("data.sequence_length=48", "train.global_batch_size=16", "train.micro_batch_size=2", "train.steps=4"),
@@ -141,13 +140,6 @@ def setting_is_in(setting: str, word: str) -> bool:
     key, _, value = setting.partition("=")
     section, _, name = key.rpartition(".")
     return word.startswith(f"{section}={{") and f"{name}: {value}" in word
-
-
-@cache
-def reference(corpus: Path, content: str, overrides: tuple[str, ...]) -> Trace:
-    path = corpus.parent / "composition.yaml"
-    path.write_text(content)
-    return train_in_plain_torch(path, [*overrides, f"run.dir={corpus.parent}"])
 
 
 def check(

@@ -31,8 +31,8 @@ def die_in(path: str, overrides: Sequence[str], point: str, rank: int) -> None:
     work, calls = getattr(engine, point), itertools.count(1)
     per_step = 1 if point == "step" else trainer.config.gradient_accumulation_steps
 
-    def dying(*arguments: object) -> object:
-        result = work(*arguments)
+    def dying(*arguments: object, **keywords: object) -> object:
+        result = work(*arguments, **keywords)
         if next(calls) == (STEP - 1) * per_step + 1 and trainer.mesh.rank == rank:
             os.kill(os.getpid(), signal.SIGKILL)
         return result

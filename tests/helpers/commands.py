@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import warm
+from training import TINY_MODEL
 
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
@@ -35,15 +36,7 @@ LAUNCHERS = [by_hand, by_torchrun, by_deepspeed]
 
 Launcher = Callable[[], list[str]]
 
-TINY = (
-    "model.vocab_size=256",
-    "model.hidden_size=32",
-    "model.num_attention_heads=4",
-    "model.num_key_value_heads=2",
-    "model.intermediate_size=48",
-    "data.sequence_length=24",
-    "data.split=[0.9, 0.1]",
-)
+TINY = (*TINY_MODEL, "data.split=[0.9, 0.1]")
 
 
 def megalite(*arguments: str, status: int = 0, fresh: bool = False) -> subprocess.CompletedProcess[str]:

@@ -34,6 +34,15 @@ QUICKSTART_MODEL: dict[str, Any] = {
 
 NARROW = ("model.hidden_size=64", "model.intermediate_size=176")
 """Overrides that leave that model's heads and layers, and a tenth of its arithmetic: for tests of anything else."""
+TINY_MODEL = (
+    "model.vocab_size=256",
+    "model.hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.intermediate_size=48",
+    "data.sequence_length=24",
+)
+"""Overrides for the smallest model: for tests that compare every element, or start whole commands."""
 FEW_TOKENS = 512
 """A vocabulary that still holds the made-up corpus's tokens; that model's own is half of its parameters."""
 

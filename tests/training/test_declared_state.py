@@ -27,7 +27,7 @@ def held(checkpoint: Path, name: str) -> np.ndarray:
     reader = CheckpointReader(checkpoint)
     shape = reader.manifest.tensors[name].shape
     out = np.empty(shape, np.float32)
-    reader.read(name, Region((0,) * len(shape), shape), out)
+    reader.read(name, Region.whole(shape), out)
     return out
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import run_distributed
-from training import build_trainer
+from training import TINY_MODEL, build_trainer
 
 from megalite.checkpoint.fragments import Fragment
 from megalite.model.stage import Stage
@@ -20,15 +20,7 @@ from megalite.parallel.sharding import local_shards
 from megalite.tensor_parallel.init import initialise_parameter
 from megalite.verify.parity_report import GRADIENT_TOLERANCE, UPDATE_TOLERANCE, ParityReport
 
-TINY = (
-    "model.vocab_size=256",
-    "model.hidden_size=32",
-    "model.num_attention_heads=4",
-    "model.num_key_value_heads=2",
-    "model.intermediate_size=48",
-    "data.sequence_length=24",
-    "train.global_batch_size=8",
-)
+TINY = (*TINY_MODEL, "train.global_batch_size=8")
 GPT2 = (
     "model={architecture: gpt2, vocab_size: 256, hidden_size: 32, num_hidden_layers: 4, num_attention_heads: 4,"
     " max_position_embeddings: 24}"
