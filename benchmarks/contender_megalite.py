@@ -55,7 +55,7 @@ class Megalite(Contender):
         from megalite.data.datasets import Datasets
         from megalite.data.indexed.writer import IndexedDatasetWriter
         from megalite.parallel.mesh import joined_mesh, local_device
-        from megalite.training.plan import prepare
+        from megalite.planning.plan import prepare
         from megalite.training.trainer import Trainer
 
         with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from workload import Job
 
 from megalite.model import transformer
-from megalite.model.stage import Embedding, Head
+from megalite.model.embedding import Embedding, Head
 from megalite.pipeline import executor
 from megalite.tensor_parallel import layers
 from megalite.tensor_parallel.cross_entropy import VocabParallelLogits

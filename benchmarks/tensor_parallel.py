@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from machine import describe
 
-from megalite.config import LlamaConfig
+from megalite.model.families.llama.config import LlamaConfig
 from megalite.model.microbatch import Microbatch
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup

@@ -1,10 +1,58 @@
-"""A trainer for large Transformers; `megalite.__version__` is its version. Importing it loads nothing else."""
+"""A trainer for large Transformers. Its public names are loaded when they are first used, since torch takes seconds."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megalite.api import RunResult, train
+    from megalite.config import RunConfig, load_run_config
+    from megalite.data.registered import TokenDataset, TokenSample, register_dataset
+    from megalite.errors import RunFailed, UserError
+    from megalite.model.loss import register_loss
+    from megalite.monitoring.callback import Callback, RunEnd, RunStart, register_callback
+    from megalite.monitoring.step_report import StepReport
+
+    __version__: str
+
+_MODULES = {
+    **dict.fromkeys(("RunResult", "train"), "api"),
+    **dict.fromkeys(("RunConfig", "load_run_config"), "config"),
+    **dict.fromkeys(("TokenDataset", "TokenSample", "register_dataset"), "data.registered"),
+    **dict.fromkeys(("RunFailed", "UserError"), "errors"),
+    "register_loss": "model.loss",
+    **dict.fromkeys(("Callback", "RunEnd", "RunStart", "register_callback"), "monitoring.callback"),
+    "StepReport": "monitoring.step_report",
+}
+__all__ = [
+    "Callback",
+    "RunConfig",
+    "RunEnd",
+    "RunFailed",
+    "RunResult",
+    "RunStart",
+    "StepReport",
+    "TokenDataset",
+    "TokenSample",
+    "UserError",
+    "__version__",
+    "load_run_config",
+    "register_callback",
+    "register_dataset",
+    "register_loss",
+    "train",
+]
 
 
-def __getattr__(name: str) -> str:
-    """Look the version up when somebody asks: reading the metadata of a package takes longer than the import."""
-    if name != "__version__":
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("megalite")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib.metadata import version
+    from importlib import import_module
 
-    return version("megalite")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -22,6 +22,10 @@ class CommonError(UserError):
     """A UserError that every rank raises with the same message; rank 0 alone prints it."""
 
 
+class RunFailed(RuntimeError):
+    """A run failed in the processes of its ranks; the message has the rank that failed first and what it wrote."""
+
+
 class RanksMissing(RuntimeError):
     """Some ranks did not reach the rendezvous in time. No user input need be wrong: another start may succeed."""
 

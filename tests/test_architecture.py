@@ -18,27 +18,31 @@ PACKAGE = Path(__file__).parents[1] / "megalite"
 ORDER = (
     "errors",  # UserError, exit statuses
     "files",  # atomic writes, locks
+    "registry",  # what a run file can name, plugins' own among it
     "paths",  # ~ and variables in paths
     "text_encoding",  # text that is no UTF-8
+    "settings",  # sections of settings, kinds of values, faults
     "kernels",  # which implementation computes products and attention
     "parallel",  # layout, placement, mesh, sharding, regions of tensors
     "tensor_parallel",  # layers and collectives of the tensor axis
     "launch",  # ranks are started and find each other
     "pipeline",  # schedules as data, and what runs them
     "optim",  # optimizers and what they declare, parameter groups, learning rates
+    "model",  # the families, the stage that they are built into, and what follows from it
     "config",  # the run file and the DeepSpeed JSON
-    "model",  # the Transformer and what follows from its shape
     "slurm",  # batch scripts
     "data",  # from text to microbatches in host memory
     "checkpoint",  # the format on disk
     "convert",  # Hugging Face's and Megatron's formats
     "monitoring",  # metrics, heartbeats, the run's state and pictures
+    "planning",  # what a run will need, checked before it starts
     "zero",  # the sharding engine on DeepSpeed
     "fsdp",  # the sharding engine on torch's FSDP2
     "generation",  # text from a model
-    "training",  # one run: plan, loop, saving, resuming
+    "training",  # one run: assembly, loop, saving, resuming
     "doctor",  # checks of machines
     "verify",  # one step of a layout against one process
+    "api",  # a run from Python
     "cli",  # a thin file a verb
     "__main__",
 )
@@ -49,16 +53,24 @@ PURE_PIPELINE = (
 )
 HEAVY = ("torch", "deepspeed", "matplotlib")
 LIGHT = (
-    *("errors", "files", "paths", "text_encoding", "launch", "config", "slurm", "checkpoint", "convert", "cli"),
+    *("errors", "files", "paths", "registry", "settings", "text_encoding"),
+    *("launch", "config", "slurm", "checkpoint", "convert", "cli"),
     *(f"parallel.{name}" for name in ("layout", "placement", "sharding", "regions", "network_interfaces")),
-    *(f"model.{name}" for name in ("shapes", "flops", "weights")),
+    *(
+        f"model.{name}"
+        for name in ("config", "families", "family", "formats", "recompute", "registry", "structure", "weights")
+    ),
     *(f"optim.{name}" for name in ("registry", "parameter_groups", "learning_rate")),
     *(f"monitoring.{name}" for name in ("heartbeat", "run_folder", "run_state", "run_status", "stragglers")),
-    *("training.stop_requests", "training.memory_estimate", "doctor.report"),
+    *(f"planning.{name}" for name in ("plan", "preflight", "description", "memory_estimate", "finished")),
+    *("training.stop_requests", "doctor.report"),
     *(f"verify.{name}" for name in ("layouts", "parity_report", "scaled_down", "table")),
     *PURE_PIPELINE,
 )
-NOT_LIGHT = ("launch.rendezvous", "convert.logits_check")
+NOT_LIGHT = (
+    *("launch.rendezvous", "convert.logits_check"),
+    *(f"model.families.{family}.layers" for family in ("llama", "gpt2", "gpt_neox")),
+)
 TORCH_FILES = "convert.megatron.torch_file"
 PICKLES = ("pickle", "cloudpickle", "dill", "shelve", "marshal")
 
@@ -168,7 +180,7 @@ def test_only_zero_imports_deepspeed() -> None:
 
 def test_only_the_command_line_and_the_comparison_of_a_step_know_train() -> None:
     knowing = [module for name in ("train", "trainer") for module in importers_of(f"megalite.training.{name}")]
-    assert [module for module in knowing if not is_in(module, "cli")] == ["training.train", "verify.comparison"]
+    assert [module for module in knowing if not is_in(module, "cli")] == ["api", "training.train", "verify.comparison"]
 
 
 @pytest.mark.parametrize("module", [module for module in sources() if is_in(module, "monitoring")])

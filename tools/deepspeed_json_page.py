@@ -6,7 +6,7 @@ from typing import Any
 
 from megalite.config.deepspeed.rules import ByType, Derived, Honoured, Off, Refused, Unused
 from megalite.config.deepspeed.table import TABLE
-from megalite.config.validation import show
+from megalite.settings.validation import show
 
 _HEAD = """\
 # The DeepSpeed JSON

@@ -37,6 +37,7 @@ PROGRAMS = (
 """A line of a block without prompts is a command if it begins with one of these words."""
 ARROW = "►"
 """A block with this sign is a drawing."""
+_FILE = re.compile(r"# \S+\.(yaml|py)")
 NARROW = {"hidden_size": 64, "intermediate_size": 176}
 SECONDS = 900.0
 USER_ERROR = "megalite: error: "
@@ -80,7 +81,7 @@ def commands(page: str, text: str) -> list[Command]:
     """Return the commands of a page in their order: with prompts, each with its output, or one command per line."""
     found: list[Command] = []
     for start, language, lines in blocks(text):
-        if language == "python":
+        if language == "python" and not _FILE.fullmatch(lines[0]):
             found.append(Command(page, start, f"Python: {lines[0]}", script="\n".join(lines)))
         if language not in ("", "sh", "bash", "console") or any(ARROW in line for line in lines):
             continue
@@ -103,12 +104,12 @@ def commands(page: str, text: str) -> list[Command]:
     return found
 
 
-def run_files(text: str) -> dict[str, str]:
-    """Return the run files of a page by name, which the first line of the block gives: ``# NAME.yaml``."""
+def page_files(text: str) -> dict[str, str]:
+    """Return the run files and modules of a page by name, which the first line of the block gives: ``# NAME.yaml``."""
     return {
         lines[0].removeprefix("# "): "\n".join(lines)
         for _, language, lines in blocks(text)
-        if language == "yaml" and re.fullmatch(r"# \S+\.yaml", lines[0])
+        if language in ("yaml", "python") and _FILE.fullmatch(lines[0])
     }
 
 
@@ -153,6 +154,13 @@ def prompts(here: Path) -> None:
     (here / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
+def plugin(here: Path) -> None:
+    """Write the module that the page on plugins shows."""
+    text = (ROOT / "docs/howto/extend.md").read_text(encoding="utf-8")
+    module = next(lines for _, language, lines in blocks(text) if language == "python")
+    (here / "my_plugin.py").write_text("\n".join(module) + "\n")
+
+
 def nothing(here: Path) -> None:
     pass
 
@@ -174,6 +182,7 @@ PAGES = (
     Page("docs/reference/checkpoint_format.md", after=TUTORIAL),
     Page("docs/reference/python_api.md", after=TUTORIAL),
     Page("docs/howto/generate.md", after=TUTORIAL, prepare=prompts),
+    Page("docs/howto/extend.md", after=TUTORIAL, prepare=plugin),
     Page("docs/howto/pretrain_7b.md"),
     Page("docs/concepts/schedules.md"),
     Page("docs/reference/megatron_checkpoints.md"),
@@ -186,6 +195,7 @@ PAGES = (
     Page("docs/howto/doctor.md", after=GUIDE),
     Page("docs/howto/verify.md", after=GUIDE),
     Page("docs/howto/move_from_others.md", after=GUIDE),
+    Page("docs/howto/add_a_model_family.md", after=GUIDE),
     Page("docs/reference/command_line.md", after=GUIDE),
 )
 
@@ -327,9 +337,11 @@ def check(page: Page, here: Path) -> int:
     """Run a page's commands in a folder; return how many did not do what the page says."""
     wrong = 0
     page.prepare(here)
-    for name, content in run_files((ROOT / page.path).read_text()).items():
+    for name, content in page_files((ROOT / page.path).read_text()).items():
+        (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text(content)
-        narrow(here / name)
+        if name.endswith(".yaml"):
+            narrow(here / name)
     for command in of_page(page.path):
         if (reason := LEFT_OUT.get(page.path, {}).get(command.text)) is not None:
             print(f"left out  {page.path}:{command.line}: {command.text}: {reason}", flush=True)

@@ -15,25 +15,22 @@ from pydantic.fields import FieldInfo
 
 from megalite.config.data import DataSection, DataSource, ValidationSet
 from megalite.config.run_config import RunConfig
-from megalite.config.section import Section, fields_of, sections_in
 from megalite.config.sections import (
     CheckpointSection,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    ModelConfig,
     OptimizerSection,
     ParallelSection,
     ParameterGroupSection,
     RampupSection,
-    RopeScaling,
     RunSection,
     ScheduleSection,
     SpikeSection,
     TrainSection,
 )
-from megalite.config.validation import show
-from megalite.config.values import Kind
+from megalite.model.config import ModelConfig, RopeScaling
+from megalite.model.registry import FAMILIES
+from megalite.settings.section import Section, fields_of, sections_in
+from megalite.settings.validation import show
+from megalite.settings.values import Kind
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "run_file.md"
 HEAD = "| key | default | allowed | meaning |\n| --- | --- | --- | --- |\n"
@@ -41,10 +38,8 @@ REQUIRED = "required"
 GROUPS: Mapping[str, tuple[str, type[Section]]] = {
     "run": ("run.", RunSection),
     "model": ("model.", ModelConfig),
-    "model llama": ("model.", LlamaConfig),
     "model.rope_scaling": ("model.rope_scaling.", RopeScaling),
-    "model gpt2": ("model.", GPT2Config),
-    "model gpt_neox": ("model.", GPTNeoXConfig),
+    **{f"model {family.name}": ("model.", family.config) for family in FAMILIES.values()},
     "data": ("data.", DataSection),
     "data.train": ("data.train[].", DataSource),
     "data.valid": ("data.valid[].", ValidationSet),

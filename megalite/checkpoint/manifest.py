@@ -14,9 +14,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from megalite.checkpoint.safetensors_file import ENCODINGS, FileRecord
 from megalite.checkpoint.special_tokens import DocumentTokens
-from megalite.config.validation import validation_lines
 from megalite.errors import UserError
 from megalite.parallel.regions import Region
+from megalite.settings.validation import validation_lines
 
 FORMAT = "megalite checkpoint"
 VERSION = 1

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from megalite.config.validation import show
 from megalite.errors import UserError
+from megalite.settings.validation import show
 
 TokenId = Annotated[int, Field(ge=0)]
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -12,11 +12,12 @@ from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.special_tokens import DocumentTokens
 from megalite.config import read_model
-from megalite.config.validation import validation_lines
 from megalite.errors import UserError
-from megalite.model.shapes import weight_shapes
+from megalite.model.registry import FAMILIES
+from megalite.model.structure import weight_shapes
 from megalite.model.weights import Weights, WeightValues
 from megalite.parallel.regions import Region
+from megalite.settings.validation import validation_lines
 
 WEIGHT = f"{WEIGHT_KIND}/"
 """The prefix of weights' names in a checkpoint; optimizer state has the optimizer's names as prefixes."""
@@ -32,10 +33,10 @@ class CheckpointWeights:
         try:
             self.model = read_model(reader.manifest.model)
         except ValidationError as error:
-            reason = validation_lines(error, below=1, whole="model")[0]
-            raise UserError(
-                f"{self.origin}: the manifest's model is not valid: {reason}; use another checkpoint"
-            ) from error
+            reason, fix = validation_lines(error, whole="model")[0], "use another checkpoint"
+            if reader.manifest.model.get("architecture") not in FAMILIES:
+                fix = "name the module that registers its family with plugins of the run file, or with --plugin"
+            raise UserError(f"{self.origin}: the manifest's model is not valid: {reason}; {fix}") from error
         tensors = reader.manifest.tensors.items()
         self.shapes = {name.removeprefix(WEIGHT): tensor.shape for name, tensor in tensors if name.startswith(WEIGHT)}
         if rows := shape_mismatches(weight_shapes(self.model), self.shapes):

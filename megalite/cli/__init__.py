@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from megalite.cli import convert, doctor, generate, inspect, preprocess, slurm, status, tokenizer, train, verify
+from megalite.cli import convert, doctor, generate, inspect, preprocess, schema, slurm, status, tokenizer, train, verify
 from megalite.cli.argument_paths import expand_paths
 from megalite.cli.exit import leave, named_stdout, say_failure, say_lost_output, say_user_error, stdout_refused
 from megalite.errors import USER_ERROR_STATUS, CommonError, RanksMissing, UserError, nearest
@@ -41,7 +41,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_megalite)
-    for verbs in (tokenizer, preprocess, doctor, train, slurm, status, verify, inspect, generate, convert):
+    for verbs in (tokenizer, preprocess, doctor, train, slurm, status, verify, inspect, generate, convert, schema):
         verbs.register(app)
     for command in app.registered_commands:
         command.help = _paragraphs(command.callback.__doc__ or "")

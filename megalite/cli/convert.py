@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalite.cli.plugin_option import Plugins, load_plugins
 from megalite.cli.progress import byte_progress
 from megalite.errors import UserError
 
@@ -63,6 +64,7 @@ def convert(
         Path | None,
         typer.Option(help="Of a Megatron checkpoint: a run file, or its section model, before the options it tells."),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Convert a model: a Hugging Face folder into a checkpoint, and a checkpoint into a Hugging Face folder."""
     from megalite.checkpoint.model_files import TIKTOKEN_SUFFIX
@@ -74,6 +76,7 @@ def convert(
     from megalite.generation.tokenization import untrained_beginning
 
     shard_bytes = _bytes(max_shard_size)
+    load_plugins(plugin)
     require_checkpoint(source)
     weights = _open(source, max_positions, model)
     target = to or (Target.hf if isinstance(weights, CheckpointWeights) else Target.megalite)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalite.cli.override_argument import Overrides
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local
 from megalite.paths import escape
 
 if TYPE_CHECKING:
     from megalite.doctor.report import Report
-    from megalite.training.plan import Plan
+    from megalite.planning.plan import Plan
 
 _REPORT = "report.json"
 
@@ -26,10 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def _doctor(
     run: Annotated[Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run file.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
-    ] = None,
+    overrides: Overrides = None,
     report_into: Annotated[
         Path | None, typer.Option(hidden=True, help="Be a rank; rank 0 writes what is found there.")
     ] = None,
@@ -85,7 +83,7 @@ def _be_a_rank(
 
 
 def _prepare(run: Path | None, overrides: list[str], world_size: int | None) -> "Plan | None":
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     return None if run is None else prepare(run, overrides, world_size)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from megalite.cli.generate_output import audience, nobody, summary
+from megalite.cli.plugin_option import Plugins, load_plugins
 from megalite.cli.progress import byte_progress
 from megalite.errors import USER_ERROR_STATUS, UserError
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local
@@ -62,6 +63,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are continued together.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each prompt.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write the texts to this file, not to the console.")] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Continue texts with a trained model.
 
@@ -81,6 +83,7 @@ def generate(
     from megalite.generation.prompts import read_prompts
     from megalite.generation.request import Limits, Sampling, prepare
 
+    load_plugins(plugin)
     require_checkpoint(model)
     job = prepare(
         model,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalite.cli.override_argument import Overrides
 from megalite.errors import UserError, nearest
 from megalite.files import writing
 from megalite.slurm import LAUNCHERS, Job, ranks_per_node, render, tensor_over_nodes_warning
@@ -46,10 +47,7 @@ def register(app: typer.Typer) -> None:
 def _slurm(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
     nodes: Annotated[int, typer.Option(min=1, help="How many nodes the job has.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
-    ] = None,
+    overrides: Overrides = None,
     launcher: Annotated[str, typer.Option(help=f"What starts the ranks: {', '.join(LAUNCHERS)}.")] = "srun",
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the script to a file; submit nothing.")
@@ -164,7 +162,7 @@ def _checked(
     """Return the run as its ranks will resolve it."""
     from megalite.config import load_run_config
     from megalite.convert.open import section_of_weights
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     config = load_run_config(run, overrides, section_of_weights)
     if config.resume != "auto" and max_restarts:

@@ -1,14 +1,14 @@
 """``megalite train``: launch the ranks of a run on this machine, or be one of them."""
 
 import faulthandler
-import math
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from megalite.cli.override_argument import Overrides
 from megalite.launch import (
     LaunchEnvironment,
     announce,
@@ -16,15 +16,8 @@ from megalite.launch import (
     die_with_parent,
     is_interactive_shell,
     launch_environment,
-    launch_local,
-    start_id,
     tee_to_log,
 )
-from megalite.paths import escape
-
-if TYPE_CHECKING:
-    from megalite.monitoring.run_state import RunStateWriter
-    from megalite.training.plan import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -34,10 +27,7 @@ def register(app: typer.Typer) -> None:
 
 def _train(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
-    ] = None,
+    overrides: Overrides = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -72,44 +62,16 @@ def _launch(run: Path, overrides: list[str], dry_run: bool) -> None:
     if is_interactive_shell(os.environ):
         typer.echo("megalite: this is an interactive shell of Slurm: the ranks are started on this machine", err=True)
     announce(f"checking {run.name or run}")  # before the imports, which may take a second
-    from megalite.files import folder_lock
-    from megalite.training.finished import finished_step
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
+    from megalite.training.local_launch import check_before_launch, launch_ranks, state_writer
 
     plan = prepare(run, overrides, None)
-    folder, world_size = plan.config.run.dir, plan.layout.world_size
-    plan.check_start()
-    if (step := finished_step(plan)) is not None:
+    if (step := check_before_launch(plan)) is not None:
         clear_announcement()
         typer.echo(f"nothing is left to train: step {step:,} of {plan.config.train.steps:,} is done")
-        typer.echo(f"run: {folder}")
+        typer.echo(f"run: {plan.config.run.dir}")
         return
-    plan.check_data()
-    with folder_lock(folder, f"run.dir={folder}"):
-        pass  # rank 0 takes it for the run; this ends a second run before its ranks start
-    marker = _marker(plan)
-    marker.starting(f"starting {world_size:,} {'rank' if world_size == 1 else 'ranks'}")
-    status = launch_local(
-        ["train", escape(run), *overrides],
-        world_size,
-        folder / "logs",
-        stop_grace=math.inf,  # they save a checkpoint before they end
-        max_restarts=plan.config.train.max_restarts,
-        failed=marker.failed,
-    )
-    raise typer.Exit(status)
-
-
-def _marker(plan: "Plan") -> "RunStateWriter":
-    from megalite.monitoring.run_state import RunStateWriter
-
-    return RunStateWriter(
-        plan.config.run.dir,
-        start_id(os.environ, socket.gethostname(), os.getpid()),
-        ranks=plan.layout.world_size,
-        steps=plan.config.train.steps,
-        announce=announce,
-    )
+    raise typer.Exit(launch_ranks(plan, run, overrides, state_writer(plan, announce), lambda reason: None))
 
 
 def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: LaunchEnvironment) -> None:
@@ -121,13 +83,14 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
         if environment.rank == 0:
             _dry_run(run, overrides, environment.world_size)
         return
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
+    from megalite.training.local_launch import state_writer
 
     plan = prepare(run, overrides, environment.world_size)
     if environment.launcher != "megalite":  # which keeps logs itself
         log = plan.config.run.dir / "logs" / f"rank_{environment.rank}.log"
         tee_to_log(log, rank=environment.rank, stdout=environment.rank != 0)
-    marker = _marker(plan)
+    marker = state_writer(plan, announce)
     try:
         if environment.rank == 0:
             marker.starting("importing torch and DeepSpeed")
@@ -145,24 +108,27 @@ def _be_a_rank(run: Path, overrides: list[str], dry_run: bool, environment: Laun
 def _dry_run(run: Path, overrides: list[str], world_size: int | None) -> None:
     """Make the checks of a start, by this process alone, and print the plan; what is not there is told."""
     announce(f"checking {run.name or run}")
+    from megalite.checkpoint import forecast
     from megalite.files import require_unlocked
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
+    from megalite.planning.preflight import check_present_data, check_start
 
     plan = prepare(run, overrides, world_size, tokenizer_may_be_absent=True)
     folder = plan.config.run.dir
-    plan.check_start()
-    datasets, absent = plan.check_present_data()
+    check_start(plan)
+    datasets, absent = check_present_data(plan)
     # Only now, since it imports torch, which takes seconds.
     from rich.console import Console
 
-    from megalite.training.resume import preview_start
+    from megalite.planning.description import describe
+    from megalite.planning.preview import preview_start
 
     start = preview_start(plan)
     require_unlocked(folder, f"run.dir={folder}")
-    description = plan.describe()
+    description = describe(plan)
     clear_announcement()
     Console().print(description)
     described = datasets.describe() if datasets is not None else []
     notes = (*plan.config.notes, *plan.config.deepspeed.notes, *plan.unchecked, *absent)
-    for line in (*notes, *described, plan.describe_checkpoints(), *start):
+    for line in (*notes, *described, forecast.describe(plan.config, plan.checkpoint_bytes), *start):
         typer.echo(line)

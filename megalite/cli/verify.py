@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from megalite.cli.override_argument import Overrides
 from megalite.errors import USER_ERROR_STATUS, UserError
 from megalite.launch import LaunchEnvironment, die_with_parent, launch_environment, launch_local, run_rank_subprocess
 from megalite.paths import escape
 
 if TYPE_CHECKING:
     from megalite.parallel.layout import ParallelLayout
-    from megalite.training.plan import Plan
+    from megalite.planning.plan import Plan
     from megalite.verify.table import LayoutResult
 
 _STOPPED = 128
@@ -32,10 +33,7 @@ def register(app: typer.Typer) -> None:
 
 def _verify(
     run: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="section.key=value", help="Settings in place of the run file's."),
-    ] = None,
+    overrides: Overrides = None,
     scale: Annotated[
         bool, typer.Option("--scale", help="A smaller model of the same shape: seconds on a laptop.")
     ] = False,
@@ -95,7 +93,7 @@ def _prepare(
     run: Path, overrides: Sequence[str], scale: bool, world_size: int | None
 ) -> "tuple[Plan, tuple[str, ...]]":
     from megalite.convert.open import open_weights
-    from megalite.training.plan import plan_of, prepare
+    from megalite.planning.plan import plan_of, prepare
     from megalite.verify.scaled_down import scale_down
 
     plan = prepare(run, overrides, world_size)
@@ -118,6 +116,7 @@ def _layouts(
 
     A layout of more than `limit` ranks cannot, where there is a limit; this is found before any data are read.
     """
+    from megalite.planning.preflight import check_data, check_start
     from megalite.verify.layouts import case_plan, layouts_of, read_layouts, require_cores, require_ranks, write_layout
 
     chosen = layouts_of(plan.layout) if given is None else read_layouts(given)
@@ -131,8 +130,8 @@ def _layouts(
             raise UserError(f"layout {write_layout(layout)}: {error}") from None
     if limit is not None:
         require_cores(plan, chosen, limit, _cores())
-    cases[-1].check_start()
-    cases[-1].check_data(keep_index=False)
+    check_start(cases[-1])
+    check_data(cases[-1], keep_index=False)
     return chosen
 
 

@@ -6,37 +6,27 @@ together. Whatever is wrong becomes one `UserError`: a line a fault, in the form
 allowed, the nearest fix*. Nothing here imports torch.
 """
 
-from megalite.config.activation_checkpointing import Recompute
 from megalite.config.cross_checks import tensor_size_fault
 from megalite.config.data import DataSection, DataSource, ValidationSet
 from megalite.config.load import load_run_config
 from megalite.config.run_config import RunConfig
 from megalite.config.sections import (
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    ModelConfig,
     OptimizerSection,
     RampupSection,
-    RopeScaling,
-    RotaryConfig,
     ScheduleSection,
     TrainSection,
-    read_model,
 )
+from megalite.model.config import ModelConfig
+from megalite.model.recompute import Recompute
+from megalite.model.registry import read_model
 
 __all__ = [
     "DataSection",
     "DataSource",
-    "GPT2Config",
-    "GPTNeoXConfig",
-    "LlamaConfig",
     "ModelConfig",
     "OptimizerSection",
     "RampupSection",
     "Recompute",
-    "RopeScaling",
-    "RotaryConfig",
     "RunConfig",
     "ScheduleSection",
     "TrainSection",

@@ -8,11 +8,12 @@ from megalite.config.activation_checkpointing import CHECKPOINT_INTERVAL, NUMBER
 from megalite.config.data import DataSection
 from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
-from megalite.config.section import divisors
-from megalite.config.sections import CheckpointSection, ModelConfig, ParallelSection, TrainSection
-from megalite.config.validation import Fault, Origin, alternatives, show
+from megalite.config.sections import CheckpointSection, ParallelSection, TrainSection
+from megalite.model.config import ModelConfig
 from megalite.parallel.layout import ParallelLayout
 from megalite.pipeline.schedules import refusal
+from megalite.settings.section import divisors
+from megalite.settings.validation import Fault, Origin, alternatives, show
 
 
 class Run(Protocol):

@@ -1,11 +1,14 @@
 """The section `data`: what is trained on, in which order, and what of it counts."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from megalite.config.section import (
+from megalite.config.registered import DATASET
+from megalite.config.source_forms import require_list_of_sources
+from megalite.settings.section import (
     SHARE,
     Count,
     FilePath,
@@ -17,9 +20,8 @@ from megalite.config.section import (
     Share,
     fields_of,
 )
-from megalite.config.source_forms import require_list_of_sources
-from megalite.config.validation import Fault, show
-from megalite.config.values import POSITIVE, TEXTS, Kind, choice
+from megalite.settings.validation import Fault, show
+from megalite.settings.values import POSITIVE, TEXTS, Kind, choice
 
 ORDER = choice("streaming", "megatron")
 SPLIT_VALIDATION = "valid"
@@ -40,6 +42,12 @@ def _weight(value: Any) -> float | str:
     return value if value == "auto" else POSITIVE.read(value)
 
 
+def _options(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) and key.isidentifier() for key in value):
+        raise ValueError
+    return value
+
+
 def _three_names(value: Any) -> list[str]:
     names = TEXTS.read(value)
     if len(names) != 3:
@@ -47,23 +55,45 @@ def _three_names(value: Any) -> list[str]:
     return names
 
 
+OPTIONS = Kind("a section of keyword arguments, such as {path: data/x}", _options)
 SHARES = Kind("two or three shares that sum to 1, such as [0.98, 0.01, 0.01], or whole numbers", _shares)
 WEIGHT = Kind("a number above 0, or 'auto' for the size in tokens", _weight)
 THREE_NAMES = Kind("three tokens: prefix, middle, suffix", _three_names)
 
 
-class DataSource(Section, frozen=True):
-    """One tokenised corpus, PREFIX.bin and PREFIX.idx, and its share of the samples."""
+class _Source(Section, frozen=True):
+    """A tokenised corpus, PREFIX.bin and PREFIX.idx, or a dataset that a plugin registers."""
 
-    prefix: FilePath
+    prefix: FilePath | None = None
+    dataset: Annotated[str | None, DATASET] = None
+    """A dataset that a plugin registers, in place of `prefix`."""
+    options: Annotated[dict[str, Any], OPTIONS] = {}
+    """Keyword arguments of the dataset."""
+
+    @property
+    def location(self) -> Path:
+        """The prefix, or the name of the dataset, for messages and records."""
+        return self.prefix or Path(self.dataset or "")
+
+    def faults(self) -> Iterator[Fault]:
+        if self.prefix is None and self.dataset is None:
+            yield Fault(("prefix",), " is missing; write a path, or dataset: the name of a registered dataset")
+        if self.prefix is not None and self.dataset is not None:
+            yield Fault(("dataset",), f"={show(self.dataset)} stands beside prefix; keep one of them")
+        if self.options and self.dataset is None:
+            yield Fault(("options",), f"={show(self.options)} belongs to a dataset, not to a prefix; leave it out")
+
+
+class DataSource(_Source, frozen=True):
+    """A source to train on, and its share of the samples."""
+
     weight: Annotated[float | Literal["auto"], WEIGHT] = 1.0
 
 
-class ValidationSet(Section, frozen=True):
-    """One tokenised corpus to evaluate on, under a name of its own."""
+class ValidationSet(_Source, frozen=True):
+    """A source to evaluate on, under a name of its own."""
 
-    prefix: FilePath
-    name: Name = Field(default_factory=lambda given: given["prefix"].name)
+    name: Name = Field(default_factory=lambda given: (given["prefix"] or Path(given["dataset"] or "valid")).name)
 
 
 class DataSection(Section, frozen=True):
@@ -113,6 +143,10 @@ class DataSection(Section, frozen=True):
             index = automatic.index(False)
             text = f"={show(self.train[index].weight)} stands beside weights that are auto; write auto for all or none"
             yield Fault(("train", index, "weight"), text)
+        registered = next((source.dataset for source in (*self.train, *self.valid) if source.dataset), None)
+        if registered is not None and self.order == "megatron":
+            text = f"='megatron' is an order of tokenised corpora, and {registered!r} is a registered dataset"
+            yield Fault(("order",), f"{text}; write streaming")
         if self.fim_rate and self.tokenizer is None:
             yield Fault(("fim_rate",), f"={show(self.fim_rate)} cuts text, and there is no data.tokenizer; give it")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from megalite.config.sections import ParallelSection
-from megalite.config.validation import Fault, Key, Origin
+from megalite.settings.validation import Fault, Key, Origin
 
 Engine = Literal["torch", "deepspeed"]
 

@@ -17,25 +17,28 @@ from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.model_of_weights import SectionReader, fill_model
 from megalite.config.not_a_run_file import require_no_folder, require_sections
+from megalite.config.plugins import import_plugins
 from megalite.config.run_config import RunConfig
-from megalite.config.section import Section, fields_of, sections_in
-from megalite.config.sections import ARCHITECTURES, FAMILIES, ModelConfig, OptimizerSection
+from megalite.config.sections import OptimizerSection, run_sections_in
 from megalite.config.shortened_run import shorten
 from megalite.config.source_forms import is_text
 from megalite.config.suggestions import unknown_key
 from megalite.config.text_file import read_text
-from megalite.config.validation import Fault, FaultsError, Key, Origin, alternatives, report, show
-from megalite.config.values import PATH_TEXT, Kind, nearest_value
 from megalite.config.yaml12 import Loader
 from megalite.errors import UserError
+from megalite.model.config import ModelConfig
+from megalite.model.registry import FAMILIES
+from megalite.settings.section import Section, fields_of
+from megalite.settings.validation import Fault, FaultsError, Key, Origin, report, show
+from megalite.settings.values import PATH_TEXT, Kind
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = (), read_section: SectionReader | None = None) -> RunConfig:
     """Read a run file, with the DeepSpeed JSON that it names and ``section.key=value`` overrides.
 
     An override's value is YAML, and its key may reach into the JSON: ``deepspeed.zero_optimization.stage=2``. The
-    JSON's path is relative to the working directory. With `read_section` the weights of `init_from` complete the
-    section `model`.
+    JSON's path is relative to the working directory. The modules of `plugins` are imported. With `read_section` the
+    weights of `init_from` complete the section `model`.
 
     Raises:
         UserError: a file that is missing or cannot be parsed; keys, types or values that are not allowed; all of them
@@ -49,6 +52,7 @@ def load_run_config(path: Path, overrides: Sequence[str] = (), read_section: Sec
             document["deepspeed"] = value
     deepspeed_origin = _load_deepspeed(document, origin, path.parent)
     report([line for key, value in given if key != ("deepspeed",) and (line := _assign(document, key, value))])
+    import_plugins(document.get("plugins"), origin)
     _load_sources(document, origin)
     if read_section is not None:
         report(list(map(origin.line, fill_model(document, read_section))))
@@ -207,10 +211,8 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 
 def _translate(error: ErrorDetails, document: Mapping[str, Any]) -> Iterator[Fault]:
     """Turn one of pydantic's errors in a document into ours; its own text, which speaks of Python, is never shown."""
-    section, name = _owner(error["loc"])
     key = error["loc"]
-    if key[:1] == ("model",) and key[1:2] and key[1] in ARCHITECTURES:
-        key = (key[0], *key[2:])  # pydantic names the member of the union that it tried
+    section, name = _owner(key, document)
     cause = error.get("ctx", {}).get("error")
     match error["type"]:
         case "default_factory_not_called":
@@ -224,25 +226,20 @@ def _translate(error: ErrorDetails, document: Mapping[str, Any]) -> Iterator[Fau
             yield Fault(key, f" {state}; write {_words(section, name)}")
         case "extra_forbidden":
             yield unknown_key(key, error["input"], section, RunConfig)
-        case "union_tag_not_found":
-            yield Fault((*key, "architecture"), f" is missing; write {alternatives(ARCHITECTURES)}")
-        case "union_tag_invalid":
-            tag = error["input"]["architecture"]
-            near = nearest_value(tag, tuple(ARCHITECTURES), FAMILIES)
-            yield Fault((*key, "architecture"), f"={show(tag)} is not {alternatives(ARCHITECTURES)}{near}")
         case _:
             yield Fault(key, f"={show(error['input'])} is not {_words(section, name)}")
 
 
-def _owner(loc: Key) -> tuple[type[Section], str]:
+def _owner(key: Key, document: Mapping[str, Any]) -> tuple[type[Section], str]:
     """Return the section that an error's last part belongs to, and that part."""
     section: type[Section] = RunConfig
-    for part in loc[:-1]:
-        if part in ARCHITECTURES and issubclass(section, ModelConfig):
-            section = ARCHITECTURES[str(part)]
+    for part in key[:-1]:
+        if part == "model" and section is RunConfig:
+            family = FAMILIES.get(str(document["model"].get("architecture")))
+            section = ModelConfig if family is None else family.config
         elif isinstance(part, str):
-            section = next(sections_in(fields_of(section)[part].annotation))
-    return section, str(loc[-1]) if loc else ""
+            section = next(run_sections_in(fields_of(section)[part].annotation))
+    return section, str(key[-1]) if key else ""
 
 
 def _words(section: type[Section], name: str) -> str:
@@ -251,7 +248,7 @@ def _words(section: type[Section], name: str) -> str:
     kinds = [item for item in info.metadata if isinstance(item, Kind)] if info is not None else []
     if kinds:
         return kinds[0].words
-    owned = next(sections_in(info.annotation), None) if info is not None else section
+    owned = next(run_sections_in(info.annotation), None) if info is not None else section
     listed = f"{{{', '.join(fields_of(owned))}}}" if owned is not None else "a section"
     several = info is not None and get_origin(info.annotation) is tuple
     return f"a list of {listed}" if several else f"a section {listed}"

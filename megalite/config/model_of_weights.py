@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from megalite.config.section import FilePath
-from megalite.config.sections import ARCHITECTURES
-from megalite.config.validation import Fault, show
+from megalite.model.registry import FAMILIES
+from megalite.settings.section import FilePath
+from megalite.settings.validation import Fault, show
 
 SectionReader = Callable[[Path], Mapping[str, Any]]
 """Returns the section `model` of the weights at a path, every key of it; raises UserError where there are none."""
@@ -52,10 +52,10 @@ def fill_model(document: dict[str, Any], read_section: SectionReader) -> list[Fa
 
 
 def _is_complete(section: Mapping[str, Any]) -> bool:
-    kind = ARCHITECTURES.get(str(section.get("architecture")))
-    if kind is None:
+    family = FAMILIES.get(str(section.get("architecture")))
+    if family is None:
         return "architecture" in section  # of no known name, which is told
-    return all(section.get(name) is not None for name, info in kind.model_fields.items() if info.is_required())
+    return all(section.get(name) is not None for name, info in family.config.model_fields.items() if info.is_required())
 
 
 def _plain(value: Any) -> Any:

@@ -6,9 +6,9 @@ from typing import Any
 
 from megalite.config.deepspeed.table import TABLE
 from megalite.config.run_config import RunConfig
-from megalite.config.section import fields_of
-from megalite.config.validation import show
 from megalite.errors import UserError
+from megalite.settings.section import fields_of
+from megalite.settings.validation import show
 
 _RUN_FILES = ("config.yaml", "run.yaml")
 """The run file of a run's folder or of a checkpoint, which megalite writes, and its usual name elsewhere."""

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
+from typing import Annotated
 
 import yaml
-from pydantic import Field, InstanceOf
+from pydantic import Field, InstanceOf, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 
-from megalite.config.activation_checkpointing import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS, Recompute
+from megalite.config.activation_checkpointing import CHECKPOINT_INTERVAL, NUMBER_CHECKPOINTS
 from megalite.config.cross_checks import (
     deepspeed_faults,
     fit_faults,
@@ -22,28 +24,33 @@ from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.deepspeed.zero_rates import zero_rate_note
 from megalite.config.engine_choice import Engine, chosen_engine, engine_faults
-from megalite.config.section import FilePath, PathText, Section
+from megalite.config.plugins import PLUGINS
 from megalite.config.sections import (
+    AnyFamily,
     CheckpointSection,
-    Model,
     OptimizerSection,
     ParallelSection,
     RunSection,
     ScheduleSection,
     TrainSection,
 )
-from megalite.config.validation import Fault, Origin, report, show
 from megalite.config.yaml12 import Dumper
+from megalite.model.config import ModelConfig
+from megalite.model.recompute import Recompute
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.placement import Placement
 from megalite.pipeline.schedules import placement
+from megalite.settings.section import FilePath, PathText, Section
+from megalite.settings.validation import Fault, Origin, report, show
+
+_JSON_OR_PATH = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]})
 
 
 class RunConfig(Section, frozen=True):
     """A whole run; made by `load_run_config`, complete after `resolve`."""
 
     run: RunSection
-    model: Model
+    model: Annotated[ModelConfig, AnyFamily()]
     data: DataSection
     parallel: ParallelSection = ParallelSection()
     train: TrainSection
@@ -52,8 +59,11 @@ class RunConfig(Section, frozen=True):
     """``auto``: from the newest whole checkpoint of `run.dir`, if there is one; ``never``; or a checkpoint's path."""
     init_from: FilePath | None = None
     """The weights to begin with: a checkpoint, a run's folder, or a Hugging Face folder."""
-    deepspeed: InstanceOf[DeepSpeedSettings] = DeepSpeedSettings()
-    origin: InstanceOf[Origin] = Field(default=Origin(), exclude=True, repr=False)
+    plugins: Annotated[tuple[str, ...], PLUGINS] = ()
+    """Python modules that every process of the run imports before it reads the rest of the run file."""
+    deepspeed: Annotated[InstanceOf[DeepSpeedSettings], _JSON_OR_PATH] = DeepSpeedSettings()
+    """The path of a DeepSpeed JSON, or its content; ZeRO stage 1 unless given."""
+    origin: SkipJsonSchema[InstanceOf[Origin]] = Field(default=Origin(), exclude=True, repr=False)
 
     def faults(self) -> Iterator[Fault]:
         yield from optimizer_faults(self.train, self.deepspeed)
@@ -195,6 +205,8 @@ class RunConfig(Section, frozen=True):
     def to_yaml(self) -> str:
         """Return the run file that loads back to an equal config, the DeepSpeed JSON within it."""
         document = self.model_dump(mode="json", by_alias=True, exclude={"deepspeed"}, exclude_none=True)
+        if not self.plugins:
+            del document["plugins"]  # so that earlier versions can read the run file
         document["deepspeed"] = self.deepspeed.spelled()
         return yaml.dump(document, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 

@@ -1,33 +1,36 @@
 """The sections of the run file: what each key may hold, and what is wrong between the keys of one section."""
 
 from collections.abc import Callable, Iterator, Mapping
-from math import ceil
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from megalite.config.deepspeed.rules import PRECISION_NAMES, Precision
-from megalite.config.section import (
+from megalite.config.registered import CALLBACK_NAMES, LOSS
+from megalite.model.config import ModelConfig
+from megalite.model.registry import FAMILIES, read_model
+from megalite.optim.declaration import OptimizerDeclaration
+from megalite.optim.registry import OPTIMIZERS
+from megalite.parallel.layout import AXES, Axis, ParallelLayout
+from megalite.pipeline.schedules import SCHEDULES
+from megalite.settings.section import (
     COUNT,
     COUNT_OR_AUTO,
     COUNTS,
     Count,
-    Dropout,
     FilePath,
     Flag,
     Index,
     Number,
     PositiveNumber,
     Section,
-    Share,
     divisors,
+    sections_in,
 )
-from megalite.config.validation import Fault, alternatives, show
-from megalite.config.values import BETAS, POSITIVE, TEXT, choice, number, whole
-from megalite.optim.declaration import OptimizerDeclaration
-from megalite.optim.registry import OPTIMIZERS
-from megalite.parallel.layout import AXES, Axis, ParallelLayout
-from megalite.pipeline.schedules import SCHEDULES
+from megalite.settings.validation import Fault, alternatives, show
+from megalite.settings.values import BETAS, TEXT, choice, number, whole
 
 SCHEDULE = choice(*SCHEDULES)
 CURVE = choice(
@@ -40,11 +43,9 @@ CURVE = choice(
     },
 )
 ENGINE = choice("auto", "torch", "deepspeed", other_names=dict.fromkeys(("fsdp", "fsdp2"), "torch"))
-LAYERS = whole(1, 10_000)
 ON_ERROR = choice("stop", "continue")
 PRECISION = choice("fp32", "bf16", "fp16", other_names=PRECISION_NAMES)
 RECOMPUTE = choice("none", "selective", "full", other_names={"all": "full", "off": "none", "no": "none"})
-ROPE_TYPE = choice("linear", "llama3")
 
 OPTIMIZER = choice(*OPTIMIZERS, other_names=dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused"), "adamw"))
 
@@ -54,160 +55,6 @@ class RunSection(Section, frozen=True):
 
     dir: FilePath
     seed: Index = 1234
-
-
-class ModelConfig(Section, frozen=True):
-    """What every architecture has, under the names of Hugging Face."""
-
-    architecture: str
-    vocab_size: Count | None = None
-    """Taken from the tokenizer unless given; padding to the tensor axis is internal."""
-    hidden_size: Count
-    num_hidden_layers: Annotated[int, LAYERS]
-    num_attention_heads: Count
-    num_key_value_heads: Count = Field(default_factory=lambda given: given["num_attention_heads"])
-    """Heads of keys and values; fewer than the query heads is grouped-query attention (arXiv 2305.13245)."""
-    head_dim: Count = Field(default_factory=lambda given: given["hidden_size"] // given["num_attention_heads"])
-    intermediate_size: Count
-    max_position_embeddings: Count
-    tie_word_embeddings: Flag = False
-    initializer_range: PositiveNumber = 0.02
-    attention_dropout: Dropout = 0.0
-    """Share of attention's probabilities that training drops."""
-    hidden_dropout: Dropout = 0.0
-    """Share that training drops of the embedding and of what each branch adds to the residual stream."""
-
-    def faults(self) -> Iterator[Fault]:
-        heads, groups, hidden = self.num_attention_heads, self.num_key_value_heads, self.hidden_size
-        if "head_dim" not in self.model_fields_set and hidden % heads:
-            fix = f"use {alternatives(divisors(hidden))}, or give model.head_dim"
-            yield Fault(("num_attention_heads",), f"={heads} does not divide model.hidden_size={hidden}; {fix}")
-        if heads % groups:
-            text = f"={groups} does not divide model.num_attention_heads={heads}; use {alternatives(divisors(heads))}"
-            yield Fault(("num_key_value_heads",), text)
-
-
-class RopeScaling(Section, frozen=True):
-    """Slower rotary positions, for sequences longer than those that a model was first trained on.
-
-    ``linear`` turns by a `factor` less everywhere (arXiv:2306.15595). ``llama3`` does so where a pair of dims turns
-    less than `low_freq_factor` times over the original positions, leaves those alone that turn more than
-    `high_freq_factor` times, and blends in between (arXiv:2407.21783).
-    """
-
-    rope_type: Annotated[Literal["linear", "llama3"], ROPE_TYPE]
-    factor: Annotated[float, number(1)]
-    low_freq_factor: PositiveNumber | None = None
-    high_freq_factor: PositiveNumber | None = None
-    original_max_position_embeddings: Count | None = None
-    """The positions that the model was first trained on."""
-
-    def faults(self) -> Iterator[Fault]:
-        llama3 = {
-            "low_freq_factor": POSITIVE.words,
-            "high_freq_factor": POSITIVE.words,
-            "original_max_position_embeddings": COUNT.words,
-        }
-        for name, words in llama3.items():
-            value = getattr(self, name)
-            if self.rope_type == "llama3" and value is None:
-                yield Fault((name,), f" is missing; llama3 needs it: {words}")
-            if self.rope_type == "linear" and value is not None:
-                yield Fault((name,), f"={show(value)} belongs to llama3, not to linear; leave it out")
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if self.rope_type == "llama3" and low is not None and high is not None and low >= high:
-            text = f"={show(high)} is not above model.rope_scaling.low_freq_factor={show(low)}"
-            yield Fault(("high_freq_factor",), f"{text}; use more, as Llama 3.1 has 4 above 1")
-
-
-class RotaryConfig(ModelConfig, frozen=True):
-    """What an architecture with rotary positions has (arXiv:2104.09864)."""
-
-    rope_theta: PositiveNumber = 10000.0
-
-    @property
-    def rotary_dim(self) -> int:
-        """How many dims of a head turn with the position, in pairs; its first ones."""
-        return self.head_dim
-
-
-class LlamaConfig(RotaryConfig, frozen=True):
-    """The Llama family: RMSNorm, rotary positions, SwiGLU, grouped-query attention (arXiv 2302.13971)."""
-
-    architecture: Literal["llama"]
-    rms_norm_eps: PositiveNumber = 1e-5
-    rope_scaling: RopeScaling | None = None
-    """Rotary positions stretched over longer sequences, as in Llama 3.1."""
-    attention_bias: Flag = False
-    """A bias on q, k and v, as in Qwen2."""
-    attention_output_bias: Flag = False
-    """A bias on the output projection of attention; what Hugging Face calls attention_bias in Llama has both."""
-    mlp_bias: Flag = False
-    """A bias on gate, up and down."""
-    qk_norm: Flag = False
-    """An RMSNorm over each head of q and k before they turn, as in Qwen3 (arXiv:2505.09388)."""
-
-    def faults(self) -> Iterator[Fault]:
-        found = list(super().faults())
-        yield from found
-        if self.head_dim % 2 and not found:
-            text = f"={self.head_dim} is odd, and rotary positions turn pairs; use {self.head_dim + 1}"
-            yield Fault(("head_dim",), text)
-
-
-class GPT2Config(ModelConfig, frozen=True):
-    """The GPT-2 family: LayerNorm, learned positions, GELU, biases, tied embeddings unless told otherwise."""
-
-    architecture: Literal["gpt2"]
-    intermediate_size: Count = Field(default_factory=lambda given: 4 * given["hidden_size"])
-    tie_word_embeddings: Flag = True
-    layer_norm_epsilon: PositiveNumber = 1e-5
-
-    def faults(self) -> Iterator[Fault]:
-        yield from super().faults()
-        yield from _grouping_faults(self)
-
-
-class GPTNeoXConfig(RotaryConfig, frozen=True):
-    """The GPT-NeoX family, Pythia too: LayerNorm, partly rotary heads, GELU, biases, a parallel residual.
-
-    arXiv:2204.06745.
-    """
-
-    architecture: Literal["gpt_neox"]
-    intermediate_size: Count = Field(default_factory=lambda given: 4 * given["hidden_size"])
-    layer_norm_eps: PositiveNumber = 1e-5
-    rotary_pct: Share = 0.25
-    """The share of a head's dims that turn with the position; the others know none."""
-    use_parallel_residual: Flag = True
-    """Attention and MLP read the same residual stream; if false, the MLP reads it after attention."""
-    hidden_act: Annotated[Literal["gelu", "gelu_tanh"], choice("gelu", "gelu_tanh")] = "gelu"
-    """GELU in its exact form, or with tanh in the place of the error function (arXiv:1606.08415)."""
-    attention_bias: Flag = True
-    """A bias on q, k, v and the output projection."""
-
-    @property
-    def rotary_dim(self) -> int:
-        return int(self.head_dim * self.rotary_pct)
-
-    def faults(self) -> Iterator[Fault]:
-        found = [*super().faults(), *_grouping_faults(self)]
-        yield from found
-        turned, width = self.rotary_dim, self.head_dim
-        if (turned % 2 or not turned) and not found:
-            even = [dims for dims in (turned - 1, turned + 1 + (not turned)) if 0 < dims <= width]
-            # Rounded up: the dims are rounded down.
-            fix = alternatives(ceil(dims / width * 1e4) / 1e4 for dims in even) or "an even model.head_dim"
-            text = f"={show(self.rotary_pct)} turns {turned} of model.head_dim={width}, and rotary positions turn pairs"
-            yield Fault(("rotary_pct",), f"{text}; use {fix}")
-
-
-def _grouping_faults(model: ModelConfig) -> Iterator[Fault]:
-    """Find the grouped queries of an architecture that has none."""
-    if model.num_key_value_heads != model.num_attention_heads:
-        text = f"={model.num_key_value_heads} is not model.num_attention_heads={model.num_attention_heads}"
-        text += f"; {model.architecture} groups no queries: leave it out, or use llama"
-        yield Fault(("num_key_value_heads",), text)
 
 
 class ParallelSection(Section, frozen=True):
@@ -351,6 +198,10 @@ class TrainSection(Section, frozen=True):
     micro_batch_size: Count
     precision: Annotated[Precision | None, PRECISION] = None
     """The dtype of parameters and activations. Unless given it is what the DeepSpeed JSON states, else fp32."""
+    loss: Annotated[str | None, LOSS] = None
+    """A loss that a plugin registers; the cross entropy of the language model unless given."""
+    callbacks: Annotated[tuple[str, ...], CALLBACK_NAMES] = ()
+    """Callbacks that plugins register, in the order in which they are called."""
     batch_size_rampup: RampupSection | None = None
     """A smaller global batch at the start (arXiv:2005.14165)."""
     optimizer: OptimizerSection | None = None
@@ -456,17 +307,27 @@ class CheckpointSection(Section, frozen=True):
             yield Fault(("keep_every",), f"{text} {fix}")
 
 
-Model = Annotated[LlamaConfig | GPT2Config | GPTNeoXConfig, Field(discriminator="architecture")]
-ARCHITECTURES: dict[str, type[ModelConfig]] = {"llama": LlamaConfig, "gpt2": GPT2Config, "gpt_neox": GPTNeoXConfig}
-FAMILIES: dict[str, str] = {
-    **dict.fromkeys(("llama2", "llama3", "mistral", "qwen2", "qwen3", "llamaforcausallm"), "llama"),
-    **dict.fromkeys(("mistralforcausallm", "qwen2forcausallm", "qwen3forcausallm"), "llama"),
-    **dict.fromkeys(("gptneox", "pythia", "gptneoxforcausallm"), "gpt_neox"),
-    "gpt2lmheadmodel": "gpt2",
-}
-"""Names of models and of their classes in transformers, with the architecture that computes them."""
+class AnyFamily:
+    """Reads a section `model` as the configuration of its family, those of plugins too."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.read)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        configs = (family.config for family in FAMILIES.values())
+        return handler(core_schema.union_schema([config.__pydantic_core_schema__ for config in configs]))
+
+    @staticmethod
+    def read(section: Any) -> ModelConfig:
+        if not isinstance(section, Mapping | ModelConfig):
+            raise PydanticCustomError("no_section", "not a section")
+        return read_model(section)
 
 
-def read_model(section: Mapping[str, object]) -> ModelConfig:
-    """Return a section `model` as its dataclass; raise ValueError for what it cannot be."""
-    return TypeAdapter(Model).validate_python(dict(section))
+def run_sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections in the annotation of a run file's field; for a section `model` those of all families."""
+    for section in sections_in(annotation):
+        if section is ModelConfig:
+            yield from (family.config for family in FAMILIES.values())
+        else:
+            yield section

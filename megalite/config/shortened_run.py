@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from megalite.config.section import COUNT, INDEX
-from megalite.config.validation import show
-from megalite.config.values import Kind
+from megalite.settings.section import COUNT, INDEX
+from megalite.settings.validation import show
+from megalite.settings.values import Kind
 
 
 def shorten(document: dict[str, Any], overrides: Sequence[tuple[str, ...]]) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from megalite.config.validation import show
 from megalite.config.yaml12 import Dumper
+from megalite.settings.validation import show
 
 _DATASET = (".bin", ".idx")
 _KEYS = ("prefix", "name", "weight")
@@ -44,7 +44,9 @@ def require_list_of_sources(key: str, value: object, keys: str) -> None:
 
 
 def _is_source(value: object) -> bool:
-    return not isinstance(value, str | int | float) and (not isinstance(value, Mapping) or "prefix" in value)
+    if isinstance(value, Mapping):
+        return "prefix" in value or "/" not in str(value.get("dataset", "/"))  # a path is meant as the prefix
+    return not isinstance(value, str | int | float)
 
 
 def _meant(value: object) -> list[dict[str, Any]]:

@@ -6,10 +6,11 @@ from functools import cache
 from typing import Any
 
 from megalite.config.deepspeed.table import TABLE
-from megalite.config.section import Section, fields_of, sections_in
-from megalite.config.sections import ModelConfig
-from megalite.config.validation import Fault, Key, alternatives
+from megalite.config.sections import run_sections_in
 from megalite.errors import nearest
+from megalite.model.config import ModelConfig
+from megalite.settings.section import Section, fields_of
+from megalite.settings.validation import Fault, Key, alternatives
 
 _ALIASES: dict[str, str] = {
     "run.dir": "output_dir out_dir save_dir output_folder run_dir exp_dir save checkpoint_dir ckpt_dir "
@@ -117,7 +118,7 @@ def unknown_key(key: Key, value: object, section: type[Section], whole: type[Sec
     meant = _meant(str(key[-1]), tuple(map(str, key[:-1])), section, whole)
     inner = _only_path(value)
     if inner:
-        known = _known(whole)
+        known = known_keys(whole)
         within = [path for path in (".".join((one, *inner)) for one in meant) if path in known]
         within = within or list(_names(whole, None).get(_word(inner[-1]), ()))
         if within:
@@ -155,7 +156,7 @@ def _only_path(value: object) -> tuple[str, ...]:
 
 def _those_that_hold(meant: Sequence[str], value: object, whole: type[Section]) -> Sequence[str]:
     """Return those of the sections that have every key of the value; all of them where none has."""
-    known = _known(whole)
+    known = known_keys(whole)
     keys = list(value) if isinstance(value, Mapping) else []
     return [one for one in meant if all(f"{one}.{key}" in known for key in keys)] or meant
 
@@ -185,7 +186,7 @@ def _names(whole: type[Section], model: type[ModelConfig] | None) -> dict[str, t
 
 
 @cache
-def _known(whole: type[Section]) -> frozenset[str]:
+def known_keys(whole: type[Section]) -> frozenset[str]:
     """Every key of the run file and of the DeepSpeed JSON, by its full path."""
     return frozenset(".".join(path) for path in (*_paths(whole, (), False), *_json_paths(TABLE, ("deepspeed",))))
 
@@ -200,7 +201,7 @@ def _json_paths(rules: Mapping[str, Any], at: tuple[str, ...]) -> Iterator[tuple
 def _paths(section: type[Section], at: tuple[str, ...], within_model: bool) -> Iterator[tuple[str, ...]]:
     for key, info in fields_of(section).items():
         yield (*at, key)
-        for inner in sections_in(info.annotation):
+        for inner in run_sections_in(info.annotation):
             # Of a list of sections a key has a number before it, which is not known here.
             if not (within_model and issubclass(inner, ModelConfig)) and not _is_listed(info.annotation):
                 yield from _paths(inner, (*at, key), within_model)

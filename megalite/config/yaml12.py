@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from megalite.config.validation import show
+from megalite.settings.validation import show
 
 _YAML = "tag:yaml.org,2002:"
 _SCALARS: tuple[tuple[str, str, str], ...] = (

@@ -11,12 +11,12 @@ from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
 from megalite.config import load_run_config
 from megalite.config.hub_names import hub_hint
-from megalite.config.validation import show
 from megalite.convert.huggingface.reader import HuggingFaceWeights, is_hugging_face
 from megalite.convert.megatron.reader import MegatronWeights
 from megalite.convert.megatron.state_dict import checkpoint_folder
 from megalite.errors import UserError
 from megalite.model.weights import Weights
+from megalite.settings.validation import show
 from megalite.text_encoding import require_utf8
 
 _RUN_FILES = ("config.yaml", "STATE.json")

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megalite.config import DataSection, RunConfig
+from megalite.config import RunConfig
 from megalite.config.data import SPLIT_VALIDATION
 from megalite.data.batch_schedule import BatchSchedule
 from megalite.data.fill_in_the_middle import FillInTheMiddle, fim_tokens
-from megalite.data.indexed.dataset import IndexedDataset
 from megalite.data.order.blend import BlendedSamples, megatron_source_sizes
-from megalite.data.order.megatron import MegatronSamples
-from megalite.data.order.streaming import Samples, StreamingSamples, split_documents
+from megalite.data.order.streaming import Samples, split_documents
+from megalite.data.sources import Source, open_source
 from megalite.data.tokenizers.load import load_tokenizer
 from megalite.errors import UserError
 
@@ -79,8 +78,8 @@ def open_datasets(config: RunConfig, *, keep_index: bool = True) -> Datasets:
     data, train = config.data, config.train
     size = BatchSchedule(train).consumed(train.steps)
     layer = _Layer(config, keep_index)
-    sources = [IndexedDataset(source.prefix) for source in data.train]
-    splits = [split_documents(num_units(source, data), data.split or (1.0,)) for source in sources]
+    sources = [open_source(source, config) for source in data.train]
+    splits = [split_documents(source.num_units, data.split or (1.0,)) for source in sources]
     training, valid = [split[0] for split in splits], {}
     mixture, uses = layer.mixture(sources, training, size)
     _at_least_a_batch(config, sum(use.epoch_tokens // data.sequence_length for use in uses))
@@ -90,9 +89,8 @@ def open_datasets(config: RunConfig, *, keep_index: bool = True) -> Datasets:
             held_out = [split[1] for split in splits]
             valid[SPLIT_VALIDATION] = layer.held_out(sources, held_out, wanted)
         for named in data.valid:
-            indexed = IndexedDataset(named.prefix)
-            valid[named.name] = layer.samples(indexed, range(num_units(indexed, data)), None)
-    sidecar = sources[0].sidecar if len(sources) == 1 else None
+            source = open_source(named, config)
+            valid[named.name] = layer.samples(source, range(source.num_units), None)
     if data.fim_rate:
         _require_no_loss_mask(sources)
     return Datasets(
@@ -100,82 +98,60 @@ def open_datasets(config: RunConfig, *, keep_index: bool = True) -> Datasets:
         valid=valid,
         uses=uses,
         fim=_fill_in_the_middle(config),
-        unigram_entropy=sidecar.token_counts_entropy if sidecar else None,
+        unigram_entropy=sources[0].unigram_entropy if len(sources) == 1 else None,
         max_epochs=data.max_epochs,
         eval_samples=wanted,
     )
 
 
 class _Layer:
-    """Lays samples over datasets in the order that the run file asks for."""
+    """Lays samples over sources in the order that the run file asks for."""
 
     def __init__(self, config: RunConfig, keep_index: bool) -> None:
-        self._data, self._seed = config.data, config.run.seed
+        self._data = config.data
         self._cache = (config.data.index_cache or config.run.dir / "index") if keep_index else None
 
-    def samples(self, indexed: IndexedDataset, documents: range, num_samples: int | None) -> Samples:
-        """Return the samples of some documents; without `num_samples` the order `megatron` has those of one epoch."""
-        length = self._data.sequence_length
-        if self._data.order == "streaming":
-            return StreamingSamples(indexed, sequence_length=length, seed=self._seed, documents=documents)
-        return MegatronSamples(
-            indexed,
-            sequence_length=length,
-            seed=self._seed,
-            documents=documents,
-            num_samples=num_samples,
-            cache_dir=self._cache,
-        )
+    def samples(self, source: Source, units: range, num_samples: int | None) -> Samples:
+        """Return the samples of some units; without `num_samples` the order `megatron` has those of one epoch."""
+        return source.samples(units, num_samples, self._cache)
 
-    def held_out(self, sources: Sequence[IndexedDataset], documents: Sequence[range], num_samples: int) -> Samples:
+    def held_out(self, sources: Sequence[Source], units: Sequence[range], num_samples: int) -> Samples:
         """Return samples to evaluate on: an epoch of one source, `num_samples` of a blend of several."""
         if len(sources) == 1:
-            return self.samples(sources[0], documents[0], None)
-        return self.mixture(sources, documents, num_samples)[0]
+            return self.samples(sources[0], units[0], None)
+        return self.mixture(sources, units, num_samples)[0]
 
     def mixture(
-        self, sources: Sequence[IndexedDataset], documents: Sequence[range], num_samples: int
+        self, sources: Sequence[Source], units: Sequence[range], num_samples: int
     ) -> tuple[Samples, tuple[SourceUse, ...]]:
         """Return the blend of the sources by their weights, and what of each its first `num_samples` read."""
         if len(sources) == 1:
-            samples = self.samples(sources[0], documents[0], num_samples)
+            samples = self.samples(sources[0], units[0], num_samples)
             return samples, (self._use(sources[0], samples, num_samples),)
         weights = [
-            float(num_tokens(indexed, chosen)) if source.weight == "auto" else source.weight
-            for source, indexed, chosen in zip(self._data.train, sources, documents, strict=True)
+            float(opened.num_tokens(chosen)) if source.weight == "auto" else source.weight
+            for source, opened, chosen in zip(self._data.train, sources, units, strict=True)
         ]
         sizes = [num_samples] * len(sources)
         if self._data.order == "megatron":
             sizes = megatron_source_sizes(num_samples, weights)
-        parts = [self.samples(*part) for part in zip(sources, documents, sizes, strict=True)]
+        parts = [self.samples(*part) for part in zip(sources, units, sizes, strict=True)]
         end = num_samples if self._data.order == "megatron" else None
         blend = BlendedSamples(parts, weights, order=self._data.order, num_samples=end, cache_dir=self._cache)
         counts = blend.counts(num_samples)
         return blend, tuple(map(self._use, sources, parts, counts))
 
-    def _use(self, indexed: IndexedDataset, samples: Samples, count: int) -> SourceUse:
+    def _use(self, source: Source, samples: Samples, count: int) -> SourceUse:
         epoch_tokens = samples.samples_per_epoch * samples.sequence_length
-        return SourceUse(indexed.prefix, count, count / samples.samples_per_epoch, epoch_tokens)
+        return SourceUse(source.location, count, count / samples.samples_per_epoch, epoch_tokens)
 
 
-def num_units(indexed: IndexedDataset, data: DataSection) -> int:
-    """Return the number of what the run's order shuffles and splits: documents, or Megatron's notion of them."""
-    return indexed.num_sequences if data.order == "megatron" else indexed.num_documents
-
-
-def num_tokens(indexed: IndexedDataset, documents: range) -> int:
-    """Return how many tokens some documents hold."""
-    if not documents:
-        return 0
-    return indexed.document_span(documents[-1])[1] - indexed.document_span(documents[0])[0]
-
-
-def _require_no_loss_mask(sources: Sequence[IndexedDataset]) -> None:
+def _require_no_loss_mask(sources: Sequence[Source]) -> None:
     for source in sources:
         if source.has_loss_mask:
             raise UserError(
-                f"{source.prefix}.mask: says which tokens count, and data.fim_rate moves them; set data.fim_rate=0, or "
-                "leave this source out"
+                f"{source.location}: its loss mask says which tokens count, and data.fim_rate moves them; set "
+                "data.fim_rate=0, or leave this source out"
             )
 
 
@@ -191,7 +167,7 @@ def _fill_in_the_middle(config: RunConfig) -> FillInTheMiddle | None:
 def _at_least_a_batch(config: RunConfig, samples: int) -> None:
     wanted = config.train.global_batch_size
     if samples < wanted:
-        names = ", ".join(str(source.prefix) for source in config.data.train)
+        names = ", ".join(str(source.location) for source in config.data.train)
         share = ", a larger share in data.split" if config.data.split else ""
         raise UserError(
             f"{names}: {samples} samples of data.sequence_length={config.data.sequence_length} to train on are "

@@ -17,8 +17,8 @@ from megalite.launch.rendezvous import RendezvousResult, all_gather_json, missin
 from megalite.model.precision import DTYPES
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.mesh import joined_mesh, local_device
-from megalite.training.plan import Plan
-from megalite.training.run_facts import run_facts
+from megalite.planning.plan import Plan
+from megalite.planning.run_facts import run_facts
 
 TIMEOUT = datetime.timedelta(seconds=30)
 _SHOWN = 8

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from megalite.checkpoint.forecast import MAKE_ROOM, forecast, size
 from megalite.doctor.report import Row
-from megalite.parallel.json_collectives import broadcast_json, gather_json
+from megalite.parallel.json_collectives import gather_json, on_rank_zero
 from megalite.parallel.mesh import Mesh
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 
 _SEEN_SECONDS = 5.0
 """How long a rank waits for the folder that rank 0 made: network file systems cache old listings for a while."""
@@ -30,7 +30,7 @@ def disk_row(plan: Plan, mesh: Mesh, hosts: list[str]) -> Row:
         blind = [rank for rank, sees in enumerate(gather_json(_sees(folder), mesh)) if not sees]
         if blind:
             return Row("disk", "bad", (_not_shared(plan, blind, hosts),))
-        free = broadcast_json(shutil.disk_usage(folder).free, mesh)
+        free = on_rank_zero(lambda: shutil.disk_usage(folder).free, mesh)
         room, room_is_bad = _room(plan, checkpoint, free)
         share = min(_PROBE_BYTES, max(1 << 16, checkpoint // mesh.layout.world_size))
         if share * mesh.layout.world_size > free // 2:
@@ -69,18 +69,18 @@ def _probe_folder(run: Path, mesh: Mesh) -> Iterator[tuple[Path, str | None]]:
     missing = 0
     while not _above(run, missing).exists():
         missing += 1
-    made: tuple[str, int, str | None] = "", missing, None
-    if mesh.rank == 0:
+
+    def make() -> tuple[str, int, str | None]:
         parent = _above(run, missing)
         try:
-            made = tempfile.mkdtemp(prefix=".doctor-", dir=parent), missing, None
+            return tempfile.mkdtemp(prefix=".doctor-", dir=parent), missing, None
         except OSError as error:
-            refusal = f"run.dir={run}: {parent} is not writable: {error.strerror}; set another run.dir"
-            made = "", missing, refusal
-    name, missing, refusal = broadcast_json(made, mesh)
+            return "", missing, f"run.dir={run}: {parent} is not writable: {error.strerror}; set another run.dir"
+
+    name, depth, refusal = on_rank_zero(make, mesh)
     try:
         # Relative to this rank's path of the run's folder, which may differ between hosts.
-        yield _above(run, missing) / Path(name).name, refusal
+        yield _above(run, depth) / Path(name).name, refusal
         dist.barrier()
     finally:
         if mesh.rank == 0 and name:

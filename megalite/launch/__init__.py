@@ -18,7 +18,7 @@ from megalite.launch.environment import (
     start_id,
     start_time,
 )
-from megalite.launch.local import USER_ERROR_PREFIX, launch_local
+from megalite.launch.local import USER_ERROR_PREFIX, launch_local, reserved_port
 from megalite.launch.parent_watchdog import die_with_parent
 from megalite.launch.rank_log import tee_to_log
 from megalite.launch.rank_subprocess import run_rank_subprocess
@@ -34,6 +34,7 @@ __all__ = [
     "tee_to_log",
     "launch_environment",
     "launch_local",
+    "reserved_port",
     "run_rank_subprocess",
     "start_id",
     "start_time",

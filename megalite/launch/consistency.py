@@ -19,6 +19,7 @@ FIXES: Mapping[str, str] = {
     "launch": "start all ranks by one launcher, and give each run a MASTER_PORT of its own",
     "run file": "give every rank the same run file, DeepSpeed JSON and overrides",
     "code": "install the same megalite on every host",
+    "plugins": "install the same plugins on every host",
     "versions": "install the same versions on every host",
     "tokenizer": "copy rank 0's file to every host, or name one that all hosts share",
     "data": "copy rank 0's files to every host, or name some that all hosts share",
@@ -46,8 +47,8 @@ def process_facts(world_size: int) -> dict[str, dict[str, str]]:
 
 
 def code_digests(package: Path) -> dict[str, str]:
-    """Return the shortened SHA-256 of every source file of a package, by the file's name in messages."""
-    files = sorted(package.rglob("*.py"))
+    """Return the shortened SHA-256 of every source file of a package, or of one file, by its name in messages."""
+    files = sorted(package.rglob("*.py")) if package.is_dir() else [package]
     return {
         f"{path.relative_to(package.parent)} (SHA-256)": hashlib.sha256(path.read_bytes()).hexdigest()[:SHOWN_DIGITS]
         for path in files

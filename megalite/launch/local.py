@@ -81,7 +81,7 @@ def _run_ranks(
 ) -> None:
     """Start the ranks and supervise them until all have ended."""
     ranks: list[_Rank] = []
-    with _reserved_port() as port, closing(_Console(log_dir / "rank_0.log")) as console:
+    with reserved_port() as port, closing(_Console(log_dir / "rank_0.log")) as console:
         try:
             for number in range(world_size):
                 variables = _variables(number, world_size, port) | {RESTART_COUNT: str(restarts)}
@@ -112,7 +112,7 @@ def _variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def _reserved_port() -> Iterator[int]:
+def reserved_port() -> Iterator[int]:
     """Yield a free port, bound so that no other process gets it before rank 0 listens on it.
 
     On Linux two sockets with SO_REUSEADDR may share an address as long as at most one of them listens, and rank 0's

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from megalite.config import Recompute
+from megalite.model.recompute import Recompute
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.pipeline.stage_io import add_losses
 

@@ -27,7 +27,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megalite.config import ModelConfig
+from megalite.model.config import ModelConfig
 
 BLOCK = 64
 """Number of tokens whose hidden states share one draw."""

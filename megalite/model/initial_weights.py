@@ -1,27 +1,30 @@
 """Initial weights as a source of regions: what the seed and a weight's global name give, read like a file."""
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
-from megalite.config import ModelConfig
-from megalite.model.shapes import weight_shapes
+from megalite.model.stage import Stage
 from megalite.parallel.regions import Region
-from megalite.parallel.sharding import LocalShard, ShardSpec
+from megalite.parallel.sharding import LocalShard
 from megalite.tensor_parallel.init import initialise_parameter
 
 
 class InitialWeights:
-    """The `Weights` of a model before its first step. A region costs the drawing of the blocks that it overlaps."""
+    """The weights of stages before their first step. A region costs the drawing of the blocks that it overlaps."""
 
-    def __init__(self, model: ModelConfig, seed: int) -> None:
-        self._seed, self._shapes = seed, weight_shapes(model)
-        self._std = model.initializer_range
-        # The sum of 2 * layers residual branches then has the variance of one branch (GPT-2).
-        self._residual_std = model.initializer_range / (2 * model.num_hidden_layers) ** 0.5
+    def __init__(self, stages: Iterable[Stage], seed: int) -> None:
+        self._seed = seed
+        self._weights = {
+            shard.spec.name: (shard.spec, stage.initial_std(placed))
+            for stage in stages
+            for placed in stage.placed_parameters
+            for shard in placed.shards
+        }
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:
         """Fill `out` with a region of a weight."""
-        is_residual = name.endswith(("attention.output.weight", "mlp.down.weight"))
-        shard = LocalShard(ShardSpec(name, self._shapes[name]), region, Region((0,) * out.ndim, out.shape))
-        std = self._residual_std if is_residual else self._std
+        spec, std = self._weights[name]
+        shard = LocalShard(spec, region, Region((0,) * out.ndim, out.shape))
         initialise_parameter(torch.from_numpy(out), [shard], seed=self._seed, std=std)

@@ -1,10 +1,12 @@
 """Losses of the last stage: from the logits and the microbatch to named scalars."""
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from megalite.model.microbatch import Microbatch
+from megalite.registry import LOSSES
 from megalite.tensor_parallel.cross_entropy import VocabParallelLogits
 
 LOSS = "loss"
@@ -18,6 +20,19 @@ class LossFunction(Protocol):
     """
 
     def __call__(self, logits: VocabParallelLogits, microbatch: Microbatch) -> dict[str, Tensor]: ...
+
+
+Loss = TypeVar("Loss", bound=LossFunction)
+
+
+def register_loss(name: str) -> Callable[[Loss], Loss]:
+    """Register a `LossFunction` under the name that ``train.loss`` gives."""
+    return LOSSES.register(name)
+
+
+def loss_function(name: str | None) -> LossFunction:
+    """Return the registered loss of a name; with None the cross-entropy."""
+    return cross_entropy if name is None else LOSSES[name]
 
 
 def cross_entropy(logits: VocabParallelLogits, microbatch: Microbatch) -> dict[str, Tensor]:

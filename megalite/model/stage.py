@@ -6,76 +6,29 @@ The whole model is a stage that is both first and last. There is no second class
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from megalite.config import GPT2Config, ModelConfig, Recompute, RotaryConfig
 from megalite.model.activation_checkpointing import run_layers
+from megalite.model.config import ModelConfig
+from megalite.model.embedding import Head
 from megalite.model.kv_cache import KVCache
 from megalite.model.loss import LossFunction, cross_entropy
 from megalite.model.microbatch import Microbatch
-from megalite.model.transformer import Block, Rotary, make_norm
+from megalite.model.recompute import Recompute
+from megalite.model.registry import family_of
+from megalite.model.transformer import Attention
 from megalite.parallel.tensor_group import TensorGroup
 from megalite.pipeline.stage_io import Edge, StageOutput, TensorSpec, add_losses
-from megalite.tensor_parallel.collectives import local_tokens
 from megalite.tensor_parallel.cross_entropy import VocabParallelLogits
 from megalite.tensor_parallel.init import initialise_parameter
-from megalite.tensor_parallel.layers import PlacedParameter, ShardedModule, VocabParallelEmbedding, placed_parameters
-from megalite.tensor_parallel.linear import linear
+from megalite.tensor_parallel.layers import PlacedParameter, ShardedModule, placed_parameters
 from megalite.tensor_parallel.weight_grad_store import WeightGradDeferral
 
 TOKEN_TABLE = "embedding.tokens.weight"
 HIDDEN = "hidden"
 """The name of the activation between stages: the residual stream."""
-
-
-class Embedding(nn.Module):
-    """Embedding of token ids ``[B, S]`` into the residual stream ``[B, S, H]``; GPT-2 adds learned positions.
-
-    With sequence parallelism, the residual stream is this rank's share, ``[1, B*S / size, H]``.
-    """
-
-    def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
-        super().__init__()
-        self.group = group
-        self.tokens = VocabParallelEmbedding(_vocab_size(config), config.hidden_size, group=group)
-        self.positions = None
-        if isinstance(config, GPT2Config):
-            self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-
-    def forward(self, ids_BS: Tensor, positions_BS: Tensor | None = None) -> Tensor:
-        x_BSH = self.tokens(ids_BS)
-        if self.positions is not None:
-            if positions_BS is None:
-                positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-            if self.group.sequence_parallel:
-                positions_BS = local_tokens(positions_BS.expand_as(ids_BS), self.group)
-            x_BSH = x_BSH + self.positions(positions_BS)
-        return x_BSH
-
-
-class Head(ShardedModule):
-    """Projection of hidden states ``[..., H]`` to the logits ``[..., V]`` of this rank's ids, in their precision.
-
-    The vocabulary is divided over the group as in the embedding. `tied` is the embedding's table where this rank holds
-    both, which then share the parameter.
-    """
-
-    def __init__(self, config: ModelConfig, group: TensorGroup, *, tied: nn.Parameter | None) -> None:
-        super().__init__()
-        self.group, self.vocab_size = group, _vocab_size(config)
-        table = VocabParallelEmbedding(self.vocab_size, config.hidden_size, group=group)
-        self.first_id = table.first_id
-        self.shard_specs = table.shard_specs
-        self.weight = table.weight if tied is None else tied
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernels, weight_grad_deferral = self.group.kernels, self.weight_grad_deferral
-        return linear(
-            x, self.weight, kernels=kernels, input_group=self.group, weight_grad_deferral=weight_grad_deferral
-        )
 
 
 class Stage(nn.Module):
@@ -115,13 +68,10 @@ class Stage(nn.Module):
         self.index, self.num_stages, self.group = index, num_stages, group
         self.recompute, self.loss, self._rows = recompute, loss, rows
         first, last = index == 0, index == num_stages - 1
-        self.embedding = Embedding(config, group) if first else None
-        rotary = Rotary(config) if isinstance(config, RotaryConfig) else None
-        self.layers = nn.ModuleDict({str(layer): Block(config, group, rotary, rows) for layer in layers})
-        if recompute is not None and recompute.mode == "selective":
-            for block in self.layers.values():
-                cast(Block, block).attention.recompute_core = True
-        self.final_norm = make_norm(config) if last else None
+        builder = family_of(config).build(config, group, rows)
+        self.embedding = builder.embedding() if first else None
+        self.layers = nn.ModuleDict({str(layer): builder.block(layer) for layer in layers})
+        self.final_norm = builder.norm() if last else None
         self.tied = config.tie_word_embeddings
         shared = table if self.tied_table is None else self.tied_table
         self.head = Head(config, group, tied=shared) if last else None
@@ -130,6 +80,8 @@ class Stage(nn.Module):
         for module in self.modules():
             if isinstance(module, ShardedModule):
                 module.weight_grad_deferral = self.weight_grad_deferral
+            if isinstance(module, Attention):
+                module.recompute_core = recompute is not None and recompute.mode == "selective"
         self._std = config.initializer_range
         # The sum of 2 * layers residual branches then has the variance of one branch (GPT-2).
         self._residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
@@ -244,9 +196,11 @@ class Stage(nn.Module):
     def initialise(self, seed: int) -> None:
         """Initialise every parameter from the seed and its global name: the same weights under every layout."""
         for placed in self.placed_parameters:
-            residual = placed.shards[0].spec.name.endswith(("attention.output.weight", "mlp.down.weight"))
-            std = self._residual_std if residual else self._std
-            initialise_parameter(placed.parameter, placed.shards, seed=seed, std=std)
+            initialise_parameter(placed.parameter, placed.shards, seed=seed, std=self.initial_std(placed))
+
+    def initial_std(self, placed: PlacedParameter) -> float:
+        """Return the standard deviation of a matrix's initial weights."""
+        return self._residual_std if placed.ends_branch else self._std
 
     def freeze(self, names: Set[str]) -> None:
         """Make the parameters of these global names not require gradients."""
@@ -258,8 +212,3 @@ class Stage(nn.Module):
         """Return the number of parameters that this rank holds, without padding and without the global names given."""
         shards = (shard for placed in self.placed_parameters for shard in placed.shards)
         return sum(shard.source.numel for shard in shards if shard.spec.name not in without)
-
-
-def _vocab_size(config: ModelConfig) -> int:
-    assert config.vocab_size is not None  # resolved from the tokenizer before any model is built
-    return config.vocab_size

@@ -1,14 +1,4 @@
-"""The decoder-only Transformer block of Llama (arXiv:2307.09288), GPT-2 and GPT-NeoX (arXiv:2204.06745).
-
-|             | llama                            | gpt2                      | gpt_neox                        |
-|-------------|----------------------------------|---------------------------|---------------------------------|
-| norm        | RMSNorm (arXiv:1910.07467)       | LayerNorm                 | LayerNorm                       |
-| positions   | rotary (arXiv:2104.09864)        | learned, in the embedding | rotary, on a part of each head  |
-| heads       | grouped-query (arXiv:2305.13245) | multi-head                | multi-head                      |
-| q and k     | plain, or normed (Qwen3)         | plain                     | plain                           |
-| MLP         | SwiGLU (arXiv:2002.05202)        | GELU, tanh form           | GELU, exact or tanh form        |
-| biases      | none, or as configured           | everywhere                | everywhere, or not in attention |
-| MLP input   | stream after attention           | stream after attention    | attention's input, or after it  |
+"""The modules that decoder-only Transformers are composed of: rotary positions, attention, MLPs, the block.
 
 Query, key and value are one matrix product, and so are gate and up; checkpoints store them as separate tensors. Legend
 for shapes: B microbatch, S sequence, H hidden, N local query heads, K local key-value heads, D head dim, R rotary dims
@@ -16,6 +6,7 @@ of a head.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from math import pi
 
@@ -23,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig, ModelConfig, RopeScaling, RotaryConfig
 from megalite.kernels.choice import NATIVE, AttentionKernel, Kernels
 from megalite.model.activation_checkpointing import checkpointed
+from megalite.model.config import ModelConfig, RopeScaling, RotaryConfig
 from megalite.model.dropout import AttentionDropout, DropoutStreams
 from megalite.model.kv_cache import LayerKVCache
 from megalite.model.packing import PackedDocuments
@@ -35,33 +26,30 @@ from megalite.tensor_parallel.collectives import copy_to_group, enter_parallel_r
 from megalite.tensor_parallel.layers import ColumnParallelLinear, ReplicatedKVLinear, RowParallelLinear, ShardedModule
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """Return the family's norm over the hidden dim, replicated on every tensor rank."""
-    if isinstance(config, LlamaConfig):
-        return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    assert isinstance(config, GPT2Config | GPTNeoXConfig)
-    eps = config.layer_norm_epsilon if isinstance(config, GPT2Config) else config.layer_norm_eps
-    return nn.LayerNorm(config.hidden_size, eps=eps)
-
-
 class Rotary:
     """Rotary position embedding (RoPE): rotates head dims (i, i + R/2) by ``position * theta ** (-2i / R)`` radians.
 
     R is D, or less where only the first R dims of a head are rotated. RoPE scaling makes the angles smaller.
 
     The tables of cosine and sine are not buffers: a module cast to bf16 would cast its buffers, and angles of thousands
-    of radians need fp32. They are computed from fp64 angles and rounded once for each device and dtype.
+    of radians need fp32. They are computed at first use, from fp64 angles, and rounded once for each device and dtype.
     """
 
-    def __init__(self, config: RotaryConfig) -> None:
+    def __init__(self, config: RotaryConfig, scaling: RopeScaling | None = None) -> None:
         dim, unrotated = config.rotary_dim, config.head_dim - config.rotary_dim
         self._parts = [dim // 2, dim // 2] + [unrotated] * (unrotated > 0)
-        rates = config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
-        if isinstance(config, LlamaConfig) and config.rope_scaling is not None:
-            rates = scaled_rates(rates, config.rope_scaling)
-        angles = torch.arange(config.max_position_embeddings, dtype=torch.float64, device="cpu")[:, None] * rates
-        self._tables = (angles.cos().float(), angles.sin().float())
+        self._config, self._scaling = config, scaling
         self._cache: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of each position and pair, fp32 ``[positions, R / 2]``, on the CPU."""
+        dim, positions = self._config.rotary_dim, self._config.max_position_embeddings
+        rates = self._config.rope_theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        if self._scaling is not None:
+            rates = scaled_rates(rates, self._scaling)
+        angles = torch.arange(positions, dtype=torch.float64)[:, None] * rates
+        return angles.cos().float(), angles.sin().float()
 
     def __call__(self, x_BSND: Tensor, positions_BS: Tensor | None = None) -> Tensor:
         """Rotate queries or keys ``[B, S, heads, D]`` by their positions, 0..S-1 by default."""
@@ -118,14 +106,27 @@ class Attention(nn.Module):
     Takes and returns ``[B, S, H]``, the same on every rank; with a `cache` the tokens follow those in the KV cache.
     With fewer key-value heads than ranks, the key and value projections are replicated, and each rank computes the head
     that it needs. With `rows`, which is B, takes and returns this rank's share of the tokens (sequence parallelism).
+
+    `rotary`, which the blocks of a stage share, is None where positions are learned. `bias` is that of the query, key
+    and value projections, `output_bias` that of the output projection. With `query_key_eps`, the epsilon of a
+    `QueryKeyNorm`, queries and keys are normalised.
     """
 
-    def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None, rows: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        group: TensorGroup,
+        rows: int | None = None,
+        *,
+        rotary: Rotary | None,
+        bias: bool,
+        output_bias: bool,
+        query_key_eps: float | None = None,
+    ) -> None:
         super().__init__()
         self.group, self.rows = group, rows
         hidden, self.head_dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        bias, output_bias = _attention_biases(config)
         self.rotary = rotary
         self.recompute_core = False
         """Selective activation checkpointing: recompute scores, softmax and dropout, save queries, keys and values."""
@@ -144,11 +145,17 @@ class Attention(nn.Module):
             parts = {"query": width}
         self.qkv = ColumnParallelLinear(hidden, sum(parts.values()), group=group, bias=bias, parts=parts)
         self.query_key_norm: QueryKeyNorm | None = None
-        if isinstance(config, LlamaConfig) and config.qk_norm:
-            self.query_key_norm = QueryKeyNorm(
-                self.heads, self.kv_heads, self.head_dim, eps=config.rms_norm_eps, group=group
-            )
+        if query_key_eps is not None:
+            self.query_key_norm = QueryKeyNorm(self.heads, self.kv_heads, self.head_dim, eps=query_key_eps, group=group)
         self.output = RowParallelLinear(width, hidden, group=group, bias=output_bias)
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Return the FLOPs of one token's scores, forward and backward over all heads: 12 * width * sequence.
+
+        They are those of the full square of scores, as in the literature (arXiv:2204.02311, appendix B); the causal
+        half that kernels skip is not subtracted.
+        """
+        return 12.0 * self.heads * self.group.size * self.head_dim * sequence_length
 
     def forward(
         self,
@@ -189,14 +196,6 @@ class Attention(nn.Module):
             x_BSH = enter_parallel_region(x_BSH, self.group)
             qkv = torch.cat((self.qkv(x_BSH, gathered=True), self.key_value(x_BSH, gathered=True)), dim=-1)
         return qkv if self.rows is None else qkv.view(self.rows, -1, qkv.shape[-1])
-
-
-def _attention_biases(config: ModelConfig) -> tuple[bool, bool]:
-    """Return whether query, key and value have biases, and whether the output projection has a bias."""
-    if isinstance(config, LlamaConfig):
-        return config.attention_bias, config.attention_output_bias
-    bias = not isinstance(config, GPTNeoXConfig) or config.attention_bias
-    return bias, bias
 
 
 def causal_attention(
@@ -300,9 +299,9 @@ def _written_out_attention(
 class SwiGLU(nn.Module):
     """SwiGLU MLP, ``down(silu(gate(x)) * up(x))``, with its inner width divided over the group; takes ``[B, S, H]``."""
 
-    def __init__(self, config: LlamaConfig, group: TensorGroup) -> None:
+    def __init__(self, config: ModelConfig, group: TensorGroup, *, bias: bool) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_up = ColumnParallelLinear(
             hidden, 2 * inner, group=group, bias=bias, parts={"gate": inner, "up": inner}
         )
@@ -316,13 +315,12 @@ class SwiGLU(nn.Module):
 class GeluMLP(nn.Module):
     """GELU MLP, ``down(gelu(up(x)))`` with biases, with its inner width divided over the group; takes ``[B, S, H]``.
 
-    GELU is exact or the tanh approximation (arXiv:1606.08415).
+    GELU is `exact` or the tanh approximation (arXiv:1606.08415).
     """
 
-    def __init__(self, config: ModelConfig, group: TensorGroup) -> None:
+    def __init__(self, config: ModelConfig, group: TensorGroup, *, exact: bool = False) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.intermediate_size
-        exact = isinstance(config, GPTNeoXConfig) and config.hidden_act == "gelu"
         self.approximate = "none" if exact else "tanh"
         self.up = ColumnParallelLinear(hidden, inner, group=group, bias=True)
         self.down = RowParallelLinear(inner, hidden, group=group, bias=True)
@@ -334,20 +332,22 @@ class GeluMLP(nn.Module):
 class Block(nn.Module):
     """A pre-norm Transformer layer: attention and MLP, each added to the residual stream ``[B, S, H]``.
 
-    The input of the MLP is the stream after attention or, in GPT-NeoX's parallel form, the stream before it. With
-    `rows`, which is B, the stream is this rank's share of the tokens, ``[1, B*S / size, H]`` (sequence parallelism).
-
-    The blocks of a stage share `rotary`, which is None where positions are learned. `dropout` holds the dropout masks
-    of this layer.
+    The input of the MLP is the stream after attention or, with `parallel`, the stream before it (GPT-NeoX). With
+    sequence parallelism, the stream is this rank's share of the tokens, ``[1, B*S / size, H]``. `dropout` holds the
+    dropout masks of this layer.
     """
 
-    def __init__(self, config: ModelConfig, group: TensorGroup, rotary: Rotary | None, rows: int | None = None) -> None:
+    def __init__(
+        self,
+        attention_norm: nn.Module,
+        attention: Attention,
+        mlp_norm: nn.Module,
+        mlp: nn.Module,
+        parallel: bool = False,
+    ) -> None:
         super().__init__()
-        self.attention_norm = make_norm(config)
-        self.attention = Attention(config, group, rotary, rows)
-        self.mlp_norm = make_norm(config)
-        self.mlp = SwiGLU(config, group) if isinstance(config, LlamaConfig) else GeluMLP(config, group)
-        self.parallel = isinstance(config, GPTNeoXConfig) and config.use_parallel_residual
+        self.attention_norm, self.attention, self.mlp_norm, self.mlp = attention_norm, attention, mlp_norm, mlp
+        self.parallel = parallel
 
     def forward(
         self,

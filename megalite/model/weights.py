@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megalite.config import ModelConfig
+from megalite.model.config import ModelConfig
 from megalite.parallel.regions import Region
 
 

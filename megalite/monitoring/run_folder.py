@@ -5,8 +5,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from megalite.checkpoint.discovery import CHECKPOINTS
+from megalite.checkpoint.retention import clean, set_aside_later
+from megalite.config import RunConfig
 from megalite.errors import UserError
-from megalite.files import require_writable_folder, write_atomically
+from megalite.files import require_writable_folder, write_atomically, writing
 
 STOP = "STOP"
 """A file of this name in the run's folder asks the run to stop."""
@@ -50,6 +53,30 @@ def require_run_folder(folder: Path) -> None:
             raise UserError(f"{what}: {path} is a folder, but must be a file; move it away, or {fix}")
         if path.name in APPENDED and path.exists() and not os.access(path, os.R_OK | os.W_OK):
             raise UserError(f"{what}: {path} is not writable; make it writable, or {fix}")
+
+
+def prepare_run_folder(config: RunConfig, *, step: int, continues: bool) -> list[str]:
+    """Prepare the folder of a run that starts after `step`; return lines about it for the console.
+
+    A run that `continues` keeps its files up to `step`, and moves later checkpoints to ``earlier``. Any other run moves
+    all files of the run before there.
+    """
+    folder, messages = config.run.dir, []
+    with writing(folder, "make it writable, or set another run.dir"):
+        folder.mkdir(parents=True, exist_ok=True)
+        if continues:
+            messages += [f"warning: {line}" for line in clean(folder / CHECKPOINTS)]
+            for name in (DONE, STOPPED):  # they are about the end of the earlier start
+                (folder / name).unlink(missing_ok=True)
+            aside = next_earlier_folder(folder) / CHECKPOINTS
+            moved, place = set_aside_later(folder / CHECKPOINTS, step, aside)
+            if moved:
+                messages.append(f"set aside: {', '.join(moved)}, to {place}")
+            truncate_metrics(folder / "metrics.jsonl", step)
+        else:
+            set_aside_earlier_run(folder)
+        write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    return messages
 
 
 def set_aside_earlier_run(directory: Path) -> None:

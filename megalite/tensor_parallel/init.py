@@ -40,11 +40,13 @@ def normal_slice_(target: Tensor, shard: LocalShard, *, seed: int, std: float) -
 
 @torch.no_grad()
 def initialise_parameter(parameter: Tensor, shards: Iterable[LocalShard], *, seed: int, std: float) -> None:
-    """Initialise one parameter, shard by shard: weights of norms with 1, biases and padding with 0, others normal."""
+    """Initialise one parameter, shard by shard: biases and padding with 0, other vectors with 1, matrices normally."""
     parameter.zero_()
     for shard in shards:
         target = parameter[shard.target.slices]
-        if shard.spec.name.endswith("norm.weight"):
+        if shard.spec.name.endswith(".bias"):
+            continue
+        if target.ndim == 1:
             target.fill_(1.0)
-        elif not shard.spec.name.endswith(".bias"):
+        else:
             normal_slice_(target, shard, seed=seed, std=std)

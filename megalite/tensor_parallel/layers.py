@@ -7,6 +7,7 @@ each of its parameters holds. Weights have torch's shape, ``[out_features, in_fe
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ class ShardedModule(nn.Module):
     group: TensorGroup
     shard_specs: dict[str, tuple[ShardSpec, ...]]
     fused: bool = False
+    ends_branch: bool = False
+    """Whether the output is added to the residual stream: the weights are initialised smaller the deeper the model."""
     weight_grad_deferral: WeightGradDeferral | None = None
     """Where a linear layer defers its weight gradient to; None: it computes the gradient in the backward."""
 
@@ -41,7 +44,15 @@ class ShardedModule(nn.Module):
         return self.group.position
 
 
-class ColumnParallelLinear(ShardedModule):
+class LinearModule(ShardedModule):
+    """A module that multiplies every token by its weight."""
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Return the FLOPs of one token's forward and backward over all ranks: 6 for each element of the weight."""
+        return 6.0 * sum(prod(spec.global_shape) for spec in self.shard_specs["weight"])
+
+
+class ColumnParallelLinear(LinearModule):
     """``y = x W^T + b`` with the rows of W, and so the features of y, divided over the group.
 
     Takes x ``[..., in_features]``, the same on every rank, and returns ``[..., out_features / size]``. With sequence
@@ -87,13 +98,15 @@ class ColumnParallelLinear(ShardedModule):
         )
 
 
-class RowParallelLinear(ShardedModule):
+class RowParallelLinear(LinearModule):
     """``y = x W^T + b`` with the columns of W, and so the features of x, divided over the group.
 
     Takes x ``[..., in_features / size]``, as `ColumnParallelLinear` returns it, and returns y ``[..., out_features]``,
     the same on every rank, or with sequence parallelism this rank's share of the tokens. The bias is replicated on
     every rank and added once.
     """
+
+    ends_branch = True
 
     def __init__(self, in_features: int, out_features: int, *, group: TensorGroup, bias: bool) -> None:
         super().__init__()
@@ -114,7 +127,7 @@ class RowParallelLinear(ShardedModule):
         return y if self.bias is None else y + self.bias
 
 
-class ReplicatedKVLinear(ShardedModule):
+class ReplicatedKVLinear(LinearModule):
     """Key and value projections with a replicated weight, of which each rank computes only some output rows.
 
     For models with fewer key-value heads than tensor ranks, where several ranks need the same head. The weight's
@@ -186,6 +199,7 @@ class PlacedParameter:
     parameter: nn.Parameter
     shards: tuple[LocalShard, ...]
     shape: tuple[int, ...]
+    ends_branch: bool = False
 
 
 def placed_parameters(module: nn.Module) -> Iterator[PlacedParameter]:
@@ -208,7 +222,8 @@ def placed_parameters(module: nn.Module) -> Iterator[PlacedParameter]:
             shape = tuple(parameter.shape)
             specs = [replace(spec, name=_join(prefix, spec.name)) for spec in declared.get(local, ())]
             specs = specs or [ShardSpec(_join(path, local), shape)]
-            yield PlacedParameter(_join(path, local), parameter, tuple(local_shards(specs, position)), shape)
+            shards, ends_branch = tuple(local_shards(specs, position)), getattr(owner, "ends_branch", False)
+            yield PlacedParameter(_join(path, local), parameter, shards, shape, ends_branch)
 
 
 def _join(prefix: str, name: str) -> str:

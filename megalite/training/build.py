@@ -1,6 +1,6 @@
-"""Construction of the pipeline stages that a rank holds, and of the engine that trains them."""
+"""Construction of the pipeline stages that a rank holds, of the engine that trains them, and of the executor."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,11 +10,14 @@ from megalite.checkpoint.weights import WeightSource
 from megalite.kernels.choice import NATIVE, Kernels
 from megalite.model.initial_weights import InitialWeights
 from megalite.model.load import load_stage
+from megalite.model.loss import loss_function
 from megalite.model.stage import Stage
 from megalite.model.weights import Weights
 from megalite.parallel.mesh import Mesh
+from megalite.pipeline.executor import PipelineExecutor
+from megalite.pipeline.stage_io import exchange_edges
+from megalite.planning.plan import Plan
 from megalite.training.engine import Engine
-from megalite.training.plan import Plan
 
 
 def build_engine(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels: Kernels = NATIVE) -> Engine:
@@ -22,7 +25,6 @@ def build_engine(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels
 
     Load `weights`, or initialise parameters from the seed and their names.
     """
-    source = weights or InitialWeights(plan.config.model, plan.config.run.seed)
     if plan.config.engine == "torch":
         from megalite.fsdp.engine import TorchEngine
 
@@ -30,13 +32,17 @@ def build_engine(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels
         with torch.device("meta"):
             stages = build_stages(plan, mesh, kernels, shares_table=False)
         engine = TorchEngine(stages, plan.config, mesh, plan.parameter_settings)
+        source = weights or InitialWeights(stages.values(), plan.config.run.seed)
         engine.state.restore_weights(WeightSource(source))
         return engine
     from megalite.zero.engine import ZeroEngine
 
     stages = build_stages(plan, mesh, kernels)
     for stage in stages.values():
-        load_stage(stage, source)
+        if weights is None:
+            stage.initialise(plan.config.run.seed)
+        else:
+            load_stage(stage, weights)
     return ZeroEngine(stages, plan.config, mesh, plan.parameter_settings)
 
 
@@ -60,12 +66,30 @@ def build_stages(plan: Plan, mesh: Mesh, kernels: Kernels = NATIVE, *, shares_ta
             rows=plan.config.train.micro_batch_size,
             recompute=plan.config.recompute,
             table=stages[0].tied_table if shares_table and 0 in stages else None,
+            loss=loss_function(plan.config.train.loss),
         )
         stages[index].freeze(plan.frozen)
     return stages
 
 
-def first_trained_stage(stages: Mapping[int, Stage], mesh: Mesh) -> int:
+def build_executor(
+    engine: Engine, plan: Plan, mesh: Mesh, *, on_progress: Callable[[], None] = lambda: None
+) -> PipelineExecutor:
+    """Build the executor of this rank's stages; `on_progress` is called after every instruction. Collective."""
+    size = plan.config.train.micro_batch_size, plan.config.data.sequence_length
+    return PipelineExecutor(
+        engine,
+        mesh.links,
+        placement=plan.placement,
+        rank=mesh.pipeline.rank,
+        edges=exchange_edges({index: stage.edge(*size) for index, stage in engine.stages.items()}, mesh),
+        device=mesh.device,
+        first_trained=_first_trained_stage(engine.stages, mesh),
+        on_progress=on_progress,
+    )
+
+
+def _first_trained_stage(stages: Mapping[int, Stage], mesh: Mesh) -> int:
     """Return the index of the first stage of the pipeline with a parameter that is not frozen. Collective."""
     trained = [index for index, stage in stages.items() if any(p.requires_grad for p in stage.parameters())]
     first = torch.tensor(min(trained, default=mesh.placement.num_stages), device=mesh.device)

@@ -27,7 +27,7 @@ from megalite.checkpoint.store import Part
 from megalite.config.sections import CheckpointSection
 from megalite.errors import UserError
 from megalite.files import write_atomically
-from megalite.parallel.json_collectives import broadcast_json, gather_json
+from megalite.parallel.json_collectives import gather_json, on_rank_zero
 from megalite.parallel.mesh import Mesh
 from megalite.training.engine import EngineState
 
@@ -153,8 +153,9 @@ class Checkpointer:
             if failures:
                 save.others_failed.set()
             self._wait_together(save, save.finished)
-            finished = self._failure(save.finished) if save.finished is not None else None
-            report.failure = next(iter(failures), broadcast_json(finished, self._mesh))
+            finished = save.finished
+            published = on_rank_zero(lambda: self._failure(finished) if finished is not None else None, self._mesh)
+            report.failure = next(iter(failures), published)
         if report.failure is not None and self._mesh.rank == 0:
             store.discard(report.folder)
         self._raise_if_failed(report)
@@ -192,19 +193,20 @@ class Checkpointer:
 
     def _begin(self, folder: Path) -> str | None:
         """Create the folder of a checkpoint; return the reason of a failure, the same on every rank."""
-        failure = None
-        if self._mesh.rank == 0:
+
+        def begin() -> str | None:
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
                 free = shutil.disk_usage(self._root).free
                 if free < self._needed:
-                    failure = f"needs {self._needed:,} bytes, and {free:,} are free there"
-                else:
-                    store.begin(folder)
+                    return f"needs {self._needed:,} bytes, and {free:,} are free there"
+                store.begin(folder)
             except OSError as error:
-                failure = self._on_this_rank(error)
+                return self._on_this_rank(error)
             self._on_save_point("begun")
-        return broadcast_json(failure, self._mesh)
+            return None
+
+        return on_rank_zero(begin, self._mesh)
 
     def _write(self, save: _Save, mine: Sequence[Part]) -> None:
         try:

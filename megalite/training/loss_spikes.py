@@ -3,29 +3,10 @@
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import median
 
 from megalite.config.sections import SpikeSection
-
-
-@dataclass(frozen=True, slots=True)
-class Spike:
-    """A loss spike: the `loss` of a step and the `baseline`, the median of the losses before, in nats per token."""
-
-    loss: float
-    baseline: float
-    rule: SpikeSection
-
-    @property
-    def drops_update(self) -> bool:
-        """Whether the update of the step is skipped."""
-        return self.rule.action != "warn"
-
-    @property
-    def rolls_back(self) -> bool:
-        """Whether the run rolls back to a checkpoint before the spike."""
-        return self.rule.action == "rollback"
+from megalite.monitoring.step_report import Spike
 
 
 class LossSpikeDetector:

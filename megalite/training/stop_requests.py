@@ -2,6 +2,7 @@
 
 import signal
 import stat
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +37,11 @@ class StopRequests:
 
     @contextmanager
     def signal_handlers(self) -> Iterator[None]:
-        """Handle signals as stop requests inside the context; must be entered in the main thread."""
+        """Handle signals as stop requests inside the context. In another thread than the main one signals are not
+        handled, since Python allows it there alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,19 +11,27 @@ from megalite.errors import STOPPED_STATUS
 from megalite.files import folder_lock, to_filesystem_time
 from megalite.launch import LaunchEnvironment, start_time
 from megalite.launch.rendezvous import rendezvous, run_on_rank_zero
+from megalite.monitoring.callback import Callback
 from megalite.monitoring.heartbeat import GROUP_EXTRA_SECONDS, HeartbeatThread, Progress
 from megalite.monitoring.run_folder import STOP
 from megalite.monitoring.run_state import RunStateWriter
 from megalite.parallel.json_collectives import on_rank_zero
 from megalite.parallel.mesh import Mesh, joined_mesh, local_device
-from megalite.training.plan import Plan
-from megalite.training.run_facts import run_facts
+from megalite.planning.plan import Plan
+from megalite.planning.preflight import check_data, check_machine, check_start
+from megalite.planning.run_facts import run_facts
 from megalite.training.stop_requests import StopRequests
 from megalite.training.trainer import Trainer
 
 
-def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter | None = None) -> int:
-    """Train as one rank of `plan`; all ranks of the layout call this.
+def train(
+    plan: Plan,
+    environment: LaunchEnvironment,
+    *,
+    marker: RunStateWriter | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> int:
+    """Train as one rank of `plan`, observed by `callbacks`; all ranks of the layout call this.
 
     On rank 0 `marker` records the phases of the start, that training runs, and how it ended.
 
@@ -44,7 +53,7 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter 
     device = local_device(environment.local_rank, environment.launcher)
     # DeepSpeed reads it from the environment, where not every launcher sets it.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    plan.check_machine()
+    check_machine(config)
     if environment.world_size > 1:
         others = environment.world_size - 1
         doing(f"waiting for the other {others:,} ranks" if others > 1 else "waiting for the other rank")
@@ -63,11 +72,17 @@ def train(plan: Plan, environment: LaunchEnvironment, *, marker: RunStateWriter 
             config.run.dir, mesh.rank, plan.layout.world_size, progress, config.train.timeout_seconds
         )
         stack.enter_context(heartbeat_thread)
-        restarts = environment.restarts
         doing("opening the data")
         datasets = open_datasets(config)
         doing("building the model")
-        trainer = Trainer(plan, mesh, datasets, stop=stop, progress=progress, restarts=restarts, marker=marker)
+        trainer = Trainer(
+            *(plan, mesh, datasets),
+            stop=stop,
+            progress=progress,
+            restarts=environment.restarts,
+            marker=marker,
+            callbacks=callbacks,
+        )
         with stop.signal_handlers():
             stopped = trainer.run()
         trainer.close()
@@ -79,8 +94,8 @@ def _check(plan: Plan) -> None:
 
     The comparison of the run's facts has already ensured that the other hosts have the same files.
     """
-    plan.check_start()
-    plan.check_data()
+    check_start(plan)
+    check_data(plan)
 
 
 def lock_run_folder(folder: Path, mesh: Mesh, until: ExitStack) -> None:

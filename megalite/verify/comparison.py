@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from megalite.checkpoint.fragments import Fragment
 from megalite.data.datasets import open_datasets
 from megalite.launch import LaunchEnvironment
-from megalite.parallel.json_collectives import broadcast_json, gather_json
+from megalite.parallel.json_collectives import gather_json, on_rank_zero
 from megalite.parallel.mesh import joined_mesh, local_device
 from megalite.parallel.regions import Region
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 from megalite.training.trainer import Trainer
 from megalite.verify.parity_report import (
     GRADIENT_TOLERANCE,
@@ -114,7 +114,7 @@ class _Comparison:
             gradients=gradients,
             update=update,
         )
-        return replace(found, miscounted=broadcast_json(self._miscounted(found), self.mesh))
+        return replace(found, miscounted=on_rank_zero(lambda: self._miscounted(found), self.mesh))
 
     # ------------------------------------------------------------------------------------------ this rank's tensors
 

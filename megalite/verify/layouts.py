@@ -12,7 +12,7 @@ from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.sections import CheckpointSection, ParallelSection
 from megalite.errors import UserError
 from megalite.parallel.layout import ParallelLayout
-from megalite.training.plan import Plan, plan_of
+from megalite.planning.plan import Plan, plan_of
 
 _OF_A_PIPELINE = ("schedule", "virtual_stages", "stage_layers")
 _OF_A_TENSOR_AXIS = ("sequence_parallel",)

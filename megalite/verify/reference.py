@@ -12,12 +12,12 @@ from megalite.data.datasets import Datasets
 from megalite.kernels.choice import Kernels
 from megalite.model.dropout import DropoutStreams
 from megalite.model.load import load_stage
-from megalite.model.loss import LOSS
+from megalite.model.loss import LOSS, loss_function
 from megalite.model.stage import Stage
 from megalite.parallel.regions import Region
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.planning.plan import Plan
 from megalite.training.microbatches import to_device
-from megalite.training.plan import Plan
 
 
 class Reference:
@@ -82,7 +82,8 @@ class Reference:
 
 def _whole_model(plan: Plan, kernels: Kernels) -> Stage:
     config, group = plan.config, TensorGroup(kernels=kernels)
-    model = Stage(config.model, range(config.model.num_hidden_layers), index=0, num_stages=1, group=group)
+    layers, loss = range(config.model.num_hidden_layers), loss_function(config.train.loss)
+    model = Stage(config.model, layers, index=0, num_stages=1, group=group, loss=loss)
     if config.init_from is None:
         model.initialise(config.run.seed)
     else:

@@ -5,7 +5,7 @@ from math import ceil
 
 from megalite.config import ModelConfig, RunConfig, TrainSection, read_model
 from megalite.config.deepspeed.settings import DeepSpeedSettings
-from megalite.model.shapes import weight_shapes
+from megalite.model.structure import weight_shapes
 from megalite.optim.parameter_groups import rule_faults
 from megalite.parallel.layout import ParallelLayout
 

@@ -17,6 +17,14 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
 from megalite.config import RunConfig
+from megalite.model.gradients import (
+    all_reduce_sequence_parallel_grads,
+    all_reduce_tied_gradient,
+    average_over_shard_replicas,
+    clip_grad_norm,
+    propagate_nonfinite,
+    trained_parameters,
+)
 from megalite.model.microbatch import Microbatch
 from megalite.model.precision import DTYPES
 from megalite.model.stage import TOKEN_TABLE, Stage
@@ -130,9 +138,7 @@ class ZeroEngine:
         return 2 * self.mesh.shard.size
 
     def _trained_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that are not frozen, each once: the first and the last stage may share a tied table."""
-        parameters = dict.fromkeys(parameter for stage in self.stages.values() for parameter in stage.parameters())
-        return [parameter for parameter in parameters if parameter.requires_grad]
+        return trained_parameters(self.stages.values())
 
     def _set_gradient_dtype(self) -> None:
         """Make autograd and DeepSpeed's reduction accumulate gradients in `gradient_dtype`."""
@@ -272,10 +278,11 @@ class ZeroEngine:
         """Add what other model-parallel ranks contribute to this rank's gradients, before the data axis is reduced."""
         for parameter in self._placeholders:
             self.accumulate_gradient(parameter, parameter.new_zeros(self._placeholder_size))
-        self._all_reduce_sequence_parallel_grads()
-        self._all_reduce_tied_gradient()
-        self._propagate_nonfinite_of_uncounted()
-        self._average_over_shard_replicas()
+        all_reduce_sequence_parallel_grads(self.stages.values(), self.mesh)
+        all_reduce_tied_gradient(self.stages.values(), self.mesh)
+        propagate_nonfinite(self._gradients(counted=False), self._gradients(counted=True))
+        # DeepSpeed has one data-parallel group: it partitions over that group, and averages over no other rank.
+        average_over_shard_replicas(self._trained_parameters(), self.mesh)
 
     def step(self, learning_rate: float | None) -> StepOutcome:
         """Clip the gradients and update; with `learning_rate` None the DeepSpeed JSON's scheduler sets the rate.
@@ -318,7 +325,7 @@ class ZeroEngine:
             self.zero_optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
     def _step_at_stage_0(self) -> tuple[float, bool]:
-        norm = self._clip_grad_norm_at_stage_0()
+        norm = clip_grad_norm(self._gradients(), self._gradients(counted=True), self._clip, self.mesh)
         if math.isfinite(norm):
             self.engine.step()
             return norm, False
@@ -354,73 +361,12 @@ class ZeroEngine:
         """Remove DeepSpeed's hooks from the modules."""
         self.engine.destroy()
 
-    def _all_reduce_sequence_parallel_grads(self) -> None:
-        """All-reduce the gradients of `sequence_parallel_parameters` over the tensor group: one collective, in fp32."""
-        parameters = [p for stage in self.stages.values() for p in stage.sequence_parallel_parameters()]
-        parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        if not parameters:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        assert len(gradients) == len(parameters)
-        flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-        dist.all_reduce(flat, group=self.mesh.tensor.process_group)
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+    def _gradients(self, *, counted: bool | None = None) -> list[Tensor]:
+        """Return the gradients of this rank; those that it counts in the norm, or those that it does not.
 
-    def _all_reduce_tied_gradient(self) -> None:
-        """All-reduce the gradient over the copies of a tied table, so that the copies stay bit-equal.
-
-        Afterwards each stage reduces over the data axis separately, and adds in an order that depends on the other
-        contents of the bucket. With three summands or more, the rounding depends on the order. So with three data ranks
-        or more, one all-reduce here sums over copies and data ranks, and all data ranks but the first contribute zeros
-        to the later reduction, which is then exact.
+        A tied copy counts as neither, since it is bit-equal to the table that another stage counts.
         """
-        if self.mesh.embedding is None:
-            return
-        for stage in self.stages.values():
-            copy = stage.tied_copy
-            if copy is not None and copy.requires_grad:
-                assert copy.grad is not None
-                dist.all_reduce(copy.grad, group=self.mesh.embedding_replicas or self.mesh.embedding)
-                if self.mesh.embedding_replicas is not None and self.mesh.gradient.rank > 0:
-                    copy.grad.zero_()
-
-    def _propagate_nonfinite_of_uncounted(self) -> None:
-        """Set a counted gradient to inf where a gradient that this rank does not count in the norm is not finite.
-
-        Another rank counts the same replicated parameter. With this, every rank skips the step.
-        """
-        grads = [(p, p.grad) for p in (*self._trained_parameters(), *self._placeholders) if p.grad is not None]
-        uncounted = [torch.isfinite(grad).all() for p, grad in grads if not is_counted_in_norm(p) and not is_tied(p)]
-        if uncounted and not bool(torch.stack(uncounted).all()):
-            counted = next((grad for p, grad in grads if is_counted_in_norm(p)), None)
-            if counted is not None:  # else this rank contributes nothing to the norm
-                counted.view(-1)[0] = math.inf
-
-    def _average_over_shard_replicas(self) -> None:
-        """Average the gradients over the ranks that hold the same partition of the optimizer's state.
-
-        DeepSpeed has one data-parallel group: it partitions over that group, and averages over no other rank.
-        """
-        group = self.mesh.shard_replicas
-        if group is None:
-            return
-        for parameter in self._trained_parameters():
-            if parameter.grad is not None:
-                dist.all_reduce(parameter.grad.div_(group.size), group=group.process_group)
-
-    def _clip_grad_norm_at_stage_0(self) -> float:
-        """Clip the gradients to the global norm of `gradient_clipping`; return the norm before clipping."""
-        gradients = {p: p.grad for p in (*self._trained_parameters(), *self._placeholders) if p.grad is not None}
-        counted = [gradient for parameter, gradient in gradients.items() if is_counted_in_norm(parameter)]
-        square = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for gradient in counted:
-            # By rows, then in fp64: one fp32 norm over millions of elements has an error of 1e-4 on a CPU.
-            square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
-        dist.all_reduce(square, group=self.mesh.model.process_group)
-        norm = float(square.sqrt())
-        if math.isfinite(norm) and self._clip > 0 and norm + 1e-6 > self._clip:
-            scale = self._clip / (norm + 1e-6)
-            for gradient in gradients.values():
-                gradient.mul_(scale)
-        return norm
+        parameters = [p for p in (*self._trained_parameters(), *self._placeholders) if p.grad is not None]
+        if counted is not None:
+            parameters = [p for p in parameters if is_counted_in_norm(p) == counted and (counted or not is_tied(p))]
+        return [p.grad for p in parameters if p.grad is not None]

@@ -14,7 +14,7 @@ import pytest
 from megalite.cli import main
 from megalite.errors import UserError
 
-VERBS = "convert, doctor, generate, inspect, preprocess, slurm, status, tokenizer, train, verify"
+VERBS = "convert, doctor, generate, inspect, preprocess, schema, slurm, status, tokenizer, train, verify"
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 
@@ -34,19 +34,22 @@ def run(
     )
 
 
-NO_MARKER = "\nimport megalite.cli.train; megalite.cli.train._marker = lambda plan: None\n"
+NO_MARKER = """
+import megalite.training.local_launch
+megalite.training.local_launch.state_writer = lambda plan, announce: None
+"""
 
 
 def prepare_that(statement: str) -> str:
     """Code that puts a stand-in for the first thing that `megalite train` does, of a run in RUN_DIR."""
     return f"""
 import os, pathlib, types
-import megalite.training.plan
+import megalite.planning.plan
 def prepare(*arguments):
     {statement}
     run = types.SimpleNamespace(dir=pathlib.Path(os.environ["RUN_DIR"]))
     return types.SimpleNamespace(config=types.SimpleNamespace(run=run))
-megalite.training.plan.prepare = prepare
+megalite.planning.plan.prepare = prepare
 """
 
 
@@ -122,7 +125,7 @@ def test_a_path_on_the_command_line_is_expanded_once(
 ) -> None:
     odd = run_file.rename(run_file.parent / "a$b.yaml")
     calls = []
-    monkeypatch.setattr("megalite.cli.train.launch_local", lambda argv, *rest, **more: calls.append(argv))
+    monkeypatch.setattr("megalite.training.local_launch.launch_local", lambda argv, *rest, **more: calls.append(argv))
     monkeypatch.setenv("HOME", str(odd.parent))
     assert main(["train", "~/a$$b.yaml", "run.dir=~/own"]) == 0, capsys.readouterr().err
     # What a rank is given is expanded there once more.
@@ -169,7 +172,7 @@ def test_a_users_error_is_neither_wrapped_nor_interpreted(
     def prepare(*arguments: object) -> None:
         raise UserError(f"{first}\nrun.yaml: a second fault")
 
-    monkeypatch.setattr("megalite.training.plan.prepare", prepare)
+    monkeypatch.setattr("megalite.planning.plan.prepare", prepare)
     assert main(["train", "run.yaml"]) == 2
     expected = f"megalite: checking run.yaml\nmegalite: error: {first}\nmegalite: error: run.yaml: a second fault\n"
     assert capsys.readouterr().err == expected
@@ -187,7 +190,7 @@ def test_by_hand_the_layouts_ranks_are_launched(run_file: Path, monkeypatch: pyt
         calls.append((argv, world_size, log_dir, more))
         return 137
 
-    monkeypatch.setattr("megalite.cli.train.launch_local", launch_local)
+    monkeypatch.setattr("megalite.training.local_launch.launch_local", launch_local)
     overrides = ["parallel.tensor=2", "parallel.pipeline=2", "train.max_restarts=3", "checkpoint.every=5"]
     assert main(["train", str(run_file), *overrides]) == 137
     more = {"stop_grace": math.inf, "max_restarts": 3}
@@ -199,7 +202,7 @@ def test_by_hand_the_layouts_ranks_are_launched(run_file: Path, monkeypatch: pyt
 def test_a_dry_run_launches_nobody(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delattr("megalite.cli.train.launch_local")
+    monkeypatch.delattr("megalite.training.local_launch.launch_local")
     assert main(["train", "--dry-run", str(run_file), "parallel.pipeline=2"]) == 0
     told = capsys.readouterr().out
     assert "pipeline 2" in told

@@ -19,7 +19,7 @@ VERBS = {
 
 
 def write_config(folder: Path, run_file: Path, *settings: str) -> None:
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(prepare(run_file, [*TINY, *settings], None).config.to_yaml())

@@ -13,17 +13,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from megalite.config import (
-    GPTNeoXConfig,
-    LlamaConfig,
-    Recompute,
-    RunConfig,
-    TrainSection,
-    load_run_config,
-    read_model,
-    suggestions,
-)
+from megalite.config import Recompute, RunConfig, TrainSection, load_run_config, read_model, suggestions
 from megalite.errors import UserError
+from megalite.model.families.gpt_neox.config import GPTNeoXConfig
+from megalite.model.families.llama.config import LlamaConfig
 from megalite.parallel.layout import ParallelLayout
 from megalite.paths import escape
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import ModelConfig, read_model
-from megalite.model.shapes import weight_shapes
+from megalite.model.structure import weight_shapes
 
 SIZES: dict[str, Any] = {
     "vocab_size": 45,

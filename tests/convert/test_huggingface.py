@@ -18,15 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalite.checkpoint.weights import CheckpointWeights
-from megalite.config import LlamaConfig, read_model
+from megalite.config import read_model
 from megalite.convert.conversion import RoundedWeights, to_checkpoint, to_hugging_face
-from megalite.convert.huggingface.config import config_of, model_of
-from megalite.convert.huggingface.families import DEFAULT_WINDOW, FAMILIES, REQUIRED, Family
+from megalite.convert.huggingface.config import DEFAULT_WINDOW, config_of, model_of
 from megalite.convert.huggingface.reader import HuggingFaceWeights
 from megalite.convert.logits_check import largest_difference
 from megalite.convert.open import open_weights
 from megalite.errors import UserError
-from megalite.model.shapes import weight_shapes
+from megalite.model.families.llama.config import LlamaConfig
+from megalite.model.formats.hugging_face import REQUIRED, HuggingFaceFormat
+from megalite.model.registry import FAMILIES
+from megalite.model.structure import weight_shapes
 from megalite.model.weights import Weights
 from megalite.parallel.regions import Region
 
@@ -393,22 +395,25 @@ def test_what_is_not_computed_here_is_refused_by_name(
         HuggingFaceWeights(folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.model_type)
-def test_a_key_that_is_absent_means_what_it_means_to_transformers(family: Family) -> None:
+FORMATS = [form for family in FAMILIES.values() for form in family.hugging_face]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.model_type)
+def test_a_key_that_is_absent_means_what_it_means_to_transformers(form: HuggingFaceFormat) -> None:
     from transformers import AutoConfig
 
-    theirs: Any = AutoConfig.for_model(family.model_type)
-    for setting in family.settings:
+    theirs: Any = AutoConfig.for_model(form.model_type)
+    for setting in form.settings:
         if setting.default is not REQUIRED:
             default = getattr(theirs, setting.theirs, None)
             derived = setting.default is None and setting.ours in ("num_key_value_heads", "head_dim")
             assert derived or setting.default == default, setting.theirs
-    for fixed in family.fixed:
+    for fixed in form.fixed:
         assert getattr(theirs, fixed.theirs) in fixed.allowed
-    if family.rotary:
+    if form.rotary:
         assert theirs.rope_parameters["rope_theta"] == 10000.0
-        assert theirs.rope_parameters.get("partial_rotary_factor") == family.partial_rotary
-    if family.always_slides:
+        assert theirs.rope_parameters.get("partial_rotary_factor") == form.partial_rotary
+    if form.always_slides:
         assert theirs.sliding_window == DEFAULT_WINDOW
 
 

@@ -24,7 +24,7 @@ from megalite.doctor.hosts import RankInfo, hosts_row, launcher_row
 from megalite.doctor.report import Report, Row
 from megalite.launch import LaunchEnvironment, launch_environment
 from megalite.parallel.layout import format_ranges
-from megalite.training.plan import prepare
+from megalite.planning.plan import prepare
 
 HOST = socket.gethostname()
 SMALL = ("model.hidden_size=32", "model.intermediate_size=64", "model.vocab_size=256")

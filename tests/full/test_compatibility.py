@@ -11,7 +11,7 @@ from parity import TOLERANCE, reference
 from training import Trace, train_rank
 
 from megalite.errors import UserError
-from megalite.training.plan import prepare
+from megalite.planning.plan import prepare
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "composition.md"
 SMALL = (

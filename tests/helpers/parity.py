@@ -11,7 +11,7 @@ from pathlib import Path
 from harness import run_distributed
 from training import Trace, resized, train_in_plain_torch, train_rank, unchanged
 
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 
 SIZES = {"hidden_size": 64, "intermediate_size": 176, "vocab_size": 509}
 """Of the model here, whose heads and layers are the quickstart's: a vocabulary that no ranks divide is padded."""

@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig, ModelConfig, RopeScaling, RotaryConfig
+from megalite.model.config import ModelConfig, RopeScaling, RotaryConfig
+from megalite.model.families.gpt2.config import GPT2Config
+from megalite.model.families.gpt_neox.config import GPTNeoXConfig
+from megalite.model.families.llama.config import LlamaConfig
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
 

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from megalite.config.sections import ParallelSection
 from megalite.parallel.layout import DATA, PIPELINE, TENSOR, Axis, Meaning
-from megalite.training.plan import Plan, plan_of
+from megalite.planning.plan import Plan, plan_of
 
 WHOLE = Axis("replica", frozenset[Meaning](("batch", "gradient", "loss")))
 """Hybrid sharding: each replica has all of the optimizer's state."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from megalite.config import OptimizerSection
     from megalite.model.stage import Stage
-    from megalite.training.plan import Plan
+    from megalite.planning.plan import Plan
     from megalite.training.trainer import Trainer
     from megalite.zero.engine import ZeroEngine
 
@@ -86,7 +86,7 @@ def build_trainer(
     """
     from megalite.data.datasets import open_datasets
     from megalite.parallel.mesh import build_mesh, local_device
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
     from megalite.training.trainer import Trainer
 
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -153,8 +153,8 @@ def train_in_plain_torch(
     from megalite.model.stage import Stage
     from megalite.optim.learning_rate import learning_rate
     from megalite.parallel.tensor_group import TensorGroup
+    from megalite.planning.plan import prepare
     from megalite.training.microbatches import to_device
-    from megalite.training.plan import prepare
 
     plan = prepare(path, overrides, 1)
     config, train = plan.config, plan.config.train

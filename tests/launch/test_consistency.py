@@ -23,8 +23,8 @@ from megalite.errors import CommonError, RanksMissing, UserError
 from megalite.launch import LaunchEnvironment, launch_environment
 from megalite.launch.consistency import FIXES, code_digests, first_difference, process_facts
 from megalite.launch.rendezvous import rendezvous, run_on_rank_zero, try_rendezvous
-from megalite.training.plan import prepare
-from megalite.training.run_facts import run_facts
+from megalite.planning.plan import prepare
+from megalite.planning.run_facts import run_facts
 
 SMALL = ("model.hidden_size=32", "model.intermediate_size=64", "parallel.data=auto")
 WITHIN = 10.0

@@ -172,7 +172,7 @@ def write_run(folder: Path, heartbeats: list[Heartbeat], steps: int = 4, skew: f
 @pytest.fixture
 def run_folder(run_file: Path, tmp_path: Path) -> Path:
     """The folder of a run of two ranks, with nothing in it but its resolved configuration."""
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     config = prepare(run_file, [*TINY, "parallel.tensor=2", "train.steps=100"], None).config
     (tmp_path / "run").mkdir()

@@ -12,10 +12,12 @@ import psutil
 import pytest
 import torch
 
-from megalite.config import GPT2Config, GPTNeoXConfig, LlamaConfig
 from megalite.errors import UserError
-from megalite.model.flops import flops_per_token
+from megalite.model.families.gpt2.config import GPT2Config
+from megalite.model.families.gpt_neox.config import GPTNeoXConfig
+from megalite.model.families.llama.config import LlamaConfig
 from megalite.model.stage import Stage
+from megalite.model.structure import flops_per_token
 from megalite.monitoring.device import device_peak, peak_memory
 from megalite.monitoring.metrics import WIDTH, MetricsLog, StepMetrics
 from megalite.parallel.tensor_group import TensorGroup

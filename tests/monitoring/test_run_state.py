@@ -19,7 +19,7 @@ from megalite.launch import announce, clear_announcement, clear_announcement_bef
 from megalite.launch.announce import CLEAR
 from megalite.monitoring.run_state import STATE, RunState, RunStateWriter, read_state
 from megalite.monitoring.run_status import run_status
-from megalite.training.finished import finished_step
+from megalite.planning.finished import finished_step
 
 SILENT = 20.0
 
@@ -175,7 +175,7 @@ def test_a_start_is_told_from_its_first_second_and_whether_it_lives(
 
 @pytest.mark.processes
 def test_status_speaks_of_every_state(tmp_path: Path, run_file: Path) -> None:
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     folder = tmp_path / "run"
     ours = marker(folder)
@@ -216,7 +216,7 @@ def test_status_speaks_of_every_state(tmp_path: Path, run_file: Path) -> None:
 
 
 def test_status_of_a_run_from_before_this_file(tmp_path: Path, run_file: Path) -> None:
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     (tmp_path / "config.yaml").write_text(prepare(run_file, [*TINY], None).config.to_yaml())
     assert run_status(tmp_path).state == "dead"
@@ -227,7 +227,7 @@ def test_status_of_a_run_from_before_this_file(tmp_path: Path, run_file: Path) -
 def test_status_of_a_folder_of_runs_is_a_line_for_each(
     tmp_path: Path, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     runs = tmp_path / "runs"
     for name in ("a", "group/b", "c", ".hidden", "empty"):
@@ -308,7 +308,7 @@ def test_a_closed_stream_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.processes
 def test_a_run_tells_what_it_does_and_a_finished_one_starts_no_rank(run_file: Path, tmp_path: Path) -> None:
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
 
     given = [str(run_file), *TINY, "train.steps=4", "parallel.data=2", "checkpoint.every=2"]
     folder = tmp_path / "run"

@@ -6,7 +6,8 @@ import pytest
 from training import NARROW
 
 from megalite.errors import UserError
-from megalite.training.plan import Plan, prepare
+from megalite.planning.parameter_count import ParameterCounts
+from megalite.planning.plan import Plan, prepare
 
 
 def plan(run_file: Path, groups: str, *more: str) -> Plan:
@@ -88,9 +89,10 @@ def test_two_optimizers_are_refused(run_file: Path) -> None:
 def test_memory_and_disk_space_count_what_is_trained(run_file: Path) -> None:
     whole, frozen = plan(run_file, "[]"), plan(run_file, "[{match: 'layers.0.*', frozen: true}]")
     lion = prepare(run_file, [*NARROW, "train.optimizer={name: lion}"], None)
-    counts = [found.parameters_of_rank(0, trained=True) for found in (whole, frozen)]
-    layer = whole.parameters_of_rank(0) - counts[1]
-    assert counts == [whole.parameters_of_rank(0), frozen.parameters_of_rank(0) - layer]
+    held = [ParameterCounts(found).of_rank(0) for found in (whole, frozen)]
+    trained = [ParameterCounts(found).of_rank(0, trained=True) for found in (whole, frozen)]
+    layer = held[0] - trained[1]
+    assert trained == [held[0], held[1] - layer]
     assert layer > 0
     assert whole.checkpoint_bytes - frozen.checkpoint_bytes == 8 * layer
-    assert whole.checkpoint_bytes - lion.checkpoint_bytes == 4 * counts[0]
+    assert whole.checkpoint_bytes - lion.checkpoint_bytes == 4 * trained[0]

@@ -55,9 +55,14 @@ def test_a_python_block_is_a_script_that_its_first_line_names(tool: ModuleType) 
     assert (script.text, script.script) == ("Python: import this", "import this\n\nprint(this)")
 
 
-def test_run_files_are_the_blocks_that_begin_with_a_name(tool: ModuleType) -> None:
+def test_files_are_the_blocks_that_begin_with_a_name(tool: ModuleType) -> None:
     named, unnamed = "```yaml\n# tune.yaml\nrun: {dir: a}\n```\n", "```yaml\nrun: {dir: b}\n```\n"
-    assert tool.run_files(named + unnamed) == {"tune.yaml": "# tune.yaml\nrun: {dir: a}"}
+    module = "```python\n# mine/layers.py\nimport this\n```\n"
+    assert tool.page_files(named + unnamed + module) == {
+        "tune.yaml": "# tune.yaml\nrun: {dir: a}",
+        "mine/layers.py": "# mine/layers.py\nimport this",
+    }
+    assert tool.commands("page", module) == []
 
 
 def test_what_a_page_shows_says_how_a_command_ends(tool: ModuleType) -> None:
@@ -112,7 +117,7 @@ def test_a_command_that_ends_otherwise_than_its_page_says_is_told(
     monkeypatch.setattr(tool, "of_page", lambda path: tool.commands(path, page))
     monkeypatch.setattr(tool, "SECONDS", 0.5)
     monkeypatch.setitem(tool.LEFT_OUT, "page", {})
-    monkeypatch.setattr(tool, "run_files", lambda text: {})
+    monkeypatch.setattr(tool, "page_files", lambda text: {})
     monkeypatch.setattr(tool, "ROOT", tmp_path)
     (tmp_path / "page").touch()
     assert tool.check(tool.Page("page"), tmp_path) == 3

@@ -14,7 +14,7 @@ from megalite.config import load_run_config
 from megalite.model.stage import Stage
 from megalite.parallel.regions import Region
 from megalite.parallel.tensor_group import TensorGroup
-from megalite.training.plan import prepare
+from megalite.planning.plan import prepare
 
 BF16 = "deepspeed.bf16={enabled: true}"
 ADAMW = "name: adamw, lr: 2.0e-3, betas: [0.9, 0.95], weight_decay: 0.1"

@@ -14,8 +14,8 @@ from megalite.data.datasets import open_datasets
 from megalite.data.indexed.writer import IndexedDatasetWriter
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.planning.plan import prepare
 from megalite.training.microbatches import to_device
-from megalite.training.plan import prepare
 
 LENGTH, BATCH = 16, 8
 SMALL = (

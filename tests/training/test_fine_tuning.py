@@ -27,7 +27,8 @@ from megalite.errors import UserError
 from megalite.generation.request import Limits
 from megalite.generation.tokenization import open_vocabulary
 from megalite.parallel.regions import Region
-from megalite.training.plan import prepare
+from megalite.planning.plan import prepare
+from megalite.planning.preflight import check_start
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -176,7 +177,7 @@ def test_what_weights_and_tokenizer_tell_of_the_model_need_not_be_written_again(
     assert (model.hidden_size, model.num_key_value_heads, model.vocab_size) == (64, 2, 304)
     assert getattr(model, "attention_bias", False)
     assert getattr(model, "rope_theta", None) == 1e6
-    assert plan.check_start() == f"start: with the weights of {chat_model}"
+    assert check_start(plan) == f"start: with the weights of {chat_model}"
     # The tokenizer of the weights is the run's where the run file names none, and the data were made with it.
     files = plan.companion_files()
     assert {*KEPT, "generation_config.json", "config.yaml"} == set(files)
@@ -240,12 +241,12 @@ def test_a_file_of_no_use_to_the_trained_model_is_refused_before_training(
     del document["init_from"]
     of_tokenizer.write_text(yaml.safe_dump(document))
     for path in (of_weights, of_tokenizer):
-        prepare(path, [], 1).check_start()
+        check_start(prepare(path, [], 1))
     (source / file).write_text(content, errors="surrogateescape")
 
     def refused(path: Path) -> str:
         with pytest.raises(UserError) as raised:
-            prepare(path, [], 1).check_start()
+            check_start(prepare(path, [], 1))
         return str(raised.value)
 
     for path in (of_weights, of_tokenizer):
@@ -265,7 +266,7 @@ def test_a_file_that_goes_into_no_checkpoint_may_be_as_it_is(
     (source / "tokenizer_config.json").write_text("{broken")
     path = write_run(tmp_path, conversations, model=dict(open_weights(chat_model).model))
     plan = prepare(path, [f"data.tokenizer={source}/mine.json"], 1)
-    assert plan.check_start() == "start: anew"
+    assert check_start(plan) == "start: anew"
     assert "tokenizer_config.json" not in plan.companion_files()
 
 
@@ -275,14 +276,14 @@ def test_weights_to_begin_with_are_passed_over_aloud_where_the_run_goes_on(
     source = shutil.copytree(chat_model, tmp_path / "source")
     path = write_run(tmp_path, conversations, init_from=str(source))
     saved(path)
-    line = prepare(path, [], 1).check_start()
+    line = check_start(prepare(path, [], 1))
     assert line.startswith(f"start: from {tmp_path}/run/checkpoints/step_1, step 1, if it is whole; ")
     assert f"init_from={source} is ignored, " in line
     assert "resume=never" in line
     whole = tmp_path / "run/checkpoints/step_1/config.yaml"  # with its section model
     plan = prepare(whole, [f"init_from={tmp_path}/gone"], 1)
     with pytest.raises(UserError, match="init_from=.*gone: there is no such folder"):
-        plan.check_start()
+        check_start(plan)
 
 
 def documents_with(folder: Path, tokenizer: Path, *options: str) -> Path:

@@ -17,8 +17,8 @@ from megalite.config import TrainSection
 from megalite.config.sections import SpikeSection
 from megalite.data.batch_schedule import BatchSchedule, PassedOver
 from megalite.model.loss import LOSS
+from megalite.planning.provenance import Provenance
 from megalite.training.loss_spikes import LossSpikeDetector
-from megalite.training.provenance import Provenance
 
 if TYPE_CHECKING:
     from megalite.training.trainer import Trainer

@@ -8,7 +8,7 @@ import pytest
 from parity import LAYOUTS, check_parity
 from replicas import divided_replicas, whole_replicas
 
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 
 # Every pair of an axis' size, tied or not, and a ZeRO stage is in one of these; `full` has every combination.
 QUICK = [

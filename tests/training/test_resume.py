@@ -12,7 +12,7 @@ from resuming import BF16, FP16, PAIR, SMALL, Layout, assert_holds, assert_same_
 from training import build_trainer
 
 from megalite.checkpoint.reader import CheckpointReader
-from megalite.training.provenance import Provenance
+from megalite.planning.provenance import Provenance
 
 LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]
 

@@ -29,7 +29,7 @@ from harness import run_distributed
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.errors import STOPPED_STATUS, UserError
 from megalite.monitoring.run_folder import STOP
-from megalite.training.plan import prepare
+from megalite.planning.plan import prepare
 from megalite.training.stop_requests import MAX_MINUTES, REASONS, StopRequests
 
 # A learning rate that does not depend on how long the run is to be.

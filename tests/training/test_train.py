@@ -133,14 +133,15 @@ def spans_of_a_step(path: str, overrides: list[str], late: int) -> list[tuple[st
         return take(step)
 
     trainer.batches.take = taking
-    _, spans = trainer._timed_step(2, record=True)
+    spans = trainer.step(2).spans
     trainer.close()
     return [(str(span.instruction), span.start, span.end) for span in spans]
 
 
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_measured_timeline_has_one_zero_whoever_waits_for_data(run_file: Path, late: int) -> None:
-    first, last = run_distributed(spans_of_a_step, 2, str(run_file), [*TINY, "parallel.pipeline=2"], late)
+    given = [*TINY, "parallel.pipeline=2", "train.trace_steps=[2]"]
+    first, last = run_distributed(spans_of_a_step, 2, str(run_file), given, late)
     sent, received = first[0][2], last[0][1]
     assert sent - 0.05 < received < sent + 0.5, "the second stage began before it had its input, or long after"
     assert first[0][1] < 0.5

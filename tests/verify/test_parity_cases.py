@@ -11,7 +11,7 @@ import yaml
 from megalite.errors import UserError
 from megalite.parallel.layout import ParallelLayout
 from megalite.pipeline.partition import partition
-from megalite.training.plan import Plan, prepare
+from megalite.planning.plan import Plan, prepare
 from megalite.verify.layouts import (
     case_plan,
     layouts_of,

@@ -108,7 +108,7 @@ def verified(
 ) -> ParityReport:
     """Compare one layout, as `verify_layout` does, over ranks whose code may have been broken."""
     from megalite.data.datasets import open_datasets
-    from megalite.training.plan import prepare
+    from megalite.planning.plan import prepare
     from megalite.training.trainer import Trainer
     from megalite.verify.comparison import compare
     from megalite.verify.layouts import case_plan

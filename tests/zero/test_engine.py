@@ -13,8 +13,8 @@ from megalite.data.collate import SampleRules
 from megalite.data.datasets import open_datasets
 from megalite.model.stage import Stage
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.planning.plan import prepare
 from megalite.training.microbatches import to_device
-from megalite.training.plan import prepare
 
 SMALL = (
     "model.vocab_size=512",

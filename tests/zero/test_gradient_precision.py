@@ -16,8 +16,8 @@ from megalite.kernels.choice import Kernels
 from megalite.model.stage import Stage
 from megalite.parallel.regions import Region
 from megalite.parallel.tensor_group import TensorGroup
+from megalite.planning.plan import prepare
 from megalite.training.microbatches import to_device
-from megalite.training.plan import prepare
 
 if TYPE_CHECKING:
     from megalite.training.trainer import Trainer

@@ -12,7 +12,7 @@ from replicas import divided_replicas, whole_replicas
 from training import NARROW, build_trainer, unchanged
 
 from megalite.parallel.regions import Region
-from megalite.training.plan import Plan
+from megalite.planning.plan import Plan
 
 STEPS = 3
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2)]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from megalite.cli.plugin_option import Plugins, load_plugins
 from megalite.errors import UserError
 
 
@@ -37,6 +38,7 @@ def inspect(
         Path | None,
         typer.Option(help="Of a checkpoint, or a folder's newest: another to compare with; status 1 if they differ."),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Show and check a dataset, a checkpoint or a Hugging Face folder.
 
@@ -58,6 +60,7 @@ def inspect(
     from megalite.convert.huggingface.reader import is_hugging_face
     from megalite.convert.open import open_weights
 
+    load_plugins(plugin)
     of_run = {"--step": step is not None, "--rank": rank is not None, "--json": as_json}
     of_dataset = {
         "--documents": documents is not None,

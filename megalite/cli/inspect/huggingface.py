@@ -27,7 +27,7 @@ def _head(weights: "HuggingFaceWeights") -> Iterator[str]:
     files = [*weights.files, *weights.model_files]
     sizes = {name: (weights.origin / name).stat().st_size for name in files}
     yield (
-        f"{weights.origin}: a {weights.family.model_type} of Hugging Face's, "
+        f"{weights.origin}: a {weights.format.model_type} of Hugging Face's, "
         f"{sum(map(prod, weights.shapes.values())):,} parameters, {len(weights.stored):,} tensors, "
         f"{sum(sizes[name] for name in weights.files) / 1e6:,.1f} MB"
     )

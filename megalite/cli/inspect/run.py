@@ -10,12 +10,12 @@ import typer
 from megalite.cli.inspect.text import console_width, one_line
 
 if TYPE_CHECKING:
-    from megalite.training.provenance import Provenance, SeenSample
+    from megalite.planning.provenance import Provenance, SeenSample
 
 
 def inspect_step(path: Path, step: int, rank: int | None, as_json: bool) -> None:
     """Print what a step of a run trained on, or will, on all ranks or on one."""
-    from megalite.training.provenance import Provenance
+    from megalite.planning.provenance import Provenance
 
     provenance = Provenance(path)
     samples = provenance.step(step, rank)

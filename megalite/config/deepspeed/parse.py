@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from megalite.config.deepspeed.rules import ByType, Derived, Honoured, Off, Precision, Refused, Rule, Unused
 from megalite.config.deepspeed.table import RECOMPUTE_KEYS, TABLE
 from megalite.config.text_file import read_text
-from megalite.config.validation import Fault, Key, alternatives, show
-from megalite.config.values import TEXT
 from megalite.errors import UserError, nearest
+from megalite.settings.validation import Fault, Key, alternatives, show
+from megalite.settings.values import TEXT
 
 
 class _Reader:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megalite.config.values import Kind
+from megalite.settings.values import Kind
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISION_NAMES: Mapping[str, Precision] = {

@@ -8,9 +8,9 @@ from typing import Any, Self
 from megalite.config.deepspeed.parse import read_document
 from megalite.config.deepspeed.rules import Derived, Precision
 from megalite.config.deepspeed.table import RECOMPUTE_KEYS, SCHEDULERS, TABLE
-from megalite.config.validation import Fault, Origin, report
 from megalite.optim.registry import declaration_of_type
 from megalite.paths import escape
+from megalite.settings.validation import Fault, Origin, report
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from megalite.config.deepspeed.rules import PRECISION_NAMES, ByType, Derived, Honoured, Off, Refused, Rule, Unused
-from megalite.config.values import (
+from megalite.settings.values import (
     BETAS,
     FLAG,
     NOT_NEGATIVE,

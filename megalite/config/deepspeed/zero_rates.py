@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from megalite.config.validation import Fault
+from megalite.settings.validation import Fault
 
 
 def zero_rate_note(scheduler: Mapping[str, Any], steps: int) -> Fault | None:

@@ -10,7 +10,7 @@ from megalite.checkpoint.model_files import model_files_among
 from megalite.checkpoint.safetensors_file import ENCODINGS
 from megalite.convert.huggingface.config import CONFIG, model_of, notes_on
 from megalite.convert.huggingface.folder import TensorFiles, inside, read_json
-from megalite.convert.huggingface.tensor_map import Tensor
+from megalite.convert.huggingface.tensor_map import Tensor, tensors_of
 from megalite.errors import UserError
 from megalite.parallel.regions import Region
 
@@ -38,10 +38,10 @@ class HuggingFaceWeights:
         path = inside(folder, CONFIG)
         self.config = read_json(path)
         """What ``config.json`` holds."""
-        self.family, self.model = model_of(self.config, path, max_positions)
+        self.format, self.model = model_of(self.config, path, max_positions)
         self._files = TensorFiles(folder)
-        self.notes = (*self._files.unread, *notes_on(self.family, self.model, self.config))
-        tensors = {tensor.name: tensor for tensor in self.family.tensors(self.model)}
+        self.notes = (*self._files.unread, *notes_on(self.format, self.model, self.config))
+        tensors = {tensor.name: tensor for tensor in tensors_of(self.format, self.model)}
         self.precision = self._precision()
         self._stored_name = self._match(tensors)
         self._places = {ours: (one, part) for one in tensors.values() for part, ours in enumerate(one.ours)}
@@ -75,7 +75,7 @@ class HuggingFaceWeights:
     def _match(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Return the stored name of each of the model's tensors; raise UserError where these are not all there is."""
         stored = {self._canonical(name): name for name in self._files.shapes if not self._is_buffer(name)}
-        head, table = f"{self.family.head}.weight", next(iter(tensors))
+        head, table = f"{self.format.head}.weight", next(iter(tensors))
         if self.model.tie_word_embeddings and head in stored:
             self._require_equal(stored.pop(head), stored.get(table, table))
         wanted = {name: tensor.shape for name, tensor in tensors.items()}
@@ -87,22 +87,22 @@ class HuggingFaceWeights:
             )
         if rows:
             raise UserError(
-                f"{self.origin}: its tensors are not those of the {self.family.model_type} in its {CONFIG}:\n"
+                f"{self.origin}: its tensors are not those of the {self.format.model_type} in its {CONFIG}:\n"
                 f"{mismatch_table(rows, f'{CONFIG} asks', 'it holds')}"
-                f"take a model of class {self.family.causal_class}, with all its files"
+                f"take a model of class {self.format.causal_class}, with all its files"
             )
         return stored
 
     def _canonical(self, name: str) -> str:
         """Return the name of a tensor that a model was saved with under another, without its head say."""
-        family = self.family
-        if name in (f"{head}.weight" for head in (family.head, *family.other_heads)):
-            return f"{family.head}.weight"
-        prefixed = any(one.startswith(family.prefix) for one in self._files.shapes)
-        return name if prefixed else family.prefix + name
+        form = self.format
+        if name in (f"{head}.weight" for head in (form.head, *form.other_heads)):
+            return f"{form.head}.weight"
+        prefixed = any(one.startswith(form.prefix) for one in self._files.shapes)
+        return name if prefixed else form.prefix + name
 
     def _is_buffer(self, name: str) -> bool:
-        return name.endswith(self.family.buffers)
+        return name.endswith(self.format.buffers)
 
     def _precision(self) -> str:
         """Return the one precision that the tensors are stored in, fp32 where they are in several."""

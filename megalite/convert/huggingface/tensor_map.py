@@ -1,23 +1,12 @@
 """How a tensor of theirs is made of weights of ours: at most stacked by blocks of rows, and then transposed."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megalite.model.config import ModelConfig
+from megalite.model.formats.hugging_face import HuggingFaceFormat, Module
+from megalite.model.structure import weight_shapes
 from megalite.parallel.regions import Region
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """A module of theirs, with a weight and perhaps a bias, and the modules of ours whose parameters these are.
-
-    Several of ours lie in one of theirs one after the other or, `by_head`, the rows of each head together. A
-    `transposed` weight is stored ``[in, out]``.
-    """
-
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
-    by_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +47,25 @@ class Tensor:
         return numbers[::-1] if self.transposed else numbers
 
 
-def tensors_of(module: Module, shapes: Mapping[str, tuple[int, ...]], head_dim: int) -> Iterator[Tensor]:
+def tensors_of(form: HuggingFaceFormat, model: ModelConfig) -> Iterator[Tensor]:
+    """Return all tensors of a model of ours as they are stored, in the order of the layers."""
+    named = [
+        *(replace(module, theirs=form.prefix + module.theirs) for module in form.embedding),
+        *(_in_layer(form, module, layer) for layer in range(model.num_hidden_layers) for module in form.layers),
+        replace(form.norm, theirs=form.prefix + form.norm.theirs),
+        Module(form.head, ("head",)),
+    ]
+    shapes = weight_shapes(model)
+    for module in named:
+        yield from _tensors_of_module(module, shapes, model.head_dim)
+
+
+def _in_layer(form: HuggingFaceFormat, module: Module, layer: int) -> Module:
+    theirs = f"{form.prefix}{form.layer.format(layer)}.{module.theirs}"
+    return replace(module, theirs=theirs, ours=tuple(f"layers.{layer}.{name}" for name in module.ours))
+
+
+def _tensors_of_module(module: Module, shapes: Mapping[str, tuple[int, ...]], head_dim: int) -> Iterator[Tensor]:
     """Return a module's tensors in a model of these shapes; parameters that the model lacks are left out."""
     for kind in ("weight", "bias"):
         ours = tuple(f"{name}.{kind}" for name in module.ours)

@@ -12,7 +12,7 @@ from megalite.checkpoint.model_files import GENERATION_CONFIG
 from megalite.checkpoint.safetensors_file import ENCODINGS, write_safetensors
 from megalite.convert.huggingface.config import CONFIG, config_of
 from megalite.convert.huggingface.folder import INDEX, SINGLE
-from megalite.convert.huggingface.tensor_map import Tensor
+from megalite.convert.huggingface.tensor_map import Tensor, tensors_of
 from megalite.convert.huggingface.tokenizer_files import TokenizerFiles
 from megalite.errors import UserError
 from megalite.files import write_atomically
@@ -37,8 +37,8 @@ def write_folder(
     One tensor is in memory at a time. `progress` is told the bytes done and in all. Raises UserError for a model that
     no family's class computes, and for elements that `precision` cannot hold.
     """
-    family, config = config_of(weights.model, precision, tokenizer.token_ids)
-    tensors = list(family.tensors(weights.model))
+    form, config = config_of(weights.model, precision, tokenizer.token_ids)
+    tensors = list(tensors_of(form, weights.model))
     shards = _shards(tensors, ENCODINGS[precision].itemsize, max_shard_bytes)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     done, total = 0, sum(map(_elements, tensors)) * ENCODINGS[precision].itemsize

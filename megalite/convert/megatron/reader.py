@@ -14,7 +14,7 @@ from megalite.convert.megatron.model_args import MODEL_FILE, build_model, model_
 from megalite.convert.megatron.state_dict import Collection, checkpoint_folder, collect
 from megalite.convert.megatron.tp_shards import Divided, Division
 from megalite.errors import UserError
-from megalite.model.shapes import weight_shapes
+from megalite.model.structure import weight_shapes
 from megalite.parallel.regions import Region
 
 if TYPE_CHECKING:
@@ -100,15 +100,16 @@ def _divide(collection: Collection, model: ModelConfig) -> dict[str, Divided]:
             "wrote; correct num_key_value_heads"
         )
     zero_centred = bool((collection.args or {}).get("apply_layernorm_1p"))
-    division = Division(model, collection.version, zero_centred)
+    shapes = weight_shapes(model)
+    division = Division(model, shapes, collection.version, zero_centred)
     tensors: dict[str, Divided] = {}
     rows: list[tuple[str, str, str]] = []
     used = _copies(model)
-    for name, shape in weight_shapes(model).items():
+    for name, shape in shapes.items():
         source = division.source(name)
         used.add(source)
         shards = collection.shards.get(source)
-        divided = division.divided(name, shape, shards) if shards else None
+        divided = division.divided(name, shards) if shards else None
         if divided is not None:
             tensors[name] = divided
         else:

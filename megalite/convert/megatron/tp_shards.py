@@ -11,13 +11,13 @@ A gated MLP's tensor holds the rank's share of the gate and then that of the oth
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megalite.config import LlamaConfig, ModelConfig
+from megalite.config import ModelConfig
 from megalite.parallel.regions import Region
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ class Division:
     """How a checkpoint of one model divides and packs its tensors."""
 
     model: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    """Those of the model's global tensors."""
     version: float
     zero_centred_norms: bool
     """The weights of norms are stored as what they add to 1 (``--apply-layernorm-1p``)."""
@@ -100,8 +102,9 @@ class Division:
         fused = re.sub(r"attention\.(query|key|value)\.", "attention.query_key_value.", name)
         return re.sub(r"mlp\.gate\.", "mlp.up.", fused)
 
-    def divided(self, name: str, shape: tuple[int, ...], shards: Sequence["Tensor"]) -> Divided | None:
-        """Return where the global tensor `name` of `shape` lies in `shards`; None where these have other sizes."""
+    def divided(self, name: str, shards: Sequence["Tensor"]) -> Divided | None:
+        """Return where the global tensor `name` lies in `shards`; None where these have other sizes."""
+        shape = self.shapes[name]
         ranks, local = len(shards), tuple(shards[0].shape)
         if any(tuple(shard.shape) != local for shard in shards):
             return None
@@ -114,24 +117,25 @@ class Division:
             fits = local == (shape[0], shape[1] // ranks) and shape[1] % ranks == 0
             return Divided(shards, shape, 1, local[1]) if fits else None
         if module.endswith((".query", ".key", ".value", ".gate", ".up")):
-            share, rows = shape[0] // ranks, self._rows(module.rpartition(".")[2], ranks)
-            packed = self._packed_rows(module) // ranks
+            share, rows = shape[0] // ranks, self._rows(module, ranks)
+            packed = self._packed_rows(name) // ranks
             fits = shape[0] % ranks == 0 and local == (packed, *shape[1:])
             return Divided(shards, shape, 0, share, rows) if fits else None
         added = 1.0 if self.zero_centred_norms and module.endswith("norm") and leaf == "weight" else 0.0
         return Divided(shards, shape, added=added) if local == shape else None
 
-    def _packed_rows(self, module: str) -> int:
-        model = self.model
-        if module.endswith((".gate", ".up")):
-            return model.intermediate_size * (2 if isinstance(model, LlamaConfig) else 1)
-        return (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    def _packed_rows(self, name: str) -> int:
+        """Return the rows of all global tensors that are packed together with `name`."""
+        module, leaf = name.rpartition(".")[0].rpartition(".")[0], name.rpartition(".")[2]
+        parts = ("gate", "up") if module.endswith("mlp") else ("query", "key", "value")
+        return sum(self.shapes.get(f"{module}.{part}.{leaf}", (0,))[0] for part in parts)
 
-    def _rows(self, part: str, ranks: int) -> Rows | None:
-        model = self.model
+    def _rows(self, module: str, ranks: int) -> Rows | None:
+        model, (around, _, part) = self.model, module.rpartition(".")
         if part in ("gate", "up"):
             inner = model.intermediate_size // ranks
-            return Rows(inner, inner, inner if part == "up" else 0) if isinstance(model, LlamaConfig) else None
+            is_gated = f"{around}.gate.weight" in self.shapes
+            return Rows(inner, inner, inner if part == "up" else 0) if is_gated else None
         width, heads = model.head_dim, model.num_attention_heads // ranks
         index = ("query", "key", "value").index(part)
         if self.version < 1:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megalite.config.validation import show
+from megalite.settings.validation import show
 
 ASSISTANT, USER, SYSTEM = "assistant", "user", "system"
 FUNCTION_CALL = "function_call"

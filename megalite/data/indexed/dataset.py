@@ -243,7 +243,7 @@ class IndexedDataset:
         # Not before a sidecar is read: preprocess reads none.
         from pydantic import TypeAdapter, ValidationError
 
-        from megalite.config.validation import validation_lines
+        from megalite.settings.validation import validation_lines
 
         try:
             sidecar = TypeAdapter(DatasetSidecar).validate_json(path.read_bytes())

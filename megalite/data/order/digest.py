@@ -11,12 +11,9 @@ from typing import Any
 
 from megalite.config import RunConfig
 from megalite.data.batch_schedule import BatchSchedule
-from megalite.data.datasets import num_tokens, num_units
-from megalite.data.indexed.dataset import IndexedDataset
-from megalite.data.indexed.fingerprint import fingerprint
 from megalite.data.order.blend import megatron_source_sizes, whole_weights
-from megalite.data.order.megatron import epochs_of
 from megalite.data.order.streaming import split_documents
+from megalite.data.sources import open_source
 
 _KEYS_OF_BEFORE = (
     *("sequence_length", "split", "order", "max_epochs", "reset_attention_mask", "reset_position_ids"),
@@ -32,33 +29,27 @@ def order_digest(config: RunConfig) -> str:
     ``train.steps``, once there are two or more. Raises UserError where a source is not there.
     """
     data = config.data
-    sources = [IndexedDataset(source.prefix) for source in data.train]
-    chosen = [split_documents(num_units(source, data), data.split or (1.0,))[0] for source in sources]
+    sources = [open_source(source, config) for source in data.train]
+    chosen = [split_documents(source.num_units, data.split or (1.0,))[0] for source in sources]
     facts: dict[str, Any] = {
         "seed": config.run.seed,
         "order": data.order,
         "sequence_length": data.sequence_length,
         "sources": [
-            [fingerprint(source.prefix), documents.start, documents.stop]
-            for source, documents in zip(data.train, chosen, strict=True)
+            [source.fingerprint(), units.start, units.stop] for source, units in zip(sources, chosen, strict=True)
         ],
     }
     weights = [
-        float(num_tokens(indexed, documents)) if source.weight == "auto" else float(source.weight)
-        for source, indexed, documents in zip(data.train, sources, chosen, strict=True)
+        float(opened.num_tokens(units)) if source.weight == "auto" else float(source.weight)
+        for source, opened, units in zip(data.train, sources, chosen, strict=True)
     ]
     if len(weights) > 1:
         facts["weights"] = whole_weights(weights) if data.order == "streaming" else _shares(weights)
     if data.order == "megatron":
         samples = BatchSchedule(config.train).consumed(config.train.steps)
         sizes = megatron_source_sizes(samples, weights) if len(weights) > 1 else [samples]
-        tokens = [
-            int(indexed.sequence_lengths(documents).sum(dtype="int64"))
-            for indexed, documents in zip(sources, chosen, strict=True)
-        ]
         facts["epochs"] = [
-            epochs_of(max(1, epoch), sequence_length=data.sequence_length, num_samples=size)
-            for epoch, size in zip(tokens, sizes, strict=True)
+            source.epochs(units, size) for source, units, size in zip(sources, chosen, sizes, strict=True)
         ]
     return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -115,10 +115,7 @@ class StreamingSamples:
         """Where samples begin in the dataset's stream of tokens: int64[n] to int64[n]."""
         if len(indices) and indices.min() < 0:
             raise IndexError(f"sample {indices.min()}: samples count from 0")
-        epochs, places = np.divmod(indices, self.samples_per_epoch)
-        for epoch in np.unique(epochs).tolist():
-            within = epochs == epoch
-            places[within] = _order(self.samples_per_epoch, self.seed, epoch).array(places[within])
+        places = epoch_order(indices, self.samples_per_epoch, self.seed)
         return self._first_token + places * self.sequence_length
 
 
@@ -134,6 +131,15 @@ def pieces_between(indexed: IndexedDataset, start: int, stop: int) -> Iterator[P
             if taken:
                 yield Piece(indexed.prefix, document, offset, taken)
             start, offset = start + taken, 0
+
+
+def epoch_order(indices: np.ndarray, samples_per_epoch: int, seed: int) -> np.ndarray:
+    """Return which of 0 to `samples_per_epoch` - 1 each sample is, int64[n] to int64[n]; epochs differ in the order."""
+    epochs, places = np.divmod(indices, samples_per_epoch)
+    for epoch in np.unique(epochs).tolist():
+        within = epochs == epoch
+        places[within] = _order(samples_per_epoch, seed, epoch).array(places[within])
+    return places
 
 
 @lru_cache(maxsize=16)
