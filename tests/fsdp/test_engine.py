@@ -1,5 +1,6 @@
 """The torch engine: what it skips, holds, saves and gives back, on real ranks."""
 
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from training import TINY_MODEL, build_trainer, train_rank
 if TYPE_CHECKING:
     from megalite.training.trainer import Trainer
 
-TORCH = "parallel.engine=torch"
+TORCH, DEEPSPEED = "parallel.engine=torch", "parallel.engine=deepspeed"
 SMALL = (*TINY_MODEL, "model.num_hidden_layers=4", "train.steps=8", TORCH)
 
 
@@ -156,3 +157,52 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     run(run_file, tmp_path / "cut", layout, *overrides, "train.stop_after=3")
     assert run(run_file, tmp_path / "cut", layout, *overrides)[0] == 3
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((TORCH, (1, 1, 2), 2), (DEEPSPEED, (1, 2, 1), 1)),
+        ((DEEPSPEED, (2, 1, 2), 1), (TORCH, (1, 2, 2), 3)),
+        ((TORCH, (1, 2, 1), 3), (TORCH, (1, 1, 3), 1)),
+    ],
+    ids=lambda x: " ".join(map(str, x)).replace("parallel.engine=", ""),
+)
+def test_a_checkpoint_of_one_engine_is_resumed_by_another(
+    run_file: Path, tmp_path: Path, first: tuple[str, Layout, int], then: tuple[str, Layout, int]
+) -> None:
+    batch = "train.global_batch_size=12"
+    for folder, last in (("whole", ""), ("cut", "train.stop_after=3")):
+        engine, layout, stage = first
+        run(run_file, tmp_path / folder, layout, *at(layout, stage), engine, batch, *([last] if last else []))
+    engine, layout, stage = then
+    assert run(run_file, tmp_path / "cut", layout, *at(layout, stage), engine, batch)[0] == 3
+    for kind in ("loss", "grad_norm"):
+        cut, whole = ([step[kind] for step in metrics(tmp_path / folder)] for folder in ("cut", "whole"))
+        assert cut == pytest.approx(whole, rel=1e-5)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def largest_difference_of_copies(path: str, overrides: tuple[str, ...]) -> float:
+    trainer = build_trainer(path, overrides)
+    for step in range(1, 51):
+        trainer.step(step)
+    (shares,) = [
+        [weight for name, weight, _ in trainer.engine.local_parameters(index) if name == stage.tied_copy_name]
+        for index, stage in trainer.engine.stages.items()
+    ]
+    others = [torch.empty_like(shares[0]) for _ in range(2)]
+    torch.distributed.all_gather(others, shares[0].detach(), group=trainer.mesh.embedding)
+    trainer.close()
+    return float((others[0] - others[1]).abs().max())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_copies_of_a_tied_table_stay_equal_to_the_bit(run_file: Path, stage: int) -> None:
+    """Three summands: their order matters."""
+    given = (*SMALL, *at((1, 2, 3), stage), "train.global_batch_size=6", "train.steps=50")
+    assert run_distributed(largest_difference_of_copies, 6, str(run_file), given) == [0.0] * 6
