@@ -95,7 +95,7 @@ def run_file(tmp_path: Path, corpus: Path) -> Path:
         "run": {"dir": str(tmp_path / "run"), "seed": 5},
         "model": QUICKSTART_MODEL,
         "data": {"sequence_length": 32, "train": [{"prefix": str(corpus)}]},
-        "parallel": {"tensor": 1, "pipeline": 1, "data": 1},
+        "parallel": {"tensor": 1, "pipeline": 1, "data": 1, "engine": os.environ.get("MEGALITE_ENGINE", "auto")},
         "train": {
             "steps": 10,
             "global_batch_size": 4,

@@ -37,6 +37,7 @@ ORDER = (
     "monitoring",  # metrics, heartbeats, the run's state and pictures
     "planning",  # what a run will need, checked before it starts
     "zero",  # the sharding engine on DeepSpeed
+    "fsdp",  # the sharding engine on torch's FSDP2
     "generation",  # text from a model
     "training",  # one run: assembly, loop, saving, resuming
     "doctor",  # checks of machines

@@ -15,7 +15,7 @@ from megalite.config import read_model
 from megalite.errors import UserError
 from megalite.model.registry import FAMILIES
 from megalite.model.structure import weight_shapes
-from megalite.model.weights import Weights
+from megalite.model.weights import Weights, WeightValues
 from megalite.parallel.regions import Region
 from megalite.settings.validation import validation_lines
 
@@ -56,7 +56,7 @@ class CheckpointWeights:
 class WeightSource:
     """A `TensorSource` of weights alone: adds the prefix that their names have in a checkpoint."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: WeightValues) -> None:
         self._weights = weights
 
     def read(self, name: str, region: Region, out: np.ndarray) -> None:

@@ -24,6 +24,7 @@ from megalite.config.deepspeed.defaults import with_defaults
 from megalite.config.deepspeed.rules import Precision
 from megalite.config.deepspeed.settings import DeepSpeedSettings
 from megalite.config.deepspeed.zero_rates import zero_rate_note
+from megalite.config.engine_choice import Engine, chosen_engine, engine_faults
 from megalite.config.plugins import PLUGINS
 from megalite.config.sections import (
     AnyFamily,
@@ -126,6 +127,11 @@ class RunConfig(Section, frozen=True):
         return self.deepspeed.zero_stage
 
     @property
+    def engine(self) -> Engine:
+        """The sharding engine that trains the run."""
+        return chosen_engine(self.parallel)
+
+    @property
     def gradient_clipping(self) -> float:
         """The largest global gradient norm; 0 means no clipping."""
         return self.deepspeed.gradient_clipping
@@ -174,6 +180,8 @@ class RunConfig(Section, frozen=True):
         """
         config = self._completed(world_size, vocab_size)
         lines = [self.origin.line(fault) for fault in fit_faults(config, world_size, vocab_size)]
+        asked = engine_faults(config.engine, self.deepspeed.document, self.deepspeed.origin)
+        lines += [self.origin.line(fault) for fault in asked]
         lines += [self.deepspeed.origin.line(fault) for fault in deepspeed_faults(config)]
         report(lines)
         return config

@@ -42,6 +42,7 @@ CURVE = choice(
         **dict.fromkeys(("warmup_stable_decay", "warmup-stable-decay", "trapezoidal"), "wsd"),
     },
 )
+ENGINE = choice("auto", "torch", "deepspeed", other_names=dict.fromkeys(("fsdp", "fsdp2"), "torch"))
 ON_ERROR = choice("stop", "continue")
 PRECISION = choice("fp32", "bf16", "fp16", other_names=PRECISION_NAMES)
 RECOMPUTE = choice("none", "selective", "full", other_names={"all": "full", "off": "none", "no": "none"})
@@ -70,6 +71,8 @@ class ParallelSection(Section, frozen=True):
     """Between sharded layers each tensor rank holds a share of the tokens (arXiv:2205.05198)."""
     overlap: Flag = False
     """A tensor rank's collectives in the backward run beside the product for the weight's gradient."""
+    engine: Annotated[str, ENGINE] = "auto"
+    """What divides gradients, optimizer state and weights over the data ranks: torch's FSDP2, or DeepSpeed's ZeRO."""
     stage_layers: Annotated[tuple[int, ...], COUNTS] | None = None
     """Layers of each pipeline stage, virtual ones too, in the model's order; evenly shared unless given."""
     axes: ClassVar[tuple[Axis, ...]] = AXES

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from megalite.model.stage import Stage
-from megalite.model.weights import Weights
+from megalite.model.weights import WeightValues
 
 
 @torch.no_grad()
-def load_stage(stage: Stage, weights: Weights, progress: Callable[[int, int], None] | None = None) -> None:
+def load_stage(stage: Stage, weights: WeightValues, progress: Callable[[int, int], None] | None = None) -> None:
     """Load every parameter of a stage, and set padding to 0. Raises UserError where a weight cannot be read.
 
     `progress` is called with the number of bytes read so far and the number of bytes in all.

@@ -104,6 +104,10 @@ class Stage(nn.Module):
             self._under_shared_name(placed) for placed in placed_parameters(self) if placed.parameter is not table
         )
         """The parameters of this stage, with their shards under global names."""
+        self.sequence_parallel_names = self._sequence_parallel_names()
+        """The names, in this module, of `sequence_parallel_parameters`."""
+        self.compute_dtype: torch.dtype | None = None
+        """Dtype of the weights in forward and backward, where an engine keeps the parameters in another; else None."""
 
     def forward(self, inputs: Mapping[str, Tensor], *, microbatch: Microbatch) -> StageOutput:
         packing, dropout = microbatch.packing, microbatch.dropout
@@ -159,8 +163,8 @@ class Stage(nn.Module):
 
     @property
     def activation_dtype(self) -> torch.dtype:
-        """Dtype of the parameters, and of the activations that the stage returns."""
-        return next(self.parameters()).dtype
+        """Dtype of the weights in forward and backward, and of the activations that the stage returns."""
+        return self.compute_dtype or next(self.parameters()).dtype
 
     def edge(self, rows: int, sequence_length: int) -> Edge:
         """Return the activations that this stage sends for a microbatch ``[B, S]``; none on the last stage."""
@@ -176,11 +180,14 @@ class Stage(nn.Module):
         These are norms, biases of row-parallel layers and learned positions, which apply to the residual stream. Their
         gradients are all-reduced over the group once per step. Empty without sequence parallelism.
         """
+        return [self.get_parameter(name) for name in sorted(self.sequence_parallel_names)]
+
+    def _sequence_parallel_names(self) -> frozenset[str]:
         if not self.group.sequence_parallel:
-            return []
+            return frozenset()
         layers = [module for module in self.modules() if isinstance(module, ShardedModule)]
         declared = {id(getattr(layer, name)) for layer in layers for name in layer.shard_specs}
-        return [parameter for parameter in self.parameters() if id(parameter) not in declared]
+        return frozenset(placed.name for placed in self.placed_parameters if id(placed.parameter) not in declared)
 
     @property
     def tied_table(self) -> nn.Parameter | None:
@@ -190,9 +197,14 @@ class Stage(nn.Module):
     @property
     def tied_copy(self) -> nn.Parameter | None:
         """This stage's copy of a tied token table that another stage holds too; else None."""
+        return None if self.tied_copy_name is None else self.get_parameter(self.tied_copy_name)
+
+    @property
+    def tied_copy_name(self) -> str | None:
+        """The name of `tied_copy` in this module; None where this stage has none."""
         if not self.tied or self.num_stages == 1:
             return None
-        return self.head.weight if self.head is not None else self.tied_table
+        return "head.weight" if self.head is not None else TOKEN_TABLE if self.embedding is not None else None
 
     def _under_shared_name(self, placed: PlacedParameter) -> PlacedParameter:
         """Return a parameter under its global name, which for a tied head is that of the embedding's table."""
@@ -204,8 +216,11 @@ class Stage(nn.Module):
     def initialise(self, seed: int) -> None:
         """Initialise every parameter from the seed and its global name: the same weights under every layout."""
         for placed in self.placed_parameters:
-            std = self._residual_std if placed.ends_branch else self._std
-            initialise_parameter(placed.parameter, placed.shards, seed=seed, std=std)
+            initialise_parameter(placed.parameter, placed.shards, seed=seed, std=self.initial_std(placed))
+
+    def initial_std(self, placed: PlacedParameter) -> float:
+        """Return the standard deviation of a matrix's initial weights."""
+        return self._residual_std if placed.ends_branch else self._std
 
     def freeze(self, names: Set[str]) -> None:
         """Make the parameters of these global names not require gradients."""

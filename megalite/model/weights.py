@@ -10,7 +10,15 @@ from megalite.model.config import ModelConfig
 from megalite.parallel.regions import Region
 
 
-class Weights(Protocol):
+class WeightValues(Protocol):
+    """Values of weights by their global names: read from files, or drawn."""
+
+    def read(self, name: str, region: Region, out: np.ndarray) -> None:
+        """Read a region of a weight into `out`, fp32 of the region's shape; raise UserError where it cannot be read."""
+        ...
+
+
+class Weights(WeightValues, Protocol):
     """The weights of one model; regions of weights are read on demand."""
 
     @property
@@ -36,8 +44,4 @@ class Weights(Protocol):
     @property
     def model_files(self) -> Mapping[str, Path]:
         """The files beside the weights, such as those of the tokenizer, by their names."""
-        ...
-
-    def read(self, name: str, region: Region, out: np.ndarray) -> None:
-        """Read a region of a weight into `out`, fp32 of the region's shape; raise UserError where it cannot be read."""
         ...

@@ -23,6 +23,7 @@ from megalite.pipeline.instructions import (
     Receive,
     ReceiveActivation,
     ReceiveGradient,
+    ReduceGradients,
     Send,
     SendActivation,
     SendGradient,
@@ -55,8 +56,12 @@ class StageEngine(Protocol):
         """Defer the weight gradients of the stage's backwards inside the context."""
         ...
 
-    def compute_weight_grads(self, store: WeightGradStore) -> None:
-        """Compute deferred weight gradients and accumulate them."""
+    def compute_weight_grads(self, stage: int, store: WeightGradStore) -> None:
+        """Compute deferred weight gradients of a stage and accumulate them."""
+        ...
+
+    def reduce_gradients(self, stage: int) -> None:
+        """Reduce the stage's complete gradients over the data ranks, unless the engine does so at another time."""
         ...
 
 
@@ -183,7 +188,9 @@ class _Run:
                 self._backward(instruction)
             case BackwardWeight():
                 with self._timed(instruction):
-                    self.executor.engine.compute_weight_grads(self.weight_grads.pop(key))
+                    self.executor.engine.compute_weight_grads(instruction.stage, self.weight_grads.pop(key))
+            case ReduceGradients():
+                self._reduce(instruction)
             case _:
                 raise NotImplementedError(f"the executor cannot run {instruction}")
 
@@ -239,6 +246,12 @@ class _Run:
             else:
                 with engine.defer_weight_grads(at.stage) as self.weight_grads[key]:
                     engine.backward(at.stage, scalar, last=last)
+
+    def _reduce(self, at: ReduceGradients) -> None:
+        started = self._clock() if self.record else 0.0
+        self.executor.engine.reduce_gradients(at.stage)
+        if self.record:
+            self.spans.append(Span(self.executor.rank, at, started, self._clock()))
 
     def _output_gradients(self, key: Key) -> dict[str, Tensor]:
         """Return the gradients of a stage's activations: those of the next stage's inputs."""

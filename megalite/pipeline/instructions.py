@@ -1,4 +1,4 @@
-"""The instructions of a pipeline schedule: compute, send and receive, as frozen dataclasses.
+"""The instructions of a pipeline schedule: compute, send, receive and reduce, as frozen dataclasses.
 
 An instruction names only its stage and its microbatch, and no buffer, tag or rank. Its text is stage, code and
 microbatch (``2F0``: stage 2 runs the forward of microbatch 0), which `parse` reads.
@@ -233,6 +233,18 @@ class ReceiveGradient(Receive):
         return SendGradient(self.stage + 1, self.microbatch)
 
 
+@dataclass(frozen=True, slots=True)
+class ReduceGradients(Instruction):
+    """Complete the reduction of a stage's gradients over the data ranks, after its last backward of the step. Roughly::
+
+    launch the reductions that did not begin inside the last backward; no waiting for the device here
+
+    `microbatch` is that of the last backward. Where the engine reduces during the backward, nothing is left to launch.
+    """
+
+    code: ClassVar[str] = "R"
+
+
 _BY_CODE: dict[str, type[Instruction]] = {
     kind.code: kind
     for kind in (
@@ -244,6 +256,7 @@ _BY_CODE: dict[str, type[Instruction]] = {
         ReceiveActivation,
         SendGradient,
         ReceiveGradient,
+        ReduceGradients,
     )
 }
 _PATTERN = re.compile(rf"(0|[1-9][0-9]*)({'|'.join(_BY_CODE)})(0|[1-9][0-9]*)")

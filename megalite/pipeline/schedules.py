@@ -3,17 +3,27 @@
 A schedule first orders the compute with a pattern string such as ``FFIFI``. Each letter is replaced by the next
 instruction of its kind: ``F`` by the next forward, ``I`` by the next backward for the input; a lowercase letter stands
 for the rank's second stage. Letters beyond the last microbatch are dropped, so one pattern serves any number of
-microbatches. `with_communication` then inserts the sends and receives, in the same way for all schedules.
+microbatches. `with_communication` then inserts the sends and receives, and `_with_reductions` a `ReduceGradients` after
+the last backward of each stage, in the same way for all schedules.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
 from typing import Protocol
 
 from megalite.parallel.placement import Placement, Shape
-from megalite.pipeline.instructions import Backward, BackwardInput, BackwardWeight, Compute, Forward, Instruction
+from megalite.pipeline.instructions import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Compute,
+    Forward,
+    Instruction,
+    ReduceGradients,
+    SendGradient,
+)
 
 
 class Schedule(Protocol):
@@ -38,7 +48,7 @@ def one_f_one_b(rank: int, placement: Placement, num_microbatches: int) -> tuple
     The bubble is that of GPipe, with at most ``num_ranks - rank`` microbatches in flight.
 
     >>> " ".join(str(instruction) for instruction in one_f_one_b(1, Placement(num_ranks=2), num_microbatches=2))
-    '1RA0 1F0 1RA1 1B0 1SG0 1F1 1B1 1SG1'
+    '1RA0 1F0 1RA1 1B0 1SG0 1F1 1B1 1SG1 1R1'
 
     Raises ValueError as `gpipe` does.
     """
@@ -199,7 +209,20 @@ def _expand(
     """Return the stream of a pattern: a letter is the next instruction of its sequence, dropped after its end."""
     remaining = {letter: iter(sequence) for letter, sequence in sequences.items()}
     computes = [compute for letter in pattern for compute in [next(remaining[letter], None)] if compute is not None]
-    return with_communication(_fused(computes, placement), placement, ahead=ahead)
+    return tuple(_with_reductions(with_communication(_fused(computes, placement), placement, ahead=ahead), placement))
+
+
+def _with_reductions(stream: Sequence[Instruction], placement: Placement) -> Iterator[Instruction]:
+    """Insert a `ReduceGradients` after the last backward of each stage, and after the send of its result."""
+    last = {i.stage: i for i in stream if isinstance(i, Backward | BackwardWeight)}
+    for instruction in stream:
+        yield instruction
+        end = last.get(instruction.stage)
+        if end is None or end.microbatch != instruction.microbatch:
+            continue
+        is_send = isinstance(end, Backward) and isinstance(instruction, SendGradient)
+        if is_send or (instruction == end and end.send(placement) is None):
+            yield ReduceGradients(end.stage, end.microbatch)
 
 
 def _fused(computes: Sequence[Compute], placement: Placement) -> list[Compute]:

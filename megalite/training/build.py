@@ -6,7 +6,9 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint.weights import WeightSource
 from megalite.kernels.choice import NATIVE, Kernels
+from megalite.model.initial_weights import InitialWeights
 from megalite.model.load import load_stage
 from megalite.model.loss import loss_function
 from megalite.model.stage import Stage
@@ -18,10 +20,36 @@ from megalite.planning.plan import Plan
 from megalite.training.engine import Engine
 
 
-def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels: Kernels = NATIVE) -> dict[int, Stage]:
-    """Build this rank's stages; load `weights`, or initialise parameters from the seed and their names.
+def build_engine(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels: Kernels = NATIVE) -> Engine:
+    """Build this rank's stages and the engine that trains them. Collective.
 
-    Frozen parameters do not require gradients.
+    Load `weights`, or initialise parameters from the seed and their names.
+    """
+    if plan.config.engine == "torch":
+        from megalite.fsdp.engine import TorchEngine
+
+        # Each rank reads or draws only its own shares.
+        with torch.device("meta"):
+            stages = build_stages(plan, mesh, kernels, shares_table=False)
+        engine = TorchEngine(stages, plan.config, mesh, plan.parameter_settings)
+        source = weights or InitialWeights(stages.values(), plan.config.run.seed)
+        engine.state.restore_weights(WeightSource(source))
+        return engine
+    from megalite.zero.engine import ZeroEngine
+
+    stages = build_stages(plan, mesh, kernels)
+    for stage in stages.values():
+        if weights is None:
+            stage.initialise(plan.config.run.seed)
+        else:
+            load_stage(stage, weights)
+    return ZeroEngine(stages, plan.config, mesh, plan.parameter_settings)
+
+
+def build_stages(plan: Plan, mesh: Mesh, kernels: Kernels = NATIVE, *, shares_table: bool = True) -> dict[int, Stage]:
+    """Build this rank's stages with weights that are not set yet; frozen parameters do not require gradients.
+
+    `shares_table`: where this rank has the first and the last stage, a tied table is one parameter of both.
     """
     parallel = plan.config.parallel
     group = replace(
@@ -29,7 +57,7 @@ def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels
     )
     stages: dict[int, Stage] = {}
     for index in mesh.stages:
-        stage = stages[index] = Stage(
+        stages[index] = Stage(
             plan.config.model,
             plan.stage_layers[index],
             index=index,
@@ -38,22 +66,11 @@ def build_stages(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels
             rows=plan.config.train.micro_batch_size,
             recompute=plan.config.recompute,
             compiled=plan.config.train.compile,
-            table=stages[0].tied_table if 0 in stages else None,
+            table=stages[0].tied_table if shares_table and 0 in stages else None,
             loss=loss_function(plan.config.train.loss),
         )
-        if weights is None:
-            stage.initialise(plan.config.run.seed)
-        else:
-            load_stage(stage, weights)
-        stage.freeze(plan.frozen)
+        stages[index].freeze(plan.frozen)
     return stages
-
-
-def build_engine(stages: Mapping[int, Stage], plan: Plan, mesh: Mesh) -> Engine:
-    """Build the engine that trains this rank's stages: DeepSpeed's ZeRO, the only engine so far. Collective."""
-    from megalite.zero.engine import ZeroEngine
-
-    return ZeroEngine(stages, plan.config, mesh, plan.parameter_settings)
 
 
 def build_executor(

@@ -1,4 +1,6 @@
-"""Engine: what the trainer needs of a sharding engine. `megalite.zero.engine.ZeroEngine` is one, on DeepSpeed.
+"""Engine: what the trainer needs of a sharding engine.
+
+`megalite.fsdp.engine.TorchEngine` is one, on torch's FSDP2, and `megalite.zero.engine.ZeroEngine` one on DeepSpeed.
 
 An engine holds the stages of a rank, accumulates gradients over the microbatches of a step, reduces them over the data
 axis, clips them, and updates the weights. The pipeline executor drives it through `StageEngine`, the trainer through
@@ -79,6 +81,13 @@ class Engine(StageEngine, Protocol):
 
     @property
     def state(self) -> EngineState: ...
+
+    def local_parameters(self, stage: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor | None]]:
+        """Yield this rank's part of each parameter of a stage: name in the stage, weight, and gradient if there is one.
+
+        Not collective. An engine that shards while it accumulates yields shares.
+        """
+        ...
 
     @property
     def dtype(self) -> torch.dtype:

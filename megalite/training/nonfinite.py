@@ -1,6 +1,6 @@
 """Guard against non-finite gradients: ends a run after too many skipped steps in a row, and names the first cause."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from megalite.errors import UserError
 from megalite.model.stage import Stage
 from megalite.parallel.json_collectives import gather_json
 from megalite.parallel.mesh import Mesh
+from megalite.training.engine import Engine
 
 # The kinds of non-finite tensors, in the order of a step: the first one is the cause of the others.
 _PARAMETER, _OUTPUT, _GRADIENT = range(3)
@@ -25,22 +26,22 @@ class NonFiniteGuard:
     checks and no cost.
     """
 
-    def __init__(self, limit: int, stages: Mapping[int, Stage], mesh: Mesh, run: Path) -> None:
-        self.limit, self._stages, self._mesh, self._run = limit, stages, mesh, run
+    def __init__(self, limit: int, engine: Engine, mesh: Mesh, run: Path) -> None:
+        self.limit, self._engine, self._mesh, self._run = limit, engine, mesh, run
         self._in_a_row = 0
         self._first: list[Any] | None = None
         """[order, text] of the first tensor on this rank that was not finite in the checked step."""
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Check the forwards and backwards inside the context, which ends before gradients are reduced."""
+        """Check the forwards and backwards inside the context, which ends before `Engine.accumulate` does."""
         self._first = None
         if self._in_a_row < self.limit - 1:
             yield
             return
         self._check_parameters()
         with ExitStack() as hooks:
-            for index, stage in self._stages.items():
+            for index, stage in self._engine.stages.items():
                 self._check_outputs(index, stage, hooks)
             yield
         self._check_gradients()
@@ -73,12 +74,10 @@ class NonFiniteGuard:
             self._first = [[*order], text()]
 
     def _check_parameters(self) -> None:
-        for index, stage in self._stages.items():
-            for number, placed in enumerate(stage.placed_parameters):
-                # At ZeRO-3 the partition of a parameter is in `ds_tensor`.
-                tensor = getattr(placed.parameter, "ds_tensor", placed.parameter)
-                text = f"parameter {placed.name} of stage {index}"
-                self._record((_PARAMETER, index, number), lambda t=text: t, tensor)
+        for index in self._engine.stages:
+            for number, (name, weight, _) in enumerate(self._engine.local_parameters(index)):
+                text = f"parameter {name} of stage {index}"
+                self._record((_PARAMETER, index, number), lambda t=text: t, weight)
 
     def _check_outputs(self, index: int, stage: Stage, hooks: ExitStack) -> None:
         seen = {"microbatch": -1, "outputs": 0}
@@ -101,8 +100,8 @@ class NonFiniteGuard:
 
     def _check_gradients(self) -> None:
         """Check the gradients, from the loss to the input, which is the order in which a backward computes them."""
-        for index, stage in self._stages.items():
-            for number, placed in enumerate(stage.placed_parameters):
-                if placed.parameter.grad is not None:
-                    text = f"the gradient of {placed.name} of stage {index}"
-                    self._record((_GRADIENT, -index, -number), lambda t=text: t, placed.parameter.grad)
+        for index in self._engine.stages:
+            for number, (name, _, gradient) in enumerate(self._engine.local_parameters(index)):
+                if gradient is not None:
+                    text = f"the gradient of {name} of stage {index}"
+                    self._record((_GRADIENT, -index, -number), lambda t=text: t, gradient)

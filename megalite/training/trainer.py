@@ -30,7 +30,7 @@ from megalite.parallel.mesh import Mesh
 from megalite.pipeline.instructions import Instruction
 from megalite.pipeline.schedules import SCHEDULES
 from megalite.planning.plan import Plan
-from megalite.training.build import build_engine, build_executor, build_stages
+from megalite.training.build import build_engine, build_executor
 from megalite.training.checkpointing import Checkpointer
 from megalite.training.evaluation import Evaluator, reduce_losses
 from megalite.training.loss_spikes import LossSpikeDetector
@@ -71,15 +71,13 @@ class Trainer:
         """The callbacks of `run`; none before."""
         self.start = find_start(plan, mesh)
         self.kernels = _choose_kernels_on_rank_zero(self.config, mesh, self.start.kernels)
-        self.engine = build_engine(build_stages(plan, mesh, self.start.weights, self.kernels), plan, mesh)
+        self.engine = build_engine(plan, mesh, self.start.weights, self.kernels)
         self.state = self.engine.state
         self._restore()
         _ = plan.documents  # read now, since the folder of `init_from` may be gone at the first save
         self.spike_detector = LossSpikeDetector(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
-        self.nonfinite_guard = NonFiniteGuard(
-            self.config.train.max_bad_steps, self.engine.stages, mesh, self.config.run.dir
-        )
+        self.nonfinite_guard = NonFiniteGuard(self.config.train.max_bad_steps, self.engine, mesh, self.config.run.dir)
         self.checkpointer = Checkpointer(
             self.config.checkpoint,
             plan.checkpoints,

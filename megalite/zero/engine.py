@@ -197,6 +197,11 @@ class ZeroEngine:
             settings["gradient_clipping"] = 0.0
         return settings
 
+    def local_parameters(self, stage: int) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Yield name, weight and gradient of a stage's parameters; at ZeRO-3 the partition of the weight."""
+        for placed in self.stages[stage].placed_parameters:
+            yield placed.name, getattr(placed.parameter, "ds_tensor", placed.parameter), placed.parameter.grad
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of parameters and activations."""
@@ -231,9 +236,12 @@ class ZeroEngine:
         """Defer the weight gradients of the stage's backwards inside the context."""
         return self.stages[stage].weight_grad_deferral.enabled()
 
-    def compute_weight_grads(self, store: WeightGradStore) -> None:
+    def compute_weight_grads(self, stage: int, store: WeightGradStore) -> None:
         """Compute deferred weight gradients and accumulate them."""
         store.run(self.accumulate_gradient)
+
+    def reduce_gradients(self, stage: int) -> None:
+        """Do nothing: DeepSpeed reduces the gradients of all stages at the end of `accumulate`."""
 
     def accumulate_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Accumulate `gradient`, of the parameter's unpartitioned shape, for gradients outside of a backward.

@@ -84,7 +84,7 @@ class ToyEngine:
     """Torch's autograd with a loss scale."""
 
     def __init__(self, stages: Mapping[int, ToyStage]) -> None:
-        self.stages = stages
+        self.stages, self.reduced = stages, list[int]()
 
     def forward(self, stage: int, inputs: dict[str, Tensor], microbatch: Microbatch) -> StageOutput:
         return self.stages[stage](inputs, microbatch)
@@ -97,11 +97,14 @@ class ToyEngine:
         with self.stages[stage].deferral.enabled() as store:
             yield store
 
-    def compute_weight_grads(self, store: WeightGradStore) -> None:
+    def compute_weight_grads(self, stage: int, store: WeightGradStore) -> None:
         def accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
         store.run(accumulate)
+
+    def reduce_gradients(self, stage: int) -> None:
+        self.reduced.append(stage)
 
 
 def microbatches() -> list[Microbatch]:

@@ -15,6 +15,7 @@ from megalite.pipeline.instructions import (
     Forward,
     Instruction,
     Receive,
+    ReduceGradients,
     Send,
 )
 from megalite.pipeline.schedules import (
@@ -47,7 +48,8 @@ def in_flight(stream: tuple[Instruction, ...]) -> int:
 
 
 def printed(streams: tuple[tuple[Instruction, ...], ...]) -> list[str]:
-    return [" ".join(map(str, stream)) for stream in streams]
+    """The streams without the reductions, which a property of all schedules is about."""
+    return [" ".join(str(i) for i in stream if not isinstance(i, ReduceGradients)) for stream in streams]
 
 
 def test_schedules_are_known_by_their_names_in_a_run_file() -> None:
@@ -92,6 +94,14 @@ def test_a_backward_comes_after_its_forward_and_its_weights_half_after_its_input
                 assert Backward(*at) not in place
 
 
+@for_many_sizes(*TRAINING)
+def test_each_stage_reduces_its_gradients_once_after_its_last_backward(case: Case) -> None:
+    for rank, stream in enumerate(case.streams):
+        for stage in case.placement.stages_of(rank):
+            of_stage = [i for i in stream if i.stage == stage and isinstance(i, Compute | ReduceGradients)]
+            assert [isinstance(i, ReduceGradients) for i in of_stage] == [False] * (len(of_stage) - 1) + [True]
+
+
 @pytest.mark.slow
 @for_many_sizes(*ALL)
 def test_each_send_follows_its_compute_and_each_receive_is_posted_early(case: Case) -> None:
@@ -103,7 +113,8 @@ def test_each_send_follows_its_compute_and_each_receive_is_posted_early(case: Ca
             assert send is None or stream[stream.index(compute) + 1] == send
             assert receive is None or stream.index(receive) < stream.index(computes[max(index - early, 0)])
             messages += (send is not None) + (receive is not None)
-        assert len(stream) == len(computes) + messages
+        reductions = sum(isinstance(instruction, ReduceGradients) for instruction in stream)
+        assert len(stream) == len(computes) + messages + reductions
 
 
 @for_many_sizes(*ALL)
@@ -215,7 +226,7 @@ def test_two_stages_of_one_rank_exchange_no_message() -> None:
         f"{word}{microbatch}" for word in ("1RA", "1SG", "2SA", "2RG") for microbatch in range(3)
     }
     alone = all_streams(interleaved_1f1b, Placement(1, 3), 2)
-    assert all(isinstance(instruction, Compute) for instruction in alone[0])
+    assert not any(isinstance(instruction, Send | Receive) for instruction in alone[0])
 
 
 # ---- what does not run

@@ -35,6 +35,8 @@ def norm_and_updates(path: str, overrides: tuple[str, ...]) -> tuple[float, list
 
     trainer = build_trainer(path, overrides)
     before = build_stages(trainer.plan, trainer.mesh)
+    for stage in before.values():
+        stage.initialise(trainer.config.run.seed)
     norm = trainer.step(1).outcome.grad_norm
     updates: list[Update] = []
     for index, stage in trainer.engine.stages.items():

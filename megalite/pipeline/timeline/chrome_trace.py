@@ -4,7 +4,16 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from megalite.pipeline.instructions import Backward, BackwardInput, BackwardWeight, Compute, Forward, Instruction, Send
+from megalite.pipeline.instructions import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Compute,
+    Forward,
+    Instruction,
+    ReduceGradients,
+    Send,
+)
 from megalite.pipeline.timeline.spans import Span, Timeline
 
 _FORWARD = 1000.0
@@ -15,6 +24,7 @@ _CATEGORIES: dict[type[Instruction], str] = {
     Backward: "backward",
     BackwardInput: "backward input",
     BackwardWeight: "backward weights",
+    ReduceGradients: "reduction",
 }
 
 
@@ -23,21 +33,21 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> str:
 
     Every span is a complete event (``"ph": "X"``) with the name of its instruction (``2F0``), and the stage and the
     microbatch in its ``args``. Times are microseconds since the first span; in a timeline whose unit is a forward, a
-    forward takes a millisecond. Sends and receives overlap with compute and with each other, which the format does not
-    allow within a thread, so they are on additional threads of their rank.
+    forward takes a millisecond. Messages and reductions overlap with compute and with each other, which the format does
+    not allow within a thread, so they are on additional threads of their rank.
     """
     events = [event for at, (name, it) in enumerate(timelines.items(), start=1) for event in _process(at, name, it)]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
 class _Thread(NamedTuple):
-    """A thread of a rank: lane 0 holds its compute, the other lanes its messages."""
+    """A thread of a rank: lane 0 holds its compute, the other lanes its messages and reductions."""
 
     rank: int
     lane: int
 
     def __str__(self) -> str:
-        return f"rank {self.rank}" + (f", messages {self.lane}" if self.lane else "")
+        return f"rank {self.rank}" + (f", communication {self.lane}" if self.lane else "")
 
 
 def _process(pid: int, name: str, timeline: Timeline) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,7 @@ _STYLES: dict[type[Compute], _Style] = {
     BackwardInput: _Style("backward, input", "#d9623b"),
     BackwardWeight: _Style("backward, weights", "#3f9a5f"),
 }
+_REDUCTION = "#7d4fa3"
 _PALEST = 0.62
 """The share of white in the colours of a rank's last stage; the first stage has full colours."""
 _DARK, _GREY = "#262626", "#b9bec4"
@@ -65,6 +66,8 @@ def timeline_figure(timelines: Mapping[str, Timeline], title: str) -> "Figure":
         _draw(axes, name, timeline, longest)
     drawn = {type(span.instruction) for timeline in timelines.values() for span in timeline.compute}
     keys = [Patch(color=style.box, label=style.name) for kind, style in _STYLES.items() if kind in drawn]
+    if any(timeline.reductions for timeline in timelines.values()):
+        keys.append(Patch(color=_REDUCTION, label="gradient reduction"))
     most = max(len(stages) for timeline in timelines.values() for stages in timeline.stages)
     if most > 1:
         keys += [
@@ -95,7 +98,11 @@ def _draw(axes: "Axes", name: str, timeline: Timeline, longest: float) -> None:
                 if isinstance(span.instruction, kind) and stages[span.rank].index(span.instruction.stage) == index
             ]
             _draw_boxes(axes, _paler(style.box, index, most), spans, timeline.start, scale, points=points)
-    axes.set_xlim(0, longest * scale)
+    for span in timeline.reductions:
+        # Beside compute, so below the boxes.
+        start, width = (span.start - timeline.start) * scale, (span.end - span.start) * scale
+        axes.barh(span.rank + _BOX / 2 + 0.04, width, left=start, height=0.08, color=_REDUCTION)
+    axes.set_xlim(0, (longest + timeline.exposed_reduction) * scale)
     axes.set_ylim(timeline.num_ranks - 0.5, -0.5)
     axes.set_yticks(range(timeline.num_ranks), [_row(rank, of_rank) for rank, of_rank in enumerate(stages)])
     axes.set_xlabel("time, ms" if unit == "ms" else "time, in forwards of one microbatch", color=_DARK)

@@ -19,6 +19,7 @@ from megalite.pipeline.instructions import (
     Forward,
     Instruction,
     Receive,
+    ReduceGradients,
     Send,
 )
 from megalite.pipeline.timeline.spans import Span, Timeline, Unit
@@ -40,7 +41,11 @@ class CrossedMessages(ScheduleError):
 class Cost:
     """The duration of each kind of instruction, in `unit`: one number for all stages, or a tuple with one per stage.
 
-    By default a forward takes 1, a backward 2, each half of a split backward 1, and a message 0.
+    By default a forward takes 1, a backward 2, each half of a split backward 1, and a message or a reduction 0.
+
+    A stage's gradients are reduced in `reduce_buckets` equal buckets, which become ready one after the other during its
+    last backward; with one bucket the reduction begins after that backward. Where the weight gradients are deferred,
+    all buckets become ready at the end.
     """
 
     forward: float | tuple[float, ...] = 1.0
@@ -49,6 +54,8 @@ class Cost:
     backward_weight: float | tuple[float, ...] = 1.0
     send: float | tuple[float, ...] = 0.0
     unit: Unit = "forward"
+    reduce: float | tuple[float, ...] = 0.0
+    reduce_buckets: int = 1
 
     def of(self, instruction: Instruction) -> float:
         """Return the duration of an instruction; a receive takes no time."""
@@ -63,6 +70,8 @@ class Cost:
                 cost = self.backward_weight
             case Send():
                 cost = self.send
+            case ReduceGradients():
+                cost = self.reduce
             case _:
                 return 0.0
         return cost[instruction.stage] if isinstance(cost, tuple) else cost
@@ -93,7 +102,16 @@ def measured_cost(timeline: Timeline) -> Cost:
         for kind in (Forward, Backward, BackwardInput, BackwardWeight)
     )
     waits = list(_waits(timeline, len(stages)))
-    return Cost(forward, backward, for_input, for_weight, median(waits) if waits else 0.0, timeline.unit)
+    reductions = {span.instruction.stage: span.end - span.start for span in timeline.reductions}
+    return Cost(
+        forward,
+        backward,
+        for_input,
+        for_weight,
+        send=median(waits) if waits else 0.0,
+        unit=timeline.unit,
+        reduce=tuple(reductions.get(stage, 0.0) for stage in stages) if reductions else 0.0,
+    )
 
 
 def _waits(timeline: Timeline, num_stages: int) -> Iterator[float]:
@@ -167,6 +185,7 @@ class _Simulation:
         self.done: dict[Instruction, float] = {}
         self.queues: dict[Hashable, dict[int, deque[_Posted]]] = defaultdict(lambda: defaultdict(deque))
         self.free_at: dict[Hashable, float] = defaultdict(float)
+        self.reductions_end = [0.0] * len(streams)
 
     def run(self) -> Timeline:
         ranks = range(len(self.streams))
@@ -196,12 +215,25 @@ class _Simulation:
                 start = max([self.clock[rank], *(self._when(choice) for choice in self._needs(instruction))])
                 self.clock[rank] = self.done[instruction] = start + self.cost.of(instruction)
                 self.spans.append(Span(rank, instruction, start, self.clock[rank]))
+            case ReduceGradients():
+                self._reduce(rank, instruction)
             case Send() | Receive():
                 self._post(rank, instruction)
                 if self.rendezvous and isinstance(instruction, Send):
                     self.clock[rank] = max(self.clock[rank], self.done.get(instruction, 0.0))
                     return instruction in self.done
         return True
+
+    def _reduce(self, rank: int, instruction: ReduceGradients) -> None:
+        """Reduce a stage's gradients beside the rank's compute; a rank's reductions run one after the other."""
+        at, cost = (instruction.stage, instruction.microbatch), self.cost.of(instruction)
+        last = next(s for s in reversed(self.spans) if (s.instruction.stage, s.instruction.microbatch) == at)
+        buckets = self.cost.reduce_buckets if isinstance(last.instruction, Backward) else 1
+        first_ready = last.start + (last.end - last.start) / buckets
+        start = max(first_ready, self.reductions_end[rank])
+        self.reductions_end[rank] = max(start + cost, last.end + cost / buckets)
+        if cost:
+            self.spans.append(Span(rank, instruction, start, self.reductions_end[rank]))
 
     def _needs(self, instruction: Instruction) -> list[_Choice]:
         """Return the dependencies of an instruction; of each tuple, one instruction must have run."""
@@ -213,6 +245,8 @@ class _Simulation:
                 needs.append((Forward(stage, microbatch),))
             case BackwardWeight(stage, microbatch):
                 needs.append((BackwardInput(stage, microbatch),))
+            case ReduceGradients(stage, microbatch):
+                needs.append((Backward(stage, microbatch), BackwardWeight(stage, microbatch)))
         if isinstance(instruction, Compute) and (receive := instruction.required_receive(self.num_stages)) is not None:
             here, there = self._ends(receive)
             needs.append((receive,) if here != there else receive.counterpart.sources)

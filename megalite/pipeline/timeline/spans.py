@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from megalite.pipeline.instructions import Backward, BackwardWeight, Compute, Forward, Instruction
+from megalite.pipeline.instructions import (
+    Backward,
+    BackwardWeight,
+    Compute,
+    Forward,
+    Instruction,
+    ReduceGradients,
+)
 
 Unit = Literal["forward", "seconds"]
 """The unit of times: the duration of one forward, or seconds."""
@@ -26,7 +33,7 @@ class Span:
 class Timeline:
     """The spans of one step over all pipeline ranks.
 
-    The spans may include sends and receives; their time counts as idle.
+    The spans may include sends, receives and reductions; their time counts as idle.
     """
 
     spans: tuple[Span, ...]
@@ -59,6 +66,17 @@ class Timeline:
     def makespan(self) -> float:
         """Time from the start of the first forward or backward to the end of the last."""
         return max((span.end for span in self.compute), default=0.0) - self.start
+
+    @cached_property
+    def reductions(self) -> tuple[Span, ...]:
+        """The spans in which gradients are reduced over the data ranks."""
+        return tuple(span for span in self.spans if isinstance(span.instruction, ReduceGradients))
+
+    @property
+    def exposed_reduction(self) -> float:
+        """The time for which a step is longer because of the reduction of its gradients: after the last compute."""
+        end = max((span.end for span in self.reductions), default=0.0)
+        return max(0.0, end - self.start - self.makespan)
 
     @property
     def bubble_fraction(self) -> float:

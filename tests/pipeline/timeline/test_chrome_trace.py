@@ -95,10 +95,10 @@ def test_processes_are_timelines_and_threads_are_ranks() -> None:
     timelines = {"measured": measured(), "simulated": in_a_v()}
     names = {(e["pid"], e.get("tid")): e["args"]["name"] for e in events(timelines, "M") if "name" in e["args"]}
     assert {pid: name for (pid, tid), name in names.items() if tid is None} == {1: "measured", 2: "simulated"}
-    messages = [f"rank 0, messages {lane}" for lane in (1, 2)]
+    messages = [f"rank 0, communication {lane}" for lane in (1, 2)]
     assert [name for (pid, tid), name in names.items() if pid == 1 and tid] == [
         *("rank 0", *messages),
-        *("rank 1", "rank 1, messages 1"),
+        *("rank 1", "rank 1, communication 1"),
     ]
     assert [name for (pid, tid), name in names.items() if pid == 2 and tid] == ["rank 0", "rank 1", "rank 2"]
     for event in events(timelines, "X"):

@@ -445,3 +445,33 @@ def test_measured_cost_is_a_median_over_computes_alone() -> None:
     spans = [Span(0, Forward(0, m), 0.0, length) for m, length in enumerate((9.0, 1.0, 2.0))]
     sends = [Span(0, parse("0SA0"), 0.0, 100.0)]
     assert measured_cost(Timeline((*spans, *sends))) == Cost((2.0,), (0.0,), (0.0,), (0.0,), unit="seconds")
+
+
+# ---- the reduction of gradients
+
+
+def test_a_reduction_runs_beside_the_last_backward_bucket_by_bucket() -> None:
+    """Of a backward of 2 in 4 buckets the first is ready after 0.5; a long reduction then ends after its own time."""
+    streams = streams_of("0F0 0B0 0R0")
+    for cost, exposed in ((0.4, 0.1), (1.5, 0.375), (8.0, 6.5)):
+        timeline = simulate(streams, Cost(forward=1, backward=2, reduce=cost, reduce_buckets=4))
+        assert timeline.exposed_reduction == pytest.approx(exposed)
+    assert simulate(streams, Cost(reduce=0.4)).exposed_reduction == pytest.approx(0.4)
+
+
+def test_a_stage_that_ends_early_reduces_behind_the_ranks_other_stages() -> None:
+    streams = streams_of("0F0 1F0 1B0 1R0 0B0 0R0")
+    timeline = simulate(streams, Cost(forward=1, backward=2, reduce=(0.0, 1.5)))
+    assert (timeline.exposed_reduction, timeline.makespan) == (0.0, 6.0)
+    both = simulate(streams, Cost(forward=1, backward=2, reduce=3.0))
+    assert [(str(s.instruction), s.start, s.end) for s in both.reductions] == [("1R0", 4.0, 7.0), ("0R0", 7.0, 10.0)]
+
+
+def test_deferred_weight_gradients_are_reduced_after_the_last_of_them() -> None:
+    timeline = simulate(streams_of("0F0 0I0 0W0 0R0"), Cost(reduce=0.5, reduce_buckets=8))
+    assert timeline.exposed_reduction == pytest.approx(0.5)
+
+
+def test_a_reduction_before_its_backward_is_caught() -> None:
+    with pytest.raises(ScheduleDeadlock, match="0R0"):
+        simulate(streams_of("0F0 0R0 0B0"))
