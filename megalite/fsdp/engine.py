@@ -45,19 +45,22 @@ class TorchEngine:
         self._sharded = {
             index: ShardedStage(stage, mesh, config.zero_stage, precision) for index, stage in stages.items()
         }
-        self._trained = [shard for _, shard in self.shards() if shard.master.requires_grad]
-        self._counted = {id(shard) for stage, shard in self.shards() if self._counts(stage, shard, config.zero_stage)}
+        self._shards = [(sharded.stage, shard) for sharded in self._sharded.values() for shard in sharded.shards]
+        self._trained = [shard for _, shard in self._shards if shard.master.requires_grad]
+        self._counted = {id(shard) for stage, shard in self._shards if self._counts(stage, shard, config.zero_stage)}
         self.loss_scale = LossScale(config.deepspeed.document.get("fp16", {})) if config.precision == "fp16" else None
         self.optimizer = self._build_optimizer(config, settings)
         self._deferring: set[int] = set()
         self._poisoned = False
         self._rate = config.optimizer.lr
-        self.state = ShardedState(self, config.optimizer.declaration, divided=config.zero_stage > 0)
-
-    def shards(self) -> Iterator[tuple[Stage, Shard]]:
-        """Yield this rank's shares, each with its stage."""
-        for index, sharded in self._sharded.items():
-            yield from ((self.stages[index], shard) for shard in sharded.shards)
+        self.state = ShardedState(
+            self._shards,
+            self.optimizer,
+            config.optimizer.declaration,
+            self.loss_scale,
+            mesh,
+            divided=config.zero_stage > 0,
+        )
 
     def fsdp_parameters(self) -> Iterator[Any]:
         """Yield torch's record of each parameter (FSDPParam), which knows what of it is gathered."""
@@ -135,16 +138,17 @@ class TorchEngine:
 
     def _sum_over_tensor_ranks(self) -> None:
         """All-reduce the gradients of sequence-parallel parameters over the tensor group: one collective."""
-        shards = [shard for stage, shard in self.shards() if shard.placed.name in stage.sequence_parallel_names]
+        shards = [shard for stage, shard in self._shards if shard.placed.name in stage.sequence_parallel_names]
         gradients = [shard.gradient for shard in shards if shard.gradient is not None]
         if gradients:
             flat = torch.cat([gradient.float() for gradient in gradients])
             dist.all_reduce(flat, group=self.mesh.tensor.process_group)
-            torch._foreach_copy_(gradients, flat.split([gradient.numel() for gradient in gradients]))
+            totals = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, totals)  # pyright: ignore[reportPrivateImportUsage]
 
     def _sum_tied(self) -> None:
         """Sum the gradient over the two copies of a tied table: two summands, so both get the same bits."""
-        copies = [shard.gradient for stage, shard in self.shards() if shard.placed.name == stage.tied_copy_name]
+        copies = [shard.gradient for stage, shard in self._shards if shard.placed.name == stage.tied_copy_name]
         copies = [gradient for gradient in copies if gradient is not None]
         if len(copies) == 2:  # this rank holds the first and the last stage
             copies[1].copy_(copies[0].add_(copies[1]))
@@ -184,7 +188,7 @@ class TorchEngine:
         gradients = [shard.gradient for shard in self._trained]
         present = [gradient for gradient in gradients if gradient is not None]
         if factor != 1.0 and present:  # a stage may be frozen
-            torch._foreach_mul_(present, factor)
+            torch._foreach_mul_(present, factor)  # pyright: ignore[reportPrivateImportUsage]
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
         for shard, gradient in zip(self._trained, gradients, strict=True):

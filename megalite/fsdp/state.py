@@ -1,28 +1,38 @@
 """The state of the torch engine, for checkpoints: this rank's shares as fragments, and JSON values."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from megalite.checkpoint.fragments import Fragment, TensorSource, fill
 from megalite.checkpoint.manifest import WEIGHT_KIND
+from megalite.fsdp.loss_scale import LossScale
 from megalite.fsdp.sharded_stage import Shard
 from megalite.model.stage import Stage
 from megalite.optim.declaration import OptimizerDeclaration, StateShape
-
-if TYPE_CHECKING:
-    from megalite.fsdp.engine import TorchEngine
+from megalite.parallel.mesh import Mesh
 
 
 class ShardedState:
     """The weights of the engine's stages and the state of its optimizer; see `megalite.training.engine.EngineState`."""
 
-    def __init__(self, engine: "TorchEngine", declaration: OptimizerDeclaration, *, divided: bool) -> None:
-        self._engine, self._declaration, self._divided = engine, declaration, divided
+    def __init__(
+        self,
+        shards: Sequence[tuple[Stage, Shard]],
+        optimizer: torch.optim.Optimizer,
+        declaration: OptimizerDeclaration,
+        loss_scale: LossScale | None,
+        mesh: Mesh,
+        *,
+        divided: bool,
+    ) -> None:
+        """Take this rank's shares, each with its stage; `divided`: the data ranks have different shares."""
+        self._shards, self._optimizer, self._declaration = shards, optimizer, declaration
+        self._loss_scale, self._mesh, self._divided = loss_scale, mesh, divided
         self.updates = 0
         """The number of updates so far, without skipped steps."""
 
@@ -41,15 +51,15 @@ class ShardedState:
 
     def _fragments(self, *, trained: bool) -> Iterator[tuple[Shard, Fragment]]:
         self._create_state()
-        for stage, shard in self._engine.shards():
+        for stage, shard in self._shards:
             if shard.master.requires_grad == trained and shard.master.numel():
                 yield shard, replace(self._fragment(shard), window=self._window(stage, shard))
 
     def _fragment(self, shard: Shard) -> Fragment:
-        mesh, layout = self._engine.mesh, self._engine.mesh.layout
+        mesh, layout = self._mesh, self._mesh.layout
         tensors = {WEIGHT_KIND: shard.master.detach()}
         if shard.master.requires_grad:
-            state = self._engine.optimizer.state[shard.master]
+            state = self._optimizer.state[shard.master]
             tensors |= {name: state[name] for name in self._declaration.state_tensors}
         # The fragment is replicated along every axis that divides neither model, parameter nor fragment.
         divided = {"pipeline", *shard.placed.shards[0].spec.sharding}
@@ -62,7 +72,7 @@ class ShardedState:
         """Return the range of elements that a stage saves of a parameter: of a tied table its half. None: all."""
         if shard.placed.name != stage.tied_copy_name:
             return None
-        size, mesh = prod(shard.placed.shape), self._engine.mesh
+        size, mesh = prod(shard.placed.shape), self._mesh
         if mesh.has_first_stage and mesh.has_last_stage:
             return (0, size) if stage.index == 0 else (0, 0)
         return (0, size // 2) if stage.index == 0 else (size // 2, size)
@@ -71,8 +81,8 @@ class ShardedState:
         """Restore master weights, optimizer state and scalar state; frozen weights as well."""
         self._set_updates(int(scalar_state["updates"]))
         fill((fragment for _, fragment in self._fragments(trained=True)), source)
-        if scalar_state["loss_scale"] is not None and self._engine.loss_scale is not None:
-            self._engine.loss_scale.restore(scalar_state["loss_scale"])
+        if scalar_state["loss_scale"] is not None and self._loss_scale is not None:
+            self._loss_scale.restore(scalar_state["loss_scale"])
 
     def restore_weights(self, source: TensorSource) -> None:
         """Set the weights alone, of frozen parameters too."""
@@ -82,7 +92,7 @@ class ShardedState:
     @contextmanager
     def preserve_loss_scale(self) -> Iterator[None]:
         """Undo changes of the loss scale by a step inside the context."""
-        scale = self._engine.loss_scale
+        scale = self._loss_scale
         before = None if scale is None else scale.counters()
         yield
         if scale is not None and before is not None:
@@ -90,14 +100,16 @@ class ShardedState:
 
     def scalar_state(self) -> dict[str, Any]:
         """Return the state without tensors, as JSON values: number of updates and loss scale."""
-        scale = self._engine.loss_scale
+        scale = self._loss_scale
         return {"updates": self.updates, "loss_scale": None if scale is None else scale.counters(), "scheduler": None}
 
     def _create_state(self) -> None:
         """Create the declared state now, with the zeros that the first update would create."""
-        for shard in self._engine._trained:
-            state = self._engine.optimizer.state[shard.master]
-            if not state and shard.master.numel():
+        for _, shard in self._shards:
+            if not (shard.master.requires_grad and shard.master.numel()):
+                continue
+            state = self._optimizer.state[shard.master]
+            if not state:
                 for name, shape in self._declaration.state.items():
                     state[name] = torch.zeros_like(shard.master, requires_grad=False)
                     if shape is StateShape.UPDATES:
@@ -107,9 +119,9 @@ class ShardedState:
         self._create_state()
         self.updates = count
         for name in (name for name, shape in self._declaration.state.items() if shape is StateShape.UPDATES):
-            for state in self._engine.optimizer.state.values():
+            for state in self._optimizer.state.values():
                 if name in state:
                     state[name].fill_(count)
-            for group in self._engine.optimizer.param_groups:
+            for group in self._optimizer.param_groups:
                 if name in group:  # some optimizers count updates per group
                     group[name] = count
