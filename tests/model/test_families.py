@@ -27,6 +27,8 @@ from megalite.model.family import Family
 from megalite.model.formats.hugging_face import HuggingFaceFormat, Module
 from megalite.model.registry import FAMILIES, register_family
 from megalite.model.structure import flops_per_token, weight_shapes
+from megalite.planning.parameter_count import ParameterCounts
+from megalite.planning.plan import prepare
 
 SIZES: dict[str, Any] = {
     "vocab_size": 45,
@@ -174,6 +176,16 @@ def test_layers_of_several_kinds_have_their_own_shapes() -> None:
         f"layers.{layer}.weight": (16, 16 if layer % 2 else 32) for layer in range(5)
     }
     assert flops_per_token(model, 8) == 6 * 45 * 16 + 2 * 10 + 3 * 20
+
+
+def test_parameters_are_counted_by_the_kinds_of_a_stages_layers() -> None:
+    register_family(Family(ToyConfig, builder=f"{__name__}:ToyBuilder"))
+    model = {"architecture": "toy", **SIZES, "num_hidden_layers": 4}
+    sizes = {"parallel": {"pipeline": 4, "data": 1}, "train": RUN["train"] | {"global_batch_size": 4}}
+    Path("toy.yaml").write_text(yaml.safe_dump(RUN | {"plugins": None, "model": model} | sizes))
+    counts = ParameterCounts(prepare(Path("toy.yaml"), [], None))
+    ends = 45 * 16
+    assert [counts.of_rank(rank) for rank in range(4)] == [ends + 512, 256, 512, 256 + 16 + ends]
 
 
 def test_a_format_has_a_place_for_every_weight() -> None:
