@@ -6,7 +6,9 @@ if TYPE_CHECKING:
     from megalite.config import RunConfig, load_run_config
     from megalite.data.registered import TokenDataset, TokenSample, register_dataset
     from megalite.errors import RunFailed, UserError
+    from megalite.model.family import Family
     from megalite.model.loss import register_loss
+    from megalite.model.registry import register_family
     from megalite.monitoring.callback import Callback, RunEnd, RunStart, register_callback
     from megalite.monitoring.step_report import StepReport
 
@@ -17,12 +19,15 @@ _MODULES = {
     **dict.fromkeys(("RunConfig", "load_run_config"), "config"),
     **dict.fromkeys(("TokenDataset", "TokenSample", "register_dataset"), "data.registered"),
     **dict.fromkeys(("RunFailed", "UserError"), "errors"),
+    "Family": "model.family",
     "register_loss": "model.loss",
+    "register_family": "model.registry",
     **dict.fromkeys(("Callback", "RunEnd", "RunStart", "register_callback"), "monitoring.callback"),
     "StepReport": "monitoring.step_report",
 }
 __all__ = [
     "Callback",
+    "Family",
     "RunConfig",
     "RunEnd",
     "RunFailed",
@@ -36,6 +41,7 @@ __all__ = [
     "load_run_config",
     "register_callback",
     "register_dataset",
+    "register_family",
     "register_loss",
     "train",
 ]

@@ -154,13 +154,6 @@ def prompts(here: Path) -> None:
     (here / "prompts.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
-def plugin(here: Path) -> None:
-    """Write the module that the page on plugins shows."""
-    text = (ROOT / "docs/howto/extend.md").read_text(encoding="utf-8")
-    module = next(lines for _, language, lines in blocks(text) if language == "python")
-    (here / "my_plugin.py").write_text("\n".join(module) + "\n")
-
-
 def nothing(here: Path) -> None:
     pass
 
@@ -182,7 +175,7 @@ PAGES = (
     Page("docs/reference/checkpoint_format.md", after=TUTORIAL),
     Page("docs/reference/python_api.md", after=TUTORIAL),
     Page("docs/howto/generate.md", after=TUTORIAL, prepare=prompts),
-    Page("docs/howto/extend.md", after=TUTORIAL, prepare=plugin),
+    Page("docs/howto/extend.md", after=TUTORIAL),
     Page("docs/howto/pretrain_7b.md"),
     Page("docs/concepts/schedules.md"),
     Page("docs/reference/megatron_checkpoints.md"),

@@ -16,7 +16,7 @@ from megalite.settings.values import nearest_value
 FAMILIES: Registry[Family] = Registry("model family")
 
 
-def register(family: Family) -> None:
+def register_family(family: Family) -> None:
     """Add a family; raise ValueError if another family has its name, or reads one of its types of Hugging Face."""
     theirs = {form.model_type: known.name for known in FAMILIES.values() for form in known.hugging_face}
     for form in family.hugging_face:
@@ -26,7 +26,7 @@ def register(family: Family) -> None:
 
 
 for _family in (llama.FAMILY, gpt2.FAMILY, gpt_neox.FAMILY):
-    register(_family)
+    register_family(_family)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -1,6 +1,6 @@
 """Names and shapes of a model's weights, and its FLOPs, from its modules on the meta device."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -18,6 +18,32 @@ class CountsFlops(Protocol):
     def flops_per_token(self, sequence_length: int) -> float:
         """Return the FLOPs of one token's forward and backward, those of the modules in it left out."""
         ...
+
+
+def meta_stage(
+    config: ModelConfig,
+    layers: Sequence[int],
+    index: int = 0,
+    num_stages: int = 1,
+    *,
+    tensor: tuple[int, int] = (0, 1),
+    shares_rank: bool = False,
+) -> "Stage":
+    """Return a stage on the meta device, whose parameters have shapes and no memory.
+
+    `tensor` is the rank on the tensor axis and the axis' size. With `shares_rank` the stage is without a tied table
+    that it shares with the first stage of its rank.
+    """
+    import torch
+
+    from megalite.model.stage import Stage
+    from megalite.parallel.tensor_group import TensorGroup
+
+    with torch.device("meta"):
+        group = TensorGroup(*tensor)
+        first = Stage(config, (), index=0, num_stages=num_stages, group=group) if shares_rank else None
+        table = None if first is None else first.tied_table
+        return Stage(config, layers, index=index, num_stages=num_stages, group=group, table=table)
 
 
 @lru_cache(maxsize=16)
@@ -66,15 +92,8 @@ def _module_by_module(sample: "Stage") -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _sample(config: ModelConfig) -> "tuple[Stage, tuple[int, ...]]":
     """Return the whole model with one layer of each kind, and for each layer the number of the one that is like it."""
-    import torch
-
-    from megalite.model.stage import Stage
-    from megalite.parallel.tensor_group import TensorGroup
-
     first_of_kind: dict[object, int] = {}
     layers = tuple(
         first_of_kind.setdefault(config.layer_kind(layer), layer) for layer in range(config.num_hidden_layers)
     )
-    with torch.device("meta"):
-        sample = Stage(config, [*first_of_kind.values()], index=0, num_stages=1, group=TensorGroup())
-    return sample, layers
+    return meta_stage(config, [*first_of_kind.values()]), layers

@@ -1,6 +1,6 @@
 """Parameter counts of ranks and stages, from stages on the meta device, which have shapes and no memory."""
 
-from megalite.planning.meta_stage import meta_stage
+from megalite.model.structure import meta_stage
 from megalite.planning.plan import Plan
 
 
@@ -21,13 +21,14 @@ class ParameterCounts:
     def of_stage(self, stage: int, tensor: int, *, trained: bool = False) -> int:
         """Return the number of parameters that rank `tensor` of the tensor axis holds of a stage."""
         plan, placement = self._plan, self._plan.placement
-        layers, last = plan.stage_layers[stage], placement.num_stages - 1
-        # All middle stages with the same number of layers are equally large unless some are frozen: cache the count.
-        kind = (layers if self._frozen else len(layers), stage == 0, stage == last, tensor)
+        model, layers, last = plan.config.model, plan.stage_layers[stage], placement.num_stages - 1
+        # All middle stages with the same kinds of layers are equally large unless some are frozen: cache the count.
+        kinds = layers if self._frozen else tuple(map(model.layer_kind, layers))
+        kind = (kinds, stage == 0, stage == last, tensor)
         if kind not in self._counted:
             shares = stage == last > 0 and placement.rank_of(0) == placement.rank_of(stage)
             place = (tensor, plan.layout.size("tensor"))
-            built = meta_stage(plan.config.model, layers, stage, last + 1, place, shares_rank=shares)
+            built = meta_stage(model, layers, stage, last + 1, tensor=place, shares_rank=shares)
             self._counted[kind] = built.num_parameters(), built.num_parameters(without=self._frozen)
         every, not_frozen = self._counted[kind]
         return not_frozen if trained else every

@@ -26,13 +26,12 @@ from megalite.data.order.digest import order_digest
 from megalite.data.tokenizers.base import Tokenizer
 from megalite.data.tokenizers.load import load_tokenizer
 from megalite.errors import UserError
-from megalite.model.structure import weight_shapes
+from megalite.model.structure import meta_stage, weight_shapes
 from megalite.model.weights import Weights
 from megalite.optim.parameter_groups import ParameterSettings, parameter_settings, rule_faults, unequal_parts
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
-from megalite.planning.meta_stage import meta_stage
 from megalite.planning.model_files import companion_files, tokens_of_documents
 from megalite.settings.validation import Fault, report
 
@@ -210,7 +209,7 @@ def _check_parameter_groups(plan: Plan) -> None:
         for number, text in rule_faults(plan.shapes, groups)
     ]
     report([origin.line(fault) for fault in faults])
-    whole = meta_stage(model, range(model.num_hidden_layers), 0, 1, (0, plan.layout.size("tensor")))
+    whole = meta_stage(model, range(model.num_hidden_layers), tensor=(0, plan.layout.size("tensor")))
     parts = [tuple(shard.spec.name for shard in placed.shards) for placed in whole.placed_parameters]
     if unequal := unequal_parts(parts, plan.parameter_settings):
         text = f": {unequal[0]} and {unequal[1]} are parts of one matrix in training, and have different settings; "

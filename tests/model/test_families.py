@@ -25,8 +25,10 @@ from megalite.errors import UserError
 from megalite.model.builder import ModelBuilder
 from megalite.model.family import Family
 from megalite.model.formats.hugging_face import HuggingFaceFormat, Module
-from megalite.model.registry import FAMILIES, register
+from megalite.model.registry import FAMILIES, register_family
 from megalite.model.structure import flops_per_token, weight_shapes
+from megalite.planning.parameter_count import ParameterCounts
+from megalite.planning.plan import prepare
 
 SIZES: dict[str, Any] = {
     "vocab_size": 45,
@@ -167,7 +169,7 @@ def test_a_checkpoint_of_an_unknown_family_asks_for_its_plugin(run_file: Path, t
 
 
 def test_layers_of_several_kinds_have_their_own_shapes() -> None:
-    register(Family(ToyConfig, builder=f"{__name__}:ToyBuilder"))
+    register_family(Family(ToyConfig, builder=f"{__name__}:ToyBuilder"))
     model = read_model({"architecture": "toy", **SIZES, "num_hidden_layers": 5})
     assert dict(weight_shapes(model)) == stage_shapes(model)
     assert {n: s for n, s in weight_shapes(model).items() if "layers" in n} == {
@@ -176,9 +178,19 @@ def test_layers_of_several_kinds_have_their_own_shapes() -> None:
     assert flops_per_token(model, 8) == 6 * 45 * 16 + 2 * 10 + 3 * 20
 
 
+def test_parameters_are_counted_by_the_kinds_of_a_stages_layers() -> None:
+    register_family(Family(ToyConfig, builder=f"{__name__}:ToyBuilder"))
+    model = {"architecture": "toy", **SIZES, "num_hidden_layers": 4}
+    sizes = {"parallel": {"pipeline": 4, "data": 1}, "train": RUN["train"] | {"global_batch_size": 4}}
+    Path("toy.yaml").write_text(yaml.safe_dump(RUN | {"plugins": None, "model": model} | sizes))
+    counts = ParameterCounts(prepare(Path("toy.yaml"), [], None))
+    ends = 45 * 16
+    assert [counts.of_rank(rank) for rank in range(4)] == [ends + 512, 256, 512, 256 + 16 + ends]
+
+
 def test_a_format_has_a_place_for_every_weight() -> None:
     form = HuggingFaceFormat("toy", "ToyForCausalLM", (), "", rotary=False, **NAMES)
-    register(Family(ToyConfig, builder=f"{__name__}:ToyBuilder", hugging_face=(form,)))
+    register_family(Family(ToyConfig, builder=f"{__name__}:ToyBuilder", hugging_face=(form,)))
     with pytest.raises(UserError, match=r"toy: the format says nothing of embedding\.tokens\.weight, a weight of toy"):
         tensors_of(form, read_model({"architecture": "toy", **SIZES}))
 
@@ -188,12 +200,12 @@ def test_a_name_belongs_to_one_family() -> None:
         architecture: Literal["llama"]
 
     with pytest.raises(ValueError, match="the model family 'llama' is registered already, by .*config.py"):
-        register(Family(OtherConfig, builder="nowhere:Builder"))
+        register_family(Family(OtherConfig, builder="nowhere:Builder"))
     form = HuggingFaceFormat("qwen2", "Qwen2ForCausalLM", (), "", **NAMES)
     with pytest.raises(ValueError, match="model_type 'qwen2' is read by the family llama already"):
-        register(Family(ToyConfig, builder="nowhere:Builder", hugging_face=(form,)))
+        register_family(Family(ToyConfig, builder="nowhere:Builder", hugging_face=(form,)))
     with pytest.raises(ValueError, match="ModelConfig names no family: write architecture: Literal"):
-        register(Family(ModelConfig, builder="nowhere:Builder"))
+        register_family(Family(ModelConfig, builder="nowhere:Builder"))
     assert list(FAMILIES) == ["llama", "gpt2", "gpt_neox"]
 
 
