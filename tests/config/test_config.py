@@ -719,7 +719,7 @@ def test_every_alias_stands_for_a_key() -> None:
     words = Counter(word for told in suggestions._ALIASES.values() for word in told.split())
     several = {word for word, count in words.items() if count > 1}
     assert several == {"batch_size", "bf16", "fp16", "norm_eps", "norm_epsilon", "layernorm_epsilon"}
-    assert set(suggestions._ALIASES) <= suggestions._known(RunConfig)
+    assert set(suggestions._ALIASES) <= suggestions.known_keys(RunConfig)
     own = {path[-1] for path in suggestions._paths(RunConfig, (), False)}
     assert not own & set(words)
 
@@ -761,7 +761,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         "our own field",
         {"origin": 1},
         "run.yaml: origin is not a key; allowed: checkpoint, data, deepspeed, init_from, model, parallel, "
-        "resume, run, train",
+        "plugins, resume, run, train",
     ),
     ("key like a family", {"run.llama": 1}, "run.yaml: run.llama is not a key; allowed: dir, seed"),
     (
@@ -789,7 +789,7 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
     (
         "missing sources",
         {"data.train": ABSENT},
-        "run.yaml: data.train is missing; write a list of {prefix, weight}",
+        "run.yaml: data.train is missing; write a list of {prefix, dataset, options, weight}",
     ),
     (
         "missing architecture",
@@ -842,12 +842,16 @@ FORM: list[tuple[str, dict[str, Any], str]] = [
         "run.yaml: train.trace_steps=5 is not a list of integers of at least 1",
     ),
     ("value for a section", {"run": 3}, "run.yaml: run=3 is not a section {dir, seed}"),
-    ("value for sources", {"data.train": 1}, "run.yaml: data.train=1 is not a list of {prefix, weight}"),
+    (
+        "value for sources",
+        {"data.train": 1},
+        "run.yaml: data.train=1 is not a list of {prefix, dataset, options, weight}",
+    ),
     ("weights file", {"data.train": "a.txt"}, "a.txt: no such file"),
     (
         "value for a source",
         {"data.train": [["a"]]},
-        "run.yaml: data.train.0=['a'] is not a section {prefix, weight}",
+        "run.yaml: data.train.0=['a'] is not a section {prefix, dataset, options, weight}",
     ),
     (
         "shares",
@@ -1486,7 +1490,7 @@ TEXTS: list[tuple[str, str, str]] = [
         "list",
         "[1, 2]",
         "run.yaml: the file holds [1, 2]; write sections: run, model, data, parallel, train, checkpoint, resume, "
-        "init_from, deepspeed",
+        "init_from, plugins, deepspeed",
     ),
     ("two documents", "a: 1\n---\nb: 2\n", "run.yaml: line 2, column 1: but found another document"),
     ("control character", "a: \x01", "run.yaml: unacceptable character #x0001: special characters are not allowed"),
@@ -1494,7 +1498,7 @@ TEXTS: list[tuple[str, str, str]] = [
         "circle",
         "&a [*a]",
         "run.yaml: the file holds [[...]]; write sections: run, model, data, parallel, train, checkpoint, resume, "
-        "init_from, deepspeed",
+        "init_from, plugins, deepspeed",
     ),
     ("depth", "[" * 2000 + "]" * 2000, "run.yaml: the file nests too deeply to be read"),
 ]
