@@ -106,10 +106,9 @@ def _over_documents(
     query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor, cu_seqlens: Tensor, dropout: AttentionDropout | None
 ) -> Tensor:
     """Attention within documents in one call, whose boundaries the host does not read."""
-    rows, length, _, width = query_BSND.shape
+    rows, length = query_BSND.shape[:2]
     query, key, value = _heads_first(query_BSND, key_BSKD, value_BSKD)
-    flash = query.device.type == "cuda" and query.dtype != torch.float32 and width <= 256 and width % 8 == 0
-    if flash and dropout is None:
+    if dropout is None and _has_flash_attention(query):
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         attended = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))
         return attended.view(query_BSND.shape)
@@ -119,6 +118,10 @@ def _over_documents(
     mask_BSS = numbers_BS[:, :, None] == numbers_BS[:, None, :]
     mask_BSS = mask_BSS.tril()
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask_BSS.unsqueeze(1)).transpose(1, 2)
+
+
+def _has_flash_attention(query: Tensor) -> bool:
+    return query.device.type == "cuda" and query.dtype != torch.float32 and query.shape[-1] in range(8, 257, 8)
 
 
 def _heads_first(query_BSND: Tensor, key_BSKD: Tensor, value_BSKD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -118,9 +118,9 @@ def kept_bytes(recompute: Recompute | None, group: TensorGroup) -> int:
     stage = Stage(model_config(fields), range(12), index=1, num_stages=3, group=group, recompute=recompute)
     stage.initialise(seed=1)
     x = torch.randn(1, 256, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    with Storages([*stage.parameters(), x]) as storages:
-        microbatch = Microbatch(dropout=dropout_streams(fields, 1, (7,), 256, 0.1, 0.1))
-        result = stage({"hidden": x}, microbatch=microbatch).activations["hidden"]
+    dropout = dropout_streams(fields, 1, (7,), 256, 0.1, 0.1)
+    with Storages([*stage.parameters(), x, dropout.token_keys, dropout.site_keys]) as storages:
+        result = stage({"hidden": x}, microbatch=Microbatch(dropout=dropout)).activations["hidden"]
     if group.size > 1:
         time.sleep(0.5)  # gloo's threads let go of a tensor a moment after its result is there
     kept = storages.alive() - HIDDEN

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -170,10 +171,38 @@ def attention_over_documents(query: Tensor, key: Tensor, value: Tensor, document
     return module._over_documents(query, key, value, documents, None)
 
 
+def flash_over_boundaries(query: Tensor, key: Tensor, value: Tensor, documents: Tensor) -> Tensor:
+    """As on a GPU in 16 bits, by what the documentation of `varlen_attn` says of its arguments, one by one."""
+
+    def varlen(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        max_q: int,
+        max_k: int,
+        window_size: tuple[int, int],
+    ) -> Tensor:
+        assert torch.equal(cu_q, cu_k)
+        assert max_q == max_k >= int(cu_q.diff().max())
+        assert window_size == (-1, 0), "not causal"
+        spans = [slice(*span) for span in pairwise(cu_q.tolist())]
+        attended = [
+            F.scaled_dot_product_attention(*(x[span].transpose(0, 1) for x in (q, k, v)), is_causal=True)
+            for span in spans
+        ]
+        return torch.cat([x.transpose(0, 1) for x in attended])
+
+    with patch.multiple(module, varlen_attn=varlen, _has_flash_attention=lambda query: True):
+        return module._over_documents(query, key, value, documents, None)
+
+
 WAYS: dict[str, Callable[..., Tensor]] = {
     "by document, written out": causal_attention,
     "by document, fused": partial(causal_attention, kernels=Kernels(attention="fused")),
     "over documents": attention_over_documents,
+    "over boundaries": flash_over_boundaries,
 }
 
 

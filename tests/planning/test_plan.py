@@ -270,6 +270,18 @@ def test_nvme_without_its_library_ends_before_a_rank_starts(
         check_start(plan)
 
 
+def test_compiled_layers_without_a_compiler_end_before_a_rank_starts(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = prepare(run_file, ["train.compile=true"], None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"train\.compile=true needs a C\+\+ compiler, and 'g\+\+' .* or write"):
+        check_start(plan)
+    monkeypatch.setenv("CXX", "/bin/sh")
+    assert check_start(plan) == "start: anew"
+
+
 def test_nvme_and_checkpoints_are_refused(run_file: Path, tmp_path: Path) -> None:
     offload = f"{{device: nvme, nvme_path: {tmp_path}}}"
     overrides = ["deepspeed.zero_optimization={stage: 3}", f"deepspeed.zero_optimization.offload_optimizer={offload}"]
