@@ -34,7 +34,7 @@ class BatchReader:
         """Read this rank's microbatches of any number of samples, as many microbatches on every rank of the data axis.
 
         Rows that no sample is left for repeat the first one, and nothing of them counts; where there are any on some
-        rank, `counts` says what counts on every rank.
+        rank, `loss_mask` says which targets count on every rank.
         """
         rows = self._micro * self._data_size
         padded = range(batch.start, batch.start + -(-len(batch) // rows) * rows)
@@ -43,7 +43,9 @@ class BatchReader:
         read = []
         for indices in self.slices(padded):
             microbatch = self._rules.microbatch(self._samples, [i if i < batch.stop else batch.start for i in indices])
-            counts = np.ones(microbatch.targets.shape, bool) if microbatch.counts is None else microbatch.counts
-            counts[[i >= batch.stop for i in indices]] = False
-            read.append(replace(microbatch, counts=counts))
+            loss_mask = (
+                np.ones(microbatch.targets.shape, bool) if microbatch.loss_mask is None else microbatch.loss_mask
+            )
+            loss_mask[[i >= batch.stop for i in indices]] = False
+            read.append(replace(microbatch, loss_mask=loss_mask))
         return read

@@ -7,7 +7,7 @@ from megalite.config import TrainSection
 
 
 @dataclass(frozen=True, slots=True)
-class PassedOver:
+class SkippedSamples:
     """Samples of the order that no step trains on, since the loss jumped there: so many, right after step `after`."""
 
     after: int
@@ -23,7 +23,7 @@ class BatchSchedule:
     """
 
     def __init__(
-        self, train: TrainSection, passed_over: Sequence[PassedOver] = (), *, after: int = 0, consumed: int = 0
+        self, train: TrainSection, passed_over: Sequence[SkippedSamples] = (), *, after: int = 0, consumed: int = 0
     ) -> None:
         """Lay out the steps after step `after`, by when so many samples were consumed; earlier ones are not known."""
         self.passed_over = tuple(passed_over)

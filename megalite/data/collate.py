@@ -18,7 +18,7 @@ class SampleMicrobatch:
     """One microbatch in host memory.
 
     `cu_seqlens` has where each document begins in the flattened rows, and B*S; a document ends with its row at the
-    latest. `positions` count from each document's first token; `counts` is true where the target counts. None: nothing
+    latest. `positions` count from each document's first token; `loss_mask` is true where the target's loss counts. None: nothing
     asks for them.
     """
 
@@ -30,7 +30,7 @@ class SampleMicrobatch:
     """int32 ``[documents + 1]``"""
     positions: np.ndarray | None = None
     """int64 ``[B, S]``"""
-    counts: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
     """bool ``[B, S]``"""
     samples: tuple[int, ...] = ()
     """The number of each row in the order that it was read from."""
@@ -61,29 +61,29 @@ class SampleRules:
         Raises UserError for a token id outside the vocabulary, as in a file that was damaged.
         """
         rows = np.array(indices, dtype=np.int64)
-        tokens, counts = samples.tokens(rows), samples.loss_mask(rows)
+        tokens, loss_mask = samples.tokens(rows), samples.loss_mask(rows)
         if self.vocab_size is not None and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             row, column = np.argwhere((tokens < 0) | (tokens >= self.vocab_size))[0]
             self._refuse(samples, int(rows[row]), int(tokens[row, column]))
-        if counts is not None:
-            counts = counts[:, 1:].astype(bool)
+        if loss_mask is not None:
+            loss_mask = loss_mask[:, 1:].astype(bool)
         if not (self.reset_attention_mask or self.reset_position_ids or self.eod_mask_loss or self.fim):
-            return SampleMicrobatch(tokens[:, :-1], tokens[:, 1:], counts=counts, samples=tuple(indices))
+            return SampleMicrobatch(tokens[:, :-1], tokens[:, 1:], loss_mask=loss_mask, samples=tuple(indices))
         pieces = [[piece.length for piece in samples.pieces(int(row))] for row in rows]
         if self.fim:
             keys = (f"{self.seed} {row}".encode() for row in rows)
             tokens = np.stack(list(map(self.fim, tokens, pieces, keys)))
         lengths = tuple(_without_last_token(row) for row in pieces)
         if self.eod_mask_loss:
-            counts = np.ones(tokens[:, 1:].shape, bool) if counts is None else counts
-            for row, of_sample in zip(counts, pieces, strict=True):
+            loss_mask = np.ones(tokens[:, 1:].shape, bool) if loss_mask is None else loss_mask
+            for row, of_sample in zip(loss_mask, pieces, strict=True):
                 row[[end - 1 for end in accumulate(of_sample[:-1])]] = False
         return SampleMicrobatch(
             tokens[:, :-1],
             tokens[:, 1:],
             cu_seqlens=np.cumsum([0, *chain(*lengths)], dtype=np.int32) if self.reset_attention_mask else None,
             positions=np.stack([_positions(row) for row in lengths]) if self.reset_position_ids else None,
-            counts=counts,
+            loss_mask=loss_mask,
             samples=tuple(indices),
         )
 

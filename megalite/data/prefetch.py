@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class ReadAhead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Calls ``read(step)`` for the next `depth` steps in a thread, so that a training step does not wait for data."""
 
     def __init__(self, read: Callable[[int], T], *, depth: int, last: int) -> None:

@@ -23,7 +23,7 @@ CONFIG = "config.yaml"
 """The resolved run file in a checkpoint."""
 
 
-def companion_files(config: RunConfig, weights: Weights | None, sidecars: Sequence[DatasetSidecar]) -> dict[str, bytes]:
+def model_files(config: RunConfig, weights: Weights | None, sidecars: Sequence[DatasetSidecar]) -> dict[str, bytes]:
     """Return the small files of every checkpoint.
 
     They are the resolved run file, and byte for byte the files of the tokenizer and the generation settings, from

@@ -32,7 +32,7 @@ from megalite.optim.parameter_groups import ParameterSettings, parameter_setting
 from megalite.parallel.layout import ParallelLayout
 from megalite.parallel.placement import Placement
 from megalite.pipeline.partition import partition
-from megalite.planning.model_files import companion_files, tokens_of_documents
+from megalite.planning.model_files import model_files, tokens_of_documents
 from megalite.settings.validation import Fault, report
 
 
@@ -113,9 +113,9 @@ class Plan:
             ),
         )
 
-    def companion_files(self) -> dict[str, bytes]:
-        """Return the small files of every checkpoint, as `megalite.planning.model_files.companion_files` does."""
-        return companion_files(self.config, self.first_weights, self._sidecars)
+    def model_files(self) -> dict[str, bytes]:
+        """Return the small files of every checkpoint, as `megalite.planning.model_files.model_files` does."""
+        return model_files(self.config, self.first_weights, self._sidecars)
 
     @cached_property
     def documents(self) -> DocumentTokens:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from megalite.data.batch_reader import BatchReader
-from megalite.data.batch_schedule import BatchSchedule, PassedOver
+from megalite.data.batch_schedule import BatchSchedule, SkippedSamples
 from megalite.data.collate import SampleRules
 from megalite.data.datasets import open_datasets
 from megalite.data.indexed.dataset import IndexedDataset
@@ -20,15 +20,15 @@ from megalite.errors import UserError
 from megalite.planning.plan import Plan, prepare
 
 
-def passed_over(metrics: Path) -> list[PassedOver]:
+def passed_over(metrics: Path) -> list[SkippedSamples]:
     """Return the samples that a run has skipped so far, from its metrics file; empty without a metrics file."""
-    gaps: list[PassedOver] = []
+    gaps: list[SkippedSamples] = []
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else ():
         if "passed_over_samples" not in line:
             continue
         with suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
-            gap = PassedOver(int(record["step"]) - 1, int(record["passed_over_samples"]))
+            gap = SkippedSamples(int(record["step"]) - 1, int(record["passed_over_samples"]))
             # A rollback to an earlier step includes the samples skipped by later ones.
             gaps = [*(before for before in gaps if before.after < gap.after), gap]
     return gaps

@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from megalite.checkpoint.reader import CheckpointReader
 from megalite.checkpoint.weights import CheckpointWeights
 from megalite.config import TrainSection
-from megalite.data.batch_schedule import BatchSchedule, PassedOver
+from megalite.data.batch_schedule import BatchSchedule, SkippedSamples
 from megalite.data.order.digest import order_digest_of_before
 from megalite.errors import UserError
 from megalite.kernels.choice import NATIVE, Kernels
@@ -31,7 +31,7 @@ class Start:
     weights: Weights | None = None
     reader: CheckpointReader | None = None
     notes: tuple[str, ...] = ()
-    passed_over: tuple[PassedOver, ...] = ()
+    passed_over: tuple[SkippedSamples, ...] = ()
     recent_losses: tuple[float, ...] = ()
     """The losses of the steps before, for `LossSpikeDetector`."""
     kernels: Kernels | None = None
@@ -174,7 +174,7 @@ class _Progress:
     consumed_samples: Annotated[int, Field(ge=0)]
     data: _Data
     optimizer: _Optimizer
-    passed_over: Sequence[PassedOver] = ()
+    passed_over: Sequence[SkippedSamples] = ()
     recent_losses: Sequence[float] = ()
     kernels: Kernels = NATIVE  # older checkpoints, without the key, were trained with these
 

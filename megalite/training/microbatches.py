@@ -43,9 +43,9 @@ class MicrobatchLoader:
 
         Collective over the loss group.
         """
-        if batch[0].counts is None:
+        if batch[0].loss_mask is None:
             return None
-        mine = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
+        mine = sum(int(microbatch.loss_mask.sum()) for microbatch in batch if microbatch.loss_mask is not None)
         total = torch.tensor(mine, dtype=torch.float64, device=self._mesh.device)
         dist.all_reduce(total, group=self._mesh.loss.process_group)
         return float(total)
@@ -93,8 +93,8 @@ def to_device(
     if read.cu_seqlens is not None or read.positions is not None:
         cu_seqlens, positions = (None if x is None else copy(x) for x in (read.cu_seqlens, read.positions))
         packing = PackedDocuments(cu_seqlens, positions)
-    if read.counts is not None and token_weight is not None and last_stage:
-        weights = copy(read.counts).to(torch.float32) * token_weight
+    if read.loss_mask is not None and token_weight is not None and last_stage:
+        weights = copy(read.loss_mask).to(torch.float32) * token_weight
     return Microbatch(
         ids=copy(read.ids) if first_stage else None,
         targets=copy(read.targets) if last_stage else None,

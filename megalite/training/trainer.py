@@ -11,10 +11,10 @@ import torch.distributed as dist
 from megalite.checkpoint.weights import WeightSource
 from megalite.config import RunConfig
 from megalite.config.sections import SpikeSection
-from megalite.data.batch_schedule import PassedOver
+from megalite.data.batch_schedule import SkippedSamples
 from megalite.data.collate import SampleMicrobatch, SampleRules
 from megalite.data.datasets import Datasets
-from megalite.data.prefetch import ReadAhead
+from megalite.data.prefetch import Prefetcher
 from megalite.errors import UserError
 from megalite.kernels.choice import Kernels
 from megalite.model.kernel_choice import choose_kernels
@@ -84,7 +84,7 @@ class Trainer:
             self.state,
             mesh,
             tensor_bytes=plan.checkpoint_bytes,
-            files=plan.companion_files() if mesh.rank == 0 else {},
+            files=plan.model_files() if mesh.rank == 0 else {},
             on_save_point=on_save_point,
             on_progress=self.progress.touch,
         )
@@ -202,7 +202,7 @@ class Trainer:
             )
         self.rollbacks += 1
         begin = start.batches(self.config.train).position(start.step)
-        gap = PassedOver(start.step, self.schedule.position(step) - begin)
+        gap = SkippedSamples(start.step, self.schedule.position(step) - begin)
         self.schedule = replace(start, passed_over=(*start.passed_over, gap)).batches(self.config.train)
         self.spike_detector = LossSpikeDetector(rule, start.recent_losses)
         self.state.restore(start.reader, start.reader.state["optimizer"])
@@ -290,9 +290,9 @@ class Trainer:
             self.checkpointer.settle()
             raise
 
-    def _prefetch(self) -> ReadAhead[list[SampleMicrobatch]]:
+    def _prefetch(self) -> Prefetcher[list[SampleMicrobatch]]:
         schedule = self.schedule
-        return ReadAhead(
+        return Prefetcher(
             lambda step: self.loader.read(schedule.samples(step)),
             depth=self.config.data.prefetch,
             last=self.config.train.last_step,

@@ -32,7 +32,7 @@ class Reference:
         model = _whole_model(plan, kernels).to(device)
         self._parameters = dict(_global_tensors(model))
         batch = list(self._microbatches(datasets))
-        counted = sum(int(microbatch.counts.sum()) for microbatch in batch if microbatch.counts is not None)
+        counted = sum(int(microbatch.loss_mask.sum()) for microbatch in batch if microbatch.loss_mask is not None)
         self.loss = 0.0
         for microbatch in batch:
             losses = self._losses(model, microbatch, len(batch), counted)

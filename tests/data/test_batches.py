@@ -16,7 +16,7 @@ from megalite.data.collate import SampleRules
 from megalite.data.indexed.dataset import IndexedDataset
 from megalite.data.indexed.writer import IndexedDatasetWriter
 from megalite.data.order.streaming import StreamingSamples
-from megalite.data.prefetch import ReadAhead
+from megalite.data.prefetch import Prefetcher
 from megalite.errors import UserError
 
 EOD = 0
@@ -96,7 +96,7 @@ def test_the_ranks_share_a_batch_and_nothing_twice(samples: StreamingSamples, da
     first = readers[0].microbatches(batch)[0]
     np.testing.assert_array_equal(first.ids, expected[:, :-1])
     np.testing.assert_array_equal(first.targets, expected[:, 1:])
-    assert first.counts is None
+    assert first.loss_mask is None
     assert first.positions is None
     assert first.cu_seqlens is None
 
@@ -118,8 +118,8 @@ def test_any_number_of_samples_is_read_once_and_filled_up_with_what_does_not_cou
         counted: dict[int, np.ndarray] = {}
         for microbatch in (one for microbatches in found for one in microbatches):
             assert microbatch.ids.shape == (micro, S)
-            counts = np.ones((micro, S), bool) if microbatch.counts is None else microbatch.counts
-            assert (microbatch.counts is None) == (not filled and read is samples)
+            counts = np.ones((micro, S), bool) if microbatch.loss_mask is None else microbatch.loss_mask
+            assert (microbatch.loss_mask is None) == (not filled and read is samples)
             for row, sample in enumerate(microbatch.samples):
                 np.testing.assert_array_equal(microbatch.ids[row], read.tokens(np.array([sample]))[0, :-1])
                 counted[sample] = counted.get(sample, np.zeros(S, int)) + counts[row]
@@ -146,7 +146,7 @@ def megatrons_masks(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]
 def test_documents_are_laid_out_as_megatron_does(samples: StreamingSamples) -> None:
     rules = SampleRules(reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
     batch = rules.microbatch(samples, range(samples.samples_per_epoch))
-    assert batch.counts is not None
+    assert batch.loss_mask is not None
     assert batch.positions is not None
     assert batch.cu_seqlens is not None
     begins = iter(batch.cu_seqlens.tolist())
@@ -154,7 +154,7 @@ def test_documents_are_laid_out_as_megatron_does(samples: StreamingSamples) -> N
     for row, ids in enumerate(batch.ids):
         counts, positions, lengths = megatrons_masks(ids)
         # The last input may end its document; the target beyond it belongs to the next one and does not count.
-        np.testing.assert_array_equal(batch.counts[row], counts)
+        np.testing.assert_array_equal(batch.loss_mask[row], counts)
         np.testing.assert_array_equal(batch.positions[row], positions)
         assert [next(begins) for _ in lengths] == [row * S + end for end in accumulate(lengths)]
         assert sum(lengths) == S
@@ -162,9 +162,9 @@ def test_documents_are_laid_out_as_megatron_does(samples: StreamingSamples) -> N
 
 def test_each_rule_acts_alone(samples: StreamingSamples) -> None:
     attention = SampleRules(reset_attention_mask=True).microbatch(samples, range(3))
-    assert (attention.positions, attention.counts) == (None, None)
+    assert (attention.positions, attention.loss_mask) == (None, None)
     positions = SampleRules(reset_position_ids=True).microbatch(samples, range(3))
-    assert (positions.cu_seqlens, positions.counts) == (None, None)
+    assert (positions.cu_seqlens, positions.loss_mask) == (None, None)
     loss = SampleRules(eod_mask_loss=True).microbatch(samples, range(3))
     assert (loss.cu_seqlens, loss.positions) == (None, None)
 
@@ -181,14 +181,14 @@ def masked(tmp_path: Path) -> StreamingSamples:
 
 def test_a_loss_mask_marks_targets(masked: StreamingSamples) -> None:
     batch = SampleRules().microbatch(masked, range(masked.samples_per_epoch))
-    assert batch.counts is not None
-    np.testing.assert_array_equal(batch.counts, batch.targets % 2 == 1)
+    assert batch.loss_mask is not None
+    np.testing.assert_array_equal(batch.loss_mask, batch.targets % 2 == 1)
 
 
 def test_a_loss_mask_and_document_ends_are_both_heeded(masked: StreamingSamples) -> None:
     batch = SampleRules(eod_mask_loss=True).microbatch(masked, range(masked.samples_per_epoch))
-    assert batch.counts is not None
-    np.testing.assert_array_equal(batch.counts, (batch.targets % 2 == 1) & (batch.ids != 59))
+    assert batch.loss_mask is not None
+    np.testing.assert_array_equal(batch.loss_mask, (batch.targets % 2 == 1) & (batch.ids != 59))
 
 
 def test_a_token_beyond_the_vocabulary_is_named(samples: StreamingSamples) -> None:
@@ -210,7 +210,7 @@ def test_steps_come_in_order_and_no_further_than_asked(depth: int) -> None:
         read.append(step)
         return 10 * step
 
-    ahead = ReadAhead(reading, depth=depth, last=5)
+    ahead = Prefetcher(reading, depth=depth, last=5)
     assert [ahead.take(step) for step in range(1, 6)] == [10, 20, 30, 40, 50]
     ahead.close()
     assert read == [1, 2, 3, 4, 5]
@@ -218,7 +218,7 @@ def test_steps_come_in_order_and_no_further_than_asked(depth: int) -> None:
 
 def test_the_next_steps_are_read_before_they_are_taken() -> None:
     third = threading.Event()
-    ahead = ReadAhead(lambda step: third.set() if step == 3 else None, depth=2, last=9)
+    ahead = Prefetcher(lambda step: third.set() if step == 3 else None, depth=2, last=9)
     ahead.take(1)
     assert third.wait(10)
     ahead.close()
@@ -230,7 +230,7 @@ def test_what_the_reading_raises_reaches_the_step() -> None:
             raise OSError("the disk is gone")
         return step
 
-    ahead = ReadAhead(reading, depth=2, last=9)
+    ahead = Prefetcher(reading, depth=2, last=9)
     assert ahead.take(1) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         ahead.take(2)

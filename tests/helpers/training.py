@@ -170,7 +170,7 @@ def train_in_plain_torch(
     losses, norms = [], []
     for step in range(1, train.steps + 1):
         batch = rules.microbatch(datasets.train, schedule.samples(step))
-        weight = None if batch.counts is None else 1 / batch.counts.sum()
+        weight = None if batch.loss_mask is None else 1 / batch.loss_mask.sum()
         length, device = config.data.sequence_length, torch.device("cpu")
         dropout = DropoutStreams.of(config.model, config.run.seed, schedule.samples(step), length, device)
         microbatch = to_device(batch, device, token_weight=weight, dropout=dropout)

@@ -57,7 +57,7 @@ def in_one_process(path: Path, overrides: Sequence[str]) -> dict[str, float]:
     for name, samples in datasets.valid.items():
         assert samples.samples_per_epoch == SIZES[name]
         batch = SampleRules().microbatch(samples, range(min(SIZES[name], 3 * BATCH)))
-        weight = None if batch.counts is None else 1 / batch.counts.sum()
+        weight = None if batch.loss_mask is None else 1 / batch.loss_mask.sum()
         with torch.no_grad():
             microbatch = to_device(batch, torch.device("cpu"), token_weight=weight)
             found[name] = float(model({}, microbatch=microbatch).losses["loss"])

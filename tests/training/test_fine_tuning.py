@@ -121,7 +121,7 @@ def saved(path: Path, overrides: Sequence[str] = ()) -> Path:
     ]
     store.begin(folder)
     store.write_rank(folder, 0, parts)
-    store.finish(folder, ranks=1, manifest=plan.manifest(1), state={"step": 1}, files=plan.companion_files())
+    store.finish(folder, ranks=1, manifest=plan.manifest(1), state={"step": 1}, files=plan.model_files())
     return folder
 
 
@@ -179,7 +179,7 @@ def test_what_weights_and_tokenizer_tell_of_the_model_need_not_be_written_again(
     assert getattr(model, "rope_theta", None) == 1e6
     assert check_start(plan) == f"start: with the weights of {chat_model}"
     # The tokenizer of the weights is the run's where the run file names none, and the data were made with it.
-    files = plan.companion_files()
+    files = plan.model_files()
     assert {*KEPT, "generation_config.json", "config.yaml"} == set(files)
     assert "attention_bias: true" in files["config.yaml"].decode()
     # What is stated beside may agree, or be the run's own.
@@ -267,7 +267,7 @@ def test_a_file_that_goes_into_no_checkpoint_may_be_as_it_is(
     path = write_run(tmp_path, conversations, model=dict(open_weights(chat_model).model))
     plan = prepare(path, [f"data.tokenizer={source}/mine.json"], 1)
     assert check_start(plan) == "start: anew"
-    assert "tokenizer_config.json" not in plan.companion_files()
+    assert "tokenizer_config.json" not in plan.model_files()
 
 
 def test_weights_to_begin_with_are_passed_over_aloud_where_the_run_goes_on(

@@ -15,7 +15,7 @@ from training import NARROW, build_trainer
 
 from megalite.config import TrainSection
 from megalite.config.sections import SpikeSection
-from megalite.data.batch_schedule import BatchSchedule, PassedOver
+from megalite.data.batch_schedule import BatchSchedule, SkippedSamples
 from megalite.model.loss import LOSS
 from megalite.planning.provenance import Provenance
 from megalite.training.loss_spikes import LossSpikeDetector
@@ -61,7 +61,7 @@ def test_without_a_rule_nothing_is_a_jump() -> None:
 
 def test_samples_that_are_passed_over_belong_to_no_step() -> None:
     train = TrainSection(steps=6, global_batch_size=4, micro_batch_size=1)
-    schedule = BatchSchedule(train, [PassedOver(after=2, samples=8), PassedOver(after=3, samples=1)])
+    schedule = BatchSchedule(train, [SkippedSamples(after=2, samples=8), SkippedSamples(after=3, samples=1)])
     assert [schedule.samples(step).start for step in range(1, 6)] == [0, 4, 16, 21, 25]
     assert {len(schedule.samples(step)) for step in range(1, 6)} == {4}
     assert [schedule.position(step) for step in range(5)] == [0, 4, 16, 21, 25]
@@ -94,7 +94,7 @@ def run_with_a_jump(path: str, overrides: Sequence[str], *jumps: int) -> None:
 
 def run_over_a_gap(path: str, overrides: Sequence[str], after: int, samples: int) -> None:
     trainer = build_trainer(path, overrides)
-    trainer.schedule = BatchSchedule(trainer.config.train, [PassedOver(after, samples)])
+    trainer.schedule = BatchSchedule(trainer.config.train, [SkippedSamples(after, samples)])
     trainer.batches = trainer._prefetch()
     trainer.run()
     trainer.close()
