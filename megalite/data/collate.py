@@ -18,8 +18,8 @@ class SampleMicrobatch:
     """One microbatch in host memory.
 
     `cu_seqlens` has where each document begins in the flattened rows, and B*S; a document ends with its row at the
-    latest. `positions` count from each document's first token; `loss_mask` is true where the target's loss counts. None: nothing
-    asks for them.
+    latest. `positions` count from each document's first token; `loss_mask` is true where a target's loss counts. None:
+    nothing asks for them.
     """
 
     ids: np.ndarray
