@@ -81,11 +81,7 @@ def run_status(path: Path) -> RunStatus:
             f"{folder}: holds no run: it has no {resolved.name}; give a run file, a run's folder, or a folder of runs"
         )
     now = filesystem_time(folder)
-    if state_file is not None:
-        ranks, steps = state_file.ranks, state_file.steps
-    else:
-        config = load_run_config(resolved, [])
-        ranks, steps = config.layout.world_size, config.train.steps
+    ranks, steps = _ranks_and_steps(resolved, state_file)
     heartbeats = read_heartbeats(folder, ranks)
     return RunStatus(
         folder=folder,
@@ -98,6 +94,19 @@ def run_status(path: Path) -> RunStatus:
         stopped=_read_json(folder / STOPPED),
         state_file=state_file,
     )
+
+
+def _ranks_and_steps(resolved: Path, state_file: RunState | None) -> tuple[int, int]:
+    """Return the number of ranks and of steps of a run, from its resolved run file or from STATE.json."""
+    if state_file is not None and (not resolved.is_file() or state_file.state in ("starting", "failed")):
+        return state_file.ranks, state_file.steps  # config.yaml is of an earlier start, or does not exist yet
+    try:
+        config = load_run_config(resolved, [])
+    except UserError:  # such as a plugin that is in another working directory
+        if state_file is None:
+            raise
+        return state_file.ranks, state_file.steps
+    return config.layout.world_size, config.train.steps
 
 
 def runs_in(folder: Path) -> list[Path]:
