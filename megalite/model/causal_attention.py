@@ -111,6 +111,7 @@ def _over_documents(
     if dropout is None and _has_flash_attention(query):
         query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         attended = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, length, length, window_size=(-1, 0))
+        assert isinstance(attended, Tensor)
         return attended.view(query_BSND.shape)
     numbers_BS = document_numbers(cu_seqlens, rows, length)
     if dropout is not None:

@@ -10,7 +10,8 @@ from megalite.model.packing import PackedDocuments
 BACKEND = "inductor"
 """The backend of torch.compile, which makes kernels of the graph."""
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def compile_layer(run: Callable[P, R]) -> Callable[P, R]:

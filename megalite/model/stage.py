@@ -89,7 +89,8 @@ class Stage(nn.Module):
         shared = table if self.tied_table is None else self.tied_table
         self.head = Head(config, group, tied=shared) if last else None
         self._hidden_size = config.hidden_size
-        self._rotaries = {module.rotary for module in self.modules() if isinstance(module, Attention)} - {None}
+        rotaries = {module.rotary for module in self.modules() if isinstance(module, Attention)}
+        self._rotaries = [rotary for rotary in rotaries if rotary is not None]
         self.weight_grad_deferral = WeightGradDeferral()
         for module in self.modules():
             if isinstance(module, ShardedModule):

@@ -188,10 +188,8 @@ def flash_over_boundaries(query: Tensor, key: Tensor, value: Tensor, documents: 
         assert max_q == max_k >= int(cu_q.diff().max())
         assert window_size == (-1, 0), "not causal"
         spans = [slice(*span) for span in pairwise(cu_q.tolist())]
-        attended = [
-            F.scaled_dot_product_attention(*(x[span].transpose(0, 1) for x in (q, k, v)), is_causal=True)
-            for span in spans
-        ]
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        attended = [F.scaled_dot_product_attention(q[:, s], k[:, s], v[:, s], is_causal=True) for s in spans]
         return torch.cat([x.transpose(0, 1) for x in attended])
 
     with patch.multiple(module, varlen_attn=varlen, _has_flash_attention=lambda query: True):
