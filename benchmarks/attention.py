@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from machine import describe
 
-from megalite.model import transformer
+from megalite.model import causal_attention
 
 RESULT = Path(__file__).parent / "results" / "attention.md"
 SHAPE = (2, 512, 8, 64)
@@ -19,7 +19,7 @@ REPEATS = 15
 def main() -> None:
     """Time both in turn, on one thread, and write the table."""
     torch.set_num_threads(1)
-    limit = transformer.WRITTEN_OUT_SCORES
+    limit = causal_attention.WRITTEN_OUT_SCORES
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
         tensors = [torch.randn(SHAPE).to(dtype).requires_grad_() for _ in range(3)]
@@ -27,7 +27,7 @@ def main() -> None:
         seconds: dict[str, list[tuple[float, float]]] = {"torch's kernel": [], "plain products": []}
         for _ in range(REPEATS):
             for name, scores in (("torch's kernel", 0), ("plain products", limit)):
-                transformer.WRITTEN_OUT_SCORES = scores
+                causal_attention.WRITTEN_OUT_SCORES = scores
                 seconds[name].append(timed(tensors, gradient))
         for name, found in seconds.items():
             forward, backward = (sorted(column)[REPEATS // 2] * 1e3 for column in zip(*found, strict=True))
