@@ -141,7 +141,7 @@ def _introduce(plan: "Plan", notes: Sequence[str], layouts: "Sequence[ParallelLa
     config = plan.config
     typer.echo(
         f"{config.source.name}: {config.model.architecture}, {'; '.join(map(str, layouts))}, "
-        f"ZeRO-{config.zero_stage}, in fp32; "
+        f"{config.sharding}, in fp32; "
         f"{len(BatchSchedule(config.train).samples(1)):,} sequences x {config.data.sequence_length:,} tokens"
     )
     for note in notes:

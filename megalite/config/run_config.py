@@ -132,6 +132,11 @@ class RunConfig(Section, frozen=True):
         return chosen_engine(self.parallel)
 
     @property
+    def sharding(self) -> str:
+        """The ZeRO stage for people, and the engine where it is not DeepSpeed's: ``ZeRO-2 by FSDP2``."""
+        return f"ZeRO-{self.zero_stage}" + (" by FSDP2" if self.engine == "torch" else "")
+
+    @property
     def gradient_clipping(self) -> float:
         """The largest global gradient norm; 0 means no clipping."""
         return self.deepspeed.gradient_clipping

@@ -89,8 +89,9 @@ class ShardedStage:
         self._modules = [cast(FSDPModule, module) for module in (*blocks, stage)]
         _set_prefetch(self._modules[:-1])
         self.shards = tuple(_shard(stage, placed, mesh, divided=zero_stage > 0) for placed in stage.placed_parameters)
-        self._synchronises: bool | None = None
-        self._has_unreduced = False
+        self._mode: tuple[bool, bool] | None = None
+        self._is_complete = True
+        """Whether the gradients so far are reduced, and the device waits for the reductions before later work."""
 
     @property
     def root(self) -> FSDPModule:
@@ -101,8 +102,8 @@ class ShardedStage:
 
         `last`: no other backward of this stage follows in the step. `deferred`: some weight gradients come later.
         """
-        self._synchronise((self.zero_stage >= 2 or last) and not deferred, last=last and not deferred)
-        self._has_unreduced = deferred or not self._synchronises
+        self._is_complete = last and not deferred
+        self._set_mode(reduces=(self.zero_stage >= 2 or last) and not deferred, last=self._is_complete)
         scalar.backward()
 
     def add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
@@ -111,26 +112,26 @@ class ShardedStage:
 
     def settle(self) -> None:
         """After deferred weight gradients of a microbatch: reduce them at ZeRO stage 2 and 3, else keep their sum."""
-        self._synchronise(self.zero_stage >= 2, last=False)
+        self._is_complete = False
+        self._set_mode(reduces=self.zero_stage >= 2, last=False)
         self._post_backward()
-        self._has_unreduced = not self._synchronises
 
     def reduce(self) -> None:
         """Reduce the gradients that no backward has reduced, at the end of the step."""
-        if self._has_unreduced:
-            self._synchronise(True, last=True)
+        if not self._is_complete:
+            self._is_complete = True
+            self._set_mode(reduces=True, last=True)
             self._post_backward()
-            self._has_unreduced = False
 
     def reshard(self) -> None:
         """Drop the gathered weights, so that the next forward gathers what the masters hold."""
         for module in self._modules:
             module.reshard()
 
-    def _synchronise(self, reduces: bool, *, last: bool) -> None:
-        state = (reduces, last)
-        if state != self._synchronises:
-            self._synchronises = reduces
+    def _set_mode(self, *, reduces: bool, last: bool) -> None:
+        """Say whether a backward reduces each group's gradients, and waits at its end for all reductions."""
+        if self._mode != (reduces, last):
+            self._mode = reduces, last
             self.root.set_requires_gradient_sync(reduces)
             self.root.set_is_last_backward(last)
             self.root.set_reshard_after_backward(last or self.zero_stage == 3)

@@ -67,7 +67,7 @@ class RunLogger(Callback):
     def _first_lines(self, dtype: torch.dtype) -> Iterator[str]:
         config, start = self._config, self._start
         yield (
-            f"{config.model.architecture} | {self._mesh.layout} | ZeRO-{config.zero_stage} | {config.precision}"
+            f"{config.model.architecture} | {self._mesh.layout} | {config.sharding} | {config.precision}"
             f" | peak {self._peak.flops / 1e12:.3g} TFLOP/s ({self._peak.source})"
         )
         if self._mesh.device.type == "cpu":

@@ -40,7 +40,7 @@ def _summary(plan: Plan) -> str:
     sizes = f"{train.global_batch_size:,}" if ramp is None else f"{ramp.start:,} to {train.global_batch_size:,}"
     return (
         f"{config.source.name}: {config.model.architecture}, {plan.layout}, {plan.layout.world_size} ranks, "
-        f"ZeRO-{config.zero_stage}, {config.precision}\n"
+        f"{config.sharding}, {config.precision}\n"
         f"{train.steps:,} steps x {sizes} sequences x {config.data.sequence_length:,} tokens "
         f"= {tokens:,} tokens; {config.gradient_accumulation_steps:,} microbatches of "
         f"{_sequences(train.micro_batch_size)} per rank and step"

@@ -100,7 +100,7 @@ class Plan:
             {},
             {},
             versions={name: version(name) for name in ("megalite", "torch", "deepspeed")},
-            layout=f"{self.layout}, ZeRO-{self.config.zero_stage}, {self.config.precision}",
+            layout=f"{self.layout}, {self.config.sharding}, {self.config.precision}",
             model=self.config.model.model_dump(mode="json"),
             precision=self.config.precision,
             config_sha256=sha256(self.config.to_yaml().encode()).hexdigest(),
