@@ -6,8 +6,10 @@ agree to a relative difference of 1e-5.
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 
+import pytest
 from harness import run_distributed
 from training import Trace, resized, train_in_plain_torch, train_rank, unchanged
 
@@ -20,6 +22,18 @@ FASTER = "train.optimizer.lr=2.0e-3"
 TOLERANCE = 1e-5
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 2), (1, 4, 1)]
 """Sizes of the tensor, pipeline and data axes."""
+# Every pair of an axis' size, tied or not, and a ZeRO stage is in one of these; `full` has every combination.
+QUICK = [
+    *[((2, 1, 1), True, 0), ((1, 1, 2), False, 1), ((2, 1, 2), True, 2), ((2, 1, 2), False, 3)],
+    *[((1, 2, 2), False, 0), ((2, 2, 1), True, 1), ((2, 2, 1), False, 2), ((2, 2, 2), True, 3)],
+    *[((1, 4, 1), True, 0), ((1, 4, 1), False, 1), ((1, 2, 2), True, 2), ((1, 4, 1), False, 3)],
+    *[((1, 4, 1), True, 2), ((1, 1, 1), True, 2), ((1, 1, 1), False, 3)],
+]
+CELLS = [
+    pytest.param(layout, tied, stage, marks=() if (layout, tied, stage) in QUICK else pytest.mark.full)
+    for layout, tied, stage in product(LAYOUTS, (True, False), (0, 1, 2, 3))
+]
+"""Layout, whether the table is tied, and ZeRO stage: every combination, most of them marked `full`."""
 
 
 @cache

@@ -5,22 +5,10 @@ from itertools import combinations, product
 from pathlib import Path
 
 import pytest
-from parity import LAYOUTS, check_parity
+from parity import CELLS, LAYOUTS, QUICK, check_parity
 from replicas import divided_replicas, whole_replicas
 
 from megalite.planning.plan import Plan
-
-# Every pair of an axis' size, tied or not, and a ZeRO stage is in one of these; `full` has every combination.
-QUICK = [
-    *[((2, 1, 1), True, 0), ((1, 1, 2), False, 1), ((2, 1, 2), True, 2), ((2, 1, 2), False, 3)],
-    *[((1, 2, 2), False, 0), ((2, 2, 1), True, 1), ((2, 2, 1), False, 2), ((2, 2, 2), True, 3)],
-    *[((1, 4, 1), True, 0), ((1, 4, 1), False, 1), ((1, 2, 2), True, 2), ((1, 4, 1), False, 3)],
-    *[((1, 4, 1), True, 2), ((1, 1, 1), True, 2), ((1, 1, 1), False, 3)],
-]
-EVERY = [
-    pytest.param(layout, tied, stage, marks=() if (layout, tied, stage) in QUICK else pytest.mark.full)
-    for layout, tied, stage in product(LAYOUTS, (True, False), (0, 1, 2, 3))
-]
 
 
 def test_the_quick_cells_have_every_pair_of_values() -> None:
@@ -30,7 +18,7 @@ def test_the_quick_cells_have_every_pair_of_values() -> None:
     assert pairs(product(LAYOUTS, (True, False), (0, 1, 2, 3))) == pairs(QUICK)
 
 
-@pytest.mark.parametrize(("layout", "tied", "stage"), EVERY, ids=lambda x: str(x).replace(" ", ""))
+@pytest.mark.parametrize(("layout", "tied", "stage"), CELLS, ids=lambda x: str(x).replace(" ", ""))
 def test_every_layout_and_zero_stage_trains_like_one_process(
     run_file: Path, corpus: Path, layout: tuple[int, int, int], tied: bool, stage: int
 ) -> None:

@@ -28,7 +28,12 @@ STOPPED = [
     ((1, 2, 1), 3, [BF16]),
     pytest.param((1, 1, 2), 1, [FP16], marks=pytest.mark.full),
     pytest.param((2, 1, 1), 3, [FP16, "checkpoint.async=true"], marks=pytest.mark.full),
-    ((1, 2, 1), 2, ["model.num_hidden_layers=4", "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"]),
+    pytest.param(
+        (1, 2, 1),
+        2,
+        ["model.num_hidden_layers=4", "parallel.schedule=interleaved_1f1b", "parallel.virtual_stages=2"],
+        marks=pytest.mark.full,
+    ),
     ((1, 2, 1), 1, ["model.num_hidden_layers=4", "parallel.schedule=zb_v", "parallel.virtual_stages=2"]),
     ((1, 2, 1), 1, ["model.hidden_dropout=0.1", "model.attention_dropout=0.1", "train.recompute=full"]),
 ]
