@@ -125,9 +125,9 @@ class TorchEngine:
         store.run(sharded.add)
         sharded.settle()
 
-    def reduce_gradients(self, stage: int) -> None:
-        """Reduce the stage's gradients that its backwards have not reduced."""
-        self._sharded[stage].reduce()
+    def reduce_gradients(self, stage: int) -> bool:
+        """Reduce the stage's gradients that its backwards have not reduced; return whether there were any."""
+        return self._sharded[stage].reduce()
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

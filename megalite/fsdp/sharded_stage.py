@@ -116,12 +116,14 @@ class ShardedStage:
         self._set_mode(reduces=self.zero_stage >= 2, last=False)
         self._post_backward()
 
-    def reduce(self) -> None:
-        """Reduce the gradients that no backward has reduced, at the end of the step."""
-        if not self._is_complete:
-            self._is_complete = True
-            self._set_mode(reduces=True, last=True)
-            self._post_backward()
+    def reduce(self) -> bool:
+        """Reduce the gradients that no backward has reduced, at the end of the step; return whether there were any."""
+        if self._is_complete:
+            return False
+        self._is_complete = True
+        self._set_mode(reduces=True, last=True)
+        self._post_backward()
+        return True
 
     def reshard(self) -> None:
         """Drop the gathered weights, so that the next forward gathers what the masters hold."""

@@ -60,8 +60,8 @@ class StageEngine(Protocol):
         """Compute deferred weight gradients of a stage and accumulate them."""
         ...
 
-    def reduce_gradients(self, stage: int) -> None:
-        """Reduce the stage's complete gradients over the data ranks, unless the engine does so at another time."""
+    def reduce_gradients(self, stage: int) -> bool:
+        """Reduce the stage's complete gradients over the data ranks; return whether that was left to do now."""
         ...
 
 
@@ -249,8 +249,7 @@ class _Run:
 
     def _reduce(self, at: ReduceGradients) -> None:
         started = self._clock() if self.record else 0.0
-        self.executor.engine.reduce_gradients(at.stage)
-        if self.record:
+        if self.executor.engine.reduce_gradients(at.stage) and self.record:
             self.spans.append(Span(self.executor.rank, at, started, self._clock()))
 
     def _output_gradients(self, key: Key) -> dict[str, Tensor]:

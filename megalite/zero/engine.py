@@ -240,8 +240,9 @@ class ZeroEngine:
         """Compute deferred weight gradients and accumulate them."""
         store.run(self.accumulate_gradient)
 
-    def reduce_gradients(self, stage: int) -> None:
+    def reduce_gradients(self, stage: int) -> bool:
         """Do nothing: DeepSpeed reduces the gradients of all stages at the end of `accumulate`."""
+        return False
 
     def accumulate_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Accumulate `gradient`, of the parameter's unpartitioned shape, for gradients outside of a backward.

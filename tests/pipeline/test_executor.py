@@ -103,8 +103,9 @@ class ToyEngine:
 
         store.run(accumulate)
 
-    def reduce_gradients(self, stage: int) -> None:
+    def reduce_gradients(self, stage: int) -> bool:
         self.reduced.append(stage)
+        return True
 
 
 def microbatches() -> list[Microbatch]:

@@ -106,7 +106,7 @@ def test_processes_are_timelines_and_threads_are_ranks() -> None:
         timeline = list(timelines.values())[event["pid"] - 1]
         span = next(span for span in timeline.spans if str(span.instruction) == event["name"])
         assert thread.split(",")[0] == f"rank {span.rank}"
-        assert ("messages" in thread) == (event["cat"] in ("send", "receive"))
+        assert ("communication" in thread) == (event["cat"] in ("send", "receive"))
 
 
 def nothing_overlaps(timelines: dict[str, Timeline]) -> None:
