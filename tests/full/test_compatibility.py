@@ -122,6 +122,7 @@ ELSEWHERE = {
     "a growing batch": "tests/full/test_data_parity.py",
     "uneven stages": "tests/training/test_parity_of_schedules.py",
     "checkpoints": "tests/training/test_resume.py",
+    "compiled layers": "tests/training/test_parity_of_compilation.py",
 }
 """What the cases leave out, and who holds it against one process."""
 

@@ -160,7 +160,9 @@ def executor_of(name: str, virtual_stages: int) -> tuple[PipelineExecutor, ToyEn
 def train(name: str, virtual_stages: int) -> Numbers:
     executor, engine = executor_of(name, virtual_stages)
     stream = SCHEDULES[name](dist.get_rank(), executor.placement, MICROBATCHES)
-    return numbers(executor.run(stream, microbatches()).losses, engine.stages)
+    losses = executor.run(stream, microbatches()).losses
+    assert sorted(engine.reduced) == sorted(engine.stages)
+    return numbers(losses, engine.stages)
 
 
 def evaluate() -> dict[str, float]:
