@@ -16,11 +16,11 @@ Legend for shapes: B microbatch, S sequence, N local query heads, K local key-va
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from megalite.kernels.choice import NATIVE, AttentionKernel, Kernels
 from megalite.model.dropout import AttentionDropout
@@ -100,6 +100,13 @@ def _by_document(
         _whole_rows(*documents, kernel, tokens) for documents in zip(queries, keys, values, dropouts, strict=True)
     ]
     return torch.cat(attended, dim=1).view(query_BSND.shape)
+
+
+def varlen_attn(*arguments: Any, **settings: Any) -> Any:
+    """Call torch's attention over documents, which is imported at first use: its import loads torch's compiler."""
+    from torch.nn.attention.varlen import varlen_attn as attend
+
+    return attend(*arguments, **settings)
 
 
 def _over_documents(
