@@ -37,6 +37,12 @@ In bf16 and fp16, ZeRO stage 0 runs as stage 1, and the start says so: without Z
 master weights that works under a pipeline. The training is the same; the optimizer's state is divided among the
 replicas. Without any JSON a run is at stage 1, in `train.precision`.
 
+With `parallel.engine: torch` these keys mean what they say: `zero_optimization.stage`, `gradient_clipping`, `bf16`,
+`fp16` with its loss scale, `data_types.grad_accum_dtype` (gradients are reduced in it too), `optimizer`, and those of
+recomputed activations. `scheduler`, `offload_optimizer`, `offload_param` and `communication_data_type` are refused by
+name. The sizes of buckets and the other keys of `zero_optimization` tune DeepSpeed's own buffers: the torch engine
+reduces and gathers layer by layer.
+
 | key | treatment |
 | --- | --- |
 """
