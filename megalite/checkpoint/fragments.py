@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -12,6 +13,10 @@ from megalite.parallel.sharding import FlatRegion, LocalShard, global_regions
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from megalite.model.stage import Stage
+    from megalite.parallel.mesh import Mesh
+    from megalite.tensor_parallel.layers import PlacedParameter
 
 SPLIT_ELEMENTS = 1 << 16
 """Replicated fragments smaller than this are written whole by one of the ranks; larger fragments are split."""
@@ -58,6 +63,19 @@ class Fragment:
         if length < SPLIT_ELEMENTS:
             return (first, last) if number % self.copies == self.copy else (0, 0)
         return first + length * self.copy // self.copies, first + length * (self.copy + 1) // self.copies
+
+
+def saved_window(stage: "Stage", placed: "PlacedParameter", mesh: "Mesh") -> tuple[int, int] | None:
+    """Return the `Fragment.window` of a stage's parameter: of a tied table that two stages hold, each saves half.
+
+    Where one rank holds both stages, the first one saves all of it. None for other parameters.
+    """
+    if placed.name != stage.tied_copy_name:
+        return None
+    size, is_first = prod(placed.shape), stage.index == 0
+    if mesh.has_first_stage and mesh.has_last_stage:
+        return (0, size) if is_first else (0, 0)
+    return (0, size // 2) if is_first else (size // 2, size)
 
 
 class TensorSource(Protocol):

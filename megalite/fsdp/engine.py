@@ -18,6 +18,7 @@ from megalite.config import RunConfig
 from megalite.fsdp.loss_scale import LossScale
 from megalite.fsdp.sharded_stage import Precision, Shard, ShardedStage
 from megalite.fsdp.state import ShardedState
+from megalite.model.gradients import all_reduce_as_one, squared_norm
 from megalite.model.microbatch import Microbatch
 from megalite.model.precision import DTYPES
 from megalite.model.stage import Stage
@@ -141,10 +142,7 @@ class TorchEngine:
         shards = [shard for stage, shard in self._shards if shard.placed.name in stage.sequence_parallel_names]
         gradients = [shard.gradient for shard in shards if shard.gradient is not None]
         if gradients:
-            flat = torch.cat([gradient.float() for gradient in gradients])
-            dist.all_reduce(flat, group=self.mesh.tensor.process_group)
-            totals = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, totals)  # pyright: ignore[reportPrivateImportUsage]
+            all_reduce_as_one(gradients, self.mesh.tensor.process_group)
 
     def _sum_tied(self) -> None:
         """Sum the gradient over the two copies of a tied table: two summands, so both get the same bits."""
@@ -196,8 +194,7 @@ class TorchEngine:
         self.optimizer.step()
         for shard in self._trained:
             shard.master.grad = None
-        for sharded in self._sharded.values():
-            sharded.reshard()
+        self.sync_model_params_from_master()
 
     def _grad_norm(self) -> float:
         """Return the global norm of the gradients, times the loss scale; inf where any rank has one that is not finite.
@@ -208,10 +205,8 @@ class TorchEngine:
         for shard in self._trained:
             if (gradient := shard.gradient) is None or not gradient.numel():
                 continue
-            # By rows, then in fp64: one fp32 norm over millions of elements has an error of 1e-4 on a CPU.
             rows = gradient.view(-1, shard.placed.shape[-1]) if len(shard.placed.shape) > 1 else gradient
-            square = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).double().square().sum()
-            squares[0 if id(shard) in self._counted else 1] += square
+            squares[0 if id(shard) in self._counted else 1] += squared_norm(rows)
         if self._poisoned:
             squares[1] = math.inf
         # What is not counted is only looked at: its sum counts as 0, and as nan where it is not finite.

@@ -3,17 +3,17 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
 
-from megalite.checkpoint.fragments import Fragment, TensorSource, fill
+from megalite.checkpoint.fragments import Fragment, TensorSource, fill, saved_window
 from megalite.checkpoint.manifest import WEIGHT_KIND
 from megalite.fsdp.loss_scale import LossScale
 from megalite.fsdp.sharded_stage import Shard
 from megalite.model.stage import Stage
-from megalite.optim.declaration import OptimizerDeclaration, StateShape
+from megalite.optim.declaration import OptimizerDeclaration
+from megalite.optim.state import create_state, set_updates
 from megalite.parallel.mesh import Mesh
 
 
@@ -33,6 +33,7 @@ class ShardedState:
         """Take this rank's shares, each with its stage; `divided`: the data ranks have different shares."""
         self._shards, self._optimizer, self._declaration = shards, optimizer, declaration
         self._loss_scale, self._mesh, self._divided = loss_scale, mesh, divided
+        self._masters = [s.master for _, s in shards if s.master.requires_grad and s.master.numel()]
         self.updates = 0
         """The number of updates so far, without skipped steps."""
 
@@ -50,37 +51,25 @@ class ShardedState:
             yield replace(fragment, tensors={"gradient": shard.gradient})
 
     def _fragments(self, *, trained: bool) -> Iterator[tuple[Shard, Fragment]]:
-        self._create_state()
+        create_state(self._optimizer, self._declaration, self._masters)
         for stage, shard in self._shards:
             if shard.master.requires_grad == trained and shard.master.numel():
-                yield shard, replace(self._fragment(shard), window=self._window(stage, shard))
+                yield shard, replace(self._fragment(shard), window=saved_window(stage, shard.placed, self._mesh))
 
     def _fragment(self, shard: Shard) -> Fragment:
-        mesh, layout = self._mesh, self._mesh.layout
         tensors = {WEIGHT_KIND: shard.master.detach()}
         if shard.master.requires_grad:
             state = self._optimizer.state[shard.master]
             tensors |= {name: state[name] for name in self._declaration.state_tensors}
-        # The fragment is replicated along every axis that divides neither model, parameter nor fragment.
-        divided = {"pipeline", *shard.placed.shards[0].spec.sharding}
-        divided |= set(layout.names_of("shard")) if self._divided else set()
-        replicated = [axis for axis in mesh.axes if axis not in divided]
-        copy, copies = layout.index(mesh.rank, *replicated), layout.size(*replicated)
+        sharding = self._mesh.layout.names_of("shard") if self._divided else ()
+        copy, copies = self._mesh.copy_of("pipeline", *shard.placed.shards[0].spec.sharding, *sharding)
         return Fragment(shard.placed.shards, shard.placed.shape, shard.start, tensors, copy, copies)
 
-    def _window(self, stage: Stage, shard: Shard) -> tuple[int, int] | None:
-        """Return the range of elements that a stage saves of a parameter: of a tied table its half. None: all."""
-        if shard.placed.name != stage.tied_copy_name:
-            return None
-        size, mesh = prod(shard.placed.shape), self._mesh
-        if mesh.has_first_stage and mesh.has_last_stage:
-            return (0, size) if stage.index == 0 else (0, 0)
-        return (0, size // 2) if stage.index == 0 else (size // 2, size)
-
     def restore(self, source: TensorSource, scalar_state: Mapping[str, Any]) -> None:
-        """Restore master weights, optimizer state and scalar state; frozen weights as well."""
-        self._set_updates(int(scalar_state["updates"]))
+        """Restore master weights, optimizer state and scalar state; frozen weights stay: they never change."""
+        self.updates = int(scalar_state["updates"])
         fill((fragment for _, fragment in self._fragments(trained=True)), source)
+        set_updates(self._optimizer, self._declaration, self._masters, self.updates)
         if scalar_state["loss_scale"] is not None and self._loss_scale is not None:
             self._loss_scale.restore(scalar_state["loss_scale"])
 
@@ -102,26 +91,3 @@ class ShardedState:
         """Return the state without tensors, as JSON values: number of updates and loss scale."""
         scale = self._loss_scale
         return {"updates": self.updates, "loss_scale": None if scale is None else scale.counters(), "scheduler": None}
-
-    def _create_state(self) -> None:
-        """Create the declared state now, with the zeros that the first update would create."""
-        for _, shard in self._shards:
-            if not (shard.master.requires_grad and shard.master.numel()):
-                continue
-            state = self._optimizer.state[shard.master]
-            if not state:
-                for name, shape in self._declaration.state.items():
-                    state[name] = torch.zeros_like(shard.master, requires_grad=False)
-                    if shape is StateShape.UPDATES:
-                        state[name] = torch.zeros((), dtype=torch.float32, device=shard.master.device)
-
-    def _set_updates(self, count: int) -> None:
-        self._create_state()
-        self.updates = count
-        for name in (name for name, shape in self._declaration.state.items() if shape is StateShape.UPDATES):
-            for state in self._optimizer.state.values():
-                if name in state:
-                    state[name].fill_(count)
-            for group in self._optimizer.param_groups:
-                if name in group:  # some optimizers count updates per group
-                    group[name] = count

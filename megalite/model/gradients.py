@@ -28,10 +28,16 @@ def all_reduce_sequence_parallel_grads(stages: Iterable[Stage], mesh: Mesh) -> N
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     assert len(gradients) == len(parameters)
+    all_reduce_as_one(gradients, mesh.tensor.process_group)
+
+
+def all_reduce_as_one(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """All-reduce gradients over a group in one collective, in fp32."""
     flat = torch.cat([gradient.flatten().float() for gradient in gradients])
-    dist.all_reduce(flat, group=mesh.tensor.process_group)
-    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(total.view_as(gradient))
+    dist.all_reduce(flat, group=group)
+    totals = flat.split([gradient.numel() for gradient in gradients])
+    shaped = [total.view_as(gradient) for gradient, total in zip(gradients, totals, strict=True)]
+    torch._foreach_copy_(gradients, shaped)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def all_reduce_tied_gradient(stages: Iterable[Stage], mesh: Mesh) -> None:
@@ -74,6 +80,12 @@ def propagate_nonfinite(uncounted: Sequence[Tensor], counted: Sequence[Tensor]) 
         counted[0].view(-1)[0] = math.inf
 
 
+def squared_norm(gradient: Tensor) -> Tensor:
+    """Return the square of a gradient's norm, fp64."""
+    # By rows, then in fp64: one fp32 norm over millions of elements has an error of 1e-4 on a CPU.
+    return torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
+
+
 def clip_grad_norm(gradients: Iterable[Tensor], counted: Iterable[Tensor], limit: float, mesh: Mesh) -> float:
     """Scale `gradients` to a global norm of at most `limit`, 0 for no limit; return the norm before. Collective.
 
@@ -81,8 +93,7 @@ def clip_grad_norm(gradients: Iterable[Tensor], counted: Iterable[Tensor], limit
     """
     square = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for gradient in counted:
-        # By rows, then in fp64: one fp32 norm over millions of elements has an error of 1e-4 on a CPU.
-        square += torch.linalg.vector_norm(gradient, dim=-1).double().square().sum()
+        square += squared_norm(gradient)
     dist.all_reduce(square, group=mesh.model.process_group)
     norm = float(square.sqrt())
     if math.isfinite(norm) and limit > 0 and norm + 1e-6 > limit:

@@ -111,6 +111,11 @@ class Mesh:
         """Return whether this rank's index along each of the axes is 0."""
         return all(self.axes[name].rank == 0 for name in axes)
 
+    def copy_of(self, *dividing: str) -> tuple[int, int]:
+        """Return which of how many equal copies this rank holds of a tensor that only the axes `dividing` divide."""
+        others = [name for name in self.axes if name not in dividing]
+        return self.layout.index(self.rank, *others), self.layout.size(*others)
+
     @property
     def has_first_stage(self) -> bool:
         return 0 in self.stages

@@ -17,13 +17,22 @@ from megalite.parallel.mesh import Mesh
 from megalite.pipeline.executor import PipelineExecutor
 from megalite.pipeline.stage_io import exchange_edges
 from megalite.planning.plan import Plan
+from megalite.planning.start import Start
 from megalite.training.engine import Engine
 
 
-def build_engine(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels: Kernels = NATIVE) -> Engine:
-    """Build this rank's stages and the engine that trains them. Collective.
+def build_engine(plan: Plan, mesh: Mesh, start: Start, kernels: Kernels = NATIVE) -> Engine:
+    """Build this rank's stages and the engine that trains them, in the state of `start`. Collective."""
+    engine = _build_engine(plan, mesh, start.weights, kernels, resumes=start.reader is not None)
+    if start.reader is not None:
+        engine.state.restore(start.reader, start.reader.state["optimizer"])
+    return engine
 
-    Load `weights`, or initialise parameters from the seed and their names.
+
+def _build_engine(plan: Plan, mesh: Mesh, weights: Weights | None, kernels: Kernels, *, resumes: bool) -> Engine:
+    """Build an engine with `weights`, or with those of the seed and their names.
+
+    `resumes`: the master weights are restored later, with the rest of the state.
     """
     if plan.config.engine == "torch":
         from megalite.fsdp.engine import TorchEngine
@@ -43,7 +52,10 @@ def build_engine(plan: Plan, mesh: Mesh, weights: Weights | None = None, kernels
             stage.initialise(plan.config.run.seed)
         else:
             load_stage(stage, weights)
-    return ZeroEngine(stages, plan.config, mesh, plan.parameter_settings)
+    engine = ZeroEngine(stages, plan.config, mesh, plan.parameter_settings)
+    if weights is not None and not resumes:
+        engine.state.restore_weights(WeightSource(weights))  # the stages hold them in the model's precision
+    return engine
 
 
 def build_stages(plan: Plan, mesh: Mesh, kernels: Kernels = NATIVE, *, shares_table: bool = True) -> dict[int, Stage]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megalite.checkpoint.weights import WeightSource
 from megalite.config import RunConfig
 from megalite.config.sections import SpikeSection
 from megalite.data.batch_schedule import SkippedSamples
@@ -71,9 +70,8 @@ class Trainer:
         """The callbacks of `run`; none before."""
         self.start = find_start(plan, mesh)
         self.kernels = _choose_kernels_on_rank_zero(self.config, mesh, self.start.kernels)
-        self.engine = build_engine(plan, mesh, self.start.weights, self.kernels)
+        self.engine = build_engine(plan, mesh, self.start, self.kernels)
         self.state = self.engine.state
-        self._restore()
         _ = plan.documents  # read now, since the folder of `init_from` may be gone at the first save
         self.spike_detector = LossSpikeDetector(self.config.train.spike, self.start.recent_losses)
         self.rollbacks = 0
@@ -273,13 +271,6 @@ class Trainer:
             "kernels": asdict(self.kernels),
             "optimizer": self.state.scalar_state(),
         }
-
-    def _restore(self) -> None:
-        start = self.start
-        if start.reader is not None:
-            self.state.restore(start.reader, start.reader.state["optimizer"])
-        elif start.weights is not None:
-            self.state.restore_weights(WeightSource(start.weights))
 
     @contextmanager
     def _settle_on_error(self) -> Iterator[None]:

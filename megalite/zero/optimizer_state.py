@@ -6,17 +6,17 @@ Unexpected behaviour of DeepSpeed is described beside the code that depends on i
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from math import prod
 from typing import Any, cast
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
-from megalite.checkpoint.fragments import Fragment, TensorSource, fill
+from megalite.checkpoint.fragments import Fragment, TensorSource, fill, saved_window
 from megalite.checkpoint.manifest import WEIGHT_KIND
 from megalite.model.stage import Stage
-from megalite.optim.declaration import OptimizerDeclaration, StateShape
+from megalite.optim.declaration import OptimizerDeclaration
+from megalite.optim.state import create_state, set_updates
 from megalite.parallel.mesh import Mesh
 from megalite.tensor_parallel.layers import PlacedParameter
 
@@ -62,12 +62,11 @@ class ZeroState:
             yield replace(fragment, tensors={"gradient": gradient})
 
     def _fragments(self, *, trained: bool) -> Iterator[tuple[nn.Parameter, Fragment]]:
-        self._create_state()
+        create_state(self._optimizer, self._declaration, self._master_tensors())
         for stage in self._stages.values():
             for placed in stage.placed_parameters:
                 if placed.parameter.requires_grad == trained:
-                    has_copy = self._mesh.embedding is not None and placed.parameter is stage.tied_copy
-                    window = self._saved_window(prod(placed.shape)) if has_copy else None
+                    window = saved_window(stage, placed, self._mesh)
                     for fragment in self._fragment(placed):
                         yield placed.parameter, replace(fragment, window=window)
 
@@ -76,8 +75,9 @@ class ZeroState:
 
         Frozen weights are not restored: they never change, and the stages were built with them.
         """
-        self._set_updates(int(scalar_state["updates"]))
+        self.updates = int(scalar_state["updates"])
         fill((fragment for _, fragment in self._fragments(trained=True)), source)
+        set_updates(self._optimizer, self._declaration, self._master_tensors(), self.updates)
         self._set_loss_scale(scalar_state["loss_scale"])
         scheduler = self._engine.lr_scheduler
         if scheduler is not None:
@@ -127,34 +127,9 @@ class ZeroState:
             return self._zero.fp32_partitioned_groups_flat
         return self._zero.single_partition_of_fp32_groups
 
-    def _create_state(self) -> None:
-        """Create the declared state now, with the zeros that the first update would create."""
-        for master in self._master_tensors():
-            state = self._optimizer.state[cast(nn.Parameter, master)]
-            if not state:
-                for name, shape in self._declaration.state.items():
-                    state[name] = torch.zeros_like(master, requires_grad=False)
-                    if shape is StateShape.UPDATES:
-                        state[name] = torch.zeros((), dtype=torch.float32, device=master.device)
-
-    def _set_updates(self, count: int) -> None:
-        self._create_state()
-        self.updates = count
-        counts = [name for name, shape in self._declaration.state.items() if shape is StateShape.UPDATES]
-        for name in counts:
-            for master in self._master_tensors():
-                self._optimizer.state[cast(nn.Parameter, master)][name].fill_(count)
-            for group in self._optimizer.param_groups:
-                if name in group:  # some optimizers count updates per group
-                    group[name] = count
-
-    def _saved_window(self, size: int) -> tuple[int, int]:
-        """Return the range of elements that this stage saves of a tied table: the first or the last stage's half."""
-        return (0, size // 2) if self._mesh.has_first_stage else (size // 2, size)
-
     def _fragment(self, placed: PlacedParameter) -> Iterator[Fragment]:
         """Yield this rank's fragment of a parameter, if ZeRO gives it one."""
-        mesh, layout, parameter = self._mesh, self._mesh.layout, cast(Any, placed.parameter)
+        mesh, parameter = self._mesh, cast(Any, placed.parameter)
         # Stages 1 and 2 divide the optimizer's state, which a frozen parameter has not; stage 3 divides every weight.
         is_divided = self._zero_stage == 3 or (self._zero_stage > 0 and parameter.requires_grad)
         start, tensors = 0, None
@@ -179,11 +154,8 @@ class ZeroState:
             at, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
             tensors = self._state_slice(master, at.start, at.numel)
         if tensors is not None:
-            # The fragment is replicated along every axis that divides neither model, parameter nor fragment.
-            divided = {"pipeline", *placed.shards[0].spec.sharding}
-            divided |= set(layout.names_of("shard")) if is_divided else set()
-            replicated = [axis for axis in mesh.axes if axis not in divided]
-            copy, copies = layout.index(mesh.rank, *replicated), layout.size(*replicated)
+            sharding = mesh.layout.names_of("shard") if is_divided else ()
+            copy, copies = mesh.copy_of("pipeline", *placed.shards[0].spec.sharding, *sharding)
             yield Fragment(placed.shards, placed.shape, start, tensors, copy, copies)
 
     def _gradient(self, parameter: Any) -> Tensor:
